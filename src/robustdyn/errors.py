@@ -1,0 +1,21 @@
+"""Errors a user can mend.
+
+Every message is one line that names the config key or the file at fault and what to do. The entry points
+print it without a stack trace and exit with status 1; as a library they are ordinary exceptions.
+"""
+
+
+class UserError(Exception):
+    """Something the user can mend; the message is one line with the culprit and the remedy."""
+
+
+class ConfigError(UserError, ValueError):
+    """A configuration value that cannot work; the message starts with its key."""
+
+
+class DataFileError(UserError, OSError):
+    """A data file that is missing, truncated or corrupt; the message names the file."""
+
+
+class RecordError(UserError, OSError):
+    """A run directory or record that cannot be read or written; the message names the path."""

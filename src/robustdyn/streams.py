@@ -1,0 +1,29 @@
+"""Counter-based random streams.
+
+Every consumer of randomness (shuffle, augmentation, attack, measurement, ...) draws from a generator that is
+a pure function of (seed, stream name, counters such as epoch or step). Nothing depends on how often another
+consumer drew, so measuring cannot move training, and a resumed run needs no saved generator state.
+"""
+
+import hashlib
+
+import torch
+
+
+def stream_seed(seed: int, stream: str, *counters: int) -> int:
+    """A 63-bit seed that is a pure function of its arguments.
+
+    Args:
+        seed: The run's seed; 0 is a seed like any other.
+        stream: Name of the consumer, e.g. ``"shuffle"``.
+        *counters: Epoch, step, rank or whatever else tells two draws apart.
+    """
+    key = ":".join([str(seed), stream, *map(str, counters)]).encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
+
+
+def generator(
+    seed: int, stream: str, *counters: int, device: torch.device | str = "cpu"
+) -> torch.Generator:
+    """A fresh generator on ``device`` for one (seed, stream, counters); see :func:`stream_seed`."""
+    return torch.Generator(device=device).manual_seed(stream_seed(seed, stream, *counters))
