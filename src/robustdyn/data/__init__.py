@@ -1,0 +1,23 @@
+"""Data sets as Lightning data modules, and the tensors and batches they hand out.
+
+``Digits``, ``CIFAR10``, ``CIFAR100`` and ``SVHN`` are what ``conf/data`` names; their defaults live there.
+"""
+
+from robustdyn.data.augmentation import Augmentation
+from robustdyn.data.datamodule import ImageDataModule
+from robustdyn.data.datasets import CIFAR10, CIFAR100, SVHN, Digits, ImageFiles
+from robustdyn.data.tensors import Batch, ImageTensors, ShuffledBatches, TensorBatches
+
+__all__ = [
+    "CIFAR10",
+    "CIFAR100",
+    "SVHN",
+    "Augmentation",
+    "Batch",
+    "Digits",
+    "ImageDataModule",
+    "ImageFiles",
+    "ImageTensors",
+    "ShuffledBatches",
+    "TensorBatches",
+]

@@ -1,0 +1,127 @@
+"""Projected gradient descent on the input.
+
+Shapes: B batch, C channels, H x W pixels, K classes. ε and the step are on the [0, 1] pixel scale.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from robustdyn.models.modes import mode
+
+AttackLoss = Callable[[Tensor, Tensor], Tensor]
+"""(logits (B, K), labels (B,)) -> scalar that the attack climbs; a sum over examples, so that one example's
+step does not depend on the batch it stands in."""
+
+
+def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Σ_b cross-entropy, the loss of Madry et al. (ICLR 2018)."""
+    return F.cross_entropy(logits, labels, reduction="sum")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PGD:
+    """PGD of Madry et al. (ICLR 2018): x ← Π_{B(x₀, ε) ∩ [0,1]} (x + step · direction(∇_x ℓ)).
+
+    The direction is sign(∇) for ``linf`` and ∇/‖∇‖₂ for ``l2``. Only input gradients are computed:
+    parameters receive none, and their ``.grad`` is not touched.
+
+    Attributes:
+        norm: ``"linf"`` or ``"l2"``.
+        eps: Radius ε ≥ 0.
+        step_size: Step, > 0.
+        steps: Number of gradient steps ≥ 0.
+        random_start: Start uniformly in the ball (``l2``: uniform in volume) instead of at x₀.
+        batchnorm: ``"eval"`` attacks the network with its running statistics; ``"train"`` with those of the
+            batch, which also moves the running statistics at every step, as the robust-overfitting study
+            (Rice et al., ICML 2020) does.
+
+    Raises:
+        ValueError: A setting outside its range.
+    """
+
+    norm: Literal["linf", "l2"]
+    eps: float
+    step_size: float
+    steps: int
+    random_start: bool
+    batchnorm: Literal["train", "eval"]
+
+    def __post_init__(self) -> None:
+        if self.norm not in ("linf", "l2"):
+            raise ValueError(f"norm must be linf or l2, got {self.norm}")
+        if not self.eps >= 0:
+            raise ValueError(f"eps must be at least 0, got {self.eps}")
+        if not self.step_size > 0:
+            raise ValueError(f"step_size must be positive, got {self.step_size}")
+        if self.steps < 0:
+            raise ValueError(f"steps must be at least 0, got {self.steps}")
+        if self.batchnorm not in ("train", "eval"):
+            raise ValueError(f"batchnorm must be train or eval, got {self.batchnorm}")
+
+    def perturb(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        generator: torch.Generator,
+        loss: AttackLoss = summed_cross_entropy,
+    ) -> Tensor:
+        """Adversarial images (B, C, H, W) in [0, 1] within ε of ``images``.
+
+        Args:
+            model: Network; its mode flags are as before afterwards.
+            images: (B, C, H, W) in [0, 1].
+            labels: (B,) integer classes.
+            generator: Source of the random start, on the images' device.
+            loss: What the attack climbs.
+
+        Raises:
+            RuntimeError: Called under ``torch.inference_mode``, where no input gradient exists.
+        """
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("an attack needs gradients: construct the Trainer with inference_mode=False")
+        images = images.detach()
+        adversarial = self._start(images, generator)
+        with torch.enable_grad(), mode(model, training=self.batchnorm == "train"):
+            for _ in range(self.steps):
+                adversarial.requires_grad_(True)
+                objective = loss(model(adversarial), labels)
+                (gradient,) = torch.autograd.grad(objective, adversarial)
+                adversarial = self._step(images, adversarial.detach(), gradient)
+        return adversarial
+
+    def _start(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        if not self.random_start or self.eps == 0:
+            return images.clone()
+        if self.norm == "linf":
+            noise = torch.empty_like(images).uniform_(-self.eps, self.eps, generator=generator)
+            return (images + noise).clamp_(0, 1)
+        noise = torch.empty_like(images).normal_(generator=generator)
+        radius = torch.rand(len(images), generator=generator, device=images.device, dtype=images.dtype)
+        scale = self.eps * radius.pow(1 / images[0].numel()) / _norms(noise)
+        return (images + noise * _per_example(scale, noise)).clamp_(0, 1)
+
+    def _step(self, images: Tensor, adversarial: Tensor, gradient: Tensor) -> Tensor:
+        if self.norm == "linf":
+            moved = adversarial.add_(gradient.sign_(), alpha=self.step_size)
+            return torch.clamp(moved, images - self.eps, images + self.eps).clamp_(0, 1)
+        scale = self.step_size / _norms(gradient)
+        delta = adversarial + gradient * _per_example(scale, gradient) - images
+        shrink = (self.eps / _norms(delta)).clamp_(max=1)
+        # The box is convex and holds x₀, so clamping only shortens delta: the ball is kept.
+        return (images + delta * _per_example(shrink, delta)).clamp_(0, 1)
+
+
+def _norms(x: Tensor) -> Tensor:
+    """Per-example l2 norms (B,), bounded away from zero so that a vanishing gradient gives no step."""
+    norms: Tensor = torch.linalg.vector_norm(x.flatten(1), dim=1)
+    return norms.clamp_min(1e-12)
+
+
+def _per_example(scale: Tensor, like: Tensor) -> Tensor:
+    return scale.view(-1, *[1] * (like.dim() - 1))

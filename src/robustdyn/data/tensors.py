@@ -1,0 +1,165 @@
+"""Images as tensors and the loaders that cut them into batches.
+
+Legend: N images of a split, B images of a batch, C channels, H and W rows and columns.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from robustdyn.data.augmentation import Augmentation
+from robustdyn.streams import generator
+
+
+class Batch(NamedTuple):
+    """One batch, on the device of its split."""
+
+    images: Tensor
+    """float32, (B, C, H, W), in [0, 1]; not normalised, the model does that."""
+    labels: Tensor
+    """int64, (B,)."""
+    indices: Tensor
+    """int64, (B,), positions in the split."""
+
+
+@dataclass(frozen=True, eq=False)
+class ImageTensors:
+    """A labelled set of images.
+
+    Attributes:
+        images: uint8, (N, C, H, W).
+        labels: int64, (N,).
+    """
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same set on ``device``."""
+        return type(self)(self.images.to(device), self.labels.to(device))
+
+    def take(self, indices: Tensor) -> Self:
+        """The images at ``indices`` (int64, any length), in that order."""
+        return type(self)(self.images[indices], self.labels[indices])
+
+    def batch(self, indices: Tensor) -> Batch:
+        """The images at ``indices`` (int64, (B,)) as a batch, un-augmented."""
+        indices = indices.to(self.labels.device)
+        return Batch(to_unit(self.images[indices]), self.labels[indices], indices)
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """uint8 0..255 as float32 in [0, 1]."""
+    return images.to(torch.float32).div_(255)
+
+
+def share(count: int, rank: int, world_size: int) -> slice:
+    """The contiguous part of ``count`` items of ``rank``; the parts differ by at most one item."""
+    return slice(rank * count // world_size, (rank + 1) * count // world_size)
+
+
+class TensorBatches:
+    """A split in its own order, cut into batches; the last may be short. A rank gets its share of each.
+
+    Not a torch ``DataLoader``: nothing to wait for, and Lightning injects no ``DistributedSampler``, which
+    would repeat images to make the ranks even.
+    """
+
+    def __init__(self, data: ImageTensors, batch_size: int, *, rank: int, world_size: int) -> None:
+        """Holds on to ``data``, copies nothing.
+
+        Args:
+            data: The split, on the device that the batches are wanted on.
+            batch_size: Images of a batch over all ranks together.
+            rank: Of this process, 0 ... world_size - 1.
+            world_size: Number of processes.
+        """
+        self.data = data
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+
+    def __len__(self) -> int:
+        """Batches in an epoch, the same on every rank."""
+        return -(-len(self.data) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        order = torch.arange(len(self.data), device=self.data.labels.device)
+        for batch in order.split(self.batch_size):
+            yield self.data.batch(batch[self._share(batch)])
+
+    def _share(self, batch: Tensor) -> slice:
+        return share(len(batch), self.rank, self.world_size)
+
+
+class ShuffledBatches(TensorBatches):
+    """A split in a new random order every epoch, augmented; what is drawn depends on (seed, epoch) alone.
+
+    Permutation and augmentation are drawn on the CPU and for the whole batch before a rank takes its share,
+    so the union over ranks is the batch of a single process, bit for bit, on any device.
+    """
+
+    def __init__(
+        self,
+        data: ImageTensors,
+        batch_size: int,
+        *,
+        rank: int,
+        world_size: int,
+        seed: int,
+        epoch: Callable[[], int],
+        augmentation: Augmentation | None,
+    ) -> None:
+        """Holds on to ``data``, copies nothing.
+
+        Args:
+            data: The split, on the device that the batches are wanted on.
+            batch_size: Images of a batch over all ranks together.
+            rank: Of this process, 0 ... world_size - 1.
+            world_size: Number of processes.
+            seed: The run's seed.
+            epoch: Asked when the first batch of an epoch is fetched, not when the iterator is made: Lightning
+                makes the first iterator before it has restored the epoch of a resumed run.
+            augmentation: None for none.
+        """
+        super().__init__(data, batch_size, rank=rank, world_size=world_size)
+        self.seed = seed
+        self.epoch = epoch
+        self.augmentation = augmentation
+        self._position = {"epoch": -1, "batches": 0}  # what was handed out so far
+        self._resume_at = self._position
+
+    def __iter__(self) -> Iterator[Batch]:
+        # A generator, so that nothing below runs before the first batch is asked for (see ``epoch``).
+        epoch = self.epoch()
+        order = torch.randperm(len(self.data), generator=generator(self.seed, "shuffle", epoch))
+        order = order.to(self.data.labels.device)
+        first = self._resume_at["batches"] if epoch == self._resume_at["epoch"] else 0
+        for number, batch in enumerate(order.split(self.batch_size)):
+            if number >= first:
+                self._position = {"epoch": epoch, "batches": number + 1}
+                yield self._augmented(batch, epoch, number)
+
+    def _augmented(self, batch: Tensor, epoch: int, number: int) -> Batch:
+        mine = self._share(batch)
+        indices = batch[mine]
+        if self.augmentation is None:
+            return self.data.batch(indices)
+        draws = generator(self.seed, "augment", epoch, number)
+        choice = self.augmentation.draw(len(batch), draws)[mine]
+        images = self.augmentation.apply(self.data.images, indices, choice)
+        return Batch(to_unit(images), self.data.labels[indices], indices)
+
+    def state_dict(self) -> dict[str, int]:
+        """The position in the epoch; Lightning saves it in checkpoints made within an epoch."""
+        return dict(self._position)
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Goes on behind the batches that :meth:`state_dict` counted, if it is their epoch that goes on."""
+        self._position = self._resume_at = dict(state)

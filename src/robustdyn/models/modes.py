@@ -1,0 +1,24 @@
+"""Train/eval flags as a scope."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+
+@contextmanager
+def mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Every submodule in train or eval mode inside the scope; each one's own flag back afterwards.
+
+    ``model.train(previous)`` would not do: it forgets submodules that were set one by one.
+    """
+    flags = [(module, module.training) for module in model.modules()]
+    if all(flag == training for _, flag in flags):
+        yield
+        return
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag

@@ -1,0 +1,152 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from robustdyn.attacks import PGD, summed_cross_entropy
+from robustdyn.streams import generator
+from tests.tolerances import EXACT64
+
+
+def attack(**changes):
+    settings = {
+        "norm": "linf",
+        "eps": 0.1,
+        "step_size": 0.03,
+        "steps": 5,
+        "random_start": True,
+        "batchnorm": "eval",
+    }
+    return PGD(**(settings | changes))
+
+
+def conv_net(dtype=torch.float32):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5)
+    )
+    return net.to(dtype).eval()
+
+
+def batch(size=6, dtype=torch.float32):
+    draw = torch.Generator().manual_seed(3)
+    images = torch.rand(size, 3, 6, 6, generator=draw, dtype=dtype)
+    return images, torch.randint(0, 5, (size,), generator=draw)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    norm=st.sampled_from(["linf", "l2"]),
+    eps=st.floats(0, 2),
+    step=st.floats(1e-3, 3),
+    steps=st.integers(0, 4),
+    start=st.booleans(),
+    seed=st.integers(0, 2**20),
+)
+def test_stays_in_the_ball_and_in_the_pixel_range(norm, eps, step, steps, start, seed):
+    images = torch.rand(4, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
+    images = images.round() if seed % 2 else images  # corners of the box too
+    pgd = attack(norm=norm, eps=eps, step_size=step, steps=steps, random_start=start)
+    out = pgd.perturb(conv_net(), images, torch.tensor([0, 1, 2, 3]), generator(seed, "attack"))
+    delta = (out - images).flatten(1)
+    radius = delta.abs().amax(1) if norm == "linf" else delta.norm(dim=1)
+    assert (radius <= eps + 1e-6).all()  # a few float32 ulp of numbers up to 2
+    assert ((out >= 0) & (out <= 1)).all()
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_finds_the_optimum_of_a_linear_classifier(norm):
+    # Two classes, logits (w·x, -w·x): the loss grows monotonically along ∓w, so the optimum is known.
+    weight = torch.linspace(-1, 1, 12, dtype=torch.float64)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 2, bias=False)).double()
+    net[1].weight.data = torch.stack([weight, -weight])
+    images = torch.full((2, 3, 2, 2), 0.5, dtype=torch.float64)
+    labels = torch.tensor([0, 1])
+    pgd = attack(norm=norm, eps=0.2, step_size=0.1, steps=80)  # l2: (2/3)^80 of the start stays
+    out = pgd.perturb(net, images, labels, generator(0, "attack"))
+    direction = weight.sign() if norm == "linf" else weight / weight.norm()
+    best = 0.5 + 0.2 * torch.stack([-direction, direction])
+    torch.testing.assert_close(out.flatten(1), best, **EXACT64)
+
+
+def test_matches_an_independent_rendering_step_by_step():
+    net, (images, labels) = conv_net(torch.float64), batch(dtype=torch.float64)
+    out = attack(random_start=False).perturb(net, images, labels, generator(0, "attack"))
+    x = images.clone()
+    for _ in range(5):
+        x = x.detach().requires_grad_(True)
+        nn.functional.cross_entropy(net(x), labels, reduction="sum").backward()
+        x = x.detach() + 0.03 * torch.sign(x.grad)
+        x = torch.max(torch.min(x, images + 0.1), images - 0.1).clamp(0, 1)
+    assert torch.equal(out, x)
+
+
+def test_leaves_gradients_flags_and_statistics_alone():
+    net, (images, labels) = conv_net(), batch()
+    net.train()
+    net[1].eval()  # a flag set by hand, which model.train() would forget
+    for parameter in net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    statistics = net[1].running_mean.clone()
+    attack().perturb(net, images, labels, generator(0, "attack"))
+    assert all(torch.equal(p.grad, torch.ones_like(p)) for p in net.parameters())
+    assert all(p.requires_grad for p in net.parameters())
+    assert torch.equal(net[1].running_mean, statistics)
+    assert [m.training for m in net.modules()] == [True, True, False, True, True, True]
+
+
+def test_train_mode_moves_running_statistics_once_a_step():
+    net, (images, labels) = conv_net(), batch()
+    attack(batchnorm="train", steps=3).perturb(net, images, labels, generator(0, "attack"))
+    assert int(net[1].num_batches_tracked) == 3
+    assert not net.training
+
+
+def test_the_generator_alone_decides_the_start():
+    net, (images, labels) = conv_net(), batch()
+    state = torch.get_rng_state()
+    first = attack().perturb(net, images, labels, generator(7, "attack", 1))
+    again = attack().perturb(net, images, labels, generator(7, "attack", 1))
+    other = attack().perturb(net, images, labels, generator(7, "attack", 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_l2_start_is_uniform_in_volume():
+    # In d dimensions P(radius ≤ r ε) = r^d; the images are grey, so that the box never cuts the ball.
+    images = torch.full((20_000, 1, 1, 2), 0.5)
+    pgd = attack(norm="l2", eps=0.3, steps=0)
+    out = pgd.perturb(nn.Identity(), images, torch.zeros(20_000), generator(0, "attack"))
+    share = ((out - images).flatten(1).norm(dim=1) <= 0.15).double().mean()
+    assert abs(share - 0.25) < 4 * math.sqrt(0.25 * 0.75 / 20_000)
+
+
+def test_raises_the_loss():
+    net, (images, labels) = conv_net(), batch()
+    out = attack().perturb(net, images, labels, generator(0, "attack"))
+    assert summed_cross_entropy(net(out), labels) > summed_cross_entropy(net(images), labels)
+
+
+def test_refuses_inference_mode():
+    net, (images, labels) = conv_net(), batch()
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode=False"):
+        attack().perturb(net, images, labels, generator(0, "attack"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"norm": "l1"}, "norm must be linf or l2, got l1"),
+        ({"eps": -0.1}, "eps must be at least 0, got -0.1"),
+        ({"step_size": 0}, "step_size must be positive, got 0"),
+        ({"steps": -1}, "steps must be at least 0, got -1"),
+        ({"batchnorm": "frozen"}, "batchnorm must be train or eval, got frozen"),
+    ],
+)
+def test_refuses_settings_outside_their_range(change, message):
+    with pytest.raises(ValueError, match=message):
+        attack(**change)

@@ -1,0 +1,80 @@
+"""The configuration is the only home of defaults and fits the constructors."""
+
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from robustdyn.data import CIFAR10, Digits, ImageDataModule, ImageFiles
+from tests.data.official import SHARED, needs_shared
+
+CONF = Path(__file__).parents[2] / "conf" / "data"
+NAMES = ["digits", "cifar10", "cifar100", "svhn"]
+
+
+def load(name, **changes):
+    whole = OmegaConf.create({"seed": 3, "data": OmegaConf.load(CONF / f"{name}.yaml")})
+    return OmegaConf.merge(whole, {"data": changes}).data
+
+
+def parameters(cls):
+    return {
+        name: parameter
+        for name, parameter in inspect.signature(cls.__init__).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    }
+
+
+def test_constructors_have_no_defaults():
+    for cls in (ImageDataModule, ImageFiles):
+        assert all(p.default is p.empty for p in parameters(cls).values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_keys_are_the_parameters(name):
+    expected = {"_target_", *parameters(ImageDataModule)}
+    if name != "digits":
+        expected |= parameters(ImageFiles).keys()
+    assert set(load(name)) == expected
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_setting_is_instantiable(name, monkeypatch):
+    monkeypatch.setenv("ROBUSTDYN_DATA", "somewhere")
+    data = instantiate(load(name))
+    assert data.seed == 3
+    assert (data.root.name == "somewhere") if name != "digits" else isinstance(data, Digits)
+
+
+def test_root_has_a_fallback(monkeypatch):
+    monkeypatch.delenv("ROBUSTDYN_DATA", raising=False)
+    data = instantiate(load("cifar10"))
+    assert isinstance(data, CIFAR10)
+    assert data.root == Path.cwd() / "data"
+
+
+def test_digits_load():
+    data = instantiate(load("digits"))
+    data.setup()
+    assert len(data.train_dataloader()) == 40
+
+
+def test_digits_constants_in_conf_are_those_of_the_data():
+    conf = load("digits")
+    data = instantiate(conf)
+    images = torch.cat([data.split(name).images for name in ("train", "test")]) / 255
+    assert list(conf.mean) == [round(images.mean().item(), 4)]
+    assert list(conf["std"]) == [round(images.std(correction=0).item(), 4)]
+
+
+@needs_shared
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn"])
+def test_excerpts_load(name):
+    changes = {"test_from_train": 219} if name == "svhn" else {}
+    data = instantiate(load(name, root=str(SHARED), partial=True, **changes))
+    data.setup()
+    batch = next(iter(data.train_dataloader()))
+    assert batch.images.shape == (128, 3, 32, 32)
