@@ -1,0 +1,247 @@
+"""Find runs and read their records as data frames."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
+
+from robustdyn.errors import RecordError
+from robustdyn.records import schema
+from robustdyn.records.labels import SEED, Setup, distinguishing, flatten, format_value, labels
+from robustdyn.records.lines import parse_lines
+from robustdyn.records.writer import RECORDS
+
+CONFIG = Path(".hydra", "config.yaml")
+ALL_SEEDS = "all seeds"
+
+
+@dataclass(frozen=True)
+class Run(Setup):
+    """One run directory, and what it is called among its peers.
+
+    Attributes:
+        label: What tells the run from its peers (``method=awp seed=0``); the directory's name for a single
+        run. group: The label without the seed: runs of one group are repetitions of one another.
+    """
+
+    label: str
+    group: str
+
+
+def read_table(run_dir: str | os.PathLike[str], table: str) -> pd.DataFrame:
+    """One table of one run.
+
+    Args:
+        run_dir: The run directory.
+        table: Name of a table of ``records.schema``.
+
+    Returns:
+        One row per record in the order written, all columns of the schema in its order (null where not
+        recorded), then any column the schema does not know. Without a file, no rows. Of rows written twice
+        the last counts, with a warning; a half-written last line is left out, with a warning.
+
+    Raises:
+        RecordError: A line other than the last is broken; the message names file and line.
+        ValueError: There is no such table.
+    """
+    spec = schema.table(table)
+    path = Path(run_dir) / RECORDS / f"{spec.name}.jsonl"
+    rows = parse_lines(path) if path.is_file() else []
+    frame = pd.DataFrame(rows, columns=_columns(spec, rows))
+    for column in spec.columns:
+        frame[column.name] = _typed(frame[column.name], column, spec, path)
+    repeated = frame.duplicated(list(spec.key), keep="last")
+    if repeated.any():
+        warnings.warn(f"{path}: {int(repeated.sum())} rows written twice, the last one counts", stacklevel=2)
+        frame = frame[~repeated].reset_index(drop=True)
+    return frame
+
+
+def find_runs(paths: Iterable[str | os.PathLike[str]] | str | os.PathLike[str]) -> list[Run]:
+    """All runs at or below the given paths, in natural order of their paths, labelled by what differs.
+
+    Args:
+        paths: Run directories, or folders (a sweep's, say) to search. A run directory holds
+            ``.hydra/config.yaml``; nothing below it is searched.
+
+    Returns:
+        The runs, each once.
+
+    Raises:
+        RecordError: A path does not exist or has no run in it, or a configuration cannot be read.
+    """
+    given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    found: dict[Path, Setup] = {}
+    for path in map(Path, given):
+        if not path.exists():
+            raise RecordError(f"{path}: no such directory; give a run or sweep directory")
+        directories = _run_directories(path)
+        if not directories:
+            raise RecordError(
+                f"{path}: no run in it; a run directory holds {CONFIG.as_posix()}, as robustdyn-train writes it"
+            )
+        for directory in directories:
+            resolved = directory.resolve()
+            if resolved not in found:
+                found[resolved] = _setup(directory)
+    return label(list(found.values()))
+
+
+def label(setups: Sequence[Setup]) -> list[Run]:
+    """The same runs, named by what differs among just these."""
+    names = labels(setups)
+    groups = labels(setups, without=[SEED])
+    runs = []
+    for setup, name, group in zip(setups, names, groups, strict=True):
+        fallback = ALL_SEEDS if len(setups) > 1 and SEED in distinguishing(setups) else name
+        runs.append(
+            Run(
+                path=setup.path,
+                config=setup.config,
+                overrides=setup.overrides,
+                choices=setup.choices,
+                derived=setup.derived,
+                label=name,
+                group=group or fallback,
+            )
+        )
+    return runs
+
+
+def combine(runs: Sequence[Run], table: str) -> pd.DataFrame:
+    """The rows of all runs in one frame.
+
+    Args:
+        runs: Runs as ``find_runs`` returns them.
+        table: Name of a table of ``records.schema``.
+
+    Returns:
+        ``run`` and ``group`` (labels), one column per setting that tells the runs apart (named by its config
+        key; ``config.<key>`` where the table has a column of that name), then the table's columns.
+    """
+    spec = schema.table(table)
+    settings = {
+        f"config.{key}" if key in (*spec.names, "run", "group") else key: _uniform(values)
+        for key, values in distinguishing(runs).items()
+    }
+    frames = []
+    for i, run in enumerate(runs):
+        frame = read_table(run.path, table)
+        names = {"run": run.label, "group": run.group} | {key: values[i] for key, values in settings.items()}
+        head = pd.DataFrame({key: [value] * len(frame) for key, value in names.items()}, index=frame.index)
+        frames.append(pd.concat([head, frame], axis=1))
+    filled = [frame for frame in frames if not frame.empty]
+    return pd.concat(filled, ignore_index=True) if filled else frames[0]
+
+
+def _run_directories(path: Path) -> list[Path]:
+    """Run directories at or below ``path``, in natural order."""
+    if (path / CONFIG).is_file():
+        return [path]
+    found = []
+    for parent, folders, _ in os.walk(path):
+        if Path(parent, CONFIG).is_file():
+            found.append(Path(parent))
+            folders.clear()
+        folders[:] = [name for name in folders if not name.startswith(".")]
+    return sorted(found, key=_natural)
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    """Sort key in which 2 comes before 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", str(path))]
+
+
+def _setup(directory: Path) -> Setup:
+    """What the ``.hydra`` folder of a run says."""
+    config = _load_yaml(directory / CONFIG)
+    if not isinstance(config, DictConfig):
+        raise RecordError(
+            f"{directory / CONFIG}: not a configuration; restore the file or leave this run out"
+        )
+    hydra = directory / CONFIG.parent / "hydra.yaml"
+    overrides = directory / CONFIG.parent / "overrides.yaml"
+    typed = _plain(_load_yaml(overrides)) if overrides.is_file() else []
+    loaded = OmegaConf.select(_load_yaml(hydra), "hydra.runtime.choices") if hydra.is_file() else None
+    choices = _plain(loaded) if loaded is not None else {}
+    return Setup(
+        path=directory,
+        config=_plain(config),
+        overrides=tuple(str(item) for item in typed or []),
+        choices={str(group): str(choice) for group, choice in choices.items() if choice is not None},
+        derived=frozenset(_interpolated(config)),
+    )
+
+
+def _load_yaml(path: Path) -> DictConfig | ListConfig:
+    try:
+        return OmegaConf.load(path)
+    except (OSError, YAMLError, OmegaConfBaseException) as error:
+        reason = str(error).splitlines()[0]
+        raise RecordError(
+            f"{path}: cannot read ({reason}); restore the file or leave this run out"
+        ) from error
+
+
+def _plain(node: object) -> Any:
+    """A configuration as plain containers; what only Hydra can interpolate stays text."""
+    if isinstance(node, DictConfig):
+        return {str(key): _plain(_resolved(node, key)) for key in node}
+    if isinstance(node, ListConfig):
+        return [_plain(_resolved(node, i)) for i in range(len(node))]
+    return node
+
+
+def _resolved(node: DictConfig | ListConfig, key: Any) -> object:
+    try:
+        return node[key]
+    except OmegaConfBaseException:
+        raw = OmegaConf.to_container(node, resolve=False)
+        assert isinstance(raw, dict | list)
+        return raw[key]
+
+
+def _interpolated(config: DictConfig) -> list[str]:
+    """Dotted keys whose value is taken from elsewhere (``${seed}``): they differ when their source does."""
+    raw = OmegaConf.to_container(config, resolve=False)
+    assert isinstance(raw, dict)
+    named = {str(key): value for key, value in raw.items()}
+    return [key for key, value in flatten(named).items() if isinstance(value, str) and "${" in value]
+
+
+def _columns(spec: schema.Table, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The schema's columns, then those it does not know."""
+    return list(dict.fromkeys([*spec.names, *(key for row in rows for key in row)]))
+
+
+def _typed(values: pd.Series, column: schema.Column, spec: schema.Table, path: Path) -> pd.Series:
+    """A column in the type its schema says; integers with gaps as floats."""
+    try:
+        if column.name in spec.key and values.isna().any():
+            raise ValueError("null or absent in some rows")
+        if column.kind in ("int", "float"):
+            numbers = pd.to_numeric(values).astype("float64")
+            whole = column.kind == "int" and not numbers.isna().any()
+            return numbers.astype("int64") if whole else numbers
+        return values.astype("boolean" if column.kind == "bool" else "object")
+    except (TypeError, ValueError) as error:
+        raise RecordError(
+            f"{path}: column {column.name}: {error}; is the file from another program?"
+        ) from error
+
+
+def _uniform(values: list[object]) -> list[object]:
+    """Values of one type, so that a table of them can be stored: numbers, or else text."""
+    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+        return values
+    return [None if value is None else format_value(value) for value in values]

@@ -1,0 +1,422 @@
+"""The vocabulary of a run's records: every table and every column, once.
+
+Writers validate against it, readers take their column types from it, figures and tables take their labels and
+units from it. A label may carry one-letter subscripts written ``_x`` (``‖W‖²_F``); whoever shows it renders
+them.
+
+Errors are fractions in [0, 1] in records and per cent wherever people read them (``Column.shown``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["int", "float", "str", "bool"]
+Direction = Literal["lower", "higher"]
+
+PERCENT = "%"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a table.
+
+    Attributes:
+        name: The key in a record.
+        kind: Type of its values; any but a key column may also hold null.
+        unit: Unit of the recorded number; empty for a pure number, a name or a flag.
+        label: Short label for figures and tables for people.
+        meaning: One line that says what the number is.
+        better: Which direction is better, for a metric; ``None`` for everything else.
+        required: Whether every row must have the key (its value may be null).
+    """
+
+    name: str
+    kind: Kind
+    unit: str
+    label: str
+    meaning: str
+    better: Direction | None = None
+    required: bool = True
+
+    @property
+    def scale(self) -> float:
+        """Factor from the recorded number to the one people read (100 for fractions)."""
+        return 100.0 if self.unit == "fraction" else 1.0
+
+    @property
+    def shown_unit(self) -> str:
+        """Unit of the number people read."""
+        return PERCENT if self.unit == "fraction" else self.unit
+
+    @property
+    def shown(self) -> str:
+        """Label with the unit people read, for an axis or a table heading."""
+        return f"{self.label} ({self.shown_unit})" if self.shown_unit else self.label
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table of a run: what a row is, which columns make it unique, and its columns in order."""
+
+    name: str
+    row: str
+    key: tuple[str, ...]
+    columns: tuple[Column, ...]
+
+    def __getitem__(self, name: str) -> Column:
+        """The column called ``name``.
+
+        Raises:
+            KeyError: The table has no such column.
+        """
+        for column in self.columns:
+            if column.name == name:
+                return column
+        raise KeyError(f"table {self.name!r} has no column {name!r}")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all columns, in order."""
+        return tuple(column.name for column in self.columns)
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """Names of the columns that every row must have."""
+        return tuple(column.name for column in self.columns if column.required)
+
+
+_EPOCH = Column("epoch", "int", "", "epoch", "epoch the row belongs to, counted from 0")
+_STEP = Column("step", "int", "steps", "step", "optimiser steps taken when the row was written")
+_STEP_OPTIONAL = Column(_STEP.name, _STEP.kind, _STEP.unit, _STEP.label, _STEP.meaning, required=False)
+_SECONDS = Column("seconds", "float", "s", "wall time", "wall time that the row took to compute")
+
+_HOW = {
+    "train": "running average over the epoch's training batches, each taken before its own update "
+    "(as in the robust-overfitting study)",
+    "test": "over the test set with the weights at the end of the epoch",
+    "validation": "over the validation set with the weights at the end of the epoch",
+}
+_INPUTS = {"robust": "adversarial examples", "clean": "unperturbed images"}
+
+
+def _metrics(split: str, required: bool = True) -> Iterator[Column]:
+    """Loss and error on adversarial and unperturbed images of one split."""
+    for inputs, on in _INPUTS.items():
+        yield Column(
+            f"{split}_{inputs}_loss",
+            "float",
+            "nats",
+            f"{split} {inputs} loss",
+            f"mean cross-entropy on {on}, {_HOW[split]}",
+            "lower",
+            required,
+        )
+        yield Column(
+            f"{split}_{inputs}_error",
+            "float",
+            "fraction",
+            f"{split} {inputs} error",
+            f"share of {on} misclassified, {_HOW[split]}",
+            "lower",
+            required,
+        )
+
+
+EPOCHS = Table(
+    "epochs",
+    "one finished epoch",
+    ("epoch",),
+    (
+        _EPOCH,
+        _STEP,
+        Column("lr", "float", "", "learning rate η", "learning rate in force during the epoch's last step"),
+        *_metrics("train"),
+        *_metrics("test"),
+        *_metrics("validation", required=False),
+        Column(
+            "robust_loss_gap",
+            "float",
+            "nats",
+            "robust loss gap",
+            "test_robust_loss − train_robust_loss",
+            "lower",
+        ),
+        Column(
+            "robust_error_gap",
+            "float",
+            "fraction",
+            "robust error gap",
+            "test_robust_error − train_robust_error",
+            "lower",
+        ),
+        _SECONDS,
+    ),
+)
+
+WCI = Table(
+    "wci",
+    "one measured epoch",
+    ("epoch",),
+    (
+        _EPOCH,
+        _STEP,
+        Column(
+            "wci",
+            "float",
+            "",
+            "WCI",
+            "Weight-Curvature Index Σ_k sqrt(‖W_k‖²_F · Tr H_k) over weight matrices",
+            "lower",
+        ),
+        Column("wci_se", "float", "", "s.e. of WCI", "standard error of wci over probes and examples"),
+        Column(
+            "weight_norm_sq", "float", "", "‖W‖²_F", "sum of the weight matrices' squared Frobenius norms"
+        ),
+        Column("hessian_trace", "float", "", "Tr H", "sum of the weight matrices' Hessian-block traces"),
+        Column("hessian_trace_se", "float", "", "s.e. of Tr H", "standard error of hessian_trace"),
+        Column(
+            "hessian_trace_all",
+            "float",
+            "",
+            "Tr H, all tensors",
+            "Hessian trace over all parameter tensors, BatchNorm and biases included",
+        ),
+        Column(
+            "hessian_trace_all_se",
+            "float",
+            "",
+            "s.e. of Tr H, all tensors",
+            "standard error of hessian_trace_all",
+            required=False,
+        ),
+        Column(
+            "cauchy_schwarz_bound",
+            "float",
+            "",
+            "Cauchy–Schwarz bound",
+            "sqrt(Σ‖W_k‖²_F · Σ Tr H_k), traces ≤ 0 counted as 0: never below the WCI",
+        ),
+        Column(
+            "clamped_layers",
+            "int",
+            "layers",
+            "clamped layers",
+            "layers whose trace estimate was ≤ 0 and counted as 0",
+        ),
+        Column(
+            "hvps",
+            "int",
+            "passes",
+            "passes",
+            "cost: reverse passes over the examples, or Hessian products restricted to a layer",
+        ),
+        Column(
+            "examples", "int", "examples", "examples", "adversarial examples the measurement was taken on"
+        ),
+        Column(
+            "batchnorm", "str", "", "BatchNorm mode", "BatchNorm mode during the measurement: eval or train"
+        ),
+        Column("estimator", "str", "", "estimator", "how the layer traces were estimated"),
+        _SECONDS,
+    ),
+)
+
+LAYERS = Table(
+    "layers",
+    "one weight matrix at one measured epoch",
+    ("epoch", "layer"),
+    (
+        _EPOCH,
+        _STEP_OPTIONAL,
+        Column("layer", "str", "", "layer", "name of the weight tensor in the model"),
+        Column("numel", "int", "weights", "weights", "number of weights in the tensor"),
+        Column("weight_norm_sq", "float", "", "‖W_k‖²_F", "squared Frobenius norm of the tensor"),
+        Column("hessian_trace", "float", "", "Tr H_k", "trace of the Hessian block of the tensor"),
+        Column("hessian_trace_se", "float", "", "s.e. of Tr H_k", "standard error of hessian_trace"),
+        Column(
+            "wci_term",
+            "float",
+            "",
+            "layer's WCI term",
+            "sqrt(‖W_k‖²_F · Tr H_k), the tensor's share of the WCI",
+        ),
+        Column(
+            "optimal_variance",
+            "float",
+            "",
+            "optimal σ²_k",
+            "posterior variance of the tensor that minimises the bound at β = 1",
+        ),
+    ),
+)
+
+SPECTRUM = Table(
+    "spectrum",
+    "one tracked direction at one measured epoch",
+    ("epoch", "index"),
+    (
+        _EPOCH,
+        _STEP_OPTIONAL,
+        Column("index", "int", "", "direction i", "rank of the direction, 0 for the leading one"),
+        Column(
+            "hessian_eigenvalue",
+            "float",
+            "",
+            "Hessian eigenvalue λ_i",
+            "eigenvalue of the Hessian, adversarial examples held fixed",
+        ),
+        Column(
+            "residual",
+            "float",
+            "",
+            "residual of λ_i",
+            "‖H u_i − λ_i u_i‖: distance of λ_i from an exact eigenvalue is at most this",
+        ),
+        Column(
+            "gradient_noise",
+            "float",
+            "",
+            "gradient noise γ_i",
+            "u_iᵀ C u_i, variance of the mini-batch gradient along u_i",
+        ),
+        Column(
+            "gradient_noise_se",
+            "float",
+            "",
+            "s.e. of γ_i",
+            "standard error of gradient_noise over examples or batches",
+        ),
+        Column(
+            "noise_eigenvalue",
+            "float",
+            "",
+            "noise eigenvalue",
+            "the i-th largest eigenvalue of the gradient covariance C itself",
+        ),
+        Column(
+            "posterior_variance_stationary",
+            "float",
+            "",
+            "stationary σ²_i",
+            "variance along u_i that momentum SGD settles to at the present learning rate",
+        ),
+        Column(
+            "stable", "bool", "", "stable", "whether a stationary law exists along u_i: 0 < ηλ < 2(1 + μ)"
+        ),
+        Column(
+            "posterior_variance",
+            "float",
+            "",
+            "σ²_i",
+            "variance along u_i at this time, propagated through the run's schedule",
+            required=False,
+        ),
+        Column("posterior_mean", "float", "", "m_i", "mean offset along u_i at this time", required=False),
+        Column("curvature_term", "float", "", "λ_i σ²_i", "the direction's share of Σ λσ²"),
+        Column("log_variance_term", "float", "nats", "−ln σ²_i", "the direction's share of −Σ ln σ²"),
+    ),
+)
+
+ALIGNMENT = Table(
+    "alignment",
+    "one measured epoch",
+    ("epoch",),
+    (
+        _EPOCH,
+        _STEP_OPTIONAL,
+        Column(
+            "tracked_directions",
+            "int",
+            "directions",
+            "tracked directions",
+            "number of directions k the alignment is over",
+            required=False,
+        ),
+        Column(
+            "commutator",
+            "float",
+            "",
+            "relative commutator",
+            "‖HC − CH‖ relative to the size of the products, 0 when H and C commute",
+        ),
+        Column(
+            "subspace_overlap",
+            "float",
+            "",
+            "subspace overlap",
+            "overlap of the leading subspaces of H and C, 1 when they agree",
+        ),
+        Column(
+            "total_correlation",
+            "float",
+            "nats",
+            "total correlation",
+            "½(Σ ln Σ_ii − ln det Σ) in H's eigenbasis: what non-commutation costs the bound",
+        ),
+    ),
+)
+
+BOUNDS = Table(
+    "bounds",
+    "one measured epoch",
+    ("epoch",),
+    (
+        _EPOCH,
+        _STEP,
+        Column(
+            "tracked_directions",
+            "int",
+            "directions",
+            "tracked directions",
+            "number of leading Hessian directions k tracked",
+        ),
+        Column(
+            "unstable_directions",
+            "int",
+            "directions",
+            "unstable directions",
+            "tracked directions without a stationary law, left out of the terms",
+        ),
+        Column(
+            "curvature_term_top_k",
+            "float",
+            "",
+            "Σ λσ²",
+            "Σ λ_i σ²_i over the tracked top k directions only",
+            "lower",
+        ),
+        Column(
+            "log_variance_term_top_k",
+            "float",
+            "nats",
+            "−Σ ln σ²",
+            "−Σ ln σ²_i over the tracked top k directions only",
+            "lower",
+        ),
+        Column(
+            "dominant_terms_top_k",
+            "float",
+            "",
+            "Σ λσ² − Σ ln σ²",
+            "sum of the two dominant terms over the tracked top k directions only: not the bound of the "
+            "whole model",
+            "lower",
+        ),
+    ),
+)
+
+TABLES: dict[str, Table] = {t.name: t for t in (EPOCHS, WCI, LAYERS, SPECTRUM, ALIGNMENT, BOUNDS)}
+
+
+def table(name: str) -> Table:
+    """The table called ``name``.
+
+    Raises:
+        ValueError: There is no such table; the message lists the known ones.
+    """
+    if name not in TABLES:
+        raise ValueError(f"unknown table {name!r}: known are {', '.join(TABLES)}")
+    return TABLES[name]

@@ -1,0 +1,256 @@
+"""Write a run's records: one JSON line per fact, in ``records/<table>.jsonl`` of the run directory.
+
+In a run with several processes only the first one writes. Rows are handed to the operating system at once, so
+a killed process loses none. They are *not* forced to the disk row by row (a measurement writes dozens of
+rows, and on a cluster's file system each ``fsync`` can take tens of milliseconds): call ``sync`` once before
+a checkpoint is saved and no checkpoint is ever ahead of its records, even when the machine itself goes down.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from robustdyn.errors import RecordError
+from robustdyn.records import schema
+from robustdyn.records.lines import decode, parse_lines
+
+RECORDS = "records"
+SUMMARY = "summary.json"
+_TYPES: dict[schema.Kind, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (int, float),
+    "str": (str,),
+    "bool": (bool,),
+}
+
+
+class RunRecords:
+    """The records of one run directory.
+
+    Args:
+        run_dir: The run directory; ``records/`` in it is made when the first row is written.
+    """
+
+    def __init__(self, run_dir: str | os.PathLike[str]) -> None:
+        self.run_dir = Path(run_dir)
+        self._whole: set[str] = set()  # tables whose last line is known to be whole
+
+    def path(self, table: str) -> Path:
+        """File that holds ``table``."""
+        return self.run_dir / RECORDS / f"{schema.table(table).name}.jsonl"
+
+    def append(self, table: str, row: Mapping[str, object]) -> None:
+        """Append one row; see ``extend``."""
+        self.extend(table, [row])
+
+    def extend(self, table: str, rows: Iterable[Mapping[str, object]]) -> None:
+        """Append rows and flush them.
+
+        NumPy and torch scalars are taken as numbers; NaN and infinities become null.
+
+        Raises:
+            ValueError: A row lacks a required column, has an unknown one, or has a value of the wrong kind.
+            RecordError: The file cannot be written, or cannot be read to mend its last line.
+        """
+        spec = schema.table(table)
+        lines = "".join(_encode(spec, row) + "\n" for row in rows)
+        path = self.path(table)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if table not in self._whole:
+                _mend_last_line(path)
+                self._whole.add(table)
+            with path.open("ab") as file:
+                file.write(lines.encode())
+        except RecordError:
+            raise
+        except OSError as error:
+            raise _unwritable(path, error) from error
+
+    def truncate(self, from_epoch: int) -> None:
+        """Drop the rows of ``from_epoch`` and later from every table, and mend a half-written last line.
+
+        Call it when a run resumes at ``from_epoch``. Each file is replaced in one atomic step; doing it twice
+        changes nothing.
+
+        Raises:
+            RecordError: A line other than the last is broken; the message names file and line.
+        """
+        for name in schema.TABLES:
+            path = self.path(name)
+            if path.is_file():
+                rows = parse_lines(path)
+                kept = [row for row in rows if row["epoch"] < from_epoch]
+                _replace(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+                self._whole.add(name)
+
+    def sync(self) -> None:
+        """Force all rows written so far to the disk."""
+        for name in schema.TABLES:
+            if self.path(name).is_file():
+                with self.path(name).open("rb") as file:
+                    os.fsync(file.fileno())
+
+    def write_summary(self, summary: Mapping[str, object]) -> Path:
+        """Write ``summary.json`` in one atomic step; NaN and infinities become null.
+
+        Returns:
+            The file written.
+        """
+        path = self.run_dir / SUMMARY
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        _replace(path, json.dumps(plain(summary), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        return path
+
+
+def plain(value: object) -> Any:
+    """``value`` as JSON can hold it: scalars of any array library unwrapped, non-finite numbers as ``None``.
+
+    Raises:
+        ValueError: The value is neither a scalar, text, mapping nor sequence of these.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    item = getattr(value, "item", None)
+    if callable(item):
+        try:
+            value = item()
+        except (ValueError, RuntimeError, TypeError) as error:
+            raise ValueError("an array of several numbers is not a scalar") from error
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    raise ValueError(f"{type(value).__name__} cannot be recorded")
+
+
+def summarise(epochs: pd.DataFrame) -> dict[str, object]:
+    """What ``summary.json`` says of a run.
+
+    Args:
+        epochs: The run's ``epochs`` table, one row per epoch.
+
+    Returns:
+        ``final`` (the last row), ``best_on_test`` (the row of lowest test robust error: selected on test, as
+        the papers report it), ``best_on_validation`` (where a validation split was recorded),
+        ``min_test_robust_loss`` with ``epoch`` and ``value``, and ``robust_loss_rise`` (final − minimum). A
+        row is ``None`` where its selecting column holds no number.
+
+    Raises:
+        ValueError: The table has no rows.
+    """
+    if epochs.empty:
+        raise ValueError("a run without a finished epoch has no summary")
+    ordered = epochs.sort_values("epoch", kind="stable").reset_index(drop=True)
+    lowest = _lowest(ordered, "test_robust_loss")
+    final = _row(ordered, len(ordered) - 1)
+    summary: dict[str, object] = {
+        "final": final,
+        "best_on_test": _row(ordered, _lowest(ordered, "test_robust_error")),
+    }
+    validation = _lowest(ordered, "validation_robust_error")
+    if validation is not None:
+        summary["best_on_validation"] = _row(ordered, validation)
+    minimum = None if lowest is None else float(ordered["test_robust_loss"].iloc[lowest])
+    last = ordered["test_robust_loss"].iloc[-1]
+    summary["min_test_robust_loss"] = {
+        "epoch": None if lowest is None else int(ordered["epoch"].iloc[lowest]),
+        "value": minimum,
+    }
+    summary["robust_loss_rise"] = None if minimum is None else plain(float(last) - minimum)
+    return summary
+
+
+def _lowest(frame: pd.DataFrame, column: str) -> int | None:
+    """Position of the first row with the smallest value of ``column``."""
+    if column not in frame or frame[column].isna().all():
+        return None
+    return int(frame[column].astype(float).argmin())
+
+
+def _row(frame: pd.DataFrame, position: int | None) -> dict[str, object] | None:
+    """One row as plain values, without the optional columns that hold nothing."""
+    if position is None:
+        return None
+    optional = {c.name for c in schema.EPOCHS.columns if not c.required}
+    return {
+        str(name): plain(None if pd.isna(series.iloc[position]) else series.iloc[position])
+        for name, series in frame.items()
+        if not (name in optional and series.isna().all())
+    }
+
+
+def _encode(spec: schema.Table, row: Mapping[str, object]) -> str:
+    """One JSON line, columns in the schema's order."""
+    unknown = [name for name in row if name not in spec.names]
+    missing = [name for name in spec.required if name not in row]
+    if unknown or missing:
+        faults = [
+            f"{what} {', '.join(names)}"
+            for what, names in (("unknown", unknown), ("missing", missing))
+            if names
+        ]
+        raise ValueError(
+            f"row of table {spec.name!r}: {'; '.join(faults)} (columns are declared in records/schema.py)"
+        )
+    values = {c.name: _value(spec, c, row[c.name]) for c in spec.columns if c.name in row}
+    return json.dumps(values, ensure_ascii=False, allow_nan=False)
+
+
+def _value(spec: schema.Table, column: schema.Column, value: object) -> object:
+    """One value, checked against its column."""
+    where = f"row of table {spec.name!r}, column {column.name!r}"
+    try:
+        value = plain(value)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    if value is None:
+        if column.name in spec.key:
+            raise ValueError(f"{where}: a key column cannot be null")
+        return None
+    if column.kind == "int" and isinstance(value, float) and value.is_integer():
+        return int(value)
+    expected = _TYPES[column.kind]
+    is_stray_bool = isinstance(value, bool) and column.kind != "bool"
+    if is_stray_bool or not isinstance(value, expected):
+        raise ValueError(f"{where}: {value!r} is not of kind {column.kind}")
+    return float(value) if column.kind == "float" and isinstance(value, int) else value
+
+
+def _mend_last_line(path: Path) -> None:
+    """Drop a half-written last line, or end a whole one that only lacks its newline."""
+    if not path.is_file():
+        return
+    content = path.read_bytes()
+    if not content or content.endswith(b"\n"):
+        return
+    head, _, tail = content.rpartition(b"\n")
+    kept = tail + b"\n" if decode(tail) is not None else b""
+    _replace(path, ((head + b"\n" if head else b"") + kept).decode())
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` in one atomic step."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> RecordError:
+    return RecordError(f"{path}: cannot write ({error.strerror}); free space or pick another run directory")
