@@ -1,0 +1,44 @@
+"""Curvature and gradient noise of any ``torch.nn.Module``: linear operators and the solvers on them.
+
+The room knows torch only. Five lines measure a model on fixed (already adversarial) examples:
+
+    risk = EmpiricalRisk(model.eval(), inputs, targets, chunk_size=128)
+    generator = torch.Generator().manual_seed(0)
+    top = lanczos(Hessian(risk), 5, which="largest", tol=1e-3, max_products=100, generator=generator)
+    noise = projected_covariance(risk, top.eigenvectors)
+    print(top.eigenvalues, top.residuals, noise.variances, noise.standard_errors)
+
+Every result is frozen and carries its own doubt (standard errors or residuals) and its cost (products,
+seconds).
+"""
+
+from robustdyn.curvature.empirical_risk import EmpiricalRisk, cross_entropy
+from robustdyn.curvature.gradient_covariance import (
+    GradientCovariance,
+    ProjectedCovariance,
+    gradient_projections,
+    projected_covariance,
+)
+from robustdyn.curvature.hessian import Hessian
+from robustdyn.curvature.lanczos import EigenResult, eigen_residuals, lanczos
+from robustdyn.curvature.layer_traces import LayerTraces, layer_traces
+from robustdyn.curvature.operators import LinearOperator
+from robustdyn.curvature.traces import TraceResult, hutchinson_trace
+
+__all__ = [
+    "EigenResult",
+    "EmpiricalRisk",
+    "GradientCovariance",
+    "Hessian",
+    "LayerTraces",
+    "LinearOperator",
+    "ProjectedCovariance",
+    "TraceResult",
+    "cross_entropy",
+    "eigen_residuals",
+    "gradient_projections",
+    "hutchinson_trace",
+    "lanczos",
+    "layer_traces",
+    "projected_covariance",
+]

@@ -1,0 +1,198 @@
+"""Hessian-block traces, one for each parameter tensor."""
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from robustdyn.curvature.empirical_risk import BatchNormMode, EmpiricalRisk, gradients
+from robustdyn.curvature.gauss_newton import (
+    exact_squared_norms,
+    identity_obstacle,
+    number_of_classes,
+    sampled_squared_norms,
+)
+from robustdyn.curvature.probes import rademacher
+
+Method = Literal["auto", "gauss_newton", "hutchinson"]
+Estimator = Literal["gauss_newton_exact", "gauss_newton_sampled", "hutchinson"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerTraces:
+    """Tr(H_kk) for L parameter tensors, float64 on the CPU.
+
+    Attributes:
+        names: The L tensors, in the order of θ.
+        traces: (L,). The Gauss-Newton estimators cannot be negative; Hutchinson's can, and is left as it came
+            out.
+        standard_errors: (L,). Gauss-Newton: over examples, seen as a sample of a population; when sampled,
+            the per-example values contain the probes' noise, so the same spread covers both. Hutchinson: over
+            probes only, for the given examples.
+        per_example: (m, L), whose mean over examples is ``traces``; None for Hutchinson.
+        estimator: Which estimator made the numbers.
+        reason: Why that one.
+        batchnorm: The statistics BatchNorm used; with batch statistics the traces are another quantity.
+        products: Reverse passes over the examples: K exactly, ``probes`` sampled; for Hutchinson the
+            layer-restricted Hessian products, probes · L.
+        seconds: Wall time, checks included.
+    """
+
+    names: tuple[str, ...]
+    traces: Tensor
+    standard_errors: Tensor
+    per_example: Tensor | None
+    estimator: Estimator
+    reason: str
+    batchnorm: BatchNormMode
+    products: int
+    seconds: float
+
+
+def layer_traces(
+    risk: EmpiricalRisk,
+    *,
+    method: Method,
+    probes: int,
+    exact_classes_up_to: int,
+    generator: torch.Generator,
+    weights_only: bool,
+) -> LayerTraces:
+    """The trace of every diagonal block of the Hessian, by the best estimator that is valid.
+
+    The Gauss-Newton route (:mod:`robustdyn.curvature.gauss_newton`) is exact for piecewise linear networks
+    under cross-entropy, and its conditions are checked. Otherwise Hutchinson's estimator is applied to one
+    block at a time. The shortcut v_kᵀ(Hv)_k from whole-model products is not offered: its noise,
+    Σ_{j≠k}‖H_kj‖_F², is 1 to 12 times the trace per probe.
+
+    Args:
+        risk: The risk.
+        method: ``"auto"``, or one route whatever the cost. ``"gauss_newton"`` is refused where it is not
+            exact.
+        probes: Random vectors for the sampled and Hutchinson estimators (at least two for Hutchinson).
+        exact_classes_up_to: With at most this many classes the Gauss-Newton route is exact, one reverse pass
+            for each class; with more it is sampled.
+        generator: Source of all randomness.
+        weights_only: Measure tensors with two or more dimensions only: convolution kernels and linear
+            weights.
+
+    Raises:
+        ValueError: If the method is unknown, the Gauss-Newton route is demanded but not valid, probes are too
+            few, or no tensor is left to measure.
+    """
+    began = time.perf_counter()
+    if method not in ("auto", "gauss_newton", "hutchinson"):
+        raise ValueError(f"method must be 'auto', 'gauss_newton' or 'hutchinson', not {method!r}")
+    names = tuple(n for n in risk.names if len(risk.shapes[n]) >= 2 or not weights_only)
+    if not names:
+        raise ValueError(
+            "weights_only leaves no tensor: the risk measures no convolution kernel or linear weight"
+        )
+
+    reason = "requested"
+    if method != "hutchinson":
+        obstacle = identity_obstacle(risk, names, generator)
+        if obstacle is None:
+            return _gauss_newton(risk, names, probes, exact_classes_up_to, generator, began)
+        if method == "gauss_newton":
+            raise ValueError(
+                f"method='gauss_newton' is not exact here: {obstacle}; use 'auto' or 'hutchinson'"
+            )
+        reason = f"the Gauss-Newton identity does not hold: {obstacle}"
+        _log.warning("layer traces by Hutchinson's estimator: %s", reason)
+    return _hutchinson(risk, names, probes, generator, reason, began)
+
+
+def _gauss_newton(
+    risk: EmpiricalRisk,
+    names: tuple[str, ...],
+    probes: int,
+    exact_classes_up_to: int,
+    generator: torch.Generator,
+    began: float,
+) -> LayerTraces:
+    classes = number_of_classes(risk)
+    estimator: Estimator
+    if classes <= exact_classes_up_to:
+        estimator = "gauss_newton_exact"
+        per_example, products = exact_squared_norms(risk, names)
+        reason = f"the identity holds and {classes} classes are at most {exact_classes_up_to}"
+    else:
+        if probes < 1:
+            raise ValueError(f"probes must be positive to sample {classes} classes, not {probes}")
+        estimator = "gauss_newton_sampled"
+        per_example, products = sampled_squared_norms(risk, names, probes, generator)
+        reason = f"the identity holds and {classes} classes are more than {exact_classes_up_to}"
+    # One example has no spread: its standard error is nan, which says so.
+    return LayerTraces(
+        names=names,
+        traces=per_example.mean(dim=0),
+        standard_errors=_spread(per_example),
+        per_example=per_example,
+        estimator=estimator,
+        reason=reason,
+        batchnorm=risk.batchnorm,
+        products=products,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _hutchinson(
+    risk: EmpiricalRisk,
+    names: tuple[str, ...],
+    probes: int,
+    generator: torch.Generator,
+    reason: str,
+    began: float,
+) -> LayerTraces:
+    """v_kᵀ H_kk v_k with the probe restricted to one tensor; the gradient's graph is kept for all of them.
+
+    Each chunk gets its own probes: unbiased all the same, and usually less noisy than shared ones. The random
+    numbers therefore depend on ``chunk_size``.
+    """
+    if probes < 2:
+        raise ValueError(f"probes must be at least 2 to have a standard error, not {probes}")
+    samples = torch.zeros(probes, len(names), dtype=torch.float64)
+    with risk.guard():
+        leaves = risk.leaves()
+        weights = tuple(leaves[name] for name in names)
+        for inputs, targets in risk.chunks():
+            loss = risk.losses(leaves, inputs, targets).sum()
+            slopes = gradients(loss, weights, differentiable=True)
+            for column, (slope, weight) in enumerate(zip(slopes, weights, strict=True)):
+                for probe in range(probes):
+                    samples[probe, column] += _block_form(slope, weight, generator)
+    samples /= risk.examples
+    return LayerTraces(
+        names=names,
+        traces=samples.mean(dim=0),
+        standard_errors=_spread(samples),
+        per_example=None,
+        estimator="hutchinson",
+        reason=reason,
+        batchnorm=risk.batchnorm,
+        products=probes * len(names),
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _block_form(slope: Tensor, weight: Tensor, generator: torch.Generator) -> float:
+    """vᵀ H_kk v for one random sign vector v, from the differentiable gradient of the block."""
+    probe = rademacher(tuple(weight.shape), generator, weight.dtype, weight.device)
+    if not slope.requires_grad:
+        return 0.0
+    (product,) = torch.autograd.grad(
+        slope, weight, probe, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+    return float((product * probe).double().sum())
+
+
+def _spread(samples: Tensor) -> Tensor:
+    """Standard error of the mean over the first dimension."""
+    error: Tensor = samples.std(dim=0) / len(samples) ** 0.5
+    return error

@@ -1,0 +1,27 @@
+"""Random vectors, drawn from the caller's generator only."""
+
+import torch
+from torch import Tensor
+
+
+def gaussian(
+    shape: tuple[int, ...], generator: torch.Generator, like: torch.dtype, to: torch.device
+) -> Tensor:
+    """Independent standard normal numbers.
+
+    Args:
+        shape: Shape of the result.
+        generator: Source of randomness; numbers are drawn on its device, so a CPU generator gives the same
+            numbers whatever the target device.
+        like: Precision of the result.
+        to: Device of the result.
+    """
+    return torch.randn(shape, generator=generator, device=generator.device, dtype=like).to(to)
+
+
+def rademacher(
+    shape: tuple[int, ...], generator: torch.Generator, like: torch.dtype, to: torch.device
+) -> Tensor:
+    """Independent random signs ±1; arguments as :func:`gaussian`."""
+    bits = torch.randint(2, shape, generator=generator, device=generator.device, dtype=torch.int8)
+    return (2 * bits - 1).to(device=to, dtype=like)

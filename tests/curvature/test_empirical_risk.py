@@ -1,0 +1,199 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+from robustdyn.curvature import (
+    EmpiricalRisk,
+    GradientCovariance,
+    Hessian,
+    cross_entropy,
+    hutchinson_trace,
+    lanczos,
+    layer_traces,
+    projected_covariance,
+)
+from tests.cases import CASES
+from tests.curvature.reference import (
+    SMOOTH,
+    dense_gradients,
+    flat,
+    generator,
+    per_example_losses,
+    random,
+    risk_of,
+)
+from tests.tolerances import EXACT64, FD
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=lambda c: c.name)
+def test_value_and_gradient(case):
+    risk = risk_of(case)
+    assert risk.value() == pytest.approx(per_example_losses(risk, flat(risk)).mean().item(), rel=1e-12)
+    assert_close(risk.gradient(), dense_gradients(risk).mean(dim=0), **EXACT64)
+
+
+@pytest.mark.parametrize("case", SMOOTH, ids=lambda c: c.name)
+def test_gradient_is_the_slope_of_value(case):
+    risk = risk_of(case)
+    theta, direction, step = risk.theta(), random(risk.numel), 1e-5
+    slope = (risk.value(theta + step * direction) - risk.value(theta - step * direction)) / (2 * step)
+    assert slope == pytest.approx((risk.gradient(theta) @ direction).item(), rel=FD["rtol"], abs=FD["atol"])
+
+
+def test_theta_is_named_parameters_in_order():
+    risk = risk_of(CASES["preact"])
+    assert risk.names == tuple(name for name, _ in risk.model.named_parameters())
+    assert torch.equal(risk.theta(), flat(risk))
+    parts = risk.split(risk.theta())
+    for name, parameter in risk.model.named_parameters():
+        assert torch.equal(parts[name], parameter)
+        assert torch.equal(risk.theta()[risk.blocks[name]], parameter.reshape(-1))
+    with pytest.raises(ValueError, match="shape"):
+        risk.split(torch.zeros(risk.numel + 1))
+
+
+def test_parameter_filters():
+    model, inputs, targets = CASES["preact"].problem()
+    matrices = EmpiricalRisk(model, inputs, targets, parameters=lambda name, p: p.dim() >= 2)
+    assert set(matrices.names) == {n for n, p in model.named_parameters() if p.dim() >= 2}
+    one = EmpiricalRisk(model, inputs, targets, parameters=["linear.bias"])
+    assert one.names == ("linear.bias",)
+    full = EmpiricalRisk(model, inputs, targets)
+    assert_close(one.gradient(), full.gradient()[full.blocks["linear.bias"]], **EXACT64)
+    model.conv1.requires_grad_(False)
+    assert "conv1.weight" not in EmpiricalRisk(model, inputs, targets).names
+    with pytest.raises(ValueError, match="no 'missing'"):
+        EmpiricalRisk(model, inputs, targets, parameters=["missing"])
+    with pytest.raises(ValueError, match="no tensor is chosen"):
+        EmpiricalRisk(model, inputs, targets, parameters=lambda name, p: False)
+
+
+def test_train_batchnorm_uses_batch_statistics():
+    model, inputs, targets = CASES["preact"].problem()
+    risk = EmpiricalRisk(model, inputs, targets, batchnorm="train")
+    reference = copy.deepcopy(model).train()
+    loss = F.cross_entropy(reference(inputs), targets)
+    loss.backward()
+    assert risk.value() == pytest.approx(loss.item(), rel=1e-12)
+    assert_close(risk.gradient(), torch.cat([p.grad.reshape(-1) for p in reference.parameters()]), **EXACT64)
+    assert abs(risk.value() - EmpiricalRisk(model, inputs, targets).value()) > 1e-3
+
+
+def _measure_everything(risk: EmpiricalRisk) -> None:
+    hessian, g = Hessian(risk), generator()
+    risk.value()
+    risk.gradient()
+    vectors = lanczos(hessian, 2, which="largest", tol=1e-2, max_products=9, generator=g).eigenvectors
+    hutchinson_trace(hessian, 2, g)
+    settings = {"probes": 2, "exact_classes_up_to": 10, "generator": g, "weights_only": False}
+    layer_traces(risk, method="hutchinson", **settings)
+    if risk.batchnorm == "eval":
+        layer_traces(risk, method="gauss_newton", **settings)
+        _ = GradientCovariance(risk) @ vectors[:, 0]
+        projected_covariance(risk, vectors)
+
+
+@pytest.mark.parametrize("batchnorm", ["eval", "train"])
+@pytest.mark.parametrize("training", [True, False])
+def test_measuring_leaves_no_trace(batchnorm, training):
+    model, inputs, targets = CASES["preact"].problem()
+    model.train(training)
+    model.block.bn2.train(not training)
+    model.linear.bias.requires_grad_(False)
+    F.cross_entropy(model(inputs), targets).backward()
+    state = copy.deepcopy(model.state_dict())
+    grads = {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+    needs = {n: p.requires_grad for n, p in model.named_parameters()}
+    flags = {n: m.training for n, m in model.named_modules()}
+    hooks = {n: len(m._forward_hooks) for n, m in model.named_modules()}
+    rng = torch.get_rng_state()
+    frozen_inputs = inputs.clone()
+
+    with torch.no_grad():  # as in a validation hook: measuring must switch gradients on for itself
+        risk = EmpiricalRisk(model, inputs, targets, batchnorm=batchnorm)
+        _measure_everything(risk)
+        assert not torch.is_grad_enabled()
+
+    after = model.state_dict()
+    assert after.keys() == state.keys()
+    assert all(torch.equal(after[key], state[key]) for key in state)
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is None) == (grads[name] is None)
+        assert grads[name] is None or torch.equal(parameter.grad, grads[name])
+        assert parameter.requires_grad == needs[name]
+    assert {n: m.training for n, m in model.named_modules()} == flags
+    assert {n: len(m._forward_hooks) for n, m in model.named_modules()} == hooks
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert torch.equal(inputs, frozen_inputs)
+    assert not inputs.requires_grad
+
+
+def test_guard_restores_after_an_error():
+    model, inputs, targets = CASES["norm_mlp"].problem()
+    model.train()
+    risk = EmpiricalRisk(model, inputs, targets)
+    rng = torch.get_rng_state()
+
+    def fail_inside() -> None:
+        with risk.guard():
+            assert not model[1].training
+            torch.rand(3)
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail_inside()
+    assert all(module.training for module in model.modules())
+    assert torch.equal(torch.get_rng_state(), rng)
+
+
+def test_autocast_and_inference_mode_do_not_matter():
+    model, inputs, targets = CASES["norm_mlp"].problem()
+    model, inputs = model.float(), inputs.float()
+    plain = EmpiricalRisk(model, inputs, targets).gradient()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(EmpiricalRisk(model, inputs, targets).gradient(), plain)
+    with torch.inference_mode():
+        made_inside = inputs.clone()
+        assert torch.equal(EmpiricalRisk(model, made_inside, targets).gradient(), plain)
+
+
+def test_refusals():
+    model, inputs, targets = CASES["norm_mlp"].problem()
+    with pytest.raises(ValueError, match="one chunk"):
+        EmpiricalRisk(model, inputs, targets, chunk_size=3, batchnorm="train")
+    with pytest.raises(ValueError, match="batchnorm must be"):
+        EmpiricalRisk(model, inputs, targets, batchnorm="frozen")
+    with pytest.raises(ValueError, match="first dimension"):
+        EmpiricalRisk(model, inputs, targets[:-1])
+    with pytest.raises(ValueError, match="at least one example"):
+        EmpiricalRisk(model, inputs[:0], targets[:0])
+    with pytest.raises(ValueError, match="chunk_size"):
+        EmpiricalRisk(model, inputs, targets, chunk_size=0)
+    with pytest.raises(ValueError, match="reduction='none'"):
+        EmpiricalRisk(model, inputs, targets, loss=F.cross_entropy)
+    with pytest.raises(ValueError, match="not finite"):
+        EmpiricalRisk(model, inputs * float("inf"), targets)
+    with pytest.raises(ValueError, match=r"model\.float"):
+        EmpiricalRisk(copy.deepcopy(model).bfloat16(), inputs, targets)
+    untracked = nn.Sequential(nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 3)).double()
+    with pytest.raises(ValueError, match="keeps none"):
+        EmpiricalRisk(untracked, inputs, targets)
+
+
+def test_a_dropout_left_on_is_refused_by_name():
+    model = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5)).double()
+    inputs, targets = random(6, 4), torch.zeros(6, dtype=torch.long)
+    rng = torch.get_rng_state()
+    with pytest.raises(ValueError, match=r"Dropout is on in '1'.*model\.eval\(\)"):
+        EmpiricalRisk(model, inputs, targets)
+    assert torch.equal(torch.get_rng_state(), rng)
+    EmpiricalRisk(model.eval(), inputs, targets)
+
+
+def test_cross_entropy_is_per_example():
+    logits, targets = random(5, 3), torch.tensor([0, 1, 2, 0, 1])
+    assert_close(cross_entropy(logits, targets), -logits.log_softmax(dim=1)[torch.arange(5), targets])

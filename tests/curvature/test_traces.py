@@ -1,0 +1,326 @@
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+from robustdyn.curvature import EmpiricalRisk, Hessian, LayerTraces, hutchinson_trace, layer_traces
+from tests.cases import CASES, PreActNet
+from tests.curvature.reference import PIECEWISE_LINEAR, dense_hessian, generator, random, risk_of
+from tests.tolerances import EXACT64, MC_SIGMAS
+
+SEEDS = (0, 1, 2)
+
+
+def traces_of(risk: EmpiricalRisk, **changes: object) -> LayerTraces:
+    settings = {
+        "method": "auto",
+        "probes": 4,
+        "exact_classes_up_to": 10,
+        "generator": generator(),
+        "weights_only": False,
+    }
+    return layer_traces(risk, **{**settings, **changes})
+
+
+def dense_traces(risk: EmpiricalRisk, names: tuple[str, ...]) -> torch.Tensor:
+    diagonal = dense_hessian(risk).diagonal()
+    return torch.stack([diagonal[risk.blocks[name]].sum() for name in names])
+
+
+def image_risk(model: nn.Module, **changes: object) -> EmpiricalRisk:
+    targets = torch.tensor([0, 1, 2, 0, 1])
+    return EmpiricalRisk(model.double().eval(), random(5, 2, 6, 6), targets, **changes)
+
+
+# ---------------------------------------------------------------------- whole trace
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_hutchinson_trace(seed):
+    risk = risk_of(CASES["tanh_mlp"])
+    result = hutchinson_trace(Hessian(risk), 64, generator(seed))
+    truth = dense_hessian(risk).trace().item()
+    assert abs(result.estimate - truth) < MC_SIGMAS * result.standard_error
+    assert (result.probes, result.products) == (64, 64)
+    assert result == pytest.approx(result)
+    again = hutchinson_trace(Hessian(risk), 64, generator(seed))
+    assert (again.estimate, again.standard_error) == (result.estimate, result.standard_error)
+
+
+def test_hutchinson_needs_two_probes():
+    with pytest.raises(ValueError, match="at least 2"):
+        hutchinson_trace(Hessian(risk_of(CASES["softmax"])), 1, generator())
+
+
+# ---------------------------------------------------------------------- Gauss-Newton route
+
+
+@pytest.mark.parametrize("case", PIECEWISE_LINEAR, ids=lambda c: c.name)
+def test_exact_layer_traces_are_the_hessians(case):
+    risk = risk_of(case)
+    result = traces_of(risk)
+    assert result.estimator == "gauss_newton_exact"
+    assert result.names == risk.names
+    assert_close(result.traces, dense_traces(risk, result.names), rtol=1e-9, atol=0.0)
+    assert_close(result.per_example.mean(dim=0), result.traces, **EXACT64)
+    assert_close(result.standard_errors, result.per_example.std(dim=0) / case.examples**0.5, **EXACT64)
+    assert result.products == case.classes
+    assert (result.traces >= 0).all()
+    assert result.batchnorm == "eval"
+
+
+def test_weights_only_names_kernels_and_matrices():
+    result = traces_of(risk_of(CASES["preact"]), weights_only=True)
+    expected = ("conv1", "block.conv1", "block.conv2", "block.shortcut.0", "linear")
+    assert result.names == tuple(f"{name}.weight" for name in expected)
+
+
+@pytest.mark.parametrize("name", ["preact", "norm_mlp"])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_sampled_layer_traces(name, seed):
+    risk = risk_of(CASES[name])
+    exact = traces_of(risk)
+    result = traces_of(risk, exact_classes_up_to=2, probes=400, generator=generator(seed))
+    assert result.estimator == "gauss_newton_sampled"
+    assert result.products == 400
+    # Given the examples, only the probes' noise is left: recover it by repetition.
+    repeats = torch.stack(
+        [
+            traces_of(risk, exact_classes_up_to=2, probes=20, generator=generator(100 * seed + r)).traces
+            for r in range(20)
+        ]
+    )
+    noise = repeats.std(dim=0) / 20**0.5
+    assert ((repeats.mean(dim=0) - exact.traces).abs() < MC_SIGMAS * noise).all()
+    assert ((result.traces - exact.traces).abs() < MC_SIGMAS * noise * 1.5).all()
+    # Over examples and probes together the standard error can only be larger than over examples, on average.
+    assert result.standard_errors.sum() > 0.5 * exact.standard_errors.sum()
+
+
+def test_sampled_numbers_do_not_depend_on_the_chunks():
+    model, inputs, targets = CASES["preact"].problem()
+    results = [
+        traces_of(EmpiricalRisk(model, inputs, targets, chunk_size=size), exact_classes_up_to=2)
+        for size in (None, 1, 2)
+    ]
+    for other in results[1:]:
+        assert_close(other.per_example, results[0].per_example, **EXACT64)
+
+
+def test_gram_and_direct_forms_agree(monkeypatch):
+    """Wide layers on small images take the Gram form, and small work spaces cut the examples."""
+    from robustdyn.curvature import example_gradients
+
+    model = nn.Sequential(
+        nn.Conv2d(2, 12, 3, padding=1, stride=2),
+        nn.ReLU(),
+        nn.Conv2d(12, 16, 3, padding=1, groups=2),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(16, 3),
+    )
+    risk = image_risk(model)
+    forms = []
+    original = example_gradients._conv2d_weight
+
+    def spy(conv, inputs, deltas, passes, cache):
+        result = original(conv, inputs, deltas, passes, cache)
+        forms.append("gram" in cache)
+        return result
+
+    monkeypatch.setattr(example_gradients, "_conv2d_weight", spy)
+    monkeypatch.setattr(example_gradients, "_WORKSPACE", {"cpu": 500})
+    result = traces_of(risk)
+    assert set(forms) == {True, False}
+    assert_close(result.traces, dense_traces(risk, result.names), rtol=1e-9, atol=0.0)
+
+
+def test_linear_layer_on_sequences():
+    class Tokens(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, width), nn.Linear(width, 3)
+
+        def forward(self, x):
+            return self.b(self.a(x.flatten(1, 2)).relu().mean(dim=1))
+
+    for width in (2, 40):  # direct and Gram form
+        risk = image_risk(Tokens(width))
+        result = traces_of(risk)
+        assert result.estimator == "gauss_newton_exact"
+        assert_close(result.traces, dense_traces(risk, result.names), rtol=1e-9, atol=0.0)
+
+
+def test_soft_targets_keep_the_identity():
+    model, inputs, _ = CASES["relu_mlp"].problem()
+    soft = random(len(inputs), 3).softmax(dim=1)
+    risk = EmpiricalRisk(model, inputs, soft)
+    result = traces_of(risk)
+    assert result.estimator == "gauss_newton_exact"
+    assert_close(result.traces, dense_traces(risk, result.names), rtol=1e-9, atol=0.0)
+    assert "sum to one" in traces_of(EmpiricalRisk(model, inputs, 2 * soft)).reason
+
+
+def test_float32_preact_takes_the_exact_route():
+    model, inputs, targets = CASES["preact"].problem()
+    double = traces_of(EmpiricalRisk(model, inputs, targets))
+    single = traces_of(EmpiricalRisk(model.float(), inputs.float(), targets))
+    assert single.estimator == "gauss_newton_exact"
+    assert_close(single.traces, double.traces, rtol=1e-4, atol=1e-6)
+
+
+def test_an_input_changed_in_place_is_noticed():
+    from robustdyn.curvature.example_gradients import SquaredGradientNorms, UnsupportedPassError
+
+    layer, inputs = nn.Linear(4, 3).double().requires_grad_(False), random(5, 4).requires_grad_()
+    with SquaredGradientNorms({"a": layer}, ("a.weight",), passes=1) as norms:
+        norms.begin(5, inputs.device)
+        hidden = inputs * 1.0
+        outputs = layer(hidden)
+        hidden.add_(1.0)
+        with pytest.raises(UnsupportedPassError, match="'a' is changed in place"):
+            torch.autograd.grad(outputs.sum(), inputs)
+    assert not layer._forward_hooks
+
+
+# ---------------------------------------------------------------------- when the identity fails
+
+
+class Functional(PreActNet):
+    def __init__(self, activation) -> None:
+        super().__init__()
+        self.activation = activation
+
+    def forward(self, x):
+        out = self.activation(self.bn(self.block(self.conv1(x))))
+        return self.linear(F.avg_pool2d(out, 3).flatten(1))
+
+
+class Reused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(2, 2, 3, padding=1), nn.Linear(72, 3)
+
+    def forward(self, x):
+        return self.head(self.conv(self.conv(x).relu()).flatten(1))
+
+
+class Borrowed(nn.Module):
+    """Uses a layer's weight outside the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(72, 72), nn.Linear(72, 3)
+
+    def forward(self, x):
+        hidden = self.a(x.flatten(1)).relu()
+        return self.b(hidden + F.linear(hidden, self.a.weight))
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.head = nn.Parameter(torch.ones(72)), nn.Linear(72, 3)
+
+    def forward(self, x):
+        return self.head(self.scale * x.flatten(1))
+
+
+class Mixing(nn.Module):
+    """Subtracts the batch mean, so that examples see each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(72, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        hidden = self.a(x.flatten(1)).relu()
+        return self.b(hidden - hidden.mean(dim=0))
+
+
+def shared() -> nn.Module:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(72, 72), nn.ReLU(), nn.Linear(72, 72), nn.Linear(72, 3))
+    model[3].weight = model[1].weight
+    return model
+
+
+def reparametrised() -> nn.Module:
+    head = nn.utils.parametrizations.weight_norm(nn.Linear(72, 3))
+    return nn.Sequential(nn.Flatten(), head)
+
+
+OBSTACLES = {
+    "module": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(72, 3), nn.Tanh()), "Tanh '2' is not known"),
+    "function": (lambda: Functional(F.silu), "not piecewise linear"),
+    "reused": (Reused, "'conv' is called 2 times"),
+    "borrowed": (Borrowed, "per-example gradient of 'a.weight'"),
+    "owned": (Scaled, "owns parameters"),
+    "mixing": (Mixing, "per-example gradient of"),
+    "shared": (shared, "share a parameter"),
+    "reparametrised": (reparametrised, "parametriz|reparametrised|owns parameters|not known"),
+}
+
+
+@pytest.mark.parametrize("name", OBSTACLES)
+def test_obstacles_lead_to_hutchinson_with_the_reason(name, caplog):
+    build, reason = OBSTACLES[name]
+    risk = image_risk(build())
+    result = traces_of(risk, probes=2)
+    assert result.estimator == "hutchinson"
+    assert result.per_example is None
+    assert result.products == 2 * len(result.names)
+    assert result.reason in caplog.text
+    with pytest.raises(ValueError, match=reason):
+        traces_of(risk, method="gauss_newton")
+
+
+def test_piecewise_linear_functions_keep_the_route():
+    assert traces_of(image_risk(Functional(F.leaky_relu))).estimator == "gauss_newton_exact"
+
+
+def test_other_losses_and_batch_statistics_are_obstacles():
+    model, inputs, targets = CASES["preact"].problem()
+    smoothed = EmpiricalRisk(
+        model, inputs, targets, loss=lambda z, y: F.cross_entropy(z, y, reduction="none", label_smoothing=0.1)
+    )
+    assert "the loss is not" in traces_of(smoothed, probes=2).reason
+    batch = traces_of(EmpiricalRisk(model, inputs, targets, batchnorm="train"), probes=2)
+    assert "batch statistics" in batch.reason
+    assert batch.batchnorm == "train"
+
+
+@pytest.mark.parametrize("name", ["tanh_mlp", "norm_mlp"])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_layer_hutchinson(name, seed):
+    risk = risk_of(CASES[name])
+    result = traces_of(risk, method="hutchinson", probes=64, generator=generator(seed))
+    truth = dense_traces(risk, result.names)
+    assert result.reason == "requested"
+    # A block whose Hessian is diagonal has no noise at all: allow for rounding.
+    allowed = MC_SIGMAS * result.standard_errors + 1e-10 * truth.abs()
+    assert ((result.traces - truth).abs() <= allowed).all()
+    again = traces_of(risk, method="hutchinson", probes=64, generator=generator(seed))
+    assert torch.equal(again.traces, result.traces)
+
+
+def test_negative_traces_are_left_negative():
+    """A concave loss: every trace is negative and stays so."""
+    model = nn.Linear(4, 1).double()
+    risk = EmpiricalRisk(model, random(6, 4), random(6), loss=lambda z, y: -((z[:, 0] - y) ** 2))
+    result = traces_of(risk, probes=2)
+    assert (result.traces < 0).all()
+
+
+def test_refusals():
+    risk = risk_of(CASES["relu_mlp"])
+    with pytest.raises(ValueError, match="method must be"):
+        traces_of(risk, method="diagonal")
+    with pytest.raises(ValueError, match="at least 2"):
+        traces_of(risk, method="hutchinson", probes=1)
+    with pytest.raises(ValueError, match="positive"):
+        traces_of(risk, exact_classes_up_to=1, probes=0)
+    biases = risk_of(CASES["relu_mlp"], parameters=lambda name, p: p.dim() == 1)
+    with pytest.raises(ValueError, match="no convolution kernel"):
+        traces_of(biases, weights_only=True)
