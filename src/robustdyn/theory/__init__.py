@@ -1,0 +1,81 @@
+"""The mathematics: linear dynamics, posterior covariances, bounds and the Weight-Curvature Index.
+
+Pure NumPy and SciPy, float64, vectorised over directions. Numbers in brackets are docs/theory.md's equations.
+"""
+
+from robustdyn.theory.bounds import (
+    CatoniBound,
+    DominantTerms,
+    GaussianKL,
+    catoni_bound,
+    dominant_terms,
+    gaussian_kl,
+)
+from robustdyn.theory.certificate import RiskCertificate, binary_kl, binary_kl_upper, risk_certificate
+from robustdyn.theory.momentum import MomentumDynamics, is_stable, regularised_minimum
+from robustdyn.theory.noise import minibatch_noise_factor
+from robustdyn.theory.preconditioned import (
+    WhitenedProblem,
+    adam_dynamics,
+    adam_scale,
+    preconditioned_covariance,
+    whiten,
+)
+from robustdyn.theory.stationary import (
+    stationary_block_covariance,
+    stationary_covariance,
+    stationary_state_covariance,
+    stationary_variance,
+    total_correlation,
+)
+from robustdyn.theory.trajectory import MeasuredSpectrum, PosteriorTrajectory, propagate
+from robustdyn.theory.transient import (
+    DecayTransient,
+    covariance_after,
+    decay_transient,
+    mean_after,
+    slow_mode_variance,
+)
+from robustdyn.theory.weight_curvature_index import (
+    WeightCurvatureIndex,
+    optimal_layer_variance,
+    weight_curvature_index,
+)
+
+__all__ = [
+    "CatoniBound",
+    "DecayTransient",
+    "DominantTerms",
+    "GaussianKL",
+    "MeasuredSpectrum",
+    "MomentumDynamics",
+    "PosteriorTrajectory",
+    "RiskCertificate",
+    "WeightCurvatureIndex",
+    "WhitenedProblem",
+    "adam_dynamics",
+    "adam_scale",
+    "binary_kl",
+    "binary_kl_upper",
+    "catoni_bound",
+    "covariance_after",
+    "decay_transient",
+    "dominant_terms",
+    "gaussian_kl",
+    "is_stable",
+    "mean_after",
+    "minibatch_noise_factor",
+    "optimal_layer_variance",
+    "preconditioned_covariance",
+    "propagate",
+    "regularised_minimum",
+    "risk_certificate",
+    "slow_mode_variance",
+    "stationary_block_covariance",
+    "stationary_covariance",
+    "stationary_state_covariance",
+    "stationary_variance",
+    "total_correlation",
+    "weight_curvature_index",
+    "whiten",
+]

@@ -1,0 +1,126 @@
+"""Refusals with the offending value and the admissible range, in one place."""
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+
+# A covariance assembled in float32 from some thousand samples is symmetric and positive up to this share
+# of its largest eigenvalue: sqrt(1e4) * 6e-8, times two.
+_PSD_SLACK = 1e-5
+
+
+def first_offender(values: Array, ok: NDArray[np.bool_]) -> str:
+    """Name the first entry that fails, as ``value at index i`` (only the value for a scalar)."""
+    if values.ndim == 0:
+        return f"{float(values):g}"
+    index = tuple(int(i) for i in np.argwhere(~ok)[0])
+    place = index[0] if len(index) == 1 else index
+    return f"{float(values[index]):g} at index {place}"
+
+
+def finite(name: str, values: ArrayLike) -> Array:
+    """``values`` as float64.
+
+    Raises:
+        ValueError: An entry is NaN or infinite.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    ok = np.isfinite(array)
+    if not ok.all():
+        raise ValueError(f"{name} is {first_offender(array, ok)}; it must be finite")
+    return array
+
+
+def positive(name: str, values: ArrayLike) -> Array:
+    """``values`` as float64.
+
+    Raises:
+        ValueError: An entry is not in (0, inf).
+    """
+    array = finite(name, values)
+    if not (array > 0).all():
+        raise ValueError(f"{name} is {first_offender(array, array > 0)}; it must be > 0")
+    return array
+
+
+def non_negative(name: str, values: ArrayLike) -> Array:
+    """``values`` as float64.
+
+    Raises:
+        ValueError: An entry is not in [0, inf).
+    """
+    array = finite(name, values)
+    if not (array >= 0).all():
+        raise ValueError(f"{name} is {first_offender(array, array >= 0)}; it must be >= 0")
+    return array
+
+
+def momentum_range(values: ArrayLike) -> Array:
+    """``values`` as float64.
+
+    Raises:
+        ValueError: An entry is not in [0, 1).
+    """
+    array = finite("momentum", values)
+    ok = (array >= 0) & (array < 1)
+    if not ok.all():
+        raise ValueError(f"momentum is {first_offender(array, ok)}; it must be in [0, 1)")
+    return array
+
+
+def probability(name: str, value: float) -> float:
+    """``value`` as a float.
+
+    Raises:
+        ValueError: It is not strictly between 0 and 1.
+    """
+    if not 0 < value < 1:
+        raise ValueError(f"{name} is {value:g}; it must be in (0, 1)")
+    return float(value)
+
+
+def count(name: str, value: int, minimum: int = 1) -> int:
+    """``value`` as an int.
+
+    Raises:
+        ValueError: It is not a whole number, or smaller than ``minimum``.
+    """
+    if value != int(value) or value < minimum:
+        raise ValueError(f"{name} is {value}; it must be a whole number >= {minimum}")
+    return int(value)
+
+
+def vector(name: str, values: Array, size: int | None = None) -> Array:
+    """``values`` if they form a vector.
+
+    Raises:
+        ValueError: Not one-dimensional, empty, or not of length ``size``.
+    """
+    if values.ndim != 1 or values.size == 0 or (size is not None and values.size != size):
+        wanted = "(k,) with k >= 1" if size is None else f"({size},)"
+        raise ValueError(f"{name} has shape {values.shape}; it must be {wanted}")
+    return values
+
+
+def covariance_matrix(name: str, matrix: ArrayLike, size: int | None = None) -> Array:
+    """``matrix`` as a float64 symmetric positive semi-definite matrix, symmetrised exactly.
+
+    Raises:
+        ValueError: Not square, not of side ``size``, not symmetric or with a negative eigenvalue (both up
+            to 1e-5 of the largest entry or eigenvalue, the rounding of a float32 estimate).
+    """
+    array = finite(name, matrix)
+    side = array.shape[0] if array.ndim else 0
+    if array.ndim != 2 or array.shape != (side, side) or side == 0 or (size is not None and side != size):
+        wanted = "(k, k)" if size is None else f"({size}, {size})"
+        raise ValueError(f"{name} has shape {array.shape}; it must be {wanted}")
+    asymmetry = float(np.abs(array - array.T).max())
+    if asymmetry > _PSD_SLACK * float(np.abs(array).max()):
+        raise ValueError(f"{name} differs from its transpose by {asymmetry:g}; it must be symmetric")
+    symmetric = (array + array.T) / 2
+    spectrum = np.linalg.eigvalsh(symmetric)
+    if spectrum[0] < -_PSD_SLACK * abs(spectrum[-1]):
+        raise ValueError(f"{name} has the eigenvalue {spectrum[0]:g}; all must be >= 0")
+    return symmetric

@@ -1,0 +1,135 @@
+"""A risk certificate without any expansion: sample weights, count errors, invert the binary kl.
+
+The certificate bounds the risk of the Gibbs classifier θ ~ Q under the attack that was used, no other. The
+prior may depend on data, for instance on a half of the training set, as long as n counts only the examples
+that the prior has not seen.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.special import rel_entr
+
+from robustdyn.theory._validation import Array, count, finite, first_offender, non_negative, probability
+
+_HALVINGS = 64  # of an interval of length <= 1: down to half an ulp
+
+
+def _share(name: str, values: ArrayLike) -> Array:
+    array = finite(name, values)
+    ok = (array >= 0) & (array <= 1)
+    if not ok.all():
+        raise ValueError(f"{name} is {first_offender(array, ok)}; it must be in [0, 1]")
+    return array
+
+
+def binary_kl(q: ArrayLike, p: ArrayLike) -> Array:
+    """kl(q‖p) = q ln(q/p) + (1−q) ln((1−q)/(1−p)), equation (34) of docs/theory.md.
+
+    Args:
+        q: (...) in [0, 1].
+        p: (...) in [0, 1].
+
+    Returns:
+        Nats ≥ 0, infinite where p excludes what q allows.
+
+    Raises:
+        ValueError: A value outside [0, 1].
+    """
+    first, second = _share("q", q), _share("p", p)
+    return np.asarray(rel_entr(first, second) + rel_entr(1 - first, 1 - second))
+
+
+def binary_kl_upper(q: ArrayLike, budget: ArrayLike) -> Array:
+    """The largest p with kl(q‖p) ≤ budget, equation (35) of docs/theory.md.
+
+    Found by halving [q, 1]; of the last two numbers the larger is returned.
+
+    Args:
+        q: (...) in [0, 1], an observed error rate.
+        budget: (...) ≥ 0, nats; broadcasts against ``q``.
+
+    Returns:
+        (...) in [q, 1].
+
+    Raises:
+        ValueError: q outside [0, 1] or a negative budget.
+
+    Source: Langford & Caruana (2001), Maurer (2004).
+    """
+    rate, room = np.broadcast_arrays(_share("q", q), non_negative("budget", budget))
+    low, high = rate.copy(), np.ones_like(rate)
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        inside = binary_kl(rate, middle) <= room
+        low, high = np.where(inside, middle, low), np.where(inside, high, middle)
+    return np.asarray(high)
+
+
+@dataclass(frozen=True)
+class RiskCertificate:
+    """A bound on the robust 0-1 risk of θ ~ Q, and the steps to it.
+
+    Attributes:
+        risk_bound: E_Q R is at most this with probability ≥ 1 − α − α_sampling.
+        empirical_upper: Upper limit of E_Q of the empirical error, from the sampled weights.
+        sampled_error: Mean error of the sampled weights on S.
+        kl: KL(Q‖P), nats.
+        n: Examples of S, those the prior has seen left out.
+        samples: Weights drawn from Q.
+        alpha: Failure probability of the PAC-Bayes step.
+        alpha_sampling: Failure probability of the sampling step.
+    """
+
+    risk_bound: float
+    empirical_upper: float
+    sampled_error: float
+    kl: float
+    n: int
+    samples: int
+    alpha: float
+    alpha_sampling: float
+
+
+def risk_certificate(
+    sampled_errors: ArrayLike, *, kl: float, n: int, alpha: float, alpha_sampling: float
+) -> RiskCertificate:
+    """Maurer's bound on top of a sampled empirical risk, equations (36) and (37) of docs/theory.md.
+
+    Args:
+        sampled_errors: (m,) in [0, 1], robust 0-1 error on all of S of weights drawn independently from Q.
+        kl: KL(Q‖P) ≥ 0 over all parameters, nats.
+        n: Examples in S, at least 8 (Maurer's condition), those the prior has seen left out.
+        alpha: In (0, 1), for the draw of S.
+        alpha_sampling: In (0, 1), for the draw of the weights.
+
+    Returns:
+        The certificate and its intermediate values.
+
+    Raises:
+        ValueError: A value outside its range, or α + α_sampling ≥ 1.
+
+    Source: Langford & Caruana (2001) for the sampling step; Maurer (2004) for 2√n.
+    """
+    errors = np.atleast_1d(_share("sampled_errors", sampled_errors))
+    samples = count("number of sampled_errors", errors.size)
+    n = count("n", n, minimum=8)
+    distance = float(non_negative("kl", kl))
+    probability(
+        "alpha + alpha_sampling", probability("alpha", alpha) + probability("alpha_sampling", alpha_sampling)
+    )
+    mean = float(errors.mean())
+    upper = float(binary_kl_upper(mean, math.log(1 / alpha_sampling) / samples))
+    budget = (distance + math.log(2 * math.sqrt(n) / alpha)) / n
+    return RiskCertificate(
+        risk_bound=float(binary_kl_upper(upper, budget)),
+        empirical_upper=upper,
+        sampled_error=mean,
+        kl=distance,
+        n=n,
+        samples=samples,
+        alpha=alpha,
+        alpha_sampling=alpha_sampling,
+    )

@@ -1,0 +1,230 @@
+"""Mean and covariance at any time after a change of the learning rate, in closed form.
+
+Shapes: k directions, T times. Covariances end in (2, 2) over (x, v); with a full noise covariance (k, k) they
+are (..., k, k, 2, 2), one block for each pair of directions.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from robustdyn.theory import _evolution
+from robustdyn.theory._validation import (
+    Array,
+    IntArray,
+    finite,
+    first_offender,
+    non_negative,
+    positive,
+    vector,
+)
+from robustdyn.theory.momentum import MomentumDynamics
+from robustdyn.theory.stationary import (
+    stationary_block_covariance,
+    stationary_state_covariance,
+    stationary_variance,
+)
+
+
+def _times(steps: ArrayLike) -> IntArray:
+    """Whole non-negative times as an integer vector (T,)."""
+    times = np.atleast_1d(non_negative("steps", steps))
+    whole = times == np.rint(times)
+    if not whole.all():
+        raise ValueError(f"steps is {first_offender(times, whole)}; it must be a whole number >= 0")
+    return vector("steps", times).astype(np.int64)
+
+
+def _powers(dynamics: MomentumDynamics, eigenvalue: Array, times: IntArray) -> Array:
+    matrix = _evolution.transition(
+        eigenvalue + dynamics.weight_decay, dynamics.learning_rate, dynamics.momentum
+    )
+    return _evolution.powers(matrix, times)
+
+
+def covariance_after(
+    steps: ArrayLike,
+    initial: ArrayLike,
+    eigenvalue: ArrayLike,
+    noise: ArrayLike,
+    dynamics: MomentumDynamics,
+) -> Array:
+    """S_t = S_∞ + A^t (S_0 − S_∞) A^tᵀ, equation (18) of docs/theory.md.
+
+    Exact for every t, with real and complex roots alike. For λ ≤ 0, where S_∞ does not exist, use
+    :func:`robustdyn.theory.propagate`.
+
+    Args:
+        steps: t (T,) or one number, optimiser steps at this constant setting.
+        initial: S_0, (k, 2, 2), or (k, k, 2, 2) with a noise matrix. The buffer is PyTorch's, which a decay
+            leaves as it is.
+        eigenvalue: λ (k,).
+        noise: γ (k,) > 0, or C (k, k).
+        dynamics: η, μ, ω from t = 0 on.
+
+    Returns:
+        (T, k, 2, 2), or (T, k, k, 2, 2) with a noise matrix.
+
+    Raises:
+        ValueError: Unstable direction, invalid noise, negative or fractional time, or shapes that disagree.
+
+    Source: ours; the fixed point form of the linear recursion (9).
+    """
+    times = _times(steps)
+    lam = vector("eigenvalue", finite("eigenvalue", eigenvalue))
+    limit = _limit(lam, finite("noise", noise), dynamics)
+    start = finite("initial", initial)
+    if start.shape != limit.shape:
+        raise ValueError(f"initial has shape {start.shape}; it must be {limit.shape}")
+    power = _powers(dynamics, lam, times)
+    left, right = (power, power) if limit.ndim == 3 else (power[..., :, None], power[..., None, :])
+    excess = np.moveaxis(start - limit, (-2, -1), (0, 1))[:, :, None]
+    return np.moveaxis(_evolution.congruence(left, excess, right), (0, 1), (-2, -1)) + limit
+
+
+def _limit(eigenvalue: Array, noise: Array, dynamics: MomentumDynamics) -> Array:
+    """S_∞, of the directions or of all pairs."""
+    if noise.ndim == 0:
+        noise = np.broadcast_to(noise, eigenvalue.shape)
+    elif noise.ndim == 1:
+        vector("noise", noise, eigenvalue.size)
+    stationary = stationary_state_covariance if noise.ndim == 1 else stationary_block_covariance
+    return stationary(
+        eigenvalue,
+        noise,
+        learning_rate=dynamics.learning_rate,
+        momentum=dynamics.momentum,
+        weight_decay=dynamics.weight_decay,
+    )
+
+
+def mean_after(
+    steps: ArrayLike, initial: ArrayLike, eigenvalue: ArrayLike, dynamics: MomentumDynamics
+) -> Array:
+    """Mean of (x, v) after t steps, A^t m_0, equation (19) of docs/theory.md; any finite λ.
+
+    Args:
+        steps: t (T,) or one number.
+        initial: m_0 (k, 2), offset from the minimum of the loss with weight decay, and buffer.
+        eigenvalue: λ (k,).
+        dynamics: η, μ, ω.
+
+    Returns:
+        (T, k, 2).
+
+    Raises:
+        ValueError: Negative or fractional time, or shapes that disagree.
+    """
+    lam = vector("eigenvalue", finite("eigenvalue", eigenvalue))
+    start = finite("initial", initial)
+    if start.shape != (lam.size, 2):
+        raise ValueError(f"initial has shape {start.shape}; it must be ({lam.size}, 2)")
+    return np.asarray(np.einsum("abtk,kb->tka", _powers(dynamics, lam, _times(steps)), start))
+
+
+def slow_mode_variance(
+    steps: ArrayLike,
+    initial_variance: ArrayLike,
+    eigenvalue: ArrayLike,
+    noise: ArrayLike,
+    dynamics: MomentumDynamics,
+) -> Array:
+    """σ_∞² + ρ^{2t} (σ_0² − σ_∞²), the papers' early-phase form, equation (20) of docs/theory.md.
+
+    It keeps A's larger eigenvalue only and drops the momentum buffer: fair for η(λ+ω) ≪ (1 − √μ)², wrong by
+    a factor where the roots are complex. :func:`covariance_after` is exact at no more cost.
+
+    Args:
+        steps: t (T,) or one number.
+        initial_variance: σ_0² (k,) > 0.
+        eigenvalue: λ (k,).
+        noise: γ (k,) > 0.
+        dynamics: η, μ, ω from t = 0 on.
+
+    Returns:
+        (T, k), squared unit of θ.
+
+    Raises:
+        ValueError: As :func:`covariance_after`.
+
+    Source: arXiv 2410.07719 v3, its theorem on the non-stationary transition.
+    """
+    lam = vector("eigenvalue", finite("eigenvalue", eigenvalue))
+    limit = stationary_variance(
+        lam,
+        noise,
+        learning_rate=dynamics.learning_rate,
+        momentum=dynamics.momentum,
+        weight_decay=dynamics.weight_decay,
+    )
+    shrink = dynamics.spectral_radius(lam) ** (2 * _times(steps)[:, None])
+    return np.asarray(limit + shrink * (positive("initial_variance", initial_variance) - limit))
+
+
+@dataclass(frozen=True, eq=False)
+class DecayTransient:
+    """What a single decay does to the posterior of each direction.
+
+    Attributes:
+        steps: t (T,), optimiser steps since the decay.
+        covariance: (T, k, 2, 2) of (x, v), exact.
+        slow_mode_variance: (T, k), the papers' approximation.
+        stationary_before: (k,), σ² the run came from.
+        stationary_after: (k,), σ² it goes to.
+    """
+
+    steps: Array
+    covariance: Array
+    slow_mode_variance: Array
+    stationary_before: Array
+    stationary_after: Array
+
+    @property
+    def variance(self) -> Array:
+        """σ_t² (T, k), exact."""
+        return self.covariance[..., 0, 0]
+
+    @property
+    def slow_mode_relative_error(self) -> Array:
+        """(approximate − exact) / exact (T, k)."""
+        return self.slow_mode_variance / self.variance - 1
+
+
+def decay_transient(
+    steps: ArrayLike,
+    eigenvalue: ArrayLike,
+    noise: ArrayLike,
+    *,
+    before: MomentumDynamics,
+    after: MomentumDynamics,
+) -> DecayTransient:
+    """From one stationary law towards another, exactly and by the slow mode, equations (18) and (20).
+
+    λ and γ are held through the decay; when both are measured along the run, use
+    :func:`robustdyn.theory.propagate`.
+
+    Args:
+        steps: t (T,) or one number, steps since the decay.
+        eigenvalue: λ (k,).
+        noise: γ (k,) > 0.
+        before: η, μ, ω until the decay.
+        after: η, μ, ω from it on.
+
+    Returns:
+        Frozen result; see :class:`DecayTransient`.
+
+    Raises:
+        ValueError: A direction unstable before or after, or as :func:`covariance_after`.
+    """
+    lam = vector("eigenvalue", finite("eigenvalue", eigenvalue))
+    gamma = positive("noise", noise)
+    gamma = np.broadcast_to(gamma, lam.shape) if gamma.ndim == 0 else vector("noise", gamma, lam.size)
+    start, limit = _limit(lam, gamma, before), _limit(lam, gamma, after)
+    return DecayTransient(
+        steps=_times(steps).astype(np.float64),
+        covariance=covariance_after(steps, start, lam, gamma, after),
+        slow_mode_variance=slow_mode_variance(steps, start[:, 0, 0], lam, gamma, after),
+        stationary_before=start[:, 0, 0],
+        stationary_after=limit[:, 0, 0],
+    )

@@ -1,0 +1,124 @@
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.testing import assert_allclose
+from scipy.optimize import brentq
+from scipy.stats import binom
+
+from robustdyn.theory import binary_kl, binary_kl_upper, risk_certificate
+from tests.theory.reference import properties
+from tests.tolerances import EXACT64
+
+# without subnormal numbers, whose inverse overflows in the arithmetic by hand
+shares, budgets = st.floats(0.0, 1.0, allow_subnormal=False), st.floats(0.0, 20.0)
+GOOD = {"kl": 5.0, "n": 1000, "alpha": 0.05, "alpha_sampling": 0.01}
+
+
+def kl_by_hand(q, p):
+    terms = [(q, p), (1 - q, 1 - p)]
+    return sum(a * math.log(a / b) if b > 0 else math.inf for a, b in terms if a > 0)
+
+
+@properties
+@given(shares, shares)
+def test_binary_kl_by_hand(q, p):
+    assert_allclose(binary_kl(q, p), kl_by_hand(q, p), rtol=1e-9, atol=1e-12)
+
+
+def test_zero_errors_have_a_closed_inverse():
+    budget = np.array([0.0, 1e-6, 0.1, 3.0])
+    assert_allclose(binary_kl_upper(0.0, budget), -np.expm1(-budget), **EXACT64)
+    assert binary_kl_upper(1.0, 0.3) == 1.0
+
+
+@properties
+@given(st.floats(0.001, 0.9), st.floats(1e-6, 2.7))
+def test_inverse_against_a_root_finder(q, budget):
+    # for q ≤ 0.9, kl(q‖1 − 1e-15) ≥ 0.1 ln(1e15) − ln 2 > 2.7: the root is inside.
+    truth = brentq(lambda p: kl_by_hand(q, p) - budget, q, 1 - 1e-15, xtol=1e-15)
+    # kl is flat at q: its rounding of 1e-16 moves p by 1e-16 / kl', kl' ≥ √(2 · 1e-6).
+    assert_allclose(binary_kl_upper(q, budget), truth, rtol=1e-9, atol=1e-11)
+
+
+@properties
+@given(shares, budgets, budgets)
+def test_inverse_is_above_the_rate_and_grows_with_the_budget(q, budget, more):
+    first = float(binary_kl_upper(q, budget))
+    assert q <= first <= 1
+    assert first <= binary_kl_upper(q, budget + more)
+    # Pinsker: p ≤ q + √(budget/2), and an ulp of the halving.
+    assert first <= q + math.sqrt(budget / 2) + 1e-7
+
+
+def test_certificate_step_by_step():
+    got = risk_certificate([0.1, 0.3], **GOOD)
+    assert_allclose(got.sampled_error, 0.2, **EXACT64)
+    upper = brentq(lambda p: kl_by_hand(0.2, p) - math.log(100) / 2, 0.2, 1 - 1e-15)
+    assert_allclose(got.empirical_upper, upper, rtol=1e-9)
+    budget = (5 + math.log(2 * math.sqrt(1000) / 0.05)) / 1000
+    risk = brentq(lambda p: kl_by_hand(upper, p) - budget, upper, 1 - 1e-15)
+    assert_allclose(got.risk_bound, risk, rtol=1e-9)
+    assert (got.n, got.samples, got.alpha, got.alpha_sampling) == (1000, 2, 0.05, 0.01)
+
+
+@properties
+@given(st.integers(8, 10**5), st.integers(1, 10**6), st.floats(0.001, 0.4), st.floats(0.001, 0.4))
+def test_more_data_less_confidence_or_smaller_kl_tighten(n, more, alpha, extra):
+    def risk(**change):
+        return risk_certificate([0.2] * 50, **GOOD | {"n": n, "alpha": alpha} | change).risk_bound
+
+    # (ln √n + const) / n falls for n ≥ 8; up to an ulp of the halving.
+    assert risk(n=n + more) <= risk() + 1e-15
+    assert risk(alpha=alpha + extra) <= risk() + 1e-15
+    assert risk(kl=4.0) <= risk() + 1e-15
+
+
+def test_sampling_step_covers_as_often_as_it_says():
+    """Exact coverage by the binomial law, for Bernoulli draws (the worst case of values in [0, 1])."""
+    samples, alpha, truth = 30, 0.1, 0.25
+    counts = np.arange(samples + 1)
+    upper = binary_kl_upper(counts / samples, math.log(1 / alpha) / samples)
+    missed = binom.pmf(counts, samples, truth)[upper < truth].sum()
+    assert missed <= alpha
+    assert missed > alpha / 20  # and it is no empty promise
+
+
+def test_the_whole_certificate_covers_as_often_as_it_says():
+    """One classifier of known risk, Q = P: its error count on S is binomial, and every sample sees it."""
+    n, alpha, truth = 40, 0.1, 0.25
+    counts = np.arange(n + 1)
+    certified = np.array(
+        [
+            risk_certificate([e] * 1000, kl=0.0, n=n, alpha=alpha, alpha_sampling=0.05).risk_bound
+            for e in counts / n
+        ]
+    )
+    missed = binom.pmf(counts, n, truth)[certified < truth].sum()
+    assert missed <= alpha + 0.05
+
+
+@pytest.mark.parametrize(
+    ("errors", "change", "message"),
+    [
+        ([1.2], {}, r"sampled_errors is 1.2 at index 0; it must be in \[0, 1\]"),
+        ([], {}, r"number of sampled_errors is 0; it must be a whole number >= 1"),
+        ([0.1], {"n": 7}, r"n is 7; it must be a whole number >= 8"),
+        ([0.1], {"alpha": 1.5}, r"alpha is 1.5; it must be in \(0, 1\)"),
+        ([0.1], {"alpha_sampling": 0.0}, r"alpha_sampling is 0; it must be in \(0, 1\)"),
+        ([0.1], {"alpha_sampling": 0.96}, r"alpha \+ alpha_sampling is 1.01; it must be in \(0, 1\)"),
+        ([0.1], {"kl": -1.0}, r"kl is -1; it must be >= 0"),
+    ],
+)
+def test_bad_input_is_refused(errors, change, message):
+    with pytest.raises(ValueError, match=message):
+        risk_certificate(errors, **GOOD | change)
+
+
+def test_bad_budgets_are_refused():
+    with pytest.raises(ValueError, match=r"budget is -1; it must be >= 0"):
+        binary_kl_upper(0.1, -1.0)
+    with pytest.raises(ValueError, match=r"p is 2; it must be in \[0, 1\]"):
+        binary_kl(0.1, 2.0)
