@@ -1,0 +1,90 @@
+"""What was run, in words a reader takes in at once, from configurations of any layout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from robustdyn.records.labels import flatten, format_value
+from robustdyn.records.reader import Run
+
+ENVIRONMENT = "environment.json"
+_NORMS = {"linf": "l∞", "l2": "l2"}
+_SECTIONS = {  # section -> heading and the settings worth a reader's first glance, in order
+    "data": ("data", ("train_size", "validation_size", "test_size", "batch_size")),
+    "model": ("model", ("width", "blocks", "strides")),
+    "attack": ("attack", ()),
+    "method": ("method", ("gamma", "beta", "threshold", "warmup", "interval")),
+    "optimizer": ("optimiser", ("lr", "momentum", "weight_decay", "nesterov", "betas")),
+    "schedule": ("schedule", ("milestones", "factor", "epochs", "final", "threshold")),
+    "measure": ("measured", ("epochs", "examples", "directions")),
+}
+
+
+def what_was_run(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """Rows of (topic, description); settings that differ between runs are joined by ``|``."""
+    rows = [
+        (heading, [_section(run, name, keys) for run in runs]) for name, (heading, keys) in _SECTIONS.items()
+    ]
+    rows.append(("epochs", [_value(run.config, "trainer", "max_epochs") for run in runs]))
+    rows.append(("seeds", [format_value(run.config["seed"]) if "seed" in run.config else "" for run in runs]))
+    joined = [(heading, _joined(texts, ", " if heading == "seeds" else " | ")) for heading, texts in rows]
+    return [(heading, text) for heading, text in joined if text]
+
+
+def environment(run: Run) -> dict[str, str]:
+    """Versions, hardware and revision the run recorded, flat; empty when it recorded none."""
+    path = run.path / ENVIRONMENT
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(facts, dict):
+        return {}
+    return {key.removeprefix("packages."): format_value(value) for key, value in flatten(facts).items()}
+
+
+def provenance(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """Rows of (fact, its distinct values over the runs)."""
+    facts = [environment(run) for run in runs]
+    keys = dict.fromkeys(key for fact in facts for key in fact)
+    return [(key.replace("_", " "), _joined([fact.get(key, "") for fact in facts], " | ")) for key in keys]
+
+
+def _section(run: Run, name: str, keys: Sequence[str]) -> str:
+    """One section of one run's configuration: what was picked, then the settings of note it has."""
+    section = run.config.get(name)
+    if not isinstance(section, Mapping):
+        return "" if section is None else format_value(section)
+    if name == "attack" and "eps_255" in section:
+        return _attack(section)
+    target = str(section.get("_target_", "")).rpartition(".")[2]
+    picked = str(run.choices.get(name, section.get("name", target)))
+    said = [
+        f"{key.replace('_', ' ')} {format_value(section[key])}"
+        for key in keys
+        if section.get(key) is not None
+    ]
+    if name == "measure":
+        return ", ".join(said)
+    return f"{picked}: {', '.join(said)}" if picked and said else picked or ", ".join(said)
+
+
+def _attack(section: Mapping[str, Any]) -> str:
+    """``PGD-10, l∞, ε = 8/255, step 2/255``."""
+    norm = str(section.get("norm", ""))
+    parts = [f"PGD-{section['steps']}" if "steps" in section else "PGD", _NORMS.get(norm, norm)]
+    parts.append(f"ε = {format_value(section['eps_255'])}/255")
+    if "step_255" in section:
+        parts.append(f"step {format_value(section['step_255'])}/255")
+    return ", ".join(part for part in parts if part)
+
+
+def _value(config: Mapping[str, Any], section: str, key: str) -> str:
+    inner = config.get(section)
+    return format_value(inner[key]) if isinstance(inner, Mapping) and key in inner else ""
+
+
+def _joined(texts: Sequence[str], separator: str) -> str:
+    return separator.join(text for text in dict.fromkeys(texts) if text)

@@ -1,0 +1,248 @@
+"""What runs amount to: learning-rate decays, final and best rows, and the three numbers that matter.
+
+Everything takes the frames of ``records.reader.combine``: tidy, with a ``run`` and a ``group`` column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from robustdyn.records.reader import Run, combine
+from robustdyn.records.writer import summarise
+
+DECAY = 0.2  # a drop by more than this share is a decay ...
+HELD = 0.02  # ... if the rate moved by less than this in the epoch before: the end of a cosine is no decay
+
+FINAL = "final"
+BEST_ON_TEST = "best on test"
+BEST_ON_VALIDATION = "best on validation"
+SELECTIONS = {FINAL: "final", BEST_ON_TEST: "best_on_test", BEST_ON_VALIDATION: "best_on_validation"}
+SHOWN_METRICS = (
+    "test_clean_error",
+    "test_robust_error",
+    "test_robust_loss",
+    "robust_error_gap",
+    "robust_loss_gap",
+)
+
+
+def decay_epochs(epochs: pd.DataFrame) -> list[int]:
+    """Epochs at which the learning rate drops: the first epochs at the lower rate.
+
+    A drop counts when the rate falls by more than 20 % from one recorded epoch to the next after an epoch in
+    which it was held, so that smooth schedules (linear, cosine, cyclic) have none.
+
+    Args:
+        epochs: ``epochs`` rows of one run.
+
+    Returns:
+        Epoch numbers, ascending.
+    """
+    known = epochs.dropna(subset=["lr"]).sort_values("epoch")
+    rates = known["lr"].to_numpy(dtype=float)
+    numbers = known["epoch"].to_numpy(dtype=int)
+    drops = []
+    for i in range(1, len(rates)):
+        held = i == 1 or abs(rates[i - 1] - rates[i - 2]) <= HELD * rates[i - 2]
+        if held and rates[i] < (1.0 - DECAY) * rates[i - 1]:
+            drops.append(int(numbers[i]))
+    return drops
+
+
+def of_run(frame: pd.DataFrame, run: str) -> pd.DataFrame:
+    """The rows of one run, by epoch."""
+    return frame[frame["run"] == run].sort_values("epoch", kind="stable")
+
+
+def final_and_best(runs: Sequence[Run]) -> pd.DataFrame:
+    """Final and best epochs of every run.
+
+    Returns:
+        One row per run and selection (``final``, ``best on test``, ``best on validation`` where recorded):
+        ``run``, ``group``, ``selection``, ``epoch`` and ``SHOWN_METRICS``. Runs without a finished epoch have
+        none.
+    """
+    epochs = combine(runs, "epochs")
+    rows = []
+    for run in runs:
+        own = of_run(epochs, run.label)
+        if own.empty:
+            continue
+        summary = summarise(own)
+        for selection, key in SELECTIONS.items():
+            best = summary.get(key)
+            if isinstance(best, dict):
+                shown = {name: best[name] for name in ("epoch", *SHOWN_METRICS)}
+                rows.append({"run": run.label, "group": run.group, "selection": selection} | shown)
+    frame = pd.DataFrame(rows, columns=["run", "group", "selection", "epoch", *SHOWN_METRICS])
+    return frame.astype(dict.fromkeys(SHOWN_METRICS, "float64"))
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A number at one epoch of one run."""
+
+    epoch: int
+    value: float
+
+
+@dataclass(frozen=True)
+class Change:
+    """How a number moved between two moments, in every run of a group.
+
+    Attributes:
+        group: The group's label.
+        pairs: (from, to) for each run in which both moments exist.
+    """
+
+    group: str
+    pairs: tuple[tuple[Moment, Moment], ...]
+
+    def side(self, end: bool) -> str:
+        """The mean over runs, with the range when there are several."""
+        values = [pair[end].value for pair in self.pairs]
+        mean = format_number(float(np.mean(values)))
+        return (
+            f"{mean} [{format_number(min(values))}–{format_number(max(values))}]" if len(values) > 1 else mean
+        )
+
+    def epochs(self, end: bool) -> str:
+        """The epoch, or the range of epochs over runs."""
+        numbers = [pair[end].epoch for pair in self.pairs]
+        low, high = min(numbers), max(numbers)
+        return f"epoch {low}" if low == high else f"epochs {low}–{high}"
+
+    def short(self) -> str:
+        """``0.89 → 1.02``, means over the runs."""
+        means = [
+            format_number(float(np.mean([pair[end].value for pair in self.pairs]))) for end in (False, True)
+        ]
+        return " → ".join(means)
+
+
+@dataclass(frozen=True)
+class Headline:
+    """One of the numbers that matter.
+
+    Attributes:
+        name: What moved.
+        start: Which moment it is counted from.
+        changes: One for each group that has the number.
+        missing: What to say where no group has it.
+    """
+
+    name: str
+    start: str
+    changes: tuple[Change, ...]
+    missing: str
+
+    def __str__(self) -> str:
+        """One line for a terminal."""
+        if not self.changes:
+            return f"{self.name}: {self.missing}"
+        if len(self.changes) > 1:
+            return f"{self.name}, {self.start} → final: " + "; ".join(
+                f"{c.group} {c.short()}" for c in self.changes
+            )
+        (change,) = self.changes
+        seeds = f" (mean of {len(change.pairs)} seeds [range])" if len(change.pairs) > 1 else ""
+        return (
+            f"{self.name}{seeds}: {self.start} {change.side(False)} ({change.epochs(False)}) "
+            f"→ final {change.side(True)} ({change.epochs(True)})"
+        )
+
+
+def headlines(runs: Sequence[Run]) -> list[Headline]:
+    """The three numbers that matter: rise of the test robust loss, robust loss gap, WCI.
+
+    Gap and WCI are counted from the end of the last epoch before the first decay; where some run has no
+    decay, from the epoch of the lowest test robust loss.
+    """
+    epochs, wci = combine(runs, "epochs"), combine(runs, "wci")
+    finished = [run for run in runs if (epochs["run"] == run.label).any()]
+    anchors = {run.label: _before_decay(of_run(epochs, run.label)) for run in finished}
+    start = "before the first decay"
+    if not all(anchor is not None for anchor in anchors.values()):
+        start = "at the lowest test robust loss"
+        anchors = {run.label: _lowest_loss(of_run(epochs, run.label)) for run in finished}
+
+    def since_anchor(frame: pd.DataFrame, column: str) -> Callable[[Run], tuple[Moment, Moment] | None]:
+        return lambda run: _between(of_run(frame, run.label), column, anchors[run.label])
+
+    def rise(run: Run) -> tuple[Moment, Moment] | None:
+        own = of_run(epochs, run.label)
+        return _between(own, "test_robust_loss", _lowest_loss(own))
+
+    return [
+        Headline("test robust loss", "minimum", _changes(finished, rise), "not recorded"),
+        Headline(
+            "robust loss gap",
+            start,
+            _changes(finished, since_anchor(epochs, "robust_loss_gap")),
+            "not recorded",
+        ),
+        Headline("WCI", start, _changes(finished, since_anchor(wci, "wci")), "not measured"),
+    ]
+
+
+def headline(runs: Sequence[Run]) -> list[str]:
+    """The three numbers that matter, one line of text each."""
+    return [str(line) for line in headlines(runs)]
+
+
+def correlation(x: pd.Series, y: pd.Series) -> float | None:
+    """Pearson correlation of two aligned series; ``None`` for fewer than three pairs or a constant series."""
+    pairs = pd.DataFrame({"x": x.to_numpy(dtype=float), "y": y.to_numpy(dtype=float)}).dropna()
+    if len(pairs) < 3 or pairs["x"].nunique() < 2 or pairs["y"].nunique() < 2:
+        return None
+    return float(np.corrcoef(pairs["x"], pairs["y"])[0, 1])
+
+
+def format_number(value: float) -> str:
+    """Three significant digits; loss-sized numbers with three decimals."""
+    if value == 0 or 0.1 <= abs(value) < 10:
+        return f"{value:.3f}"
+    if 10 <= abs(value) < 1e5:
+        return f"{value:.1f}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:.2e}"
+
+
+def _before_decay(epochs: pd.DataFrame) -> int | None:
+    """The last epoch before the first decay."""
+    decays = decay_epochs(epochs)
+    return int(epochs.loc[epochs["epoch"] < decays[0], "epoch"].max()) if decays else None
+
+
+def _lowest_loss(epochs: pd.DataFrame) -> int | None:
+    """The first epoch with the lowest test robust loss."""
+    known = epochs.dropna(subset=["test_robust_loss"])
+    return None if known.empty else int(known["epoch"].iloc[int(known["test_robust_loss"].argmin())])
+
+
+def _between(frame: pd.DataFrame, column: str, anchor: int | None) -> tuple[Moment, Moment] | None:
+    """The number at the last epoch up to ``anchor`` (else the first there is) and at the last epoch."""
+    known = frame.dropna(subset=[column])
+    if known.empty or anchor is None:
+        return None
+    early = known[known["epoch"] <= anchor]
+    first, last = (early if not early.empty else known.head(1)).iloc[-1], known.iloc[-1]
+    return (
+        Moment(int(first["epoch"]), float(first[column])),
+        Moment(int(last["epoch"]), float(last[column])),
+    )
+
+
+def _changes(
+    runs: Sequence[Run], measure: Callable[[Run], tuple[Moment, Moment] | None]
+) -> tuple[Change, ...]:
+    """One change per group, from the runs that have it."""
+    found: dict[str, list[tuple[Moment, Moment]]] = {}
+    for run in runs:
+        pair = measure(run)
+        if pair is not None:
+            found.setdefault(run.group, []).append(pair)
+    return tuple(Change(group, tuple(pairs)) for group, pairs in found.items())

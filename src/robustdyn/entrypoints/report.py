@@ -1,0 +1,72 @@
+"""``robustdyn-report``: run or sweep directories in; tables, figures and one HTML page out."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from robustdyn.errors import UserError
+
+if TYPE_CHECKING:
+    from robustdyn.analysis.report import Report
+
+EPILOG = """\
+examples:
+  robustdyn-report outputs/digits_at/2026-01-31_12-00-00     one run
+  robustdyn-report multirun/digits_at/2026-01-31_12-00-00    a sweep: runs overlaid, labelled by what differs
+  robustdyn-report run_a run_b --output comparison           any runs side by side
+
+writes into the output directory:
+  index.html   everything on one page that needs no other file and no network
+  figures/     PNG and PDF
+  tables/      Parquet and CSV, one row per record, with each run's settings as columns
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status: 0, or 1 for what the user can mend."""
+    arguments = _parser().parse_args(argv)
+    paths: list[Path] = arguments.path
+    output: Path = arguments.output or (paths[0] if len(paths) == 1 else Path()) / "report"
+    from robustdyn.analysis.report import build_report  # the plotting libraries load slowly: not for --help
+
+    try:
+        announce(build_report(paths, output))
+    except UserError as error:
+        if os.environ.get("HYDRA_FULL_ERROR"):
+            raise
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    return 0
+
+
+def announce(report: "Report") -> None:
+    """Say where the report is and the three numbers that matter."""
+    for line in (*report.headline, f"report: {report.html}"):
+        sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="robustdyn-report",
+        description="Tables, figures and one HTML page of training runs.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "path", nargs="+", type=Path, help="a run directory, or a folder (of a sweep, say) to search for runs"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="where to write (default: report/ in PATH; in the current folder when several are given)",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
