@@ -22,8 +22,6 @@ def stream_seed(seed: int, stream: str, *counters: int) -> int:
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
 
 
-def generator(
-    seed: int, stream: str, *counters: int, device: torch.device | str = "cpu"
-) -> torch.Generator:
+def generator(seed: int, stream: str, *counters: int, device: torch.device | str = "cpu") -> torch.Generator:
     """A fresh generator on ``device`` for one (seed, stream, counters); see :func:`stream_seed`."""
     return torch.Generator(device=device).manual_seed(stream_seed(seed, stream, *counters))

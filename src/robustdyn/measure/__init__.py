@@ -1,0 +1,18 @@
+"""Thin Lightning callbacks: when to measure, then curvature/ and theory/, then a record."""
+
+from robustdyn.measure.callback import Measure, Measurement
+from robustdyn.measure.epochs import RecordEpochs
+from robustdyn.measure.snapshot import Snapshot
+from robustdyn.measure.spectrum import Spectrum
+from robustdyn.measure.weight_curvature import WeightCurvature
+from robustdyn.measure.when import measured_epochs
+
+__all__ = [
+    "Measure",
+    "Measurement",
+    "RecordEpochs",
+    "Snapshot",
+    "Spectrum",
+    "WeightCurvature",
+    "measured_epochs",
+]

@@ -87,7 +87,8 @@ class AdversarialTraining(lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimiser, its rate set by ``schedule`` at every step."""
         optimizer = self._optimizer_factory(self.model.parameters())
-        steps_per_epoch = self.trainer.num_training_batches
+        # num_training_batches is not known yet here; the estimate makes the trainer look at the data
+        steps_per_epoch = int(self.trainer.estimated_stepping_batches) // int(self.trainer.max_epochs or 1)
         scheduler = LambdaLR(optimizer, lambda step: self.schedule.factor(step / steps_per_epoch))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -1,0 +1,53 @@
+# Every command of the project; `make help` lists them. Each does its own set-up.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help setup demo test test-slow lint format types bench wheel clean
+
+help: ## List the commands
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(READY) ## Make the virtual environment with pinned versions
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "robustdyn needs Python 3.11 or newer; $$($(PYTHON) --version) found. Name another one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@echo "setting up $(VENV) (a minute or two)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(READY) ## Train on digits, two seeds, and open up robust overfitting in a report
+	@$(BIN)/robustdyn-train experiment=demo
+
+test: $(READY) ## Run the tests
+	@$(BIN)/python -m pytest
+
+test-slow: $(READY) ## Run all tests, the minutes-long ones included
+	@$(BIN)/python -m pytest -m 'slow or not slow'
+
+lint: $(READY) ## Check format and style
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+
+format: $(READY) ## Mend format and style
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+types: $(READY) ## Check types
+	@$(BIN)/mypy
+
+bench: $(READY) ## Run the benchmarks; results land in experiments/benchmarks/results/
+	@for script in experiments/benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+wheel: $(READY) ## Build wheel and source archive into dist/
+	@$(BIN)/python -m build --outdir dist .
+
+clean: ## Remove the environment, caches and built files (runs in outputs/ and multirun/ stay)
+	@rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

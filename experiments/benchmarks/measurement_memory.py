@@ -1,0 +1,76 @@
+"""What measuring adds to the peak memory of a run: PreActResNet-18 at CIFAR-10 size, batch 128, on the CPU.
+
+Runs ``robustdyn-train`` twice as a process of its own, without and with measurement, on images made up here in
+CIFAR-10's official layout, and compares the greatest resident sizes in units of one gradient of the model.
+
+    python experiments/benchmarks/measurement_memory.py [--width 64] [--directions 5]
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import common
+import numpy as np
+
+RECORD = 1 + 3 * 32 * 32
+
+
+def write_images(root: Path) -> None:
+    folder = root / "cifar-10-batches-bin"
+    folder.mkdir()
+    draws = np.random.default_rng(0)
+    for name in [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]:
+        records = draws.integers(0, 256, (64, RECORD), dtype=np.uint8)
+        records[:, 0] = np.arange(64) % 10
+        records.tofile(folder / name)
+
+
+def peak_mib(arguments: list[str]) -> float:
+    """Greatest resident size of the command, in MiB."""
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status != 0:
+        raise SystemExit(f"{' '.join(arguments)} ended with status {status}")
+    return usage.ru_maxrss / 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--width", type=int, default=64, help="64 is the papers' network")
+    parser.add_argument("--directions", type=int, default=5, help="k, the tracked directions")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        write_images(root)
+        base = [
+            *(sys.executable, "-m", "robustdyn.entrypoints.train", "data=cifar10", f"data.root={root}"),
+            *("data.partial=true", "data.train_size=128", "data.test_size=64", f"model.width={args.width}"),
+            *("data.eval_batch_size=64", "attack.steps=1", "trainer.max_epochs=2", "report=false"),
+        ]
+        measured = [
+            *("measure.epochs=[0,1]", "measure.examples=64"),
+            f"measure.measurements.spectrum.directions={args.directions}",
+        ]
+        without = peak_mib([*base, "measure.epochs=[]", f"hydra.run.dir={root}/without"])
+        with_it = peak_mib([*base, *measured, f"hydra.run.dir={root}/with"])
+        text = (root / "with" / "environment.json").read_text()
+    gradient = json.loads(text)["parameters"] * 4 / 2**20
+    common.write_result(
+        Path(__file__).stem,
+        question="Peak memory that a measurement adds to training, in gradients of the model",
+        settings={"width": args.width, "batch": 128, "directions": args.directions, "gradient_mib": gradient},
+        summary={
+            "peak without measurement, MiB": round(without, 1),
+            "peak with measurement, MiB": round(with_it, 1),
+            "added, in gradients": round((with_it - without) / gradient, 2),
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""The composed configuration: where it lives, its resolvers, its checks and the objects it names.
+
+``build`` is the project's only caller of Hydra's ``instantiate``.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from robustdyn.errors import ConfigError, UserError
+
+ALLOWED_TARGETS = ("robustdyn.", "torch.", "lightning.")
+
+
+def config_dir() -> Path:
+    """The folder of default configurations: inside an installed wheel, else at the top of the checkout."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parents[1] / "conf"
+
+
+def register_resolvers() -> None:
+    """What ``${name:...}`` may say in ``conf/``.
+
+    ``per_255``: a pixel radius given in 1/255, on the [0, 1] scale that all code uses.
+    ``short``: text for a folder name, cut to 100 characters (file systems take 255 bytes), without slashes.
+    ``at_fractions``: epochs at fractions of the run's length, so that a shorter run keeps the papers' shape.
+    """
+    OmegaConf.register_new_resolver("per_255", lambda value: float(value) / 255, replace=True)
+    OmegaConf.register_new_resolver("short", lambda text: str(text).replace("/", "-")[:100], replace=True)
+    OmegaConf.register_new_resolver("at_fractions", _at_fractions, replace=True)
+
+
+def _at_fractions(length: int, *fractions: float) -> list[int]:
+    epochs = {int(length * fraction) for fraction in fractions}
+    return sorted(epoch for epoch in epochs if epoch >= 1)
+
+
+class Rule(NamedTuple):
+    """What a key's value must satisfy, and how that reads in an error."""
+
+    holds: Callable[[Any], bool]
+    requirement: str
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+NON_NEGATIVE = Rule(lambda v: _number(v) and v >= 0, "must be a number of at least 0")
+POSITIVE = Rule(lambda v: _number(v) and v > 0, "must be a positive number")
+WHOLE = Rule(lambda v: _whole(v) and v >= 0, "must be a whole number of at least 0")
+COUNT = Rule(lambda v: _whole(v) and v >= 1, "must be a whole number of at least 1")
+FRACTION = Rule(lambda v: _number(v) and 0 <= v < 1, "must lie in [0, 1)")
+SWITCH = Rule(lambda v: isinstance(v, bool), "must be true or false")
+
+RULES: Mapping[str, Rule] = {
+    "seed": WHOLE,
+    "report": SWITCH,
+    "deterministic": SWITCH,
+    "data.batch_size": COUNT,
+    "data.eval_batch_size": COUNT,
+    "model.width": COUNT,
+    "attack.norm": Rule(lambda v: v in ("linf", "l2"), "must be linf or l2"),
+    "attack.eps_255": NON_NEGATIVE,
+    "attack.step_255": POSITIVE,
+    "attack.steps": WHOLE,
+    "optimizer.lr": POSITIVE,
+    "optimizer.momentum": FRACTION,
+    "optimizer.weight_decay": NON_NEGATIVE,
+    "measure.examples": WHOLE,
+    "measure.chunk_size": COUNT,
+    "trainer.max_epochs": COUNT,
+    "trainer.check_val_every_n_epoch": COUNT,
+}
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse values no run can use, before anything is read or built.
+
+    Raises:
+        ConfigError: Names the key, the value and what is admissible.
+    """
+    for key, rule in RULES.items():
+        value = OmegaConf.select(cfg, key)
+        if value is None and key not in _present(cfg, key):
+            continue  # another choice of the group does not have this setting
+        if not rule.holds(value):
+            raise ConfigError(f"{key}={value} {rule.requirement}")
+
+
+def _present(cfg: DictConfig, key: str) -> set[str]:
+    """{key} if the configuration has it, even with a null value."""
+    parent, _, leaf = key.rpartition(".")
+    node = OmegaConf.select(cfg, parent) if parent else cfg
+    return {key} if isinstance(node, DictConfig) and leaf in node else set()
+
+
+def build(cfg: Any, key: str, **extra: Any) -> Any:
+    """The object that the ``_target_`` at ``key`` names, ``extra`` added to its arguments.
+
+    Raises:
+        ConfigError: The target is not allowed or unknown, or it refused its arguments; names ``key``.
+    """
+    node = OmegaConf.select(cfg, key)
+    if node is None:
+        raise ConfigError(f"{key} is missing from the configuration")
+    _check_targets(OmegaConf.to_container(node, resolve=True), key)
+    try:
+        # extra arguments go straight to the constructor: Hydra would turn dataclasses into configurations
+        return instantiate(node, _partial_=True)(**extra) if extra else instantiate(node)
+    except UserError:
+        raise
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, UserError):
+            raise cause from error
+        raise ConfigError(f"{key}: {_one_line(cause or error)}") from error
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
+        raise ConfigError(f"{key}: {_one_line(error)}") from error
+
+
+def _check_targets(node: object, key: str) -> None:
+    """Configurations may come from strangers: only these packages' objects are ever called."""
+    if isinstance(node, dict):
+        target = node.get("_target_")
+        if target is not None and not str(target).startswith(ALLOWED_TARGETS):
+            allowed = ", ".join(f"{name}*" for name in ALLOWED_TARGETS)
+            raise ConfigError(f"{key}._target_={target} is not allowed; choose one of {allowed}")
+        for name, child in node.items():
+            _check_targets(child, f"{key}.{name}")
+    elif isinstance(node, list):
+        for index, child in enumerate(node):
+            _check_targets(child, f"{key}[{index}]")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+# At import: a launcher's worker unpickles the task without passing through the command.
+register_resolvers()

@@ -1,0 +1,55 @@
+"""What a run was made with: versions, hardware, code revision."""
+
+import json
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import lightning
+import torch
+
+PACKAGES = ("robustdyn", "torch", "lightning", "hydra-core", "torchmetrics", "numpy", "scipy")
+
+
+def write_environment(run_dir: Path, trainer: lightning.Trainer, model: torch.nn.Module) -> None:
+    """Write ``environment.json`` into the run directory."""
+    accelerator = trainer.strategy.root_device
+    facts = {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "packages": {name: version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(accelerator) if accelerator.type == "cuda" else accelerator.type,
+        "devices": trainer.world_size,
+        "code_revision": _revision(),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "environment.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def _revision() -> str | None:
+    """Git commit of the code, with ``-dirty`` for uncommitted changes; None for an installed wheel."""
+    checkout = Path(__file__).resolve().parents[3]
+    if not (checkout / ".git").exists():
+        return None
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() or None
+    except (OSError, subprocess.CalledProcessError):
+        return None

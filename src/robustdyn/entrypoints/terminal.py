@@ -1,0 +1,89 @@
+"""How a Hydra application ends on a terminal: one line for what a user can mend, status 1."""
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from robustdyn.entrypoints.config import config_dir
+from robustdyn.errors import UserError
+
+
+def run_app(task: Callable[[DictConfig], None], config_name: str) -> None:
+    """Run ``task`` under Hydra; a :class:`UserError` or a composition error becomes one line and status 1.
+
+    With ``HYDRA_FULL_ERROR=1`` every error keeps its stack trace.
+    """
+    # argparse cannot take overrides on both sides of a flag: "a=1 -m b=2" would be refused
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))
+    full_error = os.environ.get("HYDRA_FULL_ERROR")
+    if full_error is None:
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra hand errors over instead of printing them
+    app = hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=config_name)
+    try:
+        app(_task_with_short_errors(task, short=full_error is None))()
+    except (UserError, HydraException) as error:
+        if full_error is not None:
+            raise
+        _fail(_explain(error, config_name))
+    finally:
+        if full_error is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+
+
+def _task_with_short_errors(
+    task: Callable[[DictConfig], None], *, short: bool
+) -> Callable[[DictConfig], None]:
+    def run(cfg: DictConfig) -> None:
+        try:
+            task(cfg)
+        except UserError as error:
+            # In a sweep Hydra must see the exception, to mark the job as failed and run the others.
+            if not short or HydraConfig.get().mode == RunMode.MULTIRUN:
+                raise
+            _fail(str(error))
+
+    return run
+
+
+def _fail(message: str) -> None:
+    sys.stderr.write(f"error: {message}\n")
+    sys.exit(1)
+
+
+def _explain(error: BaseException, config_name: str) -> str:
+    text = " ".join(" ".join(str(part).split()) for part in (error, error.__cause__) if part is not None)
+    if isinstance(error, OverrideParseException):
+        return f"cannot read the override {error.override}: {text}"
+    unknown = re.search(r"Could not override '([^']+)'", text)
+    if unknown is None or "not in struct" not in text:
+        return text
+    key = unknown.group(1)
+    known = set(_all_keys(config_name))
+    if key in known:
+        return f"config key {key} does not exist with the chosen options; leave it out or choose others"
+    close = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
+    remedy = f"did you mean {' or '.join(close)}?" if close else "see --help for all keys"
+    return f"unknown config key {key}; {remedy} (+{key}=... adds a new key)"
+
+
+def _all_keys(config_name: str) -> Iterator[str]:
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
+        cfg = hydra.compose(config_name)
+
+    def walk(node: object, prefix: str) -> Iterator[str]:
+        if isinstance(node, dict):
+            for name, child in node.items():
+                yield f"{prefix}{name}"
+                yield from walk(child, f"{prefix}{name}.")
+
+    yield from walk(OmegaConf.to_container(cfg, resolve=False), "")

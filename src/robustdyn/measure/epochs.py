@@ -1,0 +1,46 @@
+"""Writes the run's ``epochs`` table and its summary."""
+
+import time
+
+import lightning
+from lightning.pytorch.callbacks import Callback
+
+from robustdyn.methods import AdversarialTraining
+from robustdyn.records import RunRecords, read_table, summarise
+from robustdyn.records.schema import EPOCHS
+
+
+class RecordEpochs(Callback):
+    """One row per epoch, appended when the epoch ends; a resumed run first drops rows it will write again.
+
+    Args:
+        records: The run's record; only the first rank writes.
+    """
+
+    def __init__(self, records: RunRecords) -> None:
+        self._records = records
+        self._started = 0.0
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Make the record end where the checkpoint does."""
+        if trainer.is_global_zero:
+            self._records.truncate(trainer.current_epoch)
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Start the clock."""
+        self._started = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Append the row and renew summary.json."""
+        assert isinstance(pl_module, AdversarialTraining)
+        metrics = pl_module.epoch_metrics()  # reduces over ranks: every rank calls it
+        if not trainer.is_global_zero or pl_module.last_step is None:
+            return
+        row = dict.fromkeys(EPOCHS.required) | {  # null where this epoch was not evaluated
+            "epoch": trainer.current_epoch,
+            "step": trainer.global_step,
+            "lr": pl_module.last_step.learning_rate,
+            "seconds": time.perf_counter() - self._started,
+        }
+        self._records.append("epochs", row | metrics)
+        self._records.write_summary(summarise(read_table(self._records.run_dir, "epochs")))

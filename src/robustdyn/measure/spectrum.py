@@ -1,0 +1,106 @@
+"""Measures the leading Hessian directions, the gradient noise along them and the posterior they imply."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robustdyn.curvature import GradientCovariance, Hessian, lanczos, projected_covariance
+from robustdyn.measure.callback import Row
+from robustdyn.measure.snapshot import Snapshot
+from robustdyn.theory import dominant_terms, is_stable, minibatch_noise_factor, stationary_variance
+
+Array = NDArray[np.float64]
+
+
+class Spectrum:
+    """Rows of the ``spectrum`` and ``bounds`` tables, over the k algebraically largest Hessian directions.
+
+    The noise C is that of a mini-batch drawn without replacement from the training set, as the loader draws.
+
+    Args:
+        directions: k.
+        tolerance: Stop when every residual is below this share of the largest eigenvalue.
+        max_products: Give up, and record the residuals reached, beyond this many products per operator.
+        max_basis: Lanczos vectors held at once.
+    """
+
+    def __init__(self, *, directions: int, tolerance: float, max_products: int, max_basis: int) -> None:
+        if directions < 1:
+            raise ValueError(f"directions must be at least 1, got {directions}")
+        self._k = directions
+        self._solver: dict[str, Any] = {
+            "which": "largest",
+            "tol": tolerance,
+            "max_products": max_products,
+            "max_basis": max_basis,
+        }
+
+    def measure(self, snapshot: Snapshot) -> Iterator[Row]:
+        """First k ``spectrum`` rows, then one ``bounds`` row."""
+        hessian = lanczos(
+            Hessian(snapshot.risk), self._k, generator=snapshot.generator("hessian"), **self._solver
+        )
+        eigenvalues = hessian.eigenvalues.cpu().numpy()
+        noise = projected_covariance(snapshot.risk, hessian.eigenvectors)
+        top_noise = lanczos(
+            GradientCovariance(snapshot.risk), self._k, generator=snapshot.generator("noise"), **self._solver
+        )
+        factor = minibatch_noise_factor(snapshot.train_examples, snapshot.batch_size, replacement=False)
+        gamma = factor * noise.variances.cpu().numpy()
+        stable, variances = _stationary(snapshot, eigenvalues, gamma)
+        curvature, log_variance = _terms(eigenvalues, variances, stable)
+        for index in range(self._k):
+            yield (
+                "spectrum",
+                {
+                    "epoch": snapshot.epoch,
+                    "step": snapshot.step,
+                    "index": index,
+                    "hessian_eigenvalue": eigenvalues[index],
+                    "residual": float(hessian.residuals[index]),
+                    "gradient_noise": gamma[index],
+                    "gradient_noise_se": factor * float(noise.standard_errors[index]),
+                    "noise_eigenvalue": factor * float(top_noise.eigenvalues[index]),
+                    "posterior_variance_stationary": variances[index],
+                    "stable": bool(stable[index]),
+                    "curvature_term": curvature[index],
+                    "log_variance_term": log_variance[index],
+                },
+            )
+        yield (
+            "bounds",
+            {
+                "epoch": snapshot.epoch,
+                "step": snapshot.step,
+                "tracked_directions": self._k,
+                "unstable_directions": int((~stable).sum()),
+                # NaN, recorded as null, as soon as one direction has no variance: a sum over fewer directions
+                # would be another quantity, and its curve would jump for no reason of the network's
+                "curvature_term_top_k": float(curvature.sum()),
+                "log_variance_term_top_k": float(log_variance.sum()),
+                "dominant_terms_top_k": float(curvature.sum() + log_variance.sum()),
+            },
+        )
+
+
+def _stationary(snapshot: Snapshot, eigenvalues: Array, gamma: Array) -> tuple[NDArray[np.bool_], Array]:
+    """Which directions (k,) have a stationary law, and its variance (k,), NaN elsewhere."""
+    eta, mu, omega = snapshot.optimizer
+    stable = is_stable(eigenvalues, eta, mu, omega) & (gamma > 0)
+    variances = np.full(eigenvalues.shape, np.nan)
+    if stable.any():
+        variances[stable] = stationary_variance(
+            eigenvalues[stable], gamma[stable], learning_rate=eta, momentum=mu, weight_decay=omega
+        )
+    return stable, variances
+
+
+def _terms(eigenvalues: Array, variances: Array, stable: NDArray[np.bool_]) -> tuple[Array, Array]:
+    """λσ² (k,) and −ln σ² (k,), NaN where there is no variance."""
+    curvature, log_variance = np.full_like(variances, np.nan), np.full_like(variances, np.nan)
+    if stable.any():
+        terms = dominant_terms(eigenvalues[stable], variances[stable])
+        curvature[stable], log_variance[stable] = terms.curvature, terms.log_variance
+    return curvature, log_variance

@@ -1,0 +1,95 @@
+"""Measures the Weight-Curvature Index and its layers."""
+
+import math
+import time
+from collections.abc import Iterator
+
+from robustdyn.curvature import LayerTraces, layer_traces
+from robustdyn.measure.callback import Row
+from robustdyn.measure.snapshot import Snapshot
+from robustdyn.theory import weight_curvature_index
+
+
+class WeightCurvature:
+    """Rows of the ``wci`` and ``layers`` tables (docs/theory.md, section on the Weight-Curvature Index).
+
+    Args:
+        probes: Random probes where the traces are sampled.
+        exact_classes_up_to: Classes up to which the Gauss–Newton route is exact (one reverse pass a class).
+    """
+
+    def __init__(self, *, probes: int, exact_classes_up_to: int) -> None:
+        self._probes = probes
+        self._exact_classes_up_to = exact_classes_up_to
+
+    def measure(self, snapshot: Snapshot) -> Iterator[Row]:
+        """One ``wci`` row, then one ``layers`` row per convolution kernel or linear weight."""
+        started = time.perf_counter()
+        traces = layer_traces(
+            snapshot.risk,
+            method="auto",
+            probes=self._probes,
+            exact_classes_up_to=self._exact_classes_up_to,
+            generator=snapshot.generator("layer-traces"),
+            weights_only=False,
+        )
+        tensors = snapshot.risk.parameters()
+        weights = [index for index, name in enumerate(traces.names) if tensors[name].dim() > 1]
+        names = [traces.names[index] for index in weights]
+        norms = [float(tensors[name].detach().double().square().sum()) for name in names]
+        trace, error = traces.traces[weights].numpy(), traces.standard_errors[weights].numpy()
+        examples = traces.per_example
+        index = weight_curvature_index(
+            norms,
+            trace,
+            **(
+                {"standard_error": error}
+                if examples is None
+                else {"example_traces": examples[:, weights].numpy()}
+            ),
+        )
+        yield (
+            "wci",
+            {
+                "epoch": snapshot.epoch,
+                "step": snapshot.step,
+                "wci": index.value,
+                "wci_se": index.standard_error,
+                "weight_norm_sq": sum(norms),
+                "hessian_trace": float(trace.sum()),
+                "hessian_trace_se": _sum_error(traces, weights),
+                "hessian_trace_all": float(traces.traces.sum()),
+                "hessian_trace_all_se": _sum_error(traces, list(range(len(traces.names)))),
+                "cauchy_schwarz_bound": index.cauchy_schwarz_bound,
+                "clamped_layers": index.clamped_layers,
+                "hvps": traces.products,
+                "examples": snapshot.risk.examples,
+                "batchnorm": traces.batchnorm,
+                "estimator": traces.estimator,
+                "seconds": time.perf_counter() - started,
+            },
+        )
+        variances = index.optimal_layer_variance(beta=1.0)
+        for layer, name in enumerate(names):
+            yield (
+                "layers",
+                {
+                    "epoch": snapshot.epoch,
+                    "step": snapshot.step,
+                    "layer": name,
+                    "numel": tensors[name].numel(),
+                    "weight_norm_sq": norms[layer],
+                    "hessian_trace": float(trace[layer]),
+                    "hessian_trace_se": float(error[layer]),
+                    "wci_term": float(index.terms[layer]),
+                    "optimal_variance": float(variances[layer]),
+                },
+            )
+
+
+def _sum_error(traces: LayerTraces, tensors: list[int]) -> float:
+    """Standard error of the summed traces; with per-example values the tensors' correlation is kept."""
+    if traces.per_example is None:
+        return float(traces.standard_errors[tensors].square().sum().sqrt())
+    totals = traces.per_example[:, tensors].sum(dim=1)
+    return float(totals.std(correction=1)) / math.sqrt(len(totals))

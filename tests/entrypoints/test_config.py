@@ -1,0 +1,102 @@
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from robustdyn.attacks import PGD
+from robustdyn.entrypoints.config import RULES, build, check, config_dir
+from robustdyn.errors import ConfigError
+from tests.runs import compose
+
+
+def options(group):
+    return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
+
+
+@pytest.mark.parametrize("experiment", options("experiment"))
+def test_every_experiment_composes_and_passes_its_checks(experiment):
+    check(compose(f"experiment={experiment}"))
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        f"{group}={option}"
+        for group in (
+            "data",
+            "model",
+            "attack",
+            "method",
+            "optimizer",
+            "schedule",
+            "measure",
+            "trainer",
+            "logger",
+        )
+        for option in options(group)
+    ],
+)
+def test_every_option_composes_and_passes_its_checks(choice):
+    check(compose(choice))
+
+
+@pytest.mark.parametrize("key", RULES)
+def test_every_rule_guards_a_key_that_exists(key):
+    assert OmegaConf.select(compose(), key, throw_on_missing=True) is not None
+
+
+def test_a_data_set_changes_the_protocol_and_the_user_has_the_last_word():
+    assert compose("data=cifar10").attack.step_255 == 2
+    assert compose("data=svhn").attack.step_255 == 1
+    assert compose("data=svhn", "attack.step_255=4").attack.step_255 == 4
+    assert compose("data=digits").model.width < compose("data=cifar10").model.width
+
+
+def test_radii_are_divided_once():
+    attack = build(compose("data=cifar10", "attack.eps_255=4"), "attack.train")
+    assert isinstance(attack, PGD)
+    assert attack.eps == pytest.approx(4 / 255)
+    assert attack.step_size == pytest.approx(2 / 255)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("attack.eps_255=-8", r"attack.eps_255=-8 must be a number of at least 0"),
+        ("attack.step_255=0", r"attack.step_255=0 must be a positive number"),
+        ("attack.eps_255=abc", r"attack.eps_255=abc must be a number"),
+        ("attack.steps=2.5", r"attack.steps=2.5 must be a whole number"),
+        ("optimizer.momentum=1", r"optimizer.momentum=1 must lie in \[0, 1\)"),
+        ("optimizer.lr=nan", r"optimizer.lr=nan must be a positive number"),
+        ("trainer.max_epochs=0", r"trainer.max_epochs=0 must be a whole number of at least 1"),
+        ("seed=-1", r"seed=-1 must be a whole number of at least 0"),
+        ("seed=null", r"seed=None must be a whole number"),
+        ("attack.norm=l1", r"attack.norm=l1 must be linf or l2"),
+    ],
+)
+def test_refuses_a_value_by_its_key(override, message):
+    with pytest.raises(ConfigError, match=message):
+        check(compose(override))
+
+
+def test_a_constructor_that_refuses_is_named_by_its_key():
+    with pytest.raises(ConfigError, match=r"^schedule: milestones must increase strictly from 1 on"):
+        build(compose("schedule.milestones=[5,3]"), "schedule")
+
+
+def test_calls_nothing_outside_the_allowed_packages():
+    cfg = OmegaConf.create({"thing": {"_target_": "os.system", "command": "true"}})
+    with pytest.raises(ConfigError, match=r"thing._target_=os.system is not allowed"):
+        build(cfg, "thing")
+    nested = OmegaConf.create(
+        {"thing": {"_target_": "torch.nn.Identity", "inner": {"_target_": "os.getcwd"}}}
+    )
+    with pytest.raises(ConfigError, match=r"thing.inner._target_=os.getcwd is not allowed"):
+        build(nested, "thing")
+
+
+def test_adds_what_only_the_program_knows():
+    module = build(
+        OmegaConf.create({"m": {"_target_": "torch.nn.Linear", "in_features": 2}}), "m", out_features=3
+    )
+    assert isinstance(module, torch.nn.Linear)
+    assert module.out_features == 3

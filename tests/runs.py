@@ -1,0 +1,52 @@
+"""Runs that take seconds: real data and every component, a network with a few thousand weights."""
+
+import json
+import sys
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+from robustdyn.entrypoints.config import config_dir
+
+TINY = (
+    "data=digits",
+    "data.train_size=80",
+    "data.test_size=60",
+    "model.width=4",
+    "model.blocks=[1,1]",
+    "model.strides=[1,2]",
+    "attack.steps=2",
+    "trainer.max_epochs=3",
+    "trainer.accelerator=cpu",
+    "schedule.milestones=[2]",
+    "measure.examples=24",
+    "measure.chunk_size=16",
+    "measure.epochs=[0,2]",
+    "measure.measurements.spectrum.directions=2",
+    "name=tiny",
+)
+
+
+def compose(*overrides: str) -> DictConfig:
+    """The configuration of ``robustdyn-train`` with overrides, as the command composes it."""
+    with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
+        return hydra.compose("train", list(overrides), return_hydra_config=False)
+
+
+def command(monkeypatch, *arguments: str) -> int:
+    """Run ``robustdyn-train`` with these arguments in this process; its exit status."""
+    from robustdyn.entrypoints.train import main
+
+    monkeypatch.setattr(sys, "argv", ["robustdyn-train", *arguments])
+    try:
+        main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def rows(run_dir: Path, table: str) -> list[dict]:
+    """A table as it stands in the file, without the time columns, which no two runs share."""
+    lines = (run_dir / "records" / f"{table}.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]

@@ -1,0 +1,63 @@
+"""The wheel alone, in an empty folder: the commands find their configuration and train."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.runs import TINY
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """A folder with the unpacked wheel, as pip lays it out."""
+    folder = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder / "dist", ROOT]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = (folder / "dist").glob("*.whl")
+    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--quiet", "--target", folder / "site", wheel]
+    subprocess.run(install, check=True, capture_output=True)
+    return folder / "site"
+
+
+def run(site, folder, module, *arguments):
+    environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", module, *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_carries_the_configuration_once(site):
+    shipped = {path.relative_to(site / "robustdyn" / "conf") for path in (site / "robustdyn" / "conf").rglob("*.yaml")}
+    assert shipped == {path.relative_to(ROOT / "conf") for path in (ROOT / "conf").rglob("*.yaml")}
+    assert (site / "robustdyn" / "py.typed").exists()
+
+
+def test_trains_in_an_empty_folder_and_reports(site, tmp_path):
+    where = "import robustdyn.entrypoints.config as c; print(c.config_dir())"
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    found = subprocess.run([sys.executable, "-c", where], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert found.stdout.strip() == str(site / "robustdyn" / "conf")
+
+    ended = run(site, tmp_path, "robustdyn.entrypoints.train", *TINY, "hydra.run.dir=run", "trainer.max_epochs=1",
+                "measure.epochs=0")  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["final"]["epoch"] == 0
+    assert (tmp_path / "run" / "report" / "index.html").exists()
+
+
+def test_help_lists_groups_and_settings(site, tmp_path):
+    ended = run(site, tmp_path, "robustdyn.entrypoints.train", "--help")
+    assert ended.returncode == 0
+    for part in ("data: cifar10, cifar100, digits, svhn", "eps_255: 51", "robustdyn-report", "hydra.run.dir=DIR"):
+        assert part in ended.stdout
+
+
+def test_a_mistake_ends_with_status_one(site, tmp_path):
+    ended = run(site, tmp_path, "robustdyn.entrypoints.train", "attack.eps_255=-8", "hydra.run.dir=run")
+    assert ended.returncode == 1
+    assert ended.stderr == "error: attack.eps_255=-8 must be a number of at least 0\n"
