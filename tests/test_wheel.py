@@ -20,31 +20,30 @@ def site(tmp_path_factory):
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder / "dist", ROOT]
     subprocess.run(build, check=True, capture_output=True)
     (wheel,) = (folder / "dist").glob("*.whl")
-    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--quiet", "--target", folder / "site", wheel]
+    pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--quiet"]
+    install = [*pip, "--target", folder / "site", wheel]
     subprocess.run(install, check=True, capture_output=True)
     return folder / "site"
 
 
 def run(site, folder, module, *arguments):
+    """The module's command in ``folder``; the wheel goes before any editable installation."""
     environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", module, *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
 def test_carries_the_configuration_once(site):
-    shipped = {path.relative_to(site / "robustdyn" / "conf") for path in (site / "robustdyn" / "conf").rglob("*.yaml")}
-    assert shipped == {path.relative_to(ROOT / "conf") for path in (ROOT / "conf").rglob("*.yaml")}
+    shipped, ours = site / "robustdyn" / "conf", ROOT / "conf"
+    assert {path.relative_to(shipped) for path in shipped.rglob("*.yaml")} == {
+        path.relative_to(ours) for path in ours.rglob("*.yaml")
+    }
     assert (site / "robustdyn" / "py.typed").exists()
 
 
 def test_trains_in_an_empty_folder_and_reports(site, tmp_path):
-    where = "import robustdyn.entrypoints.config as c; print(c.config_dir())"
-    environment = {**os.environ, "PYTHONPATH": str(site)}
-    found = subprocess.run([sys.executable, "-c", where], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert found.stdout.strip() == str(site / "robustdyn" / "conf")
-
-    ended = run(site, tmp_path, "robustdyn.entrypoints.train", *TINY, "hydra.run.dir=run", "trainer.max_epochs=1",
-                "measure.epochs=0")  # fmt: skip
+    short = ("hydra.run.dir=run", "trainer.max_epochs=1", "measure.epochs=0")
+    ended = run(site, tmp_path, "robustdyn.entrypoints.train", *TINY, *short)
     assert ended.returncode == 0, ended.stderr
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["final"]["epoch"] == 0
     assert (tmp_path / "run" / "report" / "index.html").exists()
@@ -53,7 +52,12 @@ def test_trains_in_an_empty_folder_and_reports(site, tmp_path):
 def test_help_lists_groups_and_settings(site, tmp_path):
     ended = run(site, tmp_path, "robustdyn.entrypoints.train", "--help")
     assert ended.returncode == 0
-    for part in ("data: cifar10, cifar100, digits, svhn", "eps_255: 51", "robustdyn-report", "hydra.run.dir=DIR"):
+    for part in (
+        "data: cifar10, cifar100, digits, svhn",
+        "eps_255: 51",
+        "robustdyn-report",
+        "hydra.run.dir=DIR",
+    ):
         assert part in ended.stdout
 
 

@@ -1,6 +1,6 @@
 """What measuring adds to the peak memory of a run: PreActResNet-18 at CIFAR-10 size, batch 128, on the CPU.
 
-Runs ``robustdyn-train`` twice as a process of its own, without and with measurement, on images made up here in
+Runs ``robustdyn-train`` twice as a process of its own, without and with measurement, on images made up in
 CIFAR-10's official layout, and compares the greatest resident sizes in units of one gradient of the model.
 
     python experiments/benchmarks/measurement_memory.py [--width 64] [--directions 5]
@@ -40,7 +40,9 @@ def peak_mib(arguments: list[str]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--width", type=int, default=64, help="64 is the papers' network")
     parser.add_argument("--directions", type=int, default=5, help="k, the tracked directions")
     args = parser.parse_args()

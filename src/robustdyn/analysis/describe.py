@@ -18,7 +18,6 @@ _SECTIONS = {  # section -> heading and the settings worth a reader's first glan
     "method": ("method", ("gamma", "beta", "threshold", "warmup", "interval")),
     "optimizer": ("optimiser", ("lr", "momentum", "weight_decay", "nesterov", "betas")),
     "schedule": ("schedule", ("milestones", "factor", "epochs", "final", "threshold")),
-    "measure": ("measured", ("epochs", "examples", "directions")),
 }
 
 
@@ -27,6 +26,7 @@ def what_was_run(runs: Sequence[Run]) -> list[tuple[str, str]]:
     rows = [
         (heading, [_section(run, name, keys) for run in runs]) for name, (heading, keys) in _SECTIONS.items()
     ]
+    rows.append(("measured", [_measured(run.config.get("measure")) for run in runs]))
     rows.append(("epochs", [_value(run.config, "trainer", "max_epochs") for run in runs]))
     rows.append(("seeds", [format_value(run.config["seed"]) if "seed" in run.config else "" for run in runs]))
     joined = [(heading, _joined(texts, ", " if heading == "seeds" else " | ")) for heading, texts in rows]
@@ -66,8 +66,6 @@ def _section(run: Run, name: str, keys: Sequence[str]) -> str:
         for key in keys
         if section.get(key) is not None
     ]
-    if name == "measure":
-        return ", ".join(said)
     return f"{picked}: {', '.join(said)}" if picked and said else picked or ", ".join(said)
 
 
@@ -79,6 +77,13 @@ def _attack(section: Mapping[str, Any]) -> str:
     if "step_255" in section:
         parts.append(f"step {format_value(section['step_255'])}/255")
     return ", ".join(part for part in parts if part)
+
+
+def _measured(section: object) -> str:
+    """``every 5, on 256 training examples``."""
+    if not isinstance(section, Mapping) or not section.get("epochs"):
+        return ""
+    return f"{format_value(section['epochs'])}, on {section.get('examples', '?')} training examples"
 
 
 def _value(config: Mapping[str, Any], section: str, key: str) -> str:

@@ -417,7 +417,7 @@ def _learning_curves(epochs: pd.DataFrame, metric: str, title: str) -> Figure:
     finish(left, f"Train and test ({lowest})", f"{metric.replace('_', ' ')} ({test.shown_unit})")
     draw(right, epochs, gap, cast)
     right.axhline(0.0, color=style.MARK, linewidth=0.8)
-    finish(right, "Gap, test − train", f"gap ({'percentage points' if gap.scale > 1 else gap.shown_unit})")
+    finish(right, "Gap, test − train", f"gap ({gap.shown_unit})")
     mark_decays([left, right], epochs, cast)
     if cast.alone:
         label_ends(left, ends)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -205,15 +206,14 @@ def _title(runs: Sequence[Run]) -> str:
 
 
 def _card(line: Headline) -> dict[str, object]:
-    """A headline for the page: name and a row per group of (group, note, from, epoch, to, epoch)."""
+    """A headline for the page: its name and a row of texts per group."""
     rows = [
         {
             "group": change.group if len(line.changes) > 1 else "",
             "runs": len(change.pairs),
-            "start": change.side(False),
-            "start_epoch": change.epochs(False),
-            "end": change.side(True),
-            "end_epoch": change.epochs(True),
+            "change": change.short(),
+            "range": " → ".join((change.spread(False), change.spread(True))) if len(change.pairs) > 1 else "",
+            "epochs": " → ".join((change.epochs(False), change.epochs(True))),
         }
         for change in line.changes
     ]
@@ -244,9 +244,9 @@ def _metric_cells(values: pd.Series) -> tuple[str, ...]:
 
 def _cell(column: schema.Column, value: float) -> str:
     """A number as people read it: errors in per cent with two decimals."""
-    if pd.isna(value):
+    if math.isnan(value):
         return "–"
-    return f"{value * column.scale:.2f}" if column.unit == "fraction" else format_number(value)
+    return f"{value * column.scale:.2f}" if column.scale > 1 else format_number(value)
 
 
 def _unfinished(runs: Sequence[Run], epochs: pd.DataFrame) -> list[str]:

@@ -102,13 +102,18 @@ class Change:
     group: str
     pairs: tuple[tuple[Moment, Moment], ...]
 
-    def side(self, end: bool) -> str:
-        """The mean over runs, with the range when there are several."""
+    def mean(self, end: bool) -> str:
+        """The mean over runs at one end."""
+        return format_number(float(np.mean([pair[end].value for pair in self.pairs])))
+
+    def spread(self, end: bool) -> str:
+        """The smallest and the largest value over runs at one end."""
         values = [pair[end].value for pair in self.pairs]
-        mean = format_number(float(np.mean(values)))
-        return (
-            f"{mean} [{format_number(min(values))}–{format_number(max(values))}]" if len(values) > 1 else mean
-        )
+        return f"{format_number(min(values))}–{format_number(max(values))}"
+
+    def side(self, end: bool) -> str:
+        """The mean over runs at one end, with the range when there are several."""
+        return f"{self.mean(end)} [{self.spread(end)}]" if len(self.pairs) > 1 else self.mean(end)
 
     def epochs(self, end: bool) -> str:
         """The epoch, or the range of epochs over runs."""
@@ -118,10 +123,7 @@ class Change:
 
     def short(self) -> str:
         """``0.89 → 1.02``, means over the runs."""
-        means = [
-            format_number(float(np.mean([pair[end].value for pair in self.pairs]))) for end in (False, True)
-        ]
-        return " → ".join(means)
+        return f"{self.mean(False)} → {self.mean(True)}"
 
 
 @dataclass(frozen=True)
@@ -203,8 +205,8 @@ def correlation(x: pd.Series, y: pd.Series) -> float | None:
 
 
 def format_number(value: float) -> str:
-    """Three significant digits; loss-sized numbers with three decimals."""
-    if value == 0 or 0.1 <= abs(value) < 10:
+    """About three significant digits; loss-sized numbers with three decimals."""
+    if value == 0 or 0.01 <= abs(value) < 10:
         return f"{value:.3f}"
     if 10 <= abs(value) < 1e5:
         return f"{value:.1f}" if abs(value) < 1000 else f"{value:,.0f}"

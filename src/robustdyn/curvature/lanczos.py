@@ -11,7 +11,7 @@ T, which gives the Ritz pair (θ, Qᵀ s) with residual norm β |s_n|.
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -49,7 +49,7 @@ class EigenResult:
     """
 
     eigenvalues: Tensor
-    eigenvectors: Tensor
+    eigenvectors: Tensor = field(repr=False)
     residuals: Tensor
     converged: Tensor
     products: int

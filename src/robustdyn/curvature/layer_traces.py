@@ -2,7 +2,7 @@
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -46,7 +46,7 @@ class LayerTraces:
     names: tuple[str, ...]
     traces: Tensor
     standard_errors: Tensor
-    per_example: Tensor | None
+    per_example: Tensor | None = field(repr=False)
     estimator: Estimator
     reason: str
     batchnorm: BatchNormMode

@@ -6,7 +6,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from robustdyn.curvature import GradientCovariance, Hessian, lanczos, projected_covariance
+from robustdyn.curvature import (
+    GradientCovariance,
+    Hessian,
+    ProjectedCovariance,
+    lanczos,
+    projected_covariance,
+)
 from robustdyn.measure.callback import Row
 from robustdyn.measure.snapshot import Snapshot
 from robustdyn.theory import dominant_terms, is_stable, minibatch_noise_factor, stationary_variance
@@ -39,16 +45,12 @@ class Spectrum:
 
     def measure(self, snapshot: Snapshot) -> Iterator[Row]:
         """First k ``spectrum`` rows, then one ``bounds`` row."""
-        hessian = lanczos(
-            Hessian(snapshot.risk), self._k, generator=snapshot.generator("hessian"), **self._solver
-        )
-        eigenvalues = hessian.eigenvalues.cpu().numpy()
-        noise = projected_covariance(snapshot.risk, hessian.eigenvectors)
+        eigenvalues, residuals, noise = self._leading_directions(snapshot)
         top_noise = lanczos(
             GradientCovariance(snapshot.risk), self._k, generator=snapshot.generator("noise"), **self._solver
         )
         factor = minibatch_noise_factor(snapshot.train_examples, snapshot.batch_size, replacement=False)
-        gamma = factor * noise.variances.cpu().numpy()
+        gamma = factor * noise.variances.numpy()
         stable, variances = _stationary(snapshot, eigenvalues, gamma)
         curvature, log_variance = _terms(eigenvalues, variances, stable)
         for index in range(self._k):
@@ -59,7 +61,7 @@ class Spectrum:
                     "step": snapshot.step,
                     "index": index,
                     "hessian_eigenvalue": eigenvalues[index],
-                    "residual": float(hessian.residuals[index]),
+                    "residual": residuals[index],
                     "gradient_noise": gamma[index],
                     "gradient_noise_se": factor * float(noise.standard_errors[index]),
                     "noise_eigenvalue": factor * float(top_noise.eigenvalues[index]),
@@ -83,6 +85,14 @@ class Spectrum:
                 "dominant_terms_top_k": float(curvature.sum() + log_variance.sum()),
             },
         )
+
+    def _leading_directions(self, snapshot: Snapshot) -> tuple[Array, Array, ProjectedCovariance]:
+        """λ (k,), residuals (k,), and C₁ along the directions; these are let go: each is a gradient large."""
+        top = lanczos(
+            Hessian(snapshot.risk), self._k, generator=snapshot.generator("hessian"), **self._solver
+        )
+        noise = projected_covariance(snapshot.risk, top.eigenvectors)
+        return top.eigenvalues.numpy(), top.residuals.numpy(), noise
 
 
 def _stationary(snapshot: Snapshot, eigenvalues: Array, gamma: Array) -> tuple[NDArray[np.bool_], Array]:

@@ -88,7 +88,7 @@ def find_runs(paths: Iterable[str | os.PathLike[str]] | str | os.PathLike[str]) 
         directories = _run_directories(path)
         if not directories:
             raise RecordError(
-                f"{path}: no run in it; a run directory holds {CONFIG.as_posix()}, as robustdyn-train writes it"
+                f"{path}: no run in it; a run directory holds {CONFIG.as_posix()}, which training writes"
             )
         for directory in directories:
             resolved = directory.resolve()

@@ -16,7 +16,8 @@ from typing import Literal
 Kind = Literal["int", "float", "str", "bool"]
 Direction = Literal["lower", "higher"]
 
-PERCENT = "%"
+FRACTION, FRACTION_DIFFERENCE = "fraction", "difference of fractions"
+_SHOWN_UNITS = {FRACTION: "%", FRACTION_DIFFERENCE: "percentage points"}
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,12 @@ class Column:
     @property
     def scale(self) -> float:
         """Factor from the recorded number to the one people read (100 for fractions)."""
-        return 100.0 if self.unit == "fraction" else 1.0
+        return 100.0 if self.unit in _SHOWN_UNITS else 1.0
 
     @property
     def shown_unit(self) -> str:
         """Unit of the number people read."""
-        return PERCENT if self.unit == "fraction" else self.unit
+        return _SHOWN_UNITS.get(self.unit, self.unit)
 
     @property
     def shown(self) -> str:
@@ -117,7 +118,7 @@ def _metrics(split: str, required: bool = True) -> Iterator[Column]:
         yield Column(
             f"{split}_{inputs}_error",
             "float",
-            "fraction",
+            FRACTION,
             f"{split} {inputs} error",
             f"share of {on} misclassified, {_HOW[split]}",
             "lower",
@@ -147,7 +148,7 @@ EPOCHS = Table(
         Column(
             "robust_error_gap",
             "float",
-            "fraction",
+            FRACTION_DIFFERENCE,
             "robust error gap",
             "test_robust_error − train_robust_error",
             "lower",
