@@ -118,7 +118,8 @@ def draw(
     ends = []
     look: dict[str, Any] = {"linestyle": line, "drawstyle": "steps-post" if steps else "default"}
     for order, (group, rows) in enumerate(frame.dropna(subset=[column.name]).groupby("group", sort=False)):
-        extra = 1.2 * (len(cast.colours) - 1 - order) if steps else 0.0
+        later = len(cast.colours) - 1 - order
+        extra = later * min(1.2, 4.0 / max(len(cast.colours) - 1, 1)) if steps else 0.0
         shade = cast.colour(str(group), colour)
         several = cast.sizes[str(group)] > 1
         for _, own in rows.groupby("run", sort=False):
@@ -212,10 +213,14 @@ def finish(ax: Axes, title: str, ylabel: str) -> None:
 
 
 def mark_decays(axes: Iterable[Axes], epochs: pd.DataFrame, cast: Cast) -> None:
-    """Mark decay epochs: grey and labelled where all groups share them, else in the group's colour."""
+    """Mark decay epochs: grey and labelled where every group that got there has them, else coloured."""
     by_group = {group: _decays(epochs[epochs["group"] == group]) for group in cast.colours}
+    reached = epochs.groupby("group")["epoch"].max()
+    every = {e: r for decays in by_group.values() for e, r in decays.items()}
     shared = {
-        e: r for e, r in next(iter(by_group.values())).items() if all(e in d for d in by_group.values())
+        e: every[e]
+        for e in sorted(every)
+        if all(e in d or reached.get(g, -1) < e for g, d in by_group.items())
     }
     single = [(group, e) for group, decays in by_group.items() for e in decays if e not in shared]
     for ax in axes:
@@ -266,7 +271,7 @@ def group_legend(
         handles.append(Line2D([], [], color=style.MARK, linewidth=0.8, label="single seeds"))
     if handles:
         longest = max(len(str(handle.get_label())) for handle in handles)
-        columns = max(1, min(4, len(handles), 110 // (longest + 8)))
+        columns = max(1, min(4, len(handles), 128 // (longest + 8)))
         figure.legend(handles=handles, loc="outside lower center", ncols=columns)
 
 

@@ -25,7 +25,6 @@ from robustdyn.analysis.statistics import (
     SHOWN_METRICS,
     Headline,
     final_and_best,
-    format_number,
     headlines,
 )
 from robustdyn.analysis.statistics import headline as headline
@@ -243,10 +242,10 @@ def _metric_cells(values: pd.Series) -> tuple[str, ...]:
 
 
 def _cell(column: schema.Column, value: float) -> str:
-    """A number as people read it: errors in per cent with two decimals."""
+    """A number as people read it: errors in per cent with two decimals, losses with three."""
     if math.isnan(value):
         return "–"
-    return f"{value * column.scale:.2f}" if column.scale > 1 else format_number(value)
+    return f"{value * column.scale:.2f}" if column.scale > 1 else f"{value:.3f}"
 
 
 def _unfinished(runs: Sequence[Run], epochs: pd.DataFrame) -> list[str]:

@@ -16,6 +16,7 @@ from robustdyn.records.writer import summarise
 
 DECAY = 0.2  # a drop by more than this share is a decay ...
 HELD = 0.02  # ... if the rate moved by less than this in the epoch before: the end of a cosine is no decay
+TOLD = 4  # groups that fit one line of a terminal
 
 FINAL = "final"
 BEST_ON_TEST = "best on test"
@@ -121,6 +122,11 @@ class Change:
         low, high = min(numbers), max(numbers)
         return f"epoch {low}" if low == high else f"epochs {low}–{high}"
 
+    @property
+    def size(self) -> float:
+        """Mean change over the runs."""
+        return float(np.mean([end.value - start.value for start, end in self.pairs]))
+
     def short(self) -> str:
         """``0.89 → 1.02``, means over the runs."""
         return f"{self.mean(False)} → {self.mean(True)}"
@@ -147,8 +153,11 @@ class Headline:
         if not self.changes:
             return f"{self.name}: {self.missing}"
         if len(self.changes) > 1:
-            return f"{self.name}, {self.start} → final: " + "; ".join(
-                f"{c.group} {c.short()}" for c in self.changes
+            told, rest = self._told()
+            return (
+                f"{self.name}, {self.start} → final: "
+                + "; ".join(f"{c.group} {c.short()}" for c in told)
+                + rest
             )
         (change,) = self.changes
         seeds = f" (mean of {len(change.pairs)} seeds [range])" if len(change.pairs) > 1 else ""
@@ -156,6 +165,13 @@ class Headline:
             f"{self.name}{seeds}: {self.start} {change.side(False)} ({change.epochs(False)}) "
             f"→ final {change.side(True)} ({change.epochs(True)})"
         )
+
+    def _told(self) -> tuple[list[Change], str]:
+        """The changes a line has room for: all of a few, else the smallest and the largest."""
+        if len(self.changes) <= TOLD:
+            return list(self.changes), ""
+        ordered = sorted(self.changes, key=lambda change: change.size)
+        return [ordered[0], ordered[-1]], f" (smallest and largest rise of {len(ordered)} settings)"
 
 
 def headlines(runs: Sequence[Run]) -> list[Headline]:
@@ -206,7 +222,7 @@ def correlation(x: pd.Series, y: pd.Series) -> float | None:
 
 def format_number(value: float) -> str:
     """About three significant digits; loss-sized numbers with three decimals."""
-    if value == 0 or 0.01 <= abs(value) < 10:
+    if value == 0 or 5e-4 <= abs(value) < 10:
         return f"{value:.3f}"
     if 10 <= abs(value) < 1e5:
         return f"{value:.1f}" if abs(value) < 1000 else f"{value:,.0f}"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ParamSpec
 
@@ -72,11 +74,23 @@ def save(figure: Figure, stem: Path) -> list[Path]:
         The two files.
     """
     png, pdf = stem.with_suffix(".png"), stem.with_suffix(".pdf")
-    with mpl.rc_context(_RC):
+    with mpl.rc_context(_RC), _quiet("fontTools"):
         figure.savefig(png, dpi=DPI, metadata={"Software": None})
         figure.set_layout_engine("none")  # the layout just found serves the second file
         figure.savefig(pdf, metadata={"CreationDate": None, "Producer": None, "Creator": None})
     return [png, pdf]
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Warnings only from a logger: the font library tells each step, and Hydra would print it all."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def colours(n: int) -> Sequence[str]:

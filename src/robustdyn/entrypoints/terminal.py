@@ -1,6 +1,7 @@
 """How a Hydra application ends on a terminal: one line for what a user can mend, status 1."""
 
 import difflib
+import logging
 import os
 import re
 import sys
@@ -22,6 +23,8 @@ def run_app(task: Callable[[DictConfig], None], config_name: str) -> None:
 
     With ``HYDRA_FULL_ERROR=1`` every error keeps its stack trace.
     """
+    for chatty in ("fontTools", "matplotlib"):  # Hydra's handlers would print their notes on every figure
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     # argparse cannot take overrides on both sides of a flag: "a=1 -m b=2" would be refused
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))
     full_error = os.environ.get("HYDRA_FULL_ERROR")

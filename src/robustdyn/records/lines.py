@@ -22,10 +22,10 @@ def decode(line: bytes) -> dict[str, Any] | None:
     return row if isinstance(row, dict) and isinstance(row.get("epoch"), int) else None
 
 
-def parse_lines(path: Path) -> list[dict[str, Any]]:
+def parse_lines(path: Path, *, warn: bool = True) -> list[dict[str, Any]]:
     """All rows of a record file, in order.
 
-    A broken last line (the process was killed while writing it) is left out with a warning.
+    A broken last line (the process was killed while writing it) is left out, with a warning if ``warn``.
 
     Raises:
         RecordError: The file cannot be read, or a line before the last is broken.
@@ -40,7 +40,8 @@ def parse_lines(path: Path) -> list[dict[str, Any]]:
         if row is not None:
             rows.append(row)
         elif number == lines[-1][0]:
-            warnings.warn(f"{path}, line {number}: half-written last line left out", stacklevel=3)
+            if warn:
+                warnings.warn(f"{path}, line {number}: half-written last line left out", stacklevel=3)
         else:
             raise RecordError(
                 f"{path}, line {number}: not a record; remove the line, or restore the file from a copy"

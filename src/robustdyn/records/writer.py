@@ -86,7 +86,7 @@ class RunRecords:
         for name in schema.TABLES:
             path = self.path(name)
             if path.is_file():
-                rows = parse_lines(path)
+                rows = parse_lines(path, warn=False)
                 kept = [row for row in rows if row["epoch"] < from_epoch]
                 _replace(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
                 self._whole.add(name)

@@ -1,0 +1,180 @@
+"""The posterior at every epoch, from what a run recorded: spectra at measured epochs and the rates it used."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import lightning
+import numpy as np
+import pandas as pd
+from lightning.pytorch.callbacks import Callback
+from numpy.typing import NDArray
+
+from robustdyn.methods import AdversarialTraining
+from robustdyn.records import RunRecords, read_table
+from robustdyn.theory import (
+    MeasuredSpectrum,
+    is_stable,
+    propagate,
+    stationary_state_covariance,
+    stationary_variance,
+)
+from robustdyn.theory.trajectory import Interpolation
+
+Array = NDArray[np.float64]
+
+
+def posterior_rows(
+    tables: dict[str, pd.DataFrame], *, momentum: float, weight_decay: float, interpolation: Interpolation
+) -> Iterator[dict[str, Any]]:
+    """σ² of every tracked direction after every epoch: the run's own rates propagated through its spectra.
+
+    Directions are matched by rank between measurements. The law starts as the point the run started from.
+    While a direction overshoots, η(λ + ω) ≥ 2(1 + μ), or is flat, it has no law to settle to and its variance
+    is NaN; afterwards it starts again from the stationary law of that moment. Before the first measurement its
+    values are held.
+
+    Args:
+        tables: ``epochs``, ``rates`` and ``spectrum`` of one run.
+        momentum: μ of every step.
+        weight_decay: ω of every step.
+        interpolation: How (λ, γ) run between measured epochs; see :class:`robustdyn.theory.MeasuredSpectrum`.
+
+    Yields:
+        Rows of the ``posterior`` table, epoch by epoch.
+    """
+    ends = tables["epochs"]["step"].to_numpy(dtype=int)
+    if not len(ends):
+        return
+    rates = _rate_of_each_step(tables["rates"], int(ends[-1]))
+    columns = []
+    for index, rows in tables["spectrum"].groupby("index", sort=True):
+        usable = rows[rows["gradient_noise"] > 0]
+        if len(usable):
+            direction = _Direction(usable, rates, momentum, weight_decay, interpolation)
+            columns.append((int(str(index)), direction.propagated(ends), direction.stationary(ends)))
+    for row, (epoch, step) in enumerate(zip(tables["epochs"]["epoch"], ends, strict=True)):
+        for index, variance, stationary in columns:
+            yield {
+                "epoch": int(epoch),
+                "step": int(step),
+                "index": index,
+                "posterior_variance": variance[row],
+                "posterior_variance_stationary": stationary[row],
+            }
+
+
+def _rate_of_each_step(rates: pd.DataFrame, steps: int) -> Array:
+    """η (N,), from the steps at which it changed."""
+    starts = rates["step"].to_numpy(dtype=int)
+    held = np.diff(np.append(starts, steps))
+    return np.repeat(rates["lr"].to_numpy(dtype=float), held)
+
+
+@dataclass
+class _Direction:
+    """One direction's measured spectrum through a run of N steps."""
+
+    rows: pd.DataFrame
+    rates: Array
+    momentum: float
+    weight_decay: float
+    interpolation: Interpolation
+
+    def __post_init__(self) -> None:
+        measured = self.rows["step"].to_numpy(dtype=int)
+        spectrum = MeasuredSpectrum(
+            step=measured,
+            eigenvalue=self.rows[["hessian_eigenvalue"]].to_numpy(dtype=float),
+            noise=self.rows[["gradient_noise"]].to_numpy(dtype=float),
+            interpolation=self.interpolation,
+        )
+        cuts = [0, *[int(s) for s in measured if 0 < s < len(self.rates)], len(self.rates)]
+        parts = [spectrum.between(a, b) for a, b in zip(cuts, cuts[1:], strict=False) if b > a]
+        self.eigenvalue = np.concatenate([part[0][:, 0] for part in parts])  # (N,), at every step
+        self.noise = np.concatenate([part[1][:, 0] for part in parts])
+        self.stable = is_stable(self.eigenvalue, self.rates, self.momentum, self.weight_decay)
+        self.spectrum = spectrum
+
+    def stationary(self, ends: NDArray[np.int_]) -> Array:
+        """σ² (E,) that the last step before each of ``ends`` would settle to; NaN where there is none."""
+        at = np.asarray(ends) - 1
+        result = np.full(len(at), np.nan)
+        good = self.stable[at]
+        if good.any():
+            at = at[good]
+            result[good] = stationary_variance(
+                self.eigenvalue[at],
+                self.noise[at],
+                learning_rate=self.rates[at],
+                momentum=self.momentum,
+                weight_decay=self.weight_decay,
+            )
+        return result
+
+    def propagated(self, ends: NDArray[np.int_]) -> Array:
+        """σ² (E,) after ``ends`` steps; NaN while the direction has no law to settle to."""
+        result = np.full(len(ends), np.nan)
+        edges = np.flatnonzero(np.diff(self.stable)) + 1
+        for first, last in zip([0, *edges], [*edges, len(self.rates)], strict=True):
+            inside = (ends > first) & (ends <= last)
+            if self.stable[first] and inside.any():
+                result[inside] = self._window(int(first), int(last), ends[inside])
+        return result
+
+    def _window(self, first: int, last: int, ends: NDArray[np.int_]) -> Array:
+        """σ² after ``ends`` steps, in a stretch of steps that are all stable."""
+        later = self.spectrum.step > first
+        spectrum = MeasuredSpectrum(  # as seen from ``first``
+            step=np.append(0, self.spectrum.step[later] - first),
+            eigenvalue=np.vstack([self.eigenvalue[[first], None], self.spectrum.eigenvalue[later]]),
+            noise=np.vstack([self.noise[[first], None], self.spectrum.noise[later]]),
+            interpolation=self.interpolation,
+        )
+        start = None
+        if first > 0:
+            start = stationary_state_covariance(
+                self.eigenvalue[[first]],
+                self.noise[[first]],
+                learning_rate=float(self.rates[first]),
+                momentum=self.momentum,
+                weight_decay=self.weight_decay,
+            )
+        path = propagate(
+            spectrum,
+            self.rates[first:last],
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            record_steps=ends - first,
+            initial_covariance=start,
+        )
+        return path.variance[:, 0]
+
+
+class RecordPosterior(Callback):
+    """Writes the ``posterior`` table when training ends; see :func:`posterior_rows`.
+
+    Args:
+        records: The run's record; only the first rank writes.
+        interpolation: How (λ, γ) run between measured epochs.
+    """
+
+    def __init__(self, records: RunRecords, *, interpolation: Interpolation) -> None:
+        self._records = records
+        self._interpolation = interpolation
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Write the table anew, whole."""
+        assert isinstance(pl_module, AdversarialTraining)
+        if not trainer.is_global_zero or pl_module.last_step is None:
+            return
+        tables = {name: read_table(self._records.run_dir, name) for name in ("epochs", "rates", "spectrum")}
+        if tables["spectrum"].empty:
+            return
+        rows = posterior_rows(
+            tables,
+            momentum=pl_module.last_step.momentum,
+            weight_decay=pl_module.last_step.weight_decay,
+            interpolation=self._interpolation,
+        )
+        self._records.replace("posterior", rows)

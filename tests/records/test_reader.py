@@ -1,0 +1,200 @@
+import json
+
+import pytest
+
+from robustdyn.errors import RecordError
+from robustdyn.records import TABLES, RunRecords, combine, find_runs, read_table
+from robustdyn.records.labels import differences, format_value
+from tests.records.synthetic import config, write_hydra, write_run, write_sweep
+
+
+def setups(tmp_path, *described):
+    """Run directories with these (settings, overrides, choices) and no records; the runs found."""
+    for i, (settings, overrides, choices) in enumerate(described):
+        write_hydra(tmp_path / f"{i}_job", settings, overrides, choices)
+    return find_runs(tmp_path)
+
+
+def labels(runs):
+    return [run.label for run in runs]
+
+
+def test_an_absent_table_is_empty_with_its_columns(tmp_path):
+    for name, spec in TABLES.items():
+        frame = read_table(tmp_path, name)
+        assert frame.empty
+        assert tuple(frame.columns) == spec.names
+
+
+def test_columns_have_the_schema_s_types(tmp_path):
+    run = write_run(tmp_path / "run", epochs=6)
+    spectrum = read_table(run, "spectrum")
+    assert str(spectrum["epoch"].dtype) == str(spectrum["index"].dtype) == "int64"
+    assert str(spectrum["hessian_eigenvalue"].dtype) == "float64"
+    assert str(spectrum["stable"].dtype) == "boolean"
+    assert set(read_table(run, "wci")["estimator"]) == {"gauss_newton_exact"}
+
+
+def test_a_half_written_last_line_is_left_out_with_a_warning(tmp_path):
+    run = write_run(tmp_path / "run", epochs=3)
+    path = RunRecords(run).path("epochs")
+    path.write_text(path.read_text()[:-40])
+    with pytest.warns(UserWarning, match=r"epochs\.jsonl, line 3: half-written last line"):
+        assert read_table(run, "epochs")["epoch"].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("broken", ['{"epoch": 1, "st', "[]", '{"step": 3}', "\x00\x00"])
+def test_a_broken_middle_line_names_file_and_line(tmp_path, broken):
+    run = write_run(tmp_path / "run", epochs=4)
+    path = RunRecords(run).path("epochs")
+    lines = path.read_text().splitlines()
+    lines[1] = broken
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(RecordError, match=r"epochs\.jsonl, line 2: not a record; remove the line"):
+        read_table(run, "epochs")
+
+
+def test_rows_written_twice_count_once(tmp_path):
+    run = write_run(tmp_path / "run", epochs=3, measured=())
+    path = RunRecords(run).path("epochs")
+    last = json.loads(path.read_text().splitlines()[-1])
+    with path.open("a") as file:
+        file.write(json.dumps(last | {"lr": 7.0}) + "\n")
+    with pytest.warns(UserWarning, match="1 rows written twice"):
+        frame = read_table(run, "epochs")
+    assert frame["epoch"].tolist() == [0, 1, 2]
+    assert frame["lr"].iloc[-1] == 7.0
+
+
+def test_values_of_another_kind_and_unknown_columns(tmp_path):
+    (tmp_path / "records").mkdir()
+    path = tmp_path / "records" / "alignment.jsonl"
+    path.write_text('{"epoch": 0, "commutator": 0.5, "later_invention": 3}\n')
+    assert read_table(tmp_path, "alignment")["later_invention"].tolist() == [3]
+    path.write_text('{"epoch": 0, "commutator": "x"}\n')
+    with pytest.raises(RecordError, match=r"alignment\.jsonl: column commutator"):
+        read_table(tmp_path, "alignment")
+
+
+def test_runs_are_found_once_and_in_natural_order(tmp_path):
+    for job in (10, 2, 1):
+        write_hydra(tmp_path / "sweep" / f"{job}_x", config(seed=job))
+    write_hydra(tmp_path / "sweep" / "1_x" / "nested", config(seed=99))  # part of run 1
+    runs = find_runs([tmp_path, tmp_path / "sweep" / "2_x"])
+    assert [run.path.name for run in runs] == ["1_x", "2_x", "10_x"]
+    assert [run.config["seed"] for run in runs] == [1, 2, 10]
+
+
+def test_a_path_without_runs_says_what_was_expected(tmp_path):
+    with pytest.raises(RecordError, match=r"no run in it; a run directory holds \.hydra/config\.yaml"):
+        find_runs(tmp_path)
+    with pytest.raises(RecordError, match="nowhere: no such directory"):
+        find_runs([tmp_path / "nowhere"])
+    write_hydra(tmp_path / "a", config())
+    (tmp_path / "a/.hydra/config.yaml").write_text("seed: [")
+    with pytest.raises(RecordError, match=r"config\.yaml: cannot read"):
+        find_runs(tmp_path)
+
+
+def test_configurations_are_plain_and_hydra_s_own_interpolations_stay_text(tmp_path):
+    (run,) = setups(tmp_path, (config(seed=4), ["seed=4"], {"method": "at", "hydra/launcher": "basic"}))
+    assert run.config["method"]["seed"] == 4  # resolved from ${seed}
+    assert run.config["trainer"]["default_root_dir"] == "${hydra:runtime.output_dir}"
+    assert type(run.config) is dict
+    assert type(run.config["schedule"]["milestones"]) is list
+    assert run.overrides == ("seed=4",)
+
+
+def test_a_single_run_is_called_after_its_directory(tmp_path):
+    (run,) = setups(tmp_path, (config(), [], {}))
+    assert (run.label, run.group) == ("0_job", "0_job")
+
+
+def test_runs_that_differ_in_seed_only(tmp_path):
+    runs = setups(tmp_path, *((config(seed=s), [f"seed={s}"], {"method": "at"}) for s in (0, 1)))
+    assert labels(runs) == ["seed=0", "seed=1"]
+    assert {run.group for run in runs} == {"all seeds"}
+
+
+def test_a_choice_stands_for_all_it_implies(tmp_path):
+    runs = setups(
+        tmp_path,
+        *((config(m, s), [f"method={m}", f"seed={s}"], {"method": m}) for m in ("at", "awp") for s in (0, 1)),
+    )
+    assert labels(runs) == ["method=at seed=0", "method=at seed=1", "method=awp seed=0", "method=awp seed=1"]
+    assert [run.group for run in runs] == ["method=at", "method=at", "method=awp", "method=awp"]
+    differing = differences(runs)
+    assert differing["method.gamma"] == [None, None, 0.01, 0.01]
+    assert "method.seed" not in differing  # follows from seed
+    assert "experiment_name" not in differing
+    assert "data.root" not in differing
+
+
+def test_choices_are_read_from_the_config_where_hydra_recorded_none(tmp_path):
+    runs = setups(tmp_path, (config("at"), [], {}), (config("awp"), [], {}))
+    assert labels(runs) == ["method=at", "method=awp"]
+
+
+def test_typed_settings_are_shown_even_if_implied(tmp_path):
+    runs = setups(
+        tmp_path,
+        (config("at", 0), ["method=at", "seed=0"], {"method": "at"}),
+        (
+            config("awp", 1, method__gamma=0.02),
+            ["method=awp", "method.gamma=0.02", "seed=1"],
+            {"method": "awp"},
+        ),
+    )
+    assert labels(runs) == ["method=at seed=0", "method=awp gamma=0.02 seed=1"]
+
+
+def test_short_names_stay_unambiguous(tmp_path):
+    changed = ({"schedule__lr": 1, "optimizer__lr": v} for v in (0.1, 0.01))
+    runs = setups(tmp_path, *((config(**c), [], {}) for c in changed))
+    assert labels(runs) == ["optimizer.lr=0.1", "optimizer.lr=0.01"]
+    runs = find_runs(
+        setups(tmp_path / "b", *((config(attack__steps=s), [], {}) for s in (1, 10)))[0].path.parent
+    )
+    assert labels(runs) == ["steps=1", "steps=10"]
+
+
+def test_equal_runs_carry_their_directories(tmp_path):
+    runs = setups(tmp_path, (config(), [], {}), (config(), [], {}))
+    assert labels(runs) == ["0_job", "1_job"]
+    write_hydra(tmp_path / "deep" / "0_job", config())
+    assert sorted(labels(find_runs(tmp_path))) == ["0_job", "1_job", "deep/0_job"]
+
+
+def test_a_run_that_lacks_the_setting_is_still_named(tmp_path):
+    runs = setups(tmp_path, (config(), [], {}), (config(optimizer__nesterov=True), [], {}))
+    assert labels(runs) == ["nesterov=none", "nesterov=true"]
+
+
+def test_values_read_like_settings():
+    values = [0.0005, [30, 36], None, True, "x", 8]
+    assert [format_value(v) for v in values] == ["0.0005", "[30,36]", "none", "true", "x", "8"]
+
+
+def test_combine_is_the_rows_of_all_runs_with_their_settings(tmp_path):
+    runs = find_runs(write_sweep(tmp_path, ("at", "awp"), (0, 1), epochs=6, measured=(0, 5)))
+    frame = combine(runs, "wci")
+    assert list(frame.columns[:4]) == ["run", "group", "method", "seed"]
+    assert len(frame) == sum(len(read_table(run.path, "wci")) for run in runs) == 8
+    assert set(frame["method"]) == {"at", "awp"}
+    own = frame[frame["run"] == "method=awp seed=1"]
+    assert own["wci"].tolist() == read_table(runs[3].path, "wci")["wci"].tolist()
+
+
+def test_a_setting_never_hides_a_column_of_the_table(tmp_path):
+    for i, value in enumerate((0.1, 0.2)):
+        write_run(tmp_path / str(i), epochs=3, measured=(), lr=value)
+    frame = combine(find_runs(tmp_path), "epochs")
+    assert set(frame["config.lr"]) == {0.1, 0.2}
+    assert set(frame["lr"]) == {0.1}
+
+
+def test_combine_of_nothing_recorded_is_empty(tmp_path):
+    runs = setups(tmp_path, (config(seed=0), [], {}), (config(seed=1), [], {}))
+    frame = combine(runs, "wci")
+    assert frame.empty
+    assert set(TABLES["wci"].names) < set(frame.columns)

@@ -1,0 +1,60 @@
+import pytest
+
+from robustdyn.records import TABLES
+from robustdyn.records.schema import EPOCHS, table
+
+DESIGN = {
+    "epochs": "epoch step lr train_robust_loss train_robust_error train_clean_loss train_clean_error "
+    "test_robust_loss test_robust_error test_clean_loss test_clean_error robust_loss_gap "
+    "robust_error_gap seconds",
+    "wci": "epoch step wci wci_se weight_norm_sq hessian_trace hessian_trace_se hessian_trace_all "
+    "cauchy_schwarz_bound clamped_layers hvps examples batchnorm estimator seconds",
+    "layers": "epoch layer numel weight_norm_sq hessian_trace hessian_trace_se wci_term optimal_variance",
+    "spectrum": "epoch index hessian_eigenvalue residual gradient_noise gradient_noise_se noise_eigenvalue "
+    "stable posterior_variance_stationary posterior_variance posterior_mean "
+    "curvature_term log_variance_term",
+    "alignment": "epoch commutator subspace_overlap total_correlation",
+    "bounds": "epoch step tracked_directions unstable_directions curvature_term_top_k "
+    "log_variance_term_top_k dominant_terms_top_k",
+}
+
+
+def test_every_table_of_the_design_has_its_columns():
+    assert set(TABLES) == set(DESIGN)
+    for name, columns in DESIGN.items():
+        assert set(columns.split()) <= set(TABLES[name].names), name
+
+
+@pytest.mark.parametrize("spec", TABLES.values(), ids=lambda spec: spec.name)
+def test_columns_are_described_once(spec):
+    assert len(set(spec.names)) == len(spec.names)
+    assert set(spec.key) <= set(spec.required)
+    for column in spec.columns:
+        assert column.label, column
+        assert column.meaning, column
+        assert "\n" not in column.meaning
+
+
+def test_errors_are_fractions_shown_in_per_cent():
+    assert (EPOCHS["test_robust_error"].unit, EPOCHS["test_robust_error"].scale) == ("fraction", 100.0)
+    assert EPOCHS["test_robust_error"].shown == "test robust error (%)"
+    assert EPOCHS["robust_error_gap"].shown_unit == "percentage points"
+    assert EPOCHS["test_robust_loss"].scale == 1.0
+
+
+def test_metrics_say_which_direction_is_better():
+    directions = {c.name: c.better for spec in TABLES.values() for c in spec.columns}
+    assert all(directions[name] == "lower" for name in ("test_robust_error", "robust_loss_gap", "wci"))
+    assert directions["lr"] is None
+
+
+def test_truncations_say_so():
+    sums = [c for c in TABLES["bounds"].columns if c.kind == "float"]
+    assert all(c.name.endswith("_top_k") and "top k" in c.meaning for c in sums)
+
+
+def test_an_unknown_table_names_the_known_ones():
+    with pytest.raises(ValueError, match="unknown table 'epoch': known are epochs, wci"):
+        table("epoch")
+    with pytest.raises(KeyError, match="no column 'lrr'"):
+        EPOCHS["lrr"]
