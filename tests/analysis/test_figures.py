@@ -18,7 +18,7 @@ PANELS = {
     "norm_and_trace": 3,
     "layer_terms": 1,
     "spectrum": 4,  # the fourth is the colour bar
-    "posterior_variance": 2,
+    "posterior_variance": 3,
     "bound_terms": 3,
 }
 

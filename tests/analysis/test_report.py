@@ -116,7 +116,7 @@ def test_the_page_says_what_was_run(page):
 
 def test_tables_are_the_records_with_settings(report, methods):
     names = {path.name for path in report.tables}
-    tables = ("epochs", "wci", "layers", "spectrum", "bounds", "final_and_best")
+    tables = ("epochs", "rates", "wci", "layers", "spectrum", "bounds", "posterior", "final_and_best")
     assert names == {f"{name}.{ending}" for name in tables for ending in ("parquet", "csv")}
     folder = report.html.parent / "tables"
     stored, text = pd.read_parquet(folder / "epochs.parquet"), pd.read_csv(folder / "epochs.csv")

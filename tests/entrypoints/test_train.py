@@ -1,8 +1,10 @@
 import json
+import shutil
 
 import pytest
 import torch
 
+from robustdyn.entrypoints.posterior import main as posterior_command
 from tests.runs import TINY, command, rows
 
 
@@ -48,6 +50,11 @@ def test_records_every_epoch_and_every_measurement(finished):
         (2, 1),
     ]
     assert len(rows(finished, "bounds")) == 2
+    rates = [(row["epoch"], row["step"], row["lr"]) for row in rows(finished, "rates")]
+    assert rates == [(0, 0, pytest.approx(0.1)), (2, 6, pytest.approx(0.01))]  # three steps an epoch
+    assert [(row["epoch"], row["index"]) for row in rows(finished, "posterior")] == [
+        (epoch, index) for epoch in range(3) for index in range(2)
+    ]
 
 
 def test_summary_names_how_the_best_was_selected(finished):
@@ -58,6 +65,19 @@ def test_summary_names_how_the_best_was_selected(finished):
     assert summary["best_on_test"]["test_robust_error"] == best["test_robust_error"]
     best = min(epochs, key=lambda row: row["validation_robust_error"])
     assert summary["best_on_validation"]["epoch"] == best["epoch"]
+
+
+def test_the_posterior_can_be_computed_again(finished, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    (copy / "records" / "posterior.jsonl").unlink()
+    assert posterior_command([str(copy)]) == 0
+    assert rows(copy, "posterior") == rows(finished, "posterior")
+    assert posterior_command([str(copy), "--interpolation", "piecewise_constant"]) == 0
+    assert rows(copy, "posterior") != rows(finished, "posterior")
+    (copy / "records" / "spectrum.jsonl").unlink()
+    assert posterior_command([str(copy)]) == 1
+    assert "no spectrum was recorded" in capsys.readouterr().err
 
 
 def test_measuring_moves_nothing(finished, tmp_path, monkeypatch):
@@ -80,7 +100,7 @@ def test_goes_on_where_it_stopped(finished, tmp_path, monkeypatch):
                "schedule.milestones=[2]") == 0  # fmt: skip
     (tmp_path / "records" / "wci.jsonl").open("a").write('{"epoch": 1, "wci"')  # killed while writing
     assert run(monkeypatch, tmp_path, "data.validation_size=40") == 0
-    for table in ("epochs", "wci", "layers", "spectrum", "bounds"):
+    for table in ("epochs", "rates", "wci", "layers", "spectrum", "bounds", "posterior"):
         assert rows(tmp_path, table) == rows(finished, table), table
     assert all(torch.equal(value, weights(finished)[name]) for name, value in weights(tmp_path).items())
 

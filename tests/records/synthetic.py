@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from robustdyn.measure import posterior_rows
 from robustdyn.records import RunRecords, read_table, summarise
 
 DECAYS = (20, 32)
@@ -166,6 +167,18 @@ def measure_spectrum(records, rng, stamp, growth, directions):
     records.append("bounds", stamp | sums)
 
 
+def rate_rows(epochs):
+    """Where the rate changes, as a run records it."""
+    changed = epochs["lr"].diff().fillna(1.0) != 0
+    starts = epochs["step"].shift(fill_value=0)
+    return [
+        {"epoch": epoch, "step": start, "lr": lr}
+        for epoch, start, lr in zip(
+            epochs["epoch"][changed], starts[changed], epochs["lr"][changed], strict=True
+        )
+    ]
+
+
 def write_run(path, method="at", seed=0, *, epochs=40, measured=MEASURED, directions=6, **changed):
     """A finished run directory; its path."""
     path = Path(path)
@@ -178,7 +191,11 @@ def write_run(path, method="at", seed=0, *, epochs=40, measured=MEASURED, direct
     for epoch in measured:
         if epoch < epochs:
             measure(records, rng, method, epoch, directions)
-    records.write_summary(summarise(read_table(path, "epochs")))
+    records.extend("rates", rate_rows(read_table(path, "epochs")))
+    tables = {name: read_table(path, name) for name in ("epochs", "rates", "spectrum")}
+    rows = posterior_rows(tables, momentum=0.9, weight_decay=5e-4, interpolation="log_linear")
+    records.replace("posterior", rows)
+    records.write_summary(summarise(tables["epochs"]))
     environment = {"python": "3.11", "packages": {"robustdyn": "0.1.0", "torch": "2.6.0"}, "device": "cpu"}
     (path / "environment.json").write_text(json.dumps(environment))
     return path

@@ -11,8 +11,9 @@ DESIGN = {
     "cauchy_schwarz_bound clamped_layers hvps examples batchnorm estimator seconds",
     "layers": "epoch layer numel weight_norm_sq hessian_trace hessian_trace_se wci_term optimal_variance",
     "spectrum": "epoch index hessian_eigenvalue residual gradient_noise gradient_noise_se noise_eigenvalue "
-    "stable posterior_variance_stationary posterior_variance posterior_mean "
-    "curvature_term log_variance_term",
+    "stable posterior_variance_stationary curvature_term log_variance_term",
+    "rates": "epoch step lr",
+    "posterior": "epoch step index posterior_variance posterior_variance_stationary",
     "alignment": "epoch commutator subspace_overlap total_correlation",
     "bounds": "epoch step tracked_directions unstable_directions curvature_term_top_k "
     "log_variance_term_top_k dominant_terms_top_k",
@@ -54,7 +55,7 @@ def test_truncations_say_so():
 
 
 def test_an_unknown_table_names_the_known_ones():
-    with pytest.raises(ValueError, match="unknown table 'epoch': known are epochs, wci"):
+    with pytest.raises(ValueError, match="unknown table 'epoch': known are epochs, rates, wci"):
         table("epoch")
     with pytest.raises(KeyError, match="no column 'lrr'"):
         EPOCHS["lrr"]

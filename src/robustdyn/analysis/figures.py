@@ -32,7 +32,7 @@ from robustdyn.analysis.plotting import (
 )
 from robustdyn.analysis.statistics import correlation, decay_epochs, format_number
 from robustdyn.records import schema
-from robustdyn.records.schema import ALIGNMENT, BOUNDS, EPOCHS, SPECTRUM, WCI
+from robustdyn.records.schema import ALIGNMENT, BOUNDS, EPOCHS, POSTERIOR, SPECTRUM, WCI
 
 __all__ = ["FIGURES", "FigureSpec", "decay_epochs"]
 
@@ -146,23 +146,24 @@ def spectrum(spectrum: pd.DataFrame, epochs: pd.DataFrame) -> Figure:
         ("gradient_noise", "Gradient noise along them", "gradient_noise_se"),
         ("noise_eigenvalue", "Gradient noise, its own top {k}", None),
     ]
-    return _rank_figure("Curvature and gradient noise, leading directions", panels, spectrum, epochs)
+    title = "Curvature and gradient noise, leading directions"
+    return _rank_figure(title, panels, SPECTRUM, spectrum, epochs)
 
 
 @style.styled
-def posterior_variance(spectrum: pd.DataFrame, epochs: pd.DataFrame) -> Figure:
-    """Posterior variances along the tracked directions: stationary, and at each time where recorded.
+def posterior_variance(posterior: pd.DataFrame, epochs: pd.DataFrame) -> Figure:
+    """Posterior variances along the tracked directions: stationary, and at each time.
 
     Args:
-        spectrum: Tidy ``spectrum`` rows.
+        posterior: Tidy ``posterior`` rows.
         epochs: Tidy ``epochs`` rows.
     """
     panels: list[tuple[str, str, str | None]] = [
-        ("posterior_variance_stationary", "Stationary at the present learning rate", None)
+        ("posterior_variance_stationary", "Stationary at the present rate", None),
+        ("posterior_variance", "Time-resolved, through the run's rates", None),
     ]
-    if spectrum["posterior_variance"].notna().any():
-        panels.append(("posterior_variance", "At this time, along the schedule", None))
-    return _rank_figure("Posterior variance of the weights, top {k} directions", panels, spectrum, epochs)
+    title = "Posterior variance of the weights, top {k} directions"
+    return _rank_figure(title, panels, POSTERIOR, posterior, epochs, one_scale=True)
 
 
 @style.styled
@@ -370,12 +371,14 @@ FIGURES: tuple[FigureSpec, ...] = (
         "posterior_variance",
         "Posterior variances",
         posterior_variance,
-        ("spectrum", "epochs"),
-        "posterior_variance_stationary",
-        "Variance of the weights along each tracked direction that momentum SGD settles to at the present "
-        "learning rate. It drops with the rate at a decay: the posterior contracts. Epochs where a "
-        "direction has no stationary law are left out.",
-        "Lines over epochs on a logarithmic axis: posterior variance along each tracked direction.",
+        ("posterior", "epochs"),
+        "posterior_variance",
+        "Variance of the weights along each tracked direction. Left: what momentum SGD would settle to at "
+        "the present rate; it jumps at a decay. Right: where it is on its way there, from the run's own "
+        "rates; the posterior contracts as fast as curvature and momentum let it. Epochs where a direction "
+        "has no stationary law are left out.",
+        "Lines over epochs on a logarithmic axis: posterior variance along each tracked direction, "
+        "stationary and time-resolved.",
     ),
     FigureSpec(
         "bound_terms",
@@ -384,8 +387,8 @@ FIGURES: tuple[FigureSpec, ...] = (
         ("bounds", "epochs"),
         "dominant_terms_top_k",
         "Sums over the tracked directions only: a statement about that subspace, not the bound of the whole "
-        "model. A decay lowers the curvature term and raises the complexity term. Directions without a "
-        "stationary law are left out of the sums.",
+        "model. A decay lowers the curvature term and raises the complexity term. Epochs where a tracked "
+        "direction has no stationary law have no sum.",
         "Three line panels over epochs: curvature term, complexity term and their sum over the tracked "
         "directions.",
     ),
@@ -494,18 +497,21 @@ def _notes(ax: Axes, notes: Sequence[tuple[str, str]]) -> None:
 def _rank_figure(
     title: str,
     panels: Sequence[tuple[str, str, str | None]],
-    spectrum: pd.DataFrame,
+    table: schema.Table,
+    frame: pd.DataFrame,
     epochs: pd.DataFrame,
+    *,
+    one_scale: bool = False,
 ) -> Figure:
     """Panels of (column, title, spread), one line per rank, ``{k}`` in titles filled in."""
-    spectrum, epochs = named(spectrum), named(epochs)
+    frame, epochs = named(frame), named(epochs)
     cast = Cast.of(epochs)
-    k = int(spectrum["index"].max()) + 1
+    k = int(frame["index"].max()) + 1
     figure = style.new_figure(_with_repeats(title.format(k=k), cast), PANEL + 0.2)
-    axes = np.atleast_1d(figure.subplots(1, len(panels)))
+    axes = np.atleast_1d(figure.subplots(1, len(panels), sharey=one_scale))
     for ax, (name, panel_title, spread) in zip(axes, panels, strict=True):
-        draw_ranks(ax, spectrum, SPECTRUM[name], cast, spread=spread)
-        finish(ax, panel_title.format(k=k), SPECTRUM[name].shown)
+        draw_ranks(ax, frame, table[name], cast, spread=spread)
+        finish(ax, panel_title.format(k=k), table[name].shown)
     mark_decays(axes, epochs, cast)
     if cast.alone and k > 1:
         _rank_scale(figure, list(axes), k)

@@ -27,6 +27,9 @@ MAX_GROUP_MARKS = 12  # more decay lines than this, and they are left to the lea
 LABEL_WIDTH = 0.62  # inches a decay label takes
 
 
+MARKED_POINTS = 40  # beyond this many, markers run into one another
+
+
 @dataclass(frozen=True)
 class Cast:
     """Who is in a figure: groups, their colours, and how many runs each has."""
@@ -170,7 +173,7 @@ def draw_ranks(
             positive,
             color=shade,
             linestyle=line,
-            marker="o" if strong else "",
+            marker="o" if strong and len(mean) <= MARKED_POINTS else "",
             markersize=3,
             **look,
         )

@@ -80,6 +80,9 @@ RULES: Mapping[str, Rule] = {
     "optimizer.weight_decay": NON_NEGATIVE,
     "measure.examples": WHOLE,
     "measure.chunk_size": COUNT,
+    "measure.interpolation": Rule(
+        lambda v: v in ("log_linear", "piecewise_constant"), "must be log_linear or piecewise_constant"
+    ),
     "trainer.max_epochs": COUNT,
     "trainer.check_val_every_n_epoch": COUNT,
 }

@@ -17,7 +17,7 @@ from robustdyn.entrypoints.environment import write_environment
 from robustdyn.entrypoints.progress import RunProgress
 from robustdyn.entrypoints.report import announce
 from robustdyn.entrypoints.terminal import run_app
-from robustdyn.measure import Measure, RecordEpochs
+from robustdyn.measure import Measure, RecordEpochs, RecordPosterior
 from robustdyn.methods import AdversarialTraining
 from robustdyn.records import RunRecords
 
@@ -90,7 +90,8 @@ def _callbacks(cfg: DictConfig, data: ImageDataModule, records: RunRecords, run_
         measurements={name: build(cfg, f"measure.measurements.{name}") for name in cfg.measure.measurements},
         records=records,
     )
-    callbacks: list[Callback] = [RecordEpochs(records), measure]
+    posterior = RecordPosterior(records, interpolation=settings["interpolation"])
+    callbacks: list[Callback] = [RecordEpochs(records), measure, posterior]
     if "validation" in data.evaluation_splits:
         # Selection on test examples would flatter; without a validation split nothing is selected.
         callbacks.append(

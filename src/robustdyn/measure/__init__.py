@@ -2,6 +2,7 @@
 
 from robustdyn.measure.callback import Measure, Measurement
 from robustdyn.measure.epochs import RecordEpochs
+from robustdyn.measure.posterior import RecordPosterior, posterior_rows
 from robustdyn.measure.snapshot import Snapshot
 from robustdyn.measure.spectrum import Spectrum
 from robustdyn.measure.weight_curvature import WeightCurvature
@@ -11,8 +12,10 @@ __all__ = [
     "Measure",
     "Measurement",
     "RecordEpochs",
+    "RecordPosterior",
     "Snapshot",
     "Spectrum",
     "WeightCurvature",
     "measured_epochs",
+    "posterior_rows",
 ]

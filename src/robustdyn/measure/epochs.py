@@ -1,4 +1,4 @@
-"""Writes the run's ``epochs`` table and its summary."""
+"""Writes the run's ``epochs`` and ``rates`` tables and its summary."""
 
 import time
 
@@ -20,15 +20,36 @@ class RecordEpochs(Callback):
     def __init__(self, records: RunRecords) -> None:
         self._records = records
         self._started = 0.0
+        self._rate: float | None = None
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Make the record end where the checkpoint does."""
         if trainer.is_global_zero:
             self._records.truncate(trainer.current_epoch)
+            rates = read_table(self._records.run_dir, "rates")["lr"]
+            self._rate = None if rates.empty else float(rates.iloc[-1])
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Start the clock."""
         self._started = time.perf_counter()
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: object,
+        batch: object,
+        batch_idx: int,
+    ) -> None:
+        """Append a ``rates`` row where the rate changed: the schedule actually used, step by step."""
+        assert isinstance(pl_module, AdversarialTraining)
+        if not trainer.is_global_zero or pl_module.last_step is None:
+            return
+        rate = pl_module.last_step.learning_rate
+        if rate != self._rate:
+            self._rate = rate
+            row = {"epoch": trainer.current_epoch, "step": trainer.global_step - 1, "lr": rate}
+            self._records.append("rates", row)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Append the row and renew summary.json."""

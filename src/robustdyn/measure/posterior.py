@@ -1,7 +1,8 @@
-"""The posterior at every epoch, from what a run recorded: spectra at measured epochs and the rates it used."""
+"""The posterior at every epoch, from what a run recorded: its learning rates and its measured spectra."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import lightning
@@ -27,7 +28,7 @@ Array = NDArray[np.float64]
 def posterior_rows(
     tables: dict[str, pd.DataFrame], *, momentum: float, weight_decay: float, interpolation: Interpolation
 ) -> Iterator[dict[str, Any]]:
-    """σ² of every tracked direction after every epoch: the run's own rates propagated through its spectra.
+    """σ² of every tracked direction after every epoch, propagated through the run's rates and spectra.
 
     Directions are matched by rank between measurements. The law starts as the point the run started from.
     While a direction overshoots, η(λ + ω) ≥ 2(1 + μ), or is flat, it has no law to settle to and its variance
@@ -90,7 +91,7 @@ class _Direction:
             interpolation=self.interpolation,
         )
         cuts = [0, *[int(s) for s in measured if 0 < s < len(self.rates)], len(self.rates)]
-        parts = [spectrum.between(a, b) for a, b in zip(cuts, cuts[1:], strict=False) if b > a]
+        parts = [spectrum.between(a, b) for a, b in pairwise(cuts) if b > a]
         self.eigenvalue = np.concatenate([part[0][:, 0] for part in parts])  # (N,), at every step
         self.noise = np.concatenate([part[1][:, 0] for part in parts])
         self.stable = is_stable(self.eigenvalue, self.rates, self.momentum, self.weight_decay)

@@ -307,15 +307,6 @@ SPECTRUM = Table(
         Column(
             "stable", "bool", "", "stable", "whether a stationary law exists along u_i: 0 < ηλ < 2(1 + μ)"
         ),
-        Column(
-            "posterior_variance",
-            "float",
-            "",
-            "σ²_i",
-            "variance along u_i at this time, propagated through the run's schedule",
-            required=False,
-        ),
-        Column("posterior_mean", "float", "", "m_i", "mean offset along u_i at this time", required=False),
         Column("curvature_term", "float", "", "λ_i σ²_i", "the direction's share of Σ λσ²"),
         Column("log_variance_term", "float", "nats", "−ln σ²_i", "the direction's share of −Σ ln σ²"),
     ),
@@ -379,7 +370,7 @@ BOUNDS = Table(
             "int",
             "directions",
             "unstable directions",
-            "tracked directions without a stationary law, left out of the terms",
+            "tracked directions without a stationary law; with any, the sums have no value",
         ),
         Column(
             "curvature_term_top_k",
@@ -409,7 +400,45 @@ BOUNDS = Table(
     ),
 )
 
-TABLES: dict[str, Table] = {t.name: t for t in (EPOCHS, WCI, LAYERS, SPECTRUM, ALIGNMENT, BOUNDS)}
+RATES = Table(
+    "rates",
+    "one change of the learning rate",
+    ("step",),
+    (
+        Column("epoch", "int", "", "epoch", "epoch in which the rate was first used"),
+        Column("step", "int", "steps", "step", "optimiser steps taken before the first one at this rate"),
+        Column("lr", "float", "", "learning rate η", "learning rate from this step on"),
+    ),
+)
+
+POSTERIOR = Table(
+    "posterior",
+    "one tracked direction after one epoch",
+    ("epoch", "index"),
+    (
+        _EPOCH,
+        _STEP,
+        Column("index", "int", "", "direction i", "rank of the direction, 0 for the leading one"),
+        Column(
+            "posterior_variance",
+            "float",
+            "",
+            "σ²_i",
+            "variance along u_i at this time, propagated through the run's rates and measured spectra",
+        ),
+        Column(
+            "posterior_variance_stationary",
+            "float",
+            "",
+            "stationary σ²_i",
+            "variance along u_i that the epoch's last step would settle to",
+        ),
+    ),
+)
+
+TABLES: dict[str, Table] = {
+    t.name: t for t in (EPOCHS, RATES, WCI, LAYERS, SPECTRUM, ALIGNMENT, BOUNDS, POSTERIOR)
+}
 
 
 def table(name: str) -> Table:

@@ -74,6 +74,24 @@ class RunRecords:
         except OSError as error:
             raise _unwritable(path, error) from error
 
+    def replace(self, table: str, rows: Iterable[Mapping[str, object]]) -> int:
+        """Write a table anew in one atomic step, for what is computed from other tables as a whole.
+
+        Returns:
+            The number of rows.
+
+        Raises:
+            ValueError: As :meth:`append`.
+            RecordError: The file cannot be written.
+        """
+        spec = schema.table(table)
+        path = self.path(table)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [_encode(spec, row) + "\n" for row in rows]
+        _replace(path, "".join(lines))
+        self._whole.add(table)
+        return len(lines)
+
     def truncate(self, from_epoch: int) -> None:
         """Drop the rows of ``from_epoch`` and later from every table, and mend a half-written last line.
 

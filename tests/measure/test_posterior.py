@@ -1,0 +1,98 @@
+"""The run's posterior against the recursion of momentum SGD's covariance, written out step by step."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from robustdyn.measure import posterior_rows
+from tests.tolerances import EXACT64
+
+MU, OMEGA = 0.9, 5e-4
+STEPS_PER_EPOCH = 10
+
+
+def tables(epochs, rates, spectrum):
+    """``rates`` as (first epoch, lr), ``spectrum`` as (epoch, index, λ, γ), measured at the epoch's end."""
+    ends = [(e + 1) * STEPS_PER_EPOCH for e in range(epochs)]
+    return {
+        "epochs": pd.DataFrame({"epoch": range(epochs), "step": ends}),
+        "rates": pd.DataFrame([{"epoch": e, "step": e * STEPS_PER_EPOCH, "lr": lr} for e, lr in rates]),
+        "spectrum": pd.DataFrame(
+            [
+                {"epoch": e, "step": ends[e], "index": i, "hessian_eigenvalue": lam, "gradient_noise": gamma}
+                for e, i, lam, gamma in spectrum
+            ]
+        ),
+    }
+
+
+def posterior(given, interpolation="piecewise_constant"):
+    rows = posterior_rows(given, momentum=MU, weight_decay=OMEGA, interpolation=interpolation)
+    return pd.DataFrame(rows).pivot(index="epoch", columns="index")
+
+
+def recursion(lam, gamma, eta):
+    """σ² after each step from λ, γ, η of each step, as theory.md writes SGD: v ← μv + g, θ ← θ − ηv."""
+    state, variances = np.zeros((2, 2)), []
+    for value, g, h in zip(lam, gamma, eta, strict=True):
+        c = value + OMEGA
+        move = np.array([[1 - h * c, -h * MU], [c, MU]])
+        kick = np.array([-h, 1.0])
+        state = move @ state @ move.T + g * np.outer(kick, kick)
+        variances.append(state[0, 0])
+    return np.array(variances)[STEPS_PER_EPOCH - 1 :: STEPS_PER_EPOCH]
+
+
+def test_follows_every_step_of_the_run():
+    given = tables(30, [(0, 0.1), (12, 0.01)], [(0, 0, 5.0, 0.2), (9, 0, 8.0, 0.3), (20, 0, 6.0, 0.1)])
+    step = np.arange(300)
+    # a measurement after epoch e holds from step 10 (e + 1) on; before the first one its values are held
+    lam = np.select([step < 100, step < 210], [5.0, 8.0], 6.0)
+    gamma = np.select([step < 100, step < 210], [0.2, 0.3], 0.1)
+    truth = recursion(lam, gamma, np.where(step < 120, 0.1, 0.01))
+    np.testing.assert_allclose(posterior(given)["posterior_variance"][0], truth, rtol=EXACT64["rtol"])
+
+
+def test_log_linear_draws_straight_lines_in_the_logarithm():
+    given = tables(20, [(0, 0.05)], [(4, 0, 2.0, 0.1), (14, 0, 8.0, 0.4)])
+    step = np.arange(200)
+    share = np.clip((step - 50) / 100, 0, 1)
+    truth = recursion(2.0 * 4.0**share, 0.1 * 4.0**share, np.full(200, 0.05))
+    found = posterior(given, "log_linear")["posterior_variance"][0]
+    np.testing.assert_allclose(found, truth, rtol=EXACT64["rtol"])
+
+
+def test_lags_behind_the_stationary_law_after_a_decay_and_reaches_it():
+    given = tables(200, [(0, 0.1), (50, 0.01)], [(0, 0, 2.0, 0.2)])
+    found = posterior(given)
+    exact, stationary = found["posterior_variance"][0], found["posterior_variance_stationary"][0]
+    curvature = 2.0 + OMEGA
+    for epoch, eta in ((49, 0.1), (199, 0.01)):
+        law = eta * 0.2 * (1 + MU) / (curvature * (1 - MU) * (2 * (1 + MU) - eta * curvature))
+        assert stationary[epoch] == pytest.approx(law, rel=1e-12)
+        assert exact[epoch] == pytest.approx(law, rel=1e-6)  # 500 steps of a memory of 50 or fewer
+    assert stationary[50] < exact[50] < stationary[49]
+
+
+def test_directions_go_their_own_ways():
+    given = tables(5, [(0, 0.1)], [(0, 0, 5.0, 0.2), (0, 1, 1.0, 0.1)])
+    found = posterior(given)["posterior_variance"]
+    for index, lam, gamma in ((0, 5.0, 0.2), (1, 1.0, 0.1)):
+        alone = posterior(tables(5, [(0, 0.1)], [(0, index, lam, gamma)]))["posterior_variance"]
+        np.testing.assert_array_equal(found[index], alone[index])
+
+
+def test_a_direction_without_a_law_has_no_variance_and_comes_back_settled():
+    # λ = 50 overshoots at η = 0.1 (limit 38) and is stable at 0.01.
+    given = tables(40, [(0, 0.1), (20, 0.01)], [(0, 0, 5.0, 0.2), (9, 0, 50.0, 0.2)])
+    found = posterior(given)
+    exact, stationary = found["posterior_variance"][0], found["posterior_variance_stationary"][0]
+    assert exact[:10].notna().all()
+    assert exact[10:20].isna().all()
+    assert stationary[10:20].isna().all()
+    np.testing.assert_allclose(exact[20:], stationary[20:], rtol=EXACT64["rtol"])
+
+
+def test_nothing_measured_gives_nothing():
+    given = tables(3, [(0, 0.1)], [(0, 0, 5.0, 0.0)])  # no noise: nothing spreads, no law in the table
+    assert list(posterior_rows(given, momentum=MU, weight_decay=0.0, interpolation="log_linear")) == []
