@@ -216,3 +216,15 @@ def test_captions_and_alternatives_are_there():
     for spec in FIGURES:
         assert len(spec.caption) > 60
         assert spec.alt
+
+
+def test_a_tower_of_first_epochs_does_not_flatten_the_rest(one_frames):
+    epochs = one_frames["epochs"].copy()
+    for name in ("test_robust_loss", "robust_loss_gap"):
+        epochs[name] = epochs[name].where(epochs["epoch"] != 1, 40.0)
+    left, right = SPECS["robust_loss"].draw({**one_frames, "epochs": epochs}).axes
+    for ax in (left, right):
+        assert ax.get_ylim()[1] < 10
+        assert "first epochs reach 40" in texts(ax)
+    untouched = SPECS["robust_loss"].draw(one_frames).axes[0]
+    assert not [text for text in texts(untouched) if "first epochs" in text]

@@ -25,6 +25,7 @@ from robustdyn.analysis.plotting import (
     group_legend,
     key,
     label_ends,
+    leave_out_transient,
     log_axis,
     mark_decays,
     mean_by_epoch,
@@ -101,6 +102,7 @@ def wci_and_gap(wci: pd.DataFrame, epochs: pd.DataFrame) -> Figure:
     top.tick_params(labelbottom=False)
     draw(bottom, epochs, EPOCHS["robust_loss_gap"], cast)
     finish(bottom, "Robust loss gap, test − train", f"gap ({EPOCHS['robust_loss_gap'].shown_unit})")
+    leave_out_transient(bottom, epochs, [EPOCHS["robust_loss_gap"]])
     mark_decays([top, bottom], epochs, cast)
     _gap_against_wci(figure.add_subplot(grid[:, 1]), wci, epochs, cast)
     group_legend(figure, cast)
@@ -421,6 +423,8 @@ def _learning_curves(epochs: pd.DataFrame, metric: str, title: str) -> Figure:
     draw(right, epochs, gap, cast)
     right.axhline(0.0, color=style.MARK, linewidth=0.8)
     finish(right, "Gap, test − train", f"gap ({gap.shown_unit})")
+    leave_out_transient(left, epochs, [EPOCHS[f"train_{metric}"], test])
+    leave_out_transient(right, epochs, [gap])
     mark_decays([left, right], epochs, cast)
     if cast.alone:
         label_ends(left, ends)

@@ -215,6 +215,32 @@ def finish(ax: Axes, title: str, ylabel: str) -> None:
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, steps=[1, 2, 5, 10]))
 
 
+def leave_out_transient(ax: Axes, epochs: pd.DataFrame, columns: Sequence[schema.Column]) -> None:
+    """Cut the axis where the first epochs tower over the rest of the run, and say so.
+
+    A barely trained network's loss can be several times that of any later epoch; drawn in full it would
+    flatten the curves one came to see. The first tenth of the run is cut at twice the rest's maximum.
+    """
+    values = pd.concat([epochs.set_index("epoch")[column.name] * column.scale for column in columns]).dropna()
+    start = values.index < 0.1 * (values.index.max() + 1)
+    if not start.any() or start.all():
+        return
+    limit, highest = 2 * values[~start].max(), values[start].max()
+    if 0 < limit < highest:
+        ax.set_ylim(top=limit)
+        ax.text(
+            0.99,
+            0.97,
+            f"first epochs reach {highest:.2g}",
+            transform=ax.transAxes,
+            ha="right",
+            va="top",
+            fontsize=8,
+            color=style.MARK,
+            backgroundcolor="white",
+        )
+
+
 def mark_decays(axes: Iterable[Axes], epochs: pd.DataFrame, cast: Cast) -> None:
     """Mark decay epochs: grey and labelled where every group that got there has them, else coloured."""
     by_group = {group: _decays(epochs[epochs["group"] == group]) for group in cast.colours}

@@ -32,8 +32,8 @@ def posterior_rows(
 
     Directions are matched by rank between measurements. The law starts as the point the run started from.
     While a direction overshoots, η(λ + ω) ≥ 2(1 + μ), or is flat, it has no law to settle to and its variance
-    is NaN; afterwards it starts again from the stationary law of that moment. Before the first measurement its
-    values are held.
+    is NaN; afterwards it starts again from the stationary law of that moment. Before the first measurement
+    its values are held.
 
     Args:
         tables: ``epochs``, ``rates`` and ``spectrum`` of one run.
