@@ -8,7 +8,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test test-slow lint format types bench wheel clean
+.PHONY: help setup demo test test-slow lint format types docs bench wheel clean
 
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -43,8 +43,12 @@ format: $(READY) ## Mend format and style
 types: $(READY) ## Check types
 	@$(BIN)/mypy
 
+docs: $(READY) ## Build the documentation into site/
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@$(BIN)/mkdocs build --strict --quiet
+
 bench: $(READY) ## Run the benchmarks; results land in experiments/benchmarks/results/
-	@for script in experiments/benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+	@for script in $(filter-out %/common.py,$(wildcard experiments/benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script; done
 
 wheel: $(READY) ## Build wheel and source archive into dist/
 	@$(BIN)/python -m build --outdir dist .
