@@ -5,9 +5,11 @@ import warnings
 from pathlib import Path
 
 import lightning
+import wandb
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
 
 from robustdyn.analysis.report import build_report
@@ -57,9 +59,13 @@ def train(cfg: DictConfig) -> None:
     for logger in trainer.loggers:
         logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
     checkpoint = run_dir / "checkpoints" / f"{LAST}.ckpt"
-    trainer.fit(
-        module, datamodule=data, ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=True
-    )
+    try:
+        trainer.fit(
+            module, datamodule=data, ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=True
+        )
+    finally:
+        if any(isinstance(logger, WandbLogger) for logger in trainer.loggers):
+            wandb.finish()  # else the next run of a sweep would go on in this one
     if cfg.report and trainer.is_global_zero and HydraConfig.get().mode == RunMode.RUN:
         announce(build_report([run_dir], run_dir / "report"))
 

@@ -22,6 +22,13 @@ Row = tuple[str, Mapping[str, Any]]
 class Measurement(Protocol):
     """What to measure."""
 
+    def check(self, optimizer: torch.optim.Optimizer) -> None:
+        """Refuse, before training starts, an optimiser that the measurement's formulas do not describe.
+
+        Raises:
+            ConfigError: Names the optimiser and the remedy.
+        """
+
     def measure(self, snapshot: Snapshot) -> Iterable[Row]:
         """Rows for the record, computed from the snapshot alone."""
 
@@ -64,6 +71,8 @@ class Measure(Callback):
         self._epochs = measured_epochs(self._spec, max_epochs=max_epochs, decay_epochs=decays)
         if self._epochs:
             _data(trainer).measurement_subset(self._examples, pl_module.seed)
+            for measurement in self._measurements.values():
+                measurement.check(trainer.optimizers[0])
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Measure, if this epoch is one of those set."""

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from robustdyn.curvature import (
@@ -13,6 +14,7 @@ from robustdyn.curvature import (
     lanczos,
     projected_covariance,
 )
+from robustdyn.errors import ConfigError
 from robustdyn.measure.callback import Row
 from robustdyn.measure.snapshot import Snapshot
 from robustdyn.theory import dominant_terms, is_stable, minibatch_noise_factor, stationary_variance
@@ -42,6 +44,21 @@ class Spectrum:
             "max_products": max_products,
             "max_basis": max_basis,
         }
+
+    def check(self, optimizer: torch.optim.Optimizer) -> None:
+        """The stationary law is momentum SGD's (docs/theory.md, section 2).
+
+        Raises:
+            ConfigError: Another optimiser, Nesterov momentum or dampening.
+        """
+        plain = type(optimizer) is torch.optim.SGD
+        if plain and not (optimizer.defaults["nesterov"] or optimizer.defaults["dampening"]):
+            return
+        kind = type(optimizer).__name__ + (" with nesterov or dampening" if plain else "")
+        raise ConfigError(
+            f"optimizer is {kind}, but measure.measurements.spectrum knows the posterior of plain momentum "
+            "SGD only; choose optimizer=sgd or leave it out with ~measure.measurements.spectrum"
+        )
 
     def measure(self, snapshot: Snapshot) -> Iterator[Row]:
         """First k ``spectrum`` rows, then one ``bounds`` row."""

@@ -4,6 +4,8 @@ import math
 import time
 from collections.abc import Iterator
 
+import torch
+
 from robustdyn.curvature import LayerTraces, layer_traces
 from robustdyn.measure.callback import Row
 from robustdyn.measure.snapshot import Snapshot
@@ -21,6 +23,9 @@ class WeightCurvature:
     def __init__(self, *, probes: int, exact_classes_up_to: int) -> None:
         self._probes = probes
         self._exact_classes_up_to = exact_classes_up_to
+
+    def check(self, optimizer: torch.optim.Optimizer) -> None:
+        """Any optimiser will do."""
 
     def measure(self, snapshot: Snapshot) -> Iterator[Row]:
         """One ``wci`` row, then one ``layers`` row per convolution kernel or linear weight."""
