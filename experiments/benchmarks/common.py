@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from robustdyn.entrypoints.environment import processor
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -65,13 +67,8 @@ def write_result(
 
 def hardware() -> dict[str, Any]:
     """Processor, cores, threads, accelerator and the versions that matter for speed."""
-    model = platform.processor()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        model = names[0].partition(":")[2].strip() if names else model
     return {
-        "processor": model,
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

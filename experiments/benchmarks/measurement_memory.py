@@ -1,7 +1,8 @@
 """What measuring adds to the peak memory of a run: PreActResNet-18 at CIFAR-10 size, batch 128, on the CPU.
 
-Runs ``robustdyn-train`` twice as a process of its own, without and with measurement, on images made up in
-CIFAR-10's official layout, and compares the greatest resident sizes in units of one gradient of the model.
+Runs ``robustdyn-train`` as a process of its own, without measurement and with it at several settings of the
+two knobs that bound memory, on images made up in CIFAR-10's official layout, and compares the greatest
+resident sizes in units of one gradient of the model.
 
     python experiments/benchmarks/measurement_memory.py [--width 64] [--directions 5]
 """
@@ -18,6 +19,7 @@ import common
 import numpy as np
 
 RECORD = 1 + 3 * 32 * 32
+SETTINGS = ((5, 32), (2, 8))  # (extra_vectors, chunk_size): the default, and the least
 
 
 def write_images(root: Path) -> None:
@@ -52,25 +54,27 @@ def main() -> None:
         base = [
             *(sys.executable, "-m", "robustdyn.entrypoints.train", "data=cifar10", f"data.root={root}"),
             *("data.partial=true", "data.train_size=128", "data.test_size=64", f"model.width={args.width}"),
-            *("data.eval_batch_size=64", "attack.steps=1", "trainer.max_epochs=2", "report=false"),
-        ]
-        measured = [
-            *("measure.epochs=[0,1]", "measure.examples=64"),
-            f"measure.measurements.spectrum.directions={args.directions}",
+            *("data.eval_batch_size=64", "attack.steps=1", "trainer.max_epochs=1", "report=false"),
         ]
         without = peak_mib([*base, "measure.epochs=[]", f"hydra.run.dir={root}/without"])
-        with_it = peak_mib([*base, *measured, f"hydra.run.dir={root}/with"])
-        text = (root / "with" / "environment.json").read_text()
-    gradient = json.loads(text)["parameters"] * 4 / 2**20
+        text = (root / "without" / "environment.json").read_text()
+        gradient = json.loads(text)["parameters"] * 4 / 2**20
+        summary = {"peak without measurement, MiB": round(without, 1)}
+        for vectors, chunk in SETTINGS:
+            measured = [
+                *("measure.epochs=[0]", "measure.examples=64", f"measure.chunk_size={chunk}"),
+                f"measure.measurements.spectrum.directions={args.directions}",
+                f"measure.measurements.spectrum.extra_vectors={vectors}",
+            ]
+            peak = peak_mib([*base, *measured, f"hydra.run.dir={root}/{vectors}-{chunk}"])
+            added = round((peak - without) / gradient, 1)
+            summary[f"added at extra_vectors={vectors} chunk_size={chunk}, in gradients"] = added
+            print(summary, flush=True)
     common.write_result(
         Path(__file__).stem,
         question="Peak memory that a measurement adds to training, in gradients of the model",
         settings={"width": args.width, "batch": 128, "directions": args.directions, "gradient_mib": gradient},
-        summary={
-            "peak without measurement, MiB": round(without, 1),
-            "peak with measurement, MiB": round(with_it, 1),
-            "added, in gradients": round((with_it - without) / gradient, 2),
-        },
+        summary=summary,
     )
 
 

@@ -74,7 +74,7 @@ def column(rows, name):
 
 @pytest.fixture(scope="module")
 def spectrum(snapshot):
-    measurement = Spectrum(directions=K, tolerance=1e-9, max_products=200, max_basis=30)
+    measurement = Spectrum(directions=K, tolerance=1e-9, max_products=200, extra_vectors=26)
     return by_table(measurement.measure(snapshot))
 
 
@@ -119,7 +119,7 @@ def test_a_direction_too_sharp_for_the_rate_has_no_variance(snapshot, dense):
     sharp = torch.linalg.eigvalsh(dense[0]).flip(0)[:2]
     rate = float(2 * (1 + MU) / sharp.mean())
     wild = Snapshot(**{**vars(snapshot), "optimizer": OptimizerState(rate, MU, 0.0)})
-    rows = by_table(Spectrum(directions=K, tolerance=1e-6, max_products=200, max_basis=30).measure(wild))
+    rows = by_table(Spectrum(directions=K, tolerance=1e-6, max_products=200, extra_vectors=26).measure(wild))
     assert column(rows["spectrum"], "stable").tolist() == [False, True, True, True]
     variances = column(rows["spectrum"], "posterior_variance_stationary")
     assert np.isnan(variances[0])
@@ -130,7 +130,7 @@ def test_a_direction_too_sharp_for_the_rate_has_no_variance(snapshot, dense):
 
 def test_no_stable_direction_at_all_is_recorded_too(snapshot):
     wild = Snapshot(**{**vars(snapshot), "optimizer": OptimizerState(1e6, MU, 0.0)})
-    rows = by_table(Spectrum(directions=K, tolerance=1e-3, max_products=200, max_basis=30).measure(wild))
+    rows = by_table(Spectrum(directions=K, tolerance=1e-3, max_products=200, extra_vectors=26).measure(wild))
     assert not column(rows["spectrum"], "stable").any()
     assert rows["bounds"][0]["unstable_directions"] == K
 

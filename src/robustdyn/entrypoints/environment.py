@@ -22,7 +22,7 @@ def write_environment(run_dir: Path, trainer: lightning.Trainer, model: torch.nn
         "packages": {name: version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(accelerator) if accelerator.type == "cuda" else accelerator.type,
@@ -34,7 +34,8 @@ def write_environment(run_dir: Path, trainer: lightning.Trainer, model: torch.nn
     (run_dir / "environment.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The processor's name, where the system tells it."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():

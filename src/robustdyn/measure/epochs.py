@@ -51,6 +51,13 @@ class RecordEpochs(Callback):
             row = {"epoch": trainer.current_epoch, "step": trainer.global_step - 1, "lr": rate}
             self._records.append("rates", row)
 
+    def on_save_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, object]
+    ) -> None:
+        """A checkpoint must never be ahead of the record, not even when the machine goes down."""
+        if trainer.is_global_zero:
+            self._records.sync()
+
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Append the row and renew summary.json."""
         assert isinstance(pl_module, AdversarialTraining)

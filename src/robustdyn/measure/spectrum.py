@@ -31,18 +31,20 @@ class Spectrum:
         directions: k.
         tolerance: Stop when every residual is below this share of the largest eigenvalue.
         max_products: Give up, and record the residuals reached, beyond this many products per operator.
-        max_basis: Lanczos vectors held at once.
+        extra_vectors: Lanczos vectors held beyond the k directions, at least 2; each is a gradient large.
     """
 
-    def __init__(self, *, directions: int, tolerance: float, max_products: int, max_basis: int) -> None:
+    def __init__(self, *, directions: int, tolerance: float, max_products: int, extra_vectors: int) -> None:
         if directions < 1:
             raise ValueError(f"directions must be at least 1, got {directions}")
+        if extra_vectors < 2:
+            raise ValueError(f"extra_vectors must be at least 2, got {extra_vectors}")
         self._k = directions
         self._solver: dict[str, Any] = {
             "which": "largest",
             "tol": tolerance,
             "max_products": max_products,
-            "max_basis": max_basis,
+            "max_basis": directions + extra_vectors,
         }
 
     def check(self, optimizer: torch.optim.Optimizer) -> None:
