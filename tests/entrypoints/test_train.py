@@ -161,6 +161,7 @@ MISTAKES = [
         "+optimizer.nesterov=true",
         "optimizer is SGD with nesterov or dampening, but measure.measurements.spectrum",
     ),
+    ("trainer.accelerator=abacus", "trainer: You selected an invalid accelerator name"),
     ("schedule.milestones=[2,1]", "schedule: milestones must increase strictly from 1 on, got [2, 1]"),
 ]
 

@@ -25,6 +25,12 @@ def test_refuses_milestones_out_of_order(milestones):
         Piecewise(milestones, 0.1)
 
 
+@pytest.mark.parametrize("milestones", [100, "100"])
+def test_refuses_milestones_that_are_no_list(milestones):
+    with pytest.raises(ValueError, match="milestones must be a list of epochs, got 100"):
+        Piecewise(milestones, 0.1)
+
+
 def test_refuses_a_factor_that_is_not_positive():
     with pytest.raises(ValueError, match="factor must be positive, got 0"):
         Piecewise([10], 0)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -129,7 +130,7 @@ def build(cfg: Any, key: str, **extra: Any) -> Any:
         if isinstance(cause, UserError):
             raise cause from error
         raise ConfigError(f"{key}: {_one_line(cause or error)}") from error
-    except (OmegaConfBaseException, ValueError, TypeError) as error:
+    except (OmegaConfBaseException, MisconfigurationException, ValueError, TypeError) as error:
         raise ConfigError(f"{key}: {_one_line(error)}") from error
 
 

@@ -17,6 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 from robustdyn.entrypoints.config import config_dir
 from robustdyn.errors import UserError
 
+SHORT = "ROBUSTDYN_SHORT_ERRORS"
+
 
 def run_app(task: Callable[[DictConfig], None], config_name: str) -> None:
     """Run ``task`` under Hydra; a :class:`UserError` or a composition error becomes one line and status 1.
@@ -27,19 +29,21 @@ def run_app(task: Callable[[DictConfig], None], config_name: str) -> None:
         logging.getLogger(chatty).setLevel(logging.WARNING)
     # argparse cannot take overrides on both sides of a flag: "a=1 -m b=2" would be refused
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))
-    full_error = os.environ.get("HYDRA_FULL_ERROR")
-    if full_error is None:
-        os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra hand errors over instead of printing them
+    short = SHORT in os.environ or not os.environ.get("HYDRA_FULL_ERROR")
+    if short:
+        # Hydra then hands errors over instead of printing them; the mark tells the processes that a
+        # data-parallel run starts, and that inherit both, that it was not the user who asked for it
+        os.environ |= {"HYDRA_FULL_ERROR": "1", SHORT: "1"}
     app = hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=config_name)
     try:
-        app(_task_with_short_errors(task, short=full_error is None))()
+        app(_task_with_short_errors(task, short=short))()
     except (UserError, HydraException) as error:
-        if full_error is not None:
+        if not short:
             raise
         _fail(_explain(error, config_name))
     finally:
-        if full_error is None:
-            del os.environ["HYDRA_FULL_ERROR"]
+        if short:
+            del os.environ["HYDRA_FULL_ERROR"], os.environ[SHORT]
 
 
 def _task_with_short_errors(
@@ -64,6 +68,7 @@ def _fail(message: str) -> None:
 
 def _explain(error: BaseException, config_name: str) -> str:
     text = " ".join(" ".join(str(part).split()) for part in (error, error.__cause__) if part is not None)
+    text = text.partition(" Config search path")[0]
     if isinstance(error, OverrideParseException):
         return f"cannot read the override {error.override}: {text}"
     unknown = re.search(r"Could not override '([^']+)'", text)

@@ -34,10 +34,12 @@ class Piecewise:
         factor: Multiplies the rate at each milestone, > 0.
 
     Raises:
-        ValueError: Milestones that do not increase from 1 on, or a factor that is not positive.
+        ValueError: Milestones that are no list or do not increase from 1 on; a factor that is not positive.
     """
 
     def __init__(self, milestones: Sequence[int], factor: float) -> None:
+        if isinstance(milestones, str) or not isinstance(milestones, Sequence):
+            raise ValueError(f"milestones must be a list of epochs, got {milestones}")
         steps = list(milestones)
         if steps != sorted(set(steps)) or (steps and steps[0] < 1):
             raise ValueError(f"milestones must increase strictly from 1 on, got {steps}")
