@@ -266,6 +266,7 @@ OBSTACLES = {
 @pytest.mark.parametrize("name", OBSTACLES)
 def test_obstacles_lead_to_hutchinson_with_the_reason(name, caplog):
     build, reason = OBSTACLES[name]
+    torch.manual_seed(0)  # in a few draws of Mixing the four ReLUs are dead on the examples looked at
     risk = image_risk(build())
     result = traces_of(risk, probes=2)
     assert result.estimator == "hutchinson"

@@ -95,7 +95,7 @@ def lanczos(
         generator: Source of all randomness; it is used for the starting vector and after a closed space.
         start: (P,) starting vector, for instance a sum of earlier eigenvectors; None draws one.
         max_basis: Most basis vectors held at a time, at least k + 2; None holds them all. The basis is the
-            only large object: memory is (max_basis + k) P numbers plus a few vectors.
+            only large object: memory is max_basis · P numbers plus a few vectors.
         verify: Recompute the residuals from k further products rather than trust the recursion.
 
     Raises:
@@ -108,6 +108,7 @@ def lanczos(
     krylov.begin(start)
     while krylov.products < max_products and not krylov.step():
         pass
+    scale = krylov.scale()
     eigenvalues, eigenvectors, residuals = krylov.pairs()
     products = krylov.products
     if verify:
@@ -117,7 +118,7 @@ def lanczos(
         eigenvalues=eigenvalues,
         eigenvectors=eigenvectors,
         residuals=residuals,
-        converged=residuals <= tol * krylov.scale(),
+        converged=residuals <= tol * scale,
         products=products,
         restarts=krylov.restarts,
         seconds=time.perf_counter() - began,
@@ -211,12 +212,12 @@ class _Krylov:
         return verdict == "stop"
 
     def pairs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The k leading Ritz values, vectors (P, k) and residual norms; call it after at least k steps."""
+        """The k leading Ritz values, vectors (P, k) and residuals; call it once, last, after at least k steps."""
         values, vectors = self._ritz(0)
         values, vectors = values[: self.k], vectors[:, : self.k]
         rounding = torch.finfo(self.operator.dtype).eps * self.scale()
         residuals = self._residuals(vectors).clamp(min=rounding)
-        return values, self.basis.combine(vectors), residuals
+        return values, self.basis.become(vectors), residuals
 
     def scale(self) -> float:
         """The largest |Ritz value|: what the tolerance is relative to."""
@@ -353,12 +354,15 @@ class _Basis:
                 break
         return total, norm
 
-    def combine(self, weights: Tensor) -> Tensor:
-        """Linear combinations of the basis: weights (n, k) to columns (P, k)."""
-        result = torch.empty(weights.shape[1], self.length, dtype=self.dtype, device=self.device)
-        for slab, columns in self._slabs(weights):
-            result[:, slab] = columns
-        return result.T
+    def become(self, weights: Tensor) -> Tensor:
+        """Linear combinations of the basis, weights (n, k) to columns (P, k), in the basis's own memory.
+
+        Held beside the basis they would set the solver's peak. The basis must not be used afterwards.
+        """
+        self.rotate(weights)
+        kept = [rows for _, rows in self._filled()]
+        self.storage.clear()
+        return (kept[0] if len(kept) == 1 else torch.cat(kept)).T
 
     def rotate(self, weights: Tensor) -> None:
         """Replace the basis by combinations of itself, weights (n, l), without a second basis in memory."""
