@@ -212,7 +212,7 @@ class _Krylov:
         return verdict == "stop"
 
     def pairs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The k leading Ritz values, vectors (P, k) and residuals; call it once, last, after at least k steps."""
+        """The k leading Ritz values, vectors (P, k) and residuals; ends the iteration, of k steps or more."""
         values, vectors = self._ritz(0)
         values, vectors = values[: self.k], vectors[:, : self.k]
         rounding = torch.finfo(self.operator.dtype).eps * self.scale()

@@ -38,7 +38,7 @@ class Piecewise:
     """
 
     def __init__(self, milestones: Sequence[int], factor: float) -> None:
-        if isinstance(milestones, str) or not isinstance(milestones, Sequence):
+        if not isinstance(milestones, Sequence) or not all(isinstance(step, int) for step in milestones):
             raise ValueError(f"milestones must be a list of epochs, got {milestones}")
         steps = list(milestones)
         if steps != sorted(set(steps)) or (steps and steps[0] < 1):
