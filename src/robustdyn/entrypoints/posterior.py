@@ -1,12 +1,12 @@
 """``robustdyn-posterior``: the posterior at every epoch of finished runs, from their records."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from robustdyn.errors import RecordError, UserError
+from robustdyn.entrypoints.status import status_of
+from robustdyn.errors import RecordError
 from robustdyn.measure import posterior_rows
 from robustdyn.records import Run, RunRecords, find_runs, read_table
 from robustdyn.theory.trajectory import Interpolation
@@ -28,16 +28,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="of curvature and noise between measured epochs (default: the run's measure.interpolation)",
     )
     arguments = parser.parse_args(argv)
-    try:
+
+    def write() -> None:
         for run in find_runs(arguments.path):
             count = write_posterior(run, arguments.interpolation)
             print(f"{run.path}: {count} rows")
-    except UserError as error:
-        if os.environ.get("HYDRA_FULL_ERROR"):
-            raise
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    return 0
+
+    return status_of(write)
 
 
 def write_posterior(run: Run, interpolation: Interpolation | None) -> int:

@@ -1,13 +1,12 @@
 """``robustdyn-report``: run or sweep directories in; tables, figures and one HTML page out."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from robustdyn.errors import UserError
+from robustdyn.entrypoints.status import status_of
 
 if TYPE_CHECKING:
     from robustdyn.analysis.report import Report
@@ -32,14 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     output: Path = arguments.output or (paths[0] if len(paths) == 1 else Path()) / "report"
     from robustdyn.analysis.report import build_report  # the plotting libraries load slowly: not for --help
 
-    try:
-        announce(build_report(paths, output))
-    except UserError as error:
-        if os.environ.get("HYDRA_FULL_ERROR"):
-            raise
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    return 0
+    return status_of(lambda: announce(build_report(paths, output)))
 
 
 def announce(report: "Report") -> None:
