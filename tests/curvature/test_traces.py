@@ -325,3 +325,14 @@ def test_refusals():
     biases = risk_of(CASES["relu_mlp"], parameters=lambda name, p: p.dim() == 1)
     with pytest.raises(ValueError, match="no convolution kernel"):
         traces_of(biases, weights_only=True)
+
+
+def test_the_error_of_a_sum_keeps_the_correlation_between_tensors():
+    model, inputs, targets = CASES["preact"].problem()
+    result = traces_of(EmpiricalRisk(model, inputs, targets))
+    values = result.per_example[:, [0, 2]].sum(dim=1)
+    expected = float((values - values.mean()).square().sum() / (len(values) - 1) / len(values)) ** 0.5
+    assert result.sum_standard_error([0, 2]) == pytest.approx(expected, rel=1e-12)
+    probed = traces_of(EmpiricalRisk(model, inputs, targets), method="hutchinson", probes=3)
+    independent = float(probed.standard_errors[[0, 2]].square().sum()) ** 0.5
+    assert probed.sum_standard_error([0, 2]) == pytest.approx(independent, rel=1e-12)

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -52,6 +53,16 @@ class LayerTraces:
     batchnorm: BatchNormMode
     products: int
     seconds: float
+
+    def sum_standard_error(self, tensors: Sequence[int]) -> float:
+        """Standard error of the summed traces of some tensors, given by their places in ``names``.
+
+        With per-example values the correlation between tensors is kept; Hutchinson's probes are independent.
+        """
+        places = list(tensors)
+        if self.per_example is None:
+            return float(self.standard_errors[places].square().sum().sqrt())
+        return float(_spread(self.per_example[:, places].sum(dim=1)))
 
 
 def layer_traces(

@@ -1,12 +1,11 @@
 """Measures the Weight-Curvature Index and its layers."""
 
-import math
 import time
 from collections.abc import Iterator
 
 import torch
 
-from robustdyn.curvature import LayerTraces, layer_traces
+from robustdyn.curvature import layer_traces
 from robustdyn.measure.callback import Row
 from robustdyn.measure.snapshot import Snapshot
 from robustdyn.theory import weight_curvature_index
@@ -47,11 +46,8 @@ class WeightCurvature:
         index = weight_curvature_index(
             norms,
             trace,
-            **(
-                {"standard_error": error}
-                if examples is None
-                else {"example_traces": examples[:, weights].numpy()}
-            ),
+            standard_error=error if examples is None else None,
+            example_traces=None if examples is None else examples[:, weights].numpy(),
         )
         yield (
             "wci",
@@ -62,9 +58,9 @@ class WeightCurvature:
                 "wci_se": index.standard_error,
                 "weight_norm_sq": sum(norms),
                 "hessian_trace": float(trace.sum()),
-                "hessian_trace_se": _sum_error(traces, weights),
+                "hessian_trace_se": traces.sum_standard_error(weights),
                 "hessian_trace_all": float(traces.traces.sum()),
-                "hessian_trace_all_se": _sum_error(traces, list(range(len(traces.names)))),
+                "hessian_trace_all_se": traces.sum_standard_error(range(len(traces.names))),
                 "cauchy_schwarz_bound": index.cauchy_schwarz_bound,
                 "clamped_layers": index.clamped_layers,
                 "hvps": traces.products,
@@ -90,11 +86,3 @@ class WeightCurvature:
                     "optimal_variance": float(variances[layer]),
                 },
             )
-
-
-def _sum_error(traces: LayerTraces, tensors: list[int]) -> float:
-    """Standard error of the summed traces; with per-example values the tensors' correlation is kept."""
-    if traces.per_example is None:
-        return float(traces.standard_errors[tensors].square().sum().sqrt())
-    totals = traces.per_example[:, tensors].sum(dim=1)
-    return float(totals.std(correction=1)) / math.sqrt(len(totals))

@@ -288,7 +288,7 @@ SPECTRUM = Table(
             "float",
             "",
             "s.e. of γ_i",
-            "standard error of gradient_noise over examples or batches",
+            "standard error of gradient_noise over the measured examples",
         ),
         Column(
             "noise_eigenvalue",
