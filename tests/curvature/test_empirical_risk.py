@@ -40,8 +40,12 @@ def test_value_and_gradient(case):
 def test_gradient_is_the_slope_of_value(case):
     risk = risk_of(case)
     theta, direction, step = risk.theta(), random(risk.numel), 1e-5
-    slope = (risk.value(theta + step * direction) - risk.value(theta - step * direction)) / (2 * step)
-    assert slope == pytest.approx((risk.gradient(theta) @ direction).item(), rel=FD["rtol"], abs=FD["atol"])
+    slope = (risk.at(theta + step * direction).value() - risk.at(theta - step * direction).value()) / (
+        2 * step
+    )
+    assert slope == pytest.approx(
+        (risk.at(theta).gradient() @ direction).item(), rel=FD["rtol"], abs=FD["atol"]
+    )
 
 
 def test_theta_is_named_parameters_in_order():

@@ -43,7 +43,9 @@ def test_hessian_closed_form():
 def test_hessian_is_the_slope_of_the_gradient(case):
     risk = risk_of(case)
     theta, direction, step = risk.theta(), random(risk.numel), 1e-5
-    slope = (risk.gradient(theta + step * direction) - risk.gradient(theta - step * direction)) / (2 * step)
+    slope = (risk.at(theta + step * direction).gradient() - risk.at(theta - step * direction).gradient()) / (
+        2 * step
+    )
     assert_close(Hessian(risk) @ direction, slope, **FD)
 
 
@@ -54,7 +56,9 @@ def test_hessian_with_batch_statistics():
     check_operator_contract(hessian)
     # Smooth in θ away from ReLU kinks; a short step stays on one side of them for this problem.
     theta, direction, step = risk.theta(), random(risk.numel), 1e-6
-    slope = (risk.gradient(theta + step * direction) - risk.gradient(theta - step * direction)) / (2 * step)
+    slope = (risk.at(theta + step * direction).gradient() - risk.at(theta - step * direction).gradient()) / (
+        2 * step
+    )
     assert_close(hessian @ direction, slope, rtol=1e-4, atol=1e-5)
 
 
@@ -131,5 +135,5 @@ def test_matvec_refuses_foreign_vectors():
     hessian = Hessian(risk_of(CASES["softmax"]))
     with pytest.raises(ValueError, match="shape"):
         hessian.matvec(random(5))
-    with pytest.raises(ValueError, match="float64 vector"):
+    with pytest.raises(ValueError, match="float64 tensor"):
         hessian.matvec(random(12).float())

@@ -12,6 +12,14 @@ Every result is frozen and carries its own doubt (standard errors or residuals) 
 seconds).
 """
 
+from robustdyn.curvature.alignment import (
+    Alignment,
+    alignment,
+    covariance_jackknife,
+    principal_angles,
+    sign_flipped_covariances,
+    subspace_overlap,
+)
 from robustdyn.curvature.empirical_risk import EmpiricalRisk, cross_entropy
 from robustdyn.curvature.gradient_covariance import (
     GradientCovariance,
@@ -19,26 +27,51 @@ from robustdyn.curvature.gradient_covariance import (
     gradient_projections,
     projected_covariance,
 )
-from robustdyn.curvature.hessian import Hessian
+from robustdyn.curvature.hessian import GaussNewton, Hessian
+from robustdyn.curvature.kernels import Precision
 from robustdyn.curvature.lanczos import EigenResult, eigen_residuals, lanczos
 from robustdyn.curvature.layer_traces import LayerTraces, layer_traces
-from robustdyn.curvature.operators import LinearOperator
-from robustdyn.curvature.traces import TraceResult, hutchinson_trace
+from robustdyn.curvature.operators import DiagonallyScaled, LinearOperator, RiskOperator
+from robustdyn.curvature.quadrature import SpectralDensity, spectral_density
+from robustdyn.curvature.sharding import shard
+from robustdyn.curvature.traces import (
+    TraceEstimator,
+    TraceResult,
+    hutch_plus_plus,
+    hutchinson_trace,
+    xtrace,
+)
 
 __all__ = [
+    "Alignment",
+    "DiagonallyScaled",
     "EigenResult",
     "EmpiricalRisk",
+    "GaussNewton",
     "GradientCovariance",
     "Hessian",
     "LayerTraces",
     "LinearOperator",
+    "Precision",
     "ProjectedCovariance",
+    "RiskOperator",
+    "SpectralDensity",
+    "TraceEstimator",
     "TraceResult",
+    "alignment",
+    "covariance_jackknife",
     "cross_entropy",
     "eigen_residuals",
     "gradient_projections",
+    "hutch_plus_plus",
     "hutchinson_trace",
     "lanczos",
     "layer_traces",
+    "principal_angles",
     "projected_covariance",
+    "shard",
+    "sign_flipped_covariances",
+    "spectral_density",
+    "subspace_overlap",
+    "xtrace",
 ]

@@ -1,24 +1,32 @@
 """The empirical risk over fixed examples, as a function of the flat parameter vector θ.
 
 Everything in this room is derived from :class:`EmpiricalRisk`: it alone knows the model, the examples, how
-they are cut into chunks, and how to leave the model exactly as it was found.
+they are cut into chunks and spread over processes, and how to leave the model exactly as it was found.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+import copy
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from robustdyn.curvature.kernels import Precision
+from robustdyn.curvature.sharding import Shards
+from robustdyn.curvature.tape import Tape, count_saved_bytes, gradients
 
 PerExampleLoss = Callable[[Tensor, Tensor], Tensor]
 ParameterFilter = Callable[[str, nn.Parameter], bool] | Collection[str]
 BatchNormMode = Literal["eval", "train"]
 
 _CHECKED_EXAMPLES = 16  # enough for any random layer to show; the check costs two passes over these
+_PROBED_EXAMPLES = 4  # on these the memory of a pass is measured
+_WORKING_SHARE = 4  # a working chunk takes this part of the memory: products need room beside the kept graph
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -37,26 +45,28 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 class EmpiricalRisk:
     """L_S(θ) = (1/m) Σ_i ℓ(f(x_i; θ), y_i) over m fixed, already adversarial, inputs.
 
-    θ is the concatenation of the measured parameter tensors in ``model.named_parameters()`` order. Without an
-    explicit θ, the model's present weights are used, read at every call. The mean is exact for any chunk
-    size.
+    θ is the concatenation of the measured parameter tensors in ``model.named_parameters()`` order: the
+    model's present weights, read at every call, or a fixed point (:meth:`at`). The mean is exact for any
+    chunk size and any spread over processes.
 
     Nothing about the model, its gradients or torch's global state differs after a call (see :meth:`guard`).
     Modules other than BatchNorm keep the training flag they have: a Dropout left on is refused, not switched
-    off. Numbers are computed in the precision of the parameters: autocast is off while measuring.
+    off. Autocast is off while measuring.
 
     Attributes:
         model: The measured model.
-        inputs: (m, ...), the fixed examples, wherever the caller keeps them.
-        targets: (m, ...).
+        inputs: (m_r, ...), this process's fixed examples, wherever the caller keeps them.
+        targets: (m_r, ...).
         loss: The per-example loss.
         names: Names of the measured tensors, in the order of θ.
         blocks: For each name its slice of θ.
         shapes: For each name its tensor's shape.
         numel: P, the length of θ.
-        examples: m.
+        examples: m, over all processes.
+        shards: How the examples are spread over processes.
         chunk_size: Examples per pass.
         batchnorm: Which statistics BatchNorm used; part of every measurement's meaning.
+        precision: Of the products' convolutions and linear layers.
         dtype: Precision of θ and of everything computed from it.
         device: Where θ lives; chunks are moved there.
     """
@@ -69,8 +79,11 @@ class EmpiricalRisk:
         *,
         loss: PerExampleLoss = cross_entropy,
         chunk_size: int | None = None,
+        memory: int | None = None,
         parameters: ParameterFilter | None = None,
         batchnorm: BatchNormMode = "eval",
+        precision: Precision = "full",
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         """Fix the examples, choose the parameters and refuse what cannot be measured.
 
@@ -79,24 +92,35 @@ class EmpiricalRisk:
             inputs: (m, ...), kept fixed: the dependence of an attack on θ is not differentiated.
             targets: (m, ...), first dimension as ``inputs``.
             loss: ``(outputs, targets) -> (B,)``.
-            chunk_size: Examples per forward and backward pass; None takes all at once.
+            chunk_size: Examples per forward and backward pass; None follows ``memory``, or takes all at once.
+            memory: Bytes that passes may use, about. What a chunk does not need keeps graphs for the next
+                product, which then takes two thirds of the time; None keeps none.
             parameters: Which tensors make up θ: None for all that require gradients, a predicate
                 ``(name, parameter) -> bool`` that chooses among those, or a collection of names.
             batchnorm: ``"eval"`` uses the running statistics, ``"train"`` the statistics of the whole
-                measurement set, in one chunk. Neither moves the running statistics.
+                measurement set, in one chunk on one process. Neither moves the running statistics.
+            precision: Of the products with H, G and C₁ (values and gradients are in full precision):
+                ``"full"``, the parameters' own; ``"tf32"``, NVIDIA's TensorFloat-32 in matrix products;
+                ``"bfloat16"``, products of numbers rounded to bfloat16, the sums in float32. What the last
+                costs in accuracy: experiments/benchmarks/README.md.
+            group: Processes that share the measurement, each with its own ``inputs`` (shards of any size, see
+                :func:`robustdyn.curvature.shard`) and the same weights. Every method that returns a number
+                about the risk is then collective and returns the same bits everywhere.
 
         Raises:
             ValueError: If sizes disagree, no parameter is chosen, precision or device are mixed or too low,
-                BatchNorm cannot do what was asked, or two passes over the same inputs disagree.
+                BatchNorm cannot do what was asked, processes hold different weights, or two passes over the
+                same inputs disagree. All processes raise together.
         """
-        _check_examples(inputs, targets, chunk_size)
         self.model = model
         self.loss = loss
-        self.examples = len(inputs)
-        self.chunk_size = self.examples if chunk_size is None else min(chunk_size, self.examples)
-        self.batchnorm: BatchNormMode = batchnorm
         self.inputs, self.targets = plain(inputs), plain(targets)
-        self._check_batchnorm()
+        self.batchnorm: BatchNormMode = batchnorm
+        self.precision: Precision = precision
+        self._point: Tensor | None = None
+        self._kept: dict[int, Tape] = {}
+        self._kept_state: object = None
+        self._room = 0
 
         chosen = _select(model, parameters)
         self.names = tuple(chosen)
@@ -107,39 +131,71 @@ class EmpiricalRisk:
             self.blocks[name] = slice(self.numel, self.numel + parameter.numel())
             self.numel += parameter.numel()
         self.dtype, self.device = _common_type(chosen)
-        self._check_deterministic()
+
+        self.shards = Shards(len(inputs) if inputs.dim() else 0, self.device, group)
+        self.examples = self.shards.total
+        own = self.shards.counts[self.shards.rank]
+        self.chunk_size = max(1, own if chunk_size is None else min(chunk_size, own))
+        complaint = self.shards.first_complaint(self._complaint(chunk_size, memory))
+        if complaint is not None:
+            raise ValueError(complaint)
+        self._check_same_weights()
+        if memory is not None:
+            self._fit(memory, chunk_size)
+
+    def at(self, theta: Tensor) -> "EmpiricalRisk":
+        """The same risk at a fixed point, whatever the model's weights.
+
+        For instance at θ + v with v the perturbation of adversarial weight perturbation (Wu et al., NeurIPS
+        2020): the inputs stay those attacked at θ.
+
+        Args:
+            theta: (P,).
+
+        Raises:
+            ValueError: If the length is not P.
+        """
+        if theta.shape != (self.numel,):
+            raise ValueError(f"expected a vector of shape ({self.numel},), got {tuple(theta.shape)}")
+        moved = copy.copy(self)
+        moved._point = plain(theta).to(device=self.device, dtype=self.dtype, copy=True)
+        moved._kept = {}
+        return moved
 
     # ------------------------------------------------------------------ the function
 
-    def value(self, theta: Tensor | None = None) -> float:
-        """L_S(θ), summed in float64.
-
-        Args:
-            theta: (P,) or None for the model's present weights.
-        """
-        total = 0.0
+    def value(self) -> float:
+        """L_S(θ), summed in float64."""
         with self.guard(), torch.no_grad():
-            parameters = self.parameters(theta)
+            total = torch.zeros((), dtype=torch.float64, device=self.device)
+            parameters = self.parameters()
             for inputs, targets in self.chunks():
-                total += self.losses(parameters, inputs, targets).double().sum().item()
-        return total / self.examples
+                total += self.losses(parameters, inputs, targets).double().sum()
+        return float(self.shards.sum(total)) / self.examples
 
-    def gradient(self, theta: Tensor | None = None) -> Tensor:
-        """∇L_S(θ), shape (P,).
+    def gradient(self) -> Tensor:
+        """∇L_S(θ), shape (P,)."""
+        return self.weighted_gradient(None)
+
+    def weighted_gradient(self, weights: Tensor | None) -> Tensor:
+        """(1/m) Σ_i w_i ∇ℓ_i, shape (P,).
 
         Args:
-            theta: (P,) or None for the model's present weights.
+            weights: w, (m,) over all processes, the same on each; None for ones.
         """
         with self.guard():
             total = torch.zeros(self.numel, dtype=self.dtype, device=self.device)
-            leaves = self.leaves(theta)
-            for inputs, targets in self.chunks():
-                loss = self.losses(leaves, inputs, targets).sum()
-                total += self.flatten(gradients(loss, tuple(leaves.values())))
-            return total / self.examples
+            own = None if weights is None else weights[self.shards.own].to(total).split(self.chunk_size)
+            leaves = self.leaves()
+            for index, (inputs, targets) in enumerate(self.chunks()):
+                losses = self.losses(leaves, inputs, targets)
+                if own is not None:
+                    losses = losses * own[index]
+                self.add(total, gradients(losses.sum(), tuple(leaves.values())))
+        return self.shards.sum(total).div_(self.examples)
 
     def theta(self) -> Tensor:
-        """A copy of the model's present weights, shape (P,)."""
+        """A copy of θ, shape (P,)."""
         return self.flatten(tuple(self.parameters().values()))
 
     # ------------------------------------------------------------------ θ as one vector and as tensors
@@ -161,21 +217,28 @@ class EmpiricalRisk:
         """The inverse of :meth:`split`: one tensor per name, in order, to a (P,) vector."""
         return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
 
+    def add(self, flat: Tensor, tensors: Iterable[Tensor]) -> None:
+        """Add one tensor per name, in order, to a (P,) vector in place."""
+        torch._foreach_add_(list(self.split(flat).values()), [tensor.detach() for tensor in tensors])
+
     # ------------------------------------------------------------------ building blocks for operators
 
     @contextmanager
     def guard(self) -> Iterator[None]:
         """Everything that measures runs inside; it sets the stage and puts everything back.
 
-        Inside: gradients are on, inference mode and autocast are off, BatchNorm has the chosen mode.
-        Afterwards training flags and torch's random state are as before. Weights, buffers, ``.grad`` and
-        ``requires_grad`` are never touched, because the model only ever sees detached parameters and copies
-        of its buffers.
+        Inside: gradients are on, inference mode and autocast are off, BatchNorm has the chosen mode, matrix
+        products have the chosen precision. Afterwards training flags, torch's random state and its settings
+        are as before. Weights, buffers, ``.grad`` and ``requires_grad`` are never touched, because the model
+        only ever sees detached parameters and copies of its buffers.
         """
         flags = [(module, module.training) for module in self.model.modules()]
         with ExitStack() as stack:
-            cuda = [self.device] if self.device.type == "cuda" else []
-            stack.enter_context(torch.random.fork_rng(devices=cuda))
+            if self.device.type == "cuda":
+                stack.enter_context(torch.random.fork_rng(devices=[self.device]))
+                stack.enter_context(_tensor_float_32(self.precision == "tf32"))
+            else:
+                stack.enter_context(torch.random.fork_rng(devices=[]))
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(torch.autocast(self.device.type, enabled=False))
@@ -188,25 +251,52 @@ class EmpiricalRisk:
                 for module, training in flags:
                     module.training = training
 
+    def tapes(self) -> Iterator[tuple[Tape, bool]]:
+        """A tape for each of this process's chunks, and whether it may be used up; inside :meth:`guard`.
+
+        Within the memory given, tapes are kept from one call to the next, for all operators on this risk,
+        until the weights or running statistics change.
+        """
+        state = self.state()
+        if state != self._kept_state:
+            self.forget()
+            self._kept_state = state
+        for index, (inputs, targets) in enumerate(self.chunks()):
+            tape = self._kept.get(index)
+            if tape is None:
+                tape = Tape(self, inputs, targets)
+                if index < self._room:
+                    self._kept[index] = tape
+            yield tape, index >= self._room
+
+    def forget(self) -> None:
+        """Free all kept graphs."""
+        self._kept.clear()
+
+    def state(self) -> tuple[int, ...]:
+        """Changes whenever weights or running statistics do (in place or by assignment)."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        return tuple(number for tensor in tensors for number in (id(tensor), tensor._version))
+
     def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The examples in order, ``chunk_size`` at a time, on the parameters' device."""
-        for start in range(0, self.examples, self.chunk_size):
+        """This process's examples in order, ``chunk_size`` at a time, on the parameters' device."""
+        for start in range(0, len(self.inputs), self.chunk_size):
             yield self.subset(slice(start, start + self.chunk_size))
 
     def subset(self, which: slice) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of some examples, on the parameters' device."""
+        """Inputs and targets of some of this process's examples, on the parameters' device."""
         return self.inputs[which].to(self.device), self.targets[which].to(self.device)
 
-    def parameters(self, theta: Tensor | None = None) -> dict[str, Tensor]:
-        """The measured tensors by name, detached: the model's own, or views of ``theta`` (P,)."""
-        if theta is not None:
-            return self.split(theta.detach().to(device=self.device, dtype=self.dtype))
+    def parameters(self) -> dict[str, Tensor]:
+        """The measured tensors by name, detached: the model's own, or views of the fixed point."""
+        if self._point is not None:
+            return self.split(self._point)
         present = dict(self.model.named_parameters())
         return {name: present[name].detach() for name in self.names}
 
-    def leaves(self, theta: Tensor | None = None) -> dict[str, Tensor]:
+    def leaves(self) -> dict[str, Tensor]:
         """As :meth:`parameters`, but fresh leaves of the autograd graph that require gradients."""
-        return {name: tensor.detach().requires_grad_() for name, tensor in self.parameters(theta).items()}
+        return {name: tensor.detach().requires_grad_() for name, tensor in self.parameters().items()}
 
     def outputs(self, parameters: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
         """f(x; θ) as a pure function; call it inside :meth:`guard`.
@@ -230,10 +320,14 @@ class EmpiricalRisk:
         Raises:
             ValueError: If ``loss`` does not return one number per example.
         """
-        losses = self.loss(self.outputs(parameters, inputs), targets)
-        if losses.shape != inputs.shape[:1]:
+        return self.losses_of(self.outputs(parameters, inputs), targets)
+
+    def losses_of(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """As :meth:`losses`, of outputs."""
+        losses = self.loss(outputs, targets)
+        if losses.shape != targets.shape[:1]:
             raise ValueError(
-                f"loss must return one number per example, shape ({len(inputs)},), but returned "
+                f"loss must return one number per example, shape ({len(targets)},), but returned "
                 f"{tuple(losses.shape)}: use reduction='none'"
             )
         return losses
@@ -243,12 +337,42 @@ class EmpiricalRisk:
         """Whether the model contains a BatchNorm layer."""
         return any(isinstance(module, _BatchNorm) for module in self.model.modules())
 
+    # ------------------------------------------------------------------ memory
+
+    def _fit(self, memory: int, chunk_size: int | None) -> None:
+        """Choose the chunk and how many graphs are kept, from the memory that a few examples need."""
+        whole = self.batchnorm == "train" and self.has_batchnorm
+        probed = len(self.inputs) if whole else min(_PROBED_EXAMPLES, len(self.inputs))
+        with self.guard(), count_saved_bytes() as counted:
+            Tape(self, *self.subset(slice(0, probed)))
+        needed = max(1, counted[0] // probed)
+        if chunk_size is None and not whole:
+            self.chunk_size = max(1, min(len(self.inputs), memory // (_WORKING_SHARE * needed)))
+        graph = needed * self.chunk_size
+        self._room = max(0, (memory - graph) // graph)
+
     # ------------------------------------------------------------------ refusals
 
+    def _complaint(self, chunk_size: int | None, memory: int | None) -> str | None:
+        """Why this process cannot measure."""
+        try:
+            _check_examples(self.inputs, self.targets, chunk_size, memory)
+            _check_settings(self.batchnorm, self.precision, self.dtype)
+            self._check_batchnorm()
+            self._check_deterministic()
+        except ValueError as error:
+            return str(error)
+        return None
+
     def _check_batchnorm(self) -> None:
-        if self.batchnorm not in ("eval", "train"):
-            raise ValueError(f"batchnorm must be 'eval' or 'train', not {self.batchnorm!r}")
-        if self.batchnorm == "train" and self.has_batchnorm and self.chunk_size < self.examples:
+        if not self.has_batchnorm:
+            return
+        if self.batchnorm == "train" and self.shards.processes > 1:
+            raise ValueError(
+                "batchnorm='train' needs all examples in one process, because every process would have its "
+                "own statistics: leave group unset, or use batchnorm='eval'"
+            )
+        if self.batchnorm == "train" and self.chunk_size < self.examples:
             raise ValueError(
                 f"batchnorm='train' needs all {self.examples} examples in one chunk, because every chunk "
                 f"would have its own statistics: leave chunk_size unset (it is {self.chunk_size}), measure "
@@ -278,25 +402,17 @@ class EmpiricalRisk:
                 "measuring"
             )
 
-
-def gradients(
-    output: Tensor, inputs: tuple[Tensor, ...], *, differentiable: bool = False
-) -> tuple[Tensor, ...]:
-    """∂output/∂inputs with zeros where there is no dependence (torch would raise or return None).
-
-    Args:
-        output: Scalar.
-        inputs: Leaves or intermediate tensors.
-        differentiable: Keep the graph so that the result can be differentiated again.
-    """
-    if not output.requires_grad:
-        return tuple(torch.zeros_like(tensor) for tensor in inputs)
-    return torch.autograd.grad(
-        output, inputs, create_graph=differentiable, allow_unused=True, materialize_grads=True
-    )
+    def _check_same_weights(self) -> None:
+        if self.shards.processes == 1:
+            return
+        tensors = [*self.parameters().values(), *self.model.buffers()]
+        own = torch.stack([tensor.detach().double().sum() for tensor in tensors])[None]
+        everybody = Shards(1, self.device, self.shards.group).rows(own)
+        if not torch.equal(everybody, everybody[:1].expand_as(everybody)):
+            raise ValueError("the processes of group hold different weights or running statistics")
 
 
-def _check_examples(inputs: Tensor, targets: Tensor, chunk_size: int | None) -> None:
+def _check_examples(inputs: Tensor, targets: Tensor, chunk_size: int | None, memory: int | None) -> None:
     if inputs.dim() == 0 or targets.dim() == 0 or len(inputs) != len(targets):
         raise ValueError(
             f"inputs and targets must agree in their first dimension, got {tuple(inputs.shape)} and "
@@ -306,12 +422,35 @@ def _check_examples(inputs: Tensor, targets: Tensor, chunk_size: int | None) -> 
         raise ValueError("inputs is empty: the mean loss needs at least one example")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be positive or None, not {chunk_size}")
+    if memory is not None and memory < 0:
+        raise ValueError(f"memory must be a number of bytes or None, not {memory}")
+
+
+def _check_settings(batchnorm: str, precision: str, dtype: torch.dtype) -> None:
+    if batchnorm not in ("eval", "train"):
+        raise ValueError(f"batchnorm must be 'eval' or 'train', not {batchnorm!r}")
+    if precision not in ("full", "tf32", "bfloat16"):
+        raise ValueError(f"precision must be 'full', 'tf32' or 'bfloat16', not {precision!r}")
+    if precision != "full" and dtype != torch.float32:
+        raise ValueError(f"precision={precision!r} is for float32 parameters, these are {dtype}")
 
 
 def plain(tensor: Tensor) -> Tensor:
     """The tensor detached, and copied if it was made under inference_mode, which autograd cannot use."""
     with torch.inference_mode(False):
         return tensor.clone() if tensor.is_inference() else tensor.detach()
+
+
+@contextmanager
+def _tensor_float_32(allowed: bool) -> Iterator[None]:
+    """Convolutions use TensorFloat-32 by default on NVIDIA GPUs: full precision has to be asked for."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def _select(model: nn.Module, wanted: ParameterFilter | None) -> dict[str, nn.Parameter]:

@@ -9,14 +9,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from robustdyn.curvature.empirical_risk import BatchNormMode, EmpiricalRisk, gradients
-from robustdyn.curvature.gauss_newton import (
+from robustdyn.curvature.empirical_risk import BatchNormMode, EmpiricalRisk
+from robustdyn.curvature.gauss_newton_blocks import (
     exact_squared_norms,
     identity_obstacle,
     number_of_classes,
     sampled_squared_norms,
 )
-from robustdyn.curvature.probes import rademacher
+from robustdyn.curvature.lanczos import EigenResult
+from robustdyn.curvature.probes import child, rademacher
 
 Method = Literal["auto", "gauss_newton", "hutchinson"]
 Estimator = Literal["gauss_newton_exact", "gauss_newton_sampled", "hutchinson"]
@@ -38,6 +39,7 @@ class LayerTraces:
         per_example: (m, L), whose mean over examples is ``traces``; None for Hutchinson.
         estimator: Which estimator made the numbers.
         reason: Why that one.
+        deflated: Known eigenpairs whose noise was taken out.
         batchnorm: The statistics BatchNorm used; with batch statistics the traces are another quantity.
         products: Reverse passes over the examples: K exactly, ``probes`` sampled; for Hutchinson the
             layer-restricted Hessian products, probes · L.
@@ -50,6 +52,7 @@ class LayerTraces:
     per_example: Tensor | None = field(repr=False)
     estimator: Estimator
     reason: str
+    deflated: int
     batchnorm: BatchNormMode
     products: int
     seconds: float
@@ -73,12 +76,13 @@ def layer_traces(
     exact_classes_up_to: int,
     generator: torch.Generator,
     weights_only: bool,
+    known: EigenResult | None = None,
 ) -> LayerTraces:
     """The trace of every diagonal block of the Hessian, by the best estimator that is valid.
 
-    The Gauss-Newton route (:mod:`robustdyn.curvature.gauss_newton`) is exact for piecewise linear networks
-    under cross-entropy, and its conditions are checked. Otherwise Hutchinson's estimator is applied to one
-    block at a time. The shortcut v_kᵀ(Hv)_k from whole-model products is not offered: its noise,
+    The Gauss-Newton route (:mod:`robustdyn.curvature.gauss_newton_blocks`) is exact for piecewise linear
+    networks under cross-entropy, and its conditions are checked. Otherwise Hutchinson's estimator is applied
+    to one block at a time. The shortcut v_kᵀ(Hv)_k from whole-model products is not offered: its noise,
     Σ_{j≠k}‖H_kj‖_F², is 1 to 12 times the trace per probe.
 
     Args:
@@ -91,6 +95,8 @@ def layer_traces(
         generator: Source of all randomness.
         weights_only: Measure tensors with two or more dimensions only: convolution kernels and linear
             weights.
+        known: Leading eigenpairs of the risk's Hessian, if they are at hand: they take their part of the
+            noise out of Hutchinson's estimator.
 
     Raises:
         ValueError: If the method is unknown, the Gauss-Newton route is demanded but not valid, probes are too
@@ -116,7 +122,7 @@ def layer_traces(
             )
         reason = f"the Gauss-Newton identity does not hold: {obstacle}"
         _log.warning("layer traces by Hutchinson's estimator: %s", reason)
-    return _hutchinson(risk, names, probes, generator, reason, began)
+    return _hutchinson(risk, names, probes, generator, known, reason, began)
 
 
 def _gauss_newton(
@@ -147,6 +153,7 @@ def _gauss_newton(
         per_example=per_example,
         estimator=estimator,
         reason=reason,
+        deflated=0,
         batchnorm=risk.batchnorm,
         products=products,
         seconds=time.perf_counter() - began,
@@ -158,49 +165,76 @@ def _hutchinson(
     names: tuple[str, ...],
     probes: int,
     generator: torch.Generator,
+    known: EigenResult | None,
     reason: str,
     began: float,
 ) -> LayerTraces:
-    """v_kᵀ H_kk v_k with the probe restricted to one tensor; the gradient's graph is kept for all of them.
+    """v_kᵀ H_kk v_k with the probe restricted to one tensor; one graph serves all tensors and probes.
 
     Each chunk gets its own probes: unbiased all the same, and usually less noisy than shared ones. The random
     numbers therefore depend on ``chunk_size``.
+
+    Known eigenpairs are a control variate: Σ_i λ_i (u_{i,k}ᵀ v_k)² has the known mean Σ_i λ_i ‖u_{i,k}‖², and
+    without it the leading directions cause most of the noise. Unbiased however good the pairs are.
     """
     if probes < 2:
         raise ValueError(f"probes must be at least 2 to have a standard error, not {probes}")
-    samples = torch.zeros(probes, len(names), dtype=torch.float64)
+    deflation = _Deflation(risk, known)
+    samples = torch.zeros(probes, len(names), dtype=torch.float64, device=risk.device)
+    seeds = _chunk_generators(risk, generator)
+    places = [risk.names.index(name) for name in names]
     with risk.guard():
-        leaves = risk.leaves()
-        weights = tuple(leaves[name] for name in names)
-        for inputs, targets in risk.chunks():
-            loss = risk.losses(leaves, inputs, targets).sum()
-            slopes = gradients(loss, weights, differentiable=True)
-            for column, (slope, weight) in enumerate(zip(slopes, weights, strict=True)):
+        for (tape, _), draws in zip(risk.tapes(), seeds, strict=True):
+            for column, place in enumerate(places):
                 for probe in range(probes):
-                    samples[probe, column] += _block_form(slope, weight, generator)
-    samples /= risk.examples
+                    vector = rademacher(tuple(risk.shapes[names[column]]), draws, risk.dtype, risk.device)
+                    form = tape.block_form(place, vector)
+                    samples[probe, column] += form - tape.examples * deflation.form(names[column], vector)
+    samples = risk.shards.sum(samples).cpu() / risk.examples
     return LayerTraces(
         names=names,
-        traces=samples.mean(dim=0),
+        traces=samples.mean(dim=0) + torch.stack([deflation.trace(name) for name in names]),
         standard_errors=_spread(samples),
         per_example=None,
         estimator="hutchinson",
         reason=reason,
+        deflated=deflation.directions,
         batchnorm=risk.batchnorm,
         products=probes * len(names),
         seconds=time.perf_counter() - began,
     )
 
 
-def _block_form(slope: Tensor, weight: Tensor, generator: torch.Generator) -> float:
-    """vᵀ H_kk v for one random sign vector v, from the differentiable gradient of the block."""
-    probe = rademacher(tuple(weight.shape), generator, weight.dtype, weight.device)
-    if not slope.requires_grad:
-        return 0.0
-    (product,) = torch.autograd.grad(
-        slope, weight, probe, retain_graph=True, allow_unused=True, materialize_grads=True
-    )
-    return float((product * probe).double().sum())
+class _Deflation:
+    """Σ_i λ_i u_i u_iᵀ of known eigenpairs, block by block."""
+
+    def __init__(self, risk: EmpiricalRisk, known: EigenResult | None) -> None:
+        self.directions = 0 if known is None else len(known.eigenvalues)
+        self._risk, self._known = risk, known
+        if known is not None:
+            self._values = known.eigenvalues.to(risk.device)
+
+    def form(self, name: str, vector: Tensor) -> Tensor | float:
+        """Its quadratic form with a probe of the tensor's shape."""
+        if self._known is None:
+            return 0.0
+        block = self._known.eigenvectors[self._risk.blocks[name]]
+        return self._values @ (vector.reshape(-1) @ block).double().square()
+
+    def trace(self, name: str) -> Tensor:
+        """The trace of the tensor's block."""
+        if self._known is None:
+            return torch.zeros((), dtype=torch.float64)
+        block = self._known.eigenvectors[self._risk.blocks[name]]
+        return (self._values @ block.double().square().sum(dim=0)).cpu()
+
+
+def _chunk_generators(risk: EmpiricalRisk, generator: torch.Generator) -> list[torch.Generator]:
+    """One for each of this process's chunks, different from all other chunks' everywhere."""
+    chunks = risk.shards.each(len(range(0, len(risk.inputs), risk.chunk_size)))
+    everybody = [child(generator) for _ in range(sum(chunks))]
+    first = sum(chunks[: risk.shards.rank])
+    return everybody[first : first + chunks[risk.shards.rank]]
 
 
 def _spread(samples: Tensor) -> Tensor:

@@ -25,3 +25,9 @@ def rademacher(
     """Independent random signs ±1; arguments as :func:`gaussian`."""
     bits = torch.randint(2, shape, generator=generator, device=generator.device, dtype=torch.int8)
     return (2 * bits - 1).to(device=to, dtype=like)
+
+
+def child(generator: torch.Generator) -> torch.Generator:
+    """A new generator on the same device, seeded by one draw."""
+    seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+    return torch.Generator(generator.device).manual_seed(seed)

@@ -15,9 +15,10 @@ Shapes: m examples, b examples in a chunk, K classes, L measured tensors.
 import torch
 from torch import Tensor, nn
 
-from robustdyn.curvature.empirical_risk import EmpiricalRisk, cross_entropy, gradients
+from robustdyn.curvature.empirical_risk import EmpiricalRisk, cross_entropy
 from robustdyn.curvature.example_gradients import SquaredGradientNorms, UnsupportedPassError
-from robustdyn.curvature.probes import gaussian, rademacher
+from robustdyn.curvature.probes import child, gaussian, rademacher
+from robustdyn.curvature.tape import gradients
 
 _BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 _LAYERS = (nn.Conv2d, nn.Linear, *_BATCHNORMS)  # those that may own measured parameters
@@ -56,6 +57,12 @@ def identity_obstacle(risk: EmpiricalRisk, names: tuple[str, ...], generator: to
         names: The measured tensors.
         generator: For the random directions of the numerical check.
     """
+    # each process looks at its own examples, and all follow the first that finds an obstacle
+    # and draw from generators of their own: one that stops early must not move the common one
+    return risk.shards.first_complaint(_own_obstacle(risk, names, child(generator)))
+
+
+def _own_obstacle(risk: EmpiricalRisk, names: tuple[str, ...], generator: torch.Generator) -> str | None:
     obstacle = _structural_obstacle(risk, names)
     if obstacle is not None:
         return obstacle
@@ -83,7 +90,7 @@ def exact_squared_norms(risk: EmpiricalRisk, names: tuple[str, ...]) -> tuple[Te
                 cotangent[:, c] += p[:, c].sqrt()
                 _reverse(inputs, logits, cotangent, last=c == classes - 1)
             rows.append(norms.totals.cpu())
-    return torch.cat(rows), classes
+    return risk.shards.rows(torch.cat(rows)), classes
 
 
 def sampled_squared_norms(
@@ -95,8 +102,9 @@ def sampled_squared_norms(
         (m, L) float64 on the CPU, and the reverse passes used.
     """
     classes = number_of_classes(risk)
-    # Drawn for all examples at once, so that the numbers do not depend on chunk_size.
+    # Drawn for all examples at once, so that the numbers depend neither on chunk_size nor on the shards.
     signs = rademacher((probes, risk.examples, classes), generator, risk.dtype, torch.device("cpu"))
+    signs = signs[:, risk.shards.own]
     rows = []
     with risk.guard(), SquaredGradientNorms(_modules(risk), names, probes) as norms:
         for chunk, (inputs, _) in zip(signs.split(risk.chunk_size, dim=1), risk.chunks(), strict=True):
@@ -108,7 +116,7 @@ def sampled_squared_norms(
                 cotangent = scaled - p * scaled.sum(dim=1, keepdim=True)
                 _reverse(inputs, logits, cotangent, last=probe == probes - 1)
             rows.append(norms.totals.cpu() / probes)
-    return torch.cat(rows), probes
+    return risk.shards.rows(torch.cat(rows)), probes
 
 
 def number_of_classes(risk: EmpiricalRisk) -> int:
