@@ -21,9 +21,9 @@ TINY = (
     "trainer.accelerator=cpu",
     "schedule.milestones=[2]",
     "measure.examples=24",
-    "measure.chunk_size=16",
     "measure.epochs=[0,2]",
-    "measure.measurements.spectrum.directions=2",
+    "measure.eigenpairs.directions=2",
+    "measure.measurements.alignment.randomisations=5",
     "name=tiny",
 )
 

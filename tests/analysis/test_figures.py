@@ -157,9 +157,14 @@ def test_layers_are_rows_in_network_order(methods_frames):
 
 
 def test_alignment_is_drawn_when_measured(one_frames):
-    rows = one_frames["wci"][["run", "group", "epoch"]]
-    alignment = rows.assign(commutator=0.5, subspace_overlap=0.2, total_correlation=1.0)
-    assert len(figures.alignment(alignment, one_frames["epochs"]).axes) == 3
+    axes = figures.alignment(one_frames["alignment"], one_frames["epochs"]).axes
+    assert len(axes) == 3
+    for ax, name in zip(axes, ("commutator", None, "total_correlation"), strict=True):
+        if name:  # beside the measured line the one that sampling noise alone would give
+            dotted, measured = (line.get_ydata() for line in ax.lines[:2])
+            rows = one_frames["alignment"].dropna(subset=[name])
+            np.testing.assert_allclose(dotted, rows[f"{name}_null"])
+            np.testing.assert_allclose(measured, rows[name])
 
 
 def test_decays_of_single_groups_are_coloured_not_labelled(methods_frames):

@@ -64,7 +64,7 @@ def test_the_page_is_accessible(page):
     assert page.named("html")[0]["lang"] == "en"
     assert page.named("meta")[1]["name"] == "viewport"
     images = page.named("img")
-    assert len(images) == 9
+    assert len(images) == 10
     assert all(len(image["alt"]) > 20 for image in images)
     assert len(page.named("caption")) == len(page.named("table"))
     assert all("scope" in header for header in page.named("th"))
@@ -116,7 +116,10 @@ def test_the_page_says_what_was_run(page):
 
 def test_tables_are_the_records_with_settings(report, methods):
     names = {path.name for path in report.tables}
-    tables = ("epochs", "rates", "wci", "layers", "spectrum", "bounds", "posterior", "final_and_best")
+    tables = (
+        *("epochs", "rates", "wci", "layers", "spectrum", "alignment", "bounds", "posterior"),
+        "final_and_best",
+    )
     assert names == {f"{name}.{ending}" for name in tables for ending in ("parquet", "csv")}
     folder = report.html.parent / "tables"
     stored, text = pd.read_parquet(folder / "epochs.parquet"), pd.read_csv(folder / "epochs.csv")
@@ -131,7 +134,7 @@ def test_tables_are_the_records_with_settings(report, methods):
 
 
 def test_figures_lie_beside_the_page(report):
-    assert len(report.figures) == 18
+    assert len(report.figures) == 20
     assert all(path.is_file() and path.parent.name == "figures" for path in report.figures)
 
 

@@ -100,8 +100,13 @@ def test_goes_on_where_it_stopped(finished, tmp_path, monkeypatch):
                "schedule.milestones=[2]") == 0  # fmt: skip
     (tmp_path / "records" / "wci.jsonl").open("a").write('{"epoch": 1, "wci"')  # killed while writing
     assert run(monkeypatch, tmp_path, "data.validation_size=40") == 0
-    for table in ("epochs", "rates", "wci", "layers", "spectrum", "bounds", "posterior"):
+    tables = ("epochs", "rates", "wci", "layers", "spectrum", "alignment", "bounds", "posterior", "costs")
+    for table in tables:
         assert rows(tmp_path, table) == rows(finished, table), table
+    # the second measurement started from the first one's eigenvectors, which came with the checkpoint
+    eigenproblems = [row for row in rows(finished, "costs") if row["part"] != "all"]
+    assert [(row["epoch"], row["warm"]) for row in eigenproblems] == [(0, False)] * 2 + [(2, True)] * 2
+    assert all(row["converged"] for row in eigenproblems)
     assert all(torch.equal(value, weights(finished)[name]) for name, value in weights(tmp_path).items())
 
 

@@ -1,13 +1,16 @@
 """Measurements against dense matrices of a small network, every formula written out again."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from torch import nn
 from torch.func import functional_call, hessian
 
 from robustdyn.curvature import EmpiricalRisk
-from robustdyn.measure import Snapshot, Spectrum, WeightCurvature
+from robustdyn.measure import Alignment, Eigenpairs, Snapshot, Spectrum, WeightCurvature
 from robustdyn.methods import OptimizerState
 from robustdyn.records import RunRecords
 from tests.tolerances import EXACT64
@@ -41,7 +44,19 @@ def snapshot():
         train_examples=N,
         batch_size=B,
         seed=0,
+        eigenpairs=solver(tolerance=1e-9),
     )
+
+
+def solver(**changes):
+    settings = {
+        "directions": K,
+        "tolerance": 1e-6,
+        "max_products": 200,
+        "extra_vectors": 26,
+        "warm_start": True,
+    }
+    return Eigenpairs(**{**settings, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +89,7 @@ def column(rows, name):
 
 @pytest.fixture(scope="module")
 def spectrum(snapshot):
-    measurement = Spectrum(directions=K, tolerance=1e-9, max_products=200, extra_vectors=26)
+    measurement = Spectrum()
     return by_table(measurement.measure(snapshot))
 
 
@@ -95,9 +110,10 @@ def test_noise_along_them_is_that_of_a_minibatch(spectrum, dense):
 
 
 def test_noise_eigenvalues(spectrum, dense):
-    covariance = torch.cov(dense[1].T, correction=0) * (N - B) / (B * (N - 1))
+    covariance = torch.cov(dense[1].T, correction=1) * (N - B) / (B * (N - 1))
     truth = torch.linalg.eigvalsh(covariance).flip(0)[:K]
     np.testing.assert_allclose(column(spectrum["spectrum"], "noise_eigenvalue"), truth, rtol=1e-8)
+    assert (column(spectrum["spectrum"], "noise_residual") <= 2e-9 * float(truth[0])).all()
 
 
 def test_posterior_variance_and_bound_terms(spectrum):
@@ -118,8 +134,8 @@ def test_a_direction_too_sharp_for_the_rate_has_no_variance(snapshot, dense):
     # A rate too high for the sharpest direction only: between 2 (1 + μ) / λ_1 and 2 (1 + μ) / λ_2.
     sharp = torch.linalg.eigvalsh(dense[0]).flip(0)[:2]
     rate = float(2 * (1 + MU) / sharp.mean())
-    wild = Snapshot(**{**vars(snapshot), "optimizer": OptimizerState(rate, MU, 0.0)})
-    rows = by_table(Spectrum(directions=K, tolerance=1e-6, max_products=200, extra_vectors=26).measure(wild))
+    wild = replace(snapshot, optimizer=OptimizerState(rate, MU, 0.0), eigenpairs=solver())
+    rows = by_table(Spectrum().measure(wild))
     assert column(rows["spectrum"], "stable").tolist() == [False, True, True, True]
     variances = column(rows["spectrum"], "posterior_variance_stationary")
     assert np.isnan(variances[0])
@@ -129,10 +145,67 @@ def test_a_direction_too_sharp_for_the_rate_has_no_variance(snapshot, dense):
 
 
 def test_no_stable_direction_at_all_is_recorded_too(snapshot):
-    wild = Snapshot(**{**vars(snapshot), "optimizer": OptimizerState(1e6, MU, 0.0)})
-    rows = by_table(Spectrum(directions=K, tolerance=1e-3, max_products=200, extra_vectors=26).measure(wild))
+    wild = replace(snapshot, optimizer=OptimizerState(1e6, MU, 0.0), eigenpairs=solver(tolerance=1e-3))
+    rows = by_table(Spectrum().measure(wild))
     assert not column(rows["spectrum"], "stable").any()
     assert rows["bounds"][0]["unstable_directions"] == K
+
+
+def test_alignment(snapshot, dense):
+    (row,) = by_table(Alignment(groups=10, randomisations=50).measure(snapshot))["alignment"]
+    values, vectors = torch.linalg.eigh(dense[0])
+    lam, u = values.flip(0)[:K], vectors.flip(1)[:, :K]
+    covariance = torch.cov(dense[1].T, correction=0)
+    h, c = torch.diag(lam), u.T @ covariance @ u
+    commutator = (h @ c - c @ h).norm() / (2 * h.norm() * c.norm())
+    assert row["commutator"] == pytest.approx(float(commutator), rel=VECTORS["rtol"])
+    assert row["cosine"] == pytest.approx(float((h * c).sum() / (h.norm() * c.norm())), rel=VECTORS["rtol"])
+    kappa, v = torch.linalg.eigh(covariance)
+    overlap = (u.T @ v.flip(1)[:, :K]).norm() ** 2 / K
+    assert row["subspace_overlap"] == pytest.approx(float(overlap), rel=VECTORS["rtol"])
+    captured = c.diagonal().sum() / kappa.flip(0)[:K].sum()
+    assert row["captured_noise"] == pytest.approx(float(captured), rel=VECTORS["rtol"])
+    # the discrete Lyapunov equation of the 2K-dimensional system, with no formula of ours
+    eta, mu, lam = ETA, MU, lam.numpy() + OMEGA
+    a = np.block([[np.diag(1 - eta * lam), -eta * mu * np.eye(K)], [np.diag(lam), mu * np.eye(K)]])
+    b = np.vstack([-eta * np.eye(K), np.eye(K)])
+    sigma = scipy.linalg.solve_discrete_lyapunov(a, b @ c.numpy() @ b.T)[:K, :K]
+    correlation = (np.log(np.diag(sigma)).sum() - np.linalg.slogdet(sigma)[1]) / 2
+    assert row["total_correlation"] == pytest.approx(correlation, rel=1e-5)
+    for name in ("commutator_se", "commutator_null", "cosine_se", "total_correlation_se"):
+        assert row[name] > 0
+    assert row["tracked_directions"] == K
+    assert row["examples"] == EXAMPLES
+
+
+def test_no_total_correlation_without_a_stationary_law(snapshot):
+    wild = replace(snapshot, optimizer=OptimizerState(1e6, MU, 0.0))
+    (row,) = by_table(Alignment(groups=10, randomisations=5).measure(wild))["alignment"]
+    assert np.isnan(row["total_correlation"])
+    assert row["commutator"] > 0
+
+
+def test_what_measurements_share_is_computed_once(snapshot):
+    fresh = replace(snapshot)
+    assert fresh.solved == {}
+    list(Spectrum().measure(fresh))
+    first = fresh.solved
+    assert set(first) == {"hessian", "noise"}
+    list(Alignment(groups=5, randomisations=5).measure(fresh))
+    assert all(fresh.solved[name] is pairs for name, pairs in first.items())
+
+
+def test_a_warm_start_finds_the_same_pairs_sooner(snapshot):
+    cold = replace(snapshot)
+    starts = {name: pairs.warm_start for name, pairs in (("hessian", cold.hessian), ("noise", cold.noise))}
+    warm = replace(snapshot, starts=starts)
+    unused = replace(snapshot, starts=starts, eigenpairs=solver(tolerance=1e-9, warm_start=False))
+    for name in starts:
+        a, b = getattr(cold, name), getattr(warm, name)
+        # products at least K; exact eigenvectors sum to a vector whose Krylov space closes after K
+        assert b.products < a.products
+        np.testing.assert_allclose(b.eigenvalues, a.eigenvalues, rtol=1e-8)
+        assert torch.equal(getattr(unused, name).eigenvalues, a.eigenvalues)
 
 
 def test_weight_curvature_index_and_layers(snapshot, dense):
@@ -167,7 +240,8 @@ def test_every_row_fits_its_table(snapshot, spectrum, tmp_path):
     records = RunRecords(tmp_path)
     rows = [(table, row) for table, rows in spectrum.items() for row in rows]
     rows += list(WeightCurvature(probes=4, exact_classes_up_to=3).measure(snapshot))
+    rows += list(Alignment(groups=5, randomisations=5).measure(snapshot))
     for table, row in rows:
         records.append(table, row)
     written = {path.stem: len(path.read_text().splitlines()) for path in (tmp_path / "records").iterdir()}
-    assert written == {"spectrum": K, "bounds": 1, "wci": 1, "layers": 2}
+    assert written == {"spectrum": K, "bounds": 1, "wci": 1, "layers": 2, "alignment": 1}

@@ -151,6 +151,7 @@ def measure_spectrum(records, rng, stamp, growth, directions):
             "gradient_noise": noise[j],
             "gradient_noise_se": 0.1 * noise[j],
             "noise_eigenvalue": 1.3 * noise[j],
+            "noise_residual": 0.01 * noise[j],
             "posterior_variance_stationary": variance[j],
             "stable": stable[j],
             "curvature_term": curvature[j],
@@ -165,6 +166,28 @@ def measure_spectrum(records, rng, stamp, growth, directions):
         "dominant_terms_top_k": np.nansum(curvature + log_variance),
     }
     records.append("bounds", stamp | sums)
+    measure_alignment(records, rng, stamp, directions)
+
+
+def measure_alignment(records, rng, stamp, directions):
+    commutator, correlation = rng.uniform(0.1, 0.2), rng.uniform(0.3, 0.5) if stamp["epoch"] else np.nan
+    row = {
+        "tracked_directions": directions,
+        "commutator": commutator,
+        "commutator_se": 0.01,
+        "commutator_null": 0.04,
+        "commutator_null_spread": 0.008,
+        "cosine": rng.uniform(0.7, 0.9),
+        "cosine_se": 0.03,
+        "subspace_overlap": rng.uniform(0.5, 0.8),
+        "captured_noise": rng.uniform(0.6, 0.9),
+        "total_correlation": correlation,
+        "total_correlation_se": 0.05,
+        "total_correlation_null": 0.1 if stamp["epoch"] else np.nan,
+        "total_correlation_null_spread": 0.02,
+        "examples": 256,
+    }
+    records.append("alignment", stamp | row)
 
 
 def rate_rows(epochs):

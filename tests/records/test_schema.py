@@ -15,6 +15,7 @@ DESIGN = {
     "rates": "epoch step lr",
     "posterior": "epoch step index posterior_variance posterior_variance_stationary",
     "alignment": "epoch commutator subspace_overlap total_correlation",
+    "costs": "epoch step part products converged warm seconds",
     "bounds": "epoch step tracked_directions unstable_directions curvature_term_top_k "
     "log_variance_term_top_k dominant_terms_top_k",
 }

@@ -8,12 +8,14 @@ import torch
 
 from robustdyn.errors import RecordError
 from robustdyn.records import RunRecords, read_table, summarise
-from robustdyn.records.schema import EPOCHS
+from robustdyn.records.schema import ALIGNMENT, EPOCHS
 from tests.records.synthetic import write_run
 
 
 def alignment(epoch, **values):
-    return {"epoch": epoch, "commutator": 0.5, "subspace_overlap": 0.25, "total_correlation": 1.0} | values
+    counts = {"tracked_directions": 4, "examples": 100}
+    floats = dict.fromkeys(ALIGNMENT.required, 1.0) | {"commutator": 0.5, "subspace_overlap": 0.25}
+    return floats | counts | {"epoch": epoch} | values
 
 
 def epoch_row(epoch, **values):
@@ -68,7 +70,7 @@ def test_what_is_no_number_is_null(records, tmp_path, value):
     ("row", "message"),
     [
         (alignment(0, comutator=1.0), "table 'alignment': unknown comutator"),
-        ({"epoch": 0, "commutator": 1.0}, "missing subspace_overlap, total_correlation"),
+        ({"epoch": 0, "commutator": 1.0}, "missing tracked_directions, commutator_se, "),
         (alignment(None), "'epoch': a key column cannot be null"),
         (alignment(0.5), "'epoch': 0.5 is not of kind int"),
         (alignment(0, commutator="big"), "'commutator': 'big' is not of kind float"),

@@ -41,6 +41,10 @@ PANEL = 3.6  # inches: height of one row of panels with title and legend
 MARKER = "o"
 
 
+NULLS = {"commutator": "commutator_null", "total_correlation": "total_correlation_null"}
+"""Statistics that sampling noise keeps from zero, and the column that says how far."""
+
+
 @style.styled
 def robust_loss(epochs: pd.DataFrame) -> Figure:
     """Train and test robust loss, and their gap, over epochs.
@@ -208,8 +212,15 @@ def alignment(alignment: pd.DataFrame, epochs: pd.DataFrame) -> Figure:
     figure = style.new_figure("Alignment of Hessian H and gradient covariance C", PANEL)
     axes = figure.subplots(1, 3)
     for ax, name in zip(axes, ("commutator", "subspace_overlap", "total_correlation"), strict=True):
-        draw(ax, alignment, ALIGNMENT[name], cast, marker=MARKER)
-        finish(ax, "", ALIGNMENT[name].shown)
+        if null := NULLS.get(name):
+            draw(ax, alignment, ALIGNMENT[null], cast, line=":", spread=f"{null}_spread")
+            draw(ax, alignment, ALIGNMENT[name], cast, marker=MARKER, spread=f"{name}_se")
+            finish(ax, "dotted: if H and C commuted", ALIGNMENT[name].shown)
+        else:
+            draw(ax, alignment, ALIGNMENT["captured_noise"], cast, line="--", marker=MARKER)
+            draw(ax, alignment, ALIGNMENT[name], cast, marker=MARKER)
+            finish(ax, "dashed: captured noise", ALIGNMENT[name].shown)
+            ax.set_ylim(0, 1)
     mark_decays(axes, epochs, cast)
     group_legend(figure, cast)
     return figure
@@ -400,9 +411,12 @@ FIGURES: tuple[FigureSpec, ...] = (
         alignment,
         ("alignment", "epochs"),
         "commutator",
-        "0 in the left panel and 1 in the middle one mean that Hessian and gradient noise share their "
-        "directions; the right panel is what the bound pays, in nats, for their not doing so.",
-        "Three line panels over epochs: relative commutator, subspace overlap and total correlation.",
+        "Left: 0 would mean that Hessian and gradient noise commute; sampling noise alone already gives the "
+        "dotted line (band: its spread; that of the measured line: ±1 s.e.). Middle: 1 means that their "
+        "leading directions span the same space, and (dashed) that H's directions catch as much noise as C's "
+        "own. Right: what the bound pays, in nats, for not commuting. All over the tracked directions.",
+        "Three line panels over epochs: relative commutator, subspace overlap with captured noise, and total "
+        "correlation.",
     ),
 )
 

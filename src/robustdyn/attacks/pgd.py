@@ -83,10 +83,20 @@ class PGD:
         Raises:
             RuntimeError: Called under ``torch.inference_mode``, where no input gradient exists.
         """
+        return self.climb(model, images, labels, self.start(images, generator), loss)
+
+    def climb(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        start: Tensor,
+        loss: AttackLoss = summed_cross_entropy,
+    ) -> Tensor:
+        """As :meth:`perturb`, from a given starting point (B, C, H, W), which is not changed."""
         if torch.is_inference_mode_enabled():
             raise RuntimeError("an attack needs gradients: construct the Trainer with inference_mode=False")
-        images = images.detach()
-        adversarial = self._start(images, generator)
+        images, adversarial = images.detach(), start.detach().clone()
         with torch.enable_grad(), mode(model, training=self.batchnorm == "train"):
             for _ in range(self.steps):
                 adversarial.requires_grad_(True)
@@ -95,7 +105,8 @@ class PGD:
                 adversarial = self._step(images, adversarial.detach(), gradient)
         return adversarial
 
-    def _start(self, images: Tensor, generator: torch.Generator) -> Tensor:
+    def start(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Where the attack begins: a random point of the ball, or a copy of ``images`` (B, C, H, W)."""
         if not self.random_start or self.eps == 0:
             return images.clone()
         if self.norm == "linf":

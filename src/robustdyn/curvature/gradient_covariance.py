@@ -6,7 +6,7 @@ refuses.
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -96,6 +96,7 @@ class ProjectedCovariance:
         variances: (k,), its diagonal: the variance of one example's gradient along each direction.
         standard_errors: (k,), of the variances, over examples.
         mean: (k,), ḡᵀ u.
+        projections: (m, k), g_iᵀ u of every example.
         examples: m.
         products: Passes through the gradient's graph, one for each direction.
         seconds: Wall time.
@@ -105,6 +106,7 @@ class ProjectedCovariance:
     variances: Tensor
     standard_errors: Tensor
     mean: Tensor
+    projections: Tensor = field(repr=False)
     examples: int
     products: int
     seconds: float
@@ -139,6 +141,7 @@ def projected_covariance(risk: EmpiricalRisk, directions: Tensor) -> ProjectedCo
         variances=variances,
         standard_errors=squared_error.clamp(min=0.0).sqrt(),
         mean=mean,
+        projections=projections,
         examples=m,
         products=directions.shape[1],
         seconds=time.perf_counter() - began,

@@ -58,6 +58,17 @@ class EigenResult:
     which: Which
 
     @property
+    def warm_start(self) -> Tensor:
+        """(P,), the sum of the eigenvectors: a ``start`` for a nearby operator.
+
+        A warm start saves what the space has in common, no more: a single-vector Krylov space from it still
+        has to separate k directions. A block of k starting vectors was tried: it took more products than a
+        cold start (experiments/benchmarks/README.md).
+        """
+        total: Tensor = self.eigenvectors.sum(dim=1)
+        return total
+
+    @property
     def all_converged(self) -> bool:
         """Whether every pair met the tolerance."""
         return bool(self.converged.all())
@@ -78,11 +89,10 @@ def lanczos(
     """The k leading eigenpairs of a symmetric operator.
 
     Stops when every wanted pair has a residual ≤ tol times the largest |Ritz value|, or when ``max_products``
-    are
-    spent: then ``converged`` says which pairs can be trusted. When the Krylov space closes, it goes on with a
-    fresh random vector orthogonal to everything found, so that repeated eigenvalues and null spaces come out
-    with their multiplicity. A repetition in a space that does *not* close before the tolerance is met is
-    invisible to any single-vector Krylov method.
+    are spent: then ``converged`` says which pairs can be trusted. When the Krylov space closes, it goes on
+    with a fresh random vector orthogonal to everything found, so that repeated eigenvalues and null spaces
+    come out with their multiplicity. A repetition in a space that does *not* close before the tolerance is
+    met is invisible to any single-vector Krylov method.
 
     Args:
         operator: Symmetric A.
@@ -93,7 +103,7 @@ def lanczos(
         tol: Residual tolerance relative to the largest |λ|.
         max_products: Budget of products.
         generator: Source of all randomness; it is used for the starting vector and after a closed space.
-        start: (P,) starting vector, for instance a sum of earlier eigenvectors; None draws one.
+        start: (P,) starting vector, for instance an earlier result's ``warm_start``; None draws one.
         max_basis: Most basis vectors held at a time, at least k + 2; None holds them all. The basis is the
             only large object: memory is max_basis · P numbers plus a few vectors.
         verify: Recompute the residuals from k further products rather than trust the recursion.

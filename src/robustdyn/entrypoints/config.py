@@ -80,7 +80,11 @@ RULES: Mapping[str, Rule] = {
     "optimizer.momentum": FRACTION,
     "optimizer.weight_decay": NON_NEGATIVE,
     "measure.examples": WHOLE,
-    "measure.chunk_size": COUNT,
+    "measure.memory_mib": COUNT,
+    "measure.precision": Rule(lambda v: v in ("full", "tf32", "bfloat16"), "must be full, tf32 or bfloat16"),
+    "measure.eigenpairs.directions": COUNT,
+    "measure.eigenpairs.max_products": COUNT,
+    "measure.eigenpairs.warm_start": SWITCH,
     "measure.interpolation": Rule(
         lambda v: v in ("log_linear", "piecewise_constant"), "must be log_linear or piecewise_constant"
     ),

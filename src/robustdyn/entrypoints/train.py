@@ -92,7 +92,9 @@ def _callbacks(cfg: DictConfig, data: ImageDataModule, records: RunRecords, run_
     measure = Measure(
         epochs=settings["epochs"],
         examples=settings["examples"],
-        chunk_size=settings["chunk_size"],
+        memory_mib=settings["memory_mib"],
+        precision=settings["precision"],
+        eigenpairs=build(cfg, "measure.eigenpairs"),
         measurements={name: build(cfg, f"measure.measurements.{name}") for name in cfg.measure.measurements},
         records=records,
     )

@@ -1,14 +1,17 @@
 """Thin Lightning callbacks: when to measure, then curvature/ and theory/, then a record."""
 
+from robustdyn.measure.alignment import Alignment
 from robustdyn.measure.callback import Measure, Measurement
 from robustdyn.measure.epochs import RecordEpochs
 from robustdyn.measure.posterior import RecordPosterior, posterior_rows
-from robustdyn.measure.snapshot import Snapshot
+from robustdyn.measure.snapshot import Eigenpairs, Snapshot
 from robustdyn.measure.spectrum import Spectrum
 from robustdyn.measure.weight_curvature import WeightCurvature
 from robustdyn.measure.when import measured_epochs
 
 __all__ = [
+    "Alignment",
+    "Eigenpairs",
     "Measure",
     "Measurement",
     "RecordEpochs",

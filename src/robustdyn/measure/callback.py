@@ -1,16 +1,21 @@
 """The measuring callback: when, on which data, and what; the mathematics is in curvature/ and theory/."""
 
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import lightning
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
 
 from robustdyn import streams
-from robustdyn.curvature import EmpiricalRisk
+from robustdyn.curvature import EmpiricalRisk, Precision, shard
 from robustdyn.data import ImageDataModule
-from robustdyn.measure.snapshot import Snapshot
+from robustdyn.errors import ConfigError
+from robustdyn.measure.snapshot import Eigenpairs, Snapshot
 from robustdyn.measure.when import EpochSpec, measured_epochs
 from robustdyn.methods import AdversarialTraining
 from robustdyn.records import RunRecords
@@ -36,14 +41,20 @@ class Measurement(Protocol):
 class Measure(Callback):
     """Runs measurements at set epochs, all on one set of adversarial training examples.
 
-    The examples are drawn once per run and attacked anew, with the evaluation attack, at each measured epoch.
-    Training's random streams, weights, buffers and gradients are as before afterwards.
+    The examples are drawn once per run and attacked anew at each measured epoch, with the evaluation attack
+    and always from the same random starts. They are spread over the ranks. Training's random streams,
+    weights, buffers and gradients are as before afterwards.
+
+    The last eigenvectors are remembered, summed, as starts for the next epoch's; they travel with the
+    checkpoint, so that a resumed run measures the same numbers.
 
     Args:
         epochs: When; see :func:`robustdyn.measure.when.measured_epochs`.
-        examples: Size of the measurement set.
-        chunk_size: Examples per forward-backward pass.
-        measurements: What, by name.
+        examples: Size of the measurement set, over all ranks.
+        memory_mib: Memory of the passes on each rank: the chunk, and graphs kept for the next product.
+        precision: Of the products; see :class:`robustdyn.curvature.EmpiricalRisk`.
+        eigenpairs: How leading eigenpairs are found.
+        measurements: What, by name, in this order.
         records: The run's record; only the first rank writes.
     """
 
@@ -52,16 +63,29 @@ class Measure(Callback):
         *,
         epochs: EpochSpec,
         examples: int,
-        chunk_size: int,
+        memory_mib: int,
+        precision: Precision,
+        eigenpairs: Eigenpairs,
         measurements: Mapping[str, Measurement],
         records: RunRecords,
     ) -> None:
         self._spec = epochs
         self._examples = examples
-        self._chunk_size = chunk_size
+        self._memory = memory_mib * 2**20
+        self._precision: Precision = precision
+        self._eigenpairs = eigenpairs
         self._measurements = measurements
         self._records = records
         self._epochs: frozenset[int] = frozenset()
+        self._starts: dict[str, Tensor] = {}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The warm starts, (P,) each."""
+        return dict(self._starts)
+
+    def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
+        """Take the warm starts back."""
+        self._starts = dict(state_dict)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Settle the epochs and see that the measurement set can be had, before long work starts."""
@@ -70,7 +94,13 @@ class Measure(Callback):
         decays = pl_module.schedule.decay_epochs(max_epochs)
         self._epochs = measured_epochs(self._spec, max_epochs=max_epochs, decay_epochs=decays)
         if self._epochs:
-            _data(trainer).measurement_subset(self._examples, pl_module.seed)
+            data = _data(trainer)
+            data.measurement_subset(self._examples, pl_module.seed)
+            if self._examples < trainer.world_size:
+                raise ConfigError(
+                    f"measure.examples={self._examples} cannot be spread over {trainer.world_size} devices; "
+                    "choose at least one for each"
+                )
             for measurement in self._measurements.values():
                 measurement.check(trainer.optimizers[0])
 
@@ -79,43 +109,94 @@ class Measure(Callback):
         if trainer.current_epoch not in self._epochs:
             return
         assert isinstance(pl_module, AdversarialTraining)
-        snapshot = self._snapshot(trainer, pl_module)
-        for measurement in self._measurements.values():
-            for table, row in measurement.measure(snapshot):
-                if trainer.is_global_zero:
-                    self._records.append(table, row)
-                if "index" not in row and "layer" not in row:  # one row per epoch: a curve
-                    pl_module.log_dict(_curves(table, row), rank_zero_only=True)
+        with _first_rank_buffers(pl_module.model, trainer.world_size):
+            began = time.perf_counter()
+            snapshot = self._snapshot(trainer, pl_module)
+            for measurement in self._measurements.values():
+                for table, row in measurement.measure(snapshot):
+                    if trainer.is_global_zero:
+                        self._records.append(table, row)
+                    if "index" not in row and "layer" not in row:  # one row per epoch: a curve
+                        pl_module.log_dict(_curves(table, row), rank_zero_only=True)
+            seconds = time.perf_counter() - began
+        if trainer.is_global_zero:
+            self._records.extend("costs", list(_costs(snapshot, seconds)))
+        # half the bytes, and a start needs no more digits
+        self._starts = {
+            name: pairs.warm_start.bfloat16().cpu()
+            for name, pairs in snapshot.solved.items()
+            if self._eigenpairs.warm_start
+        }
 
     def _snapshot(self, trainer: lightning.Trainer, module: AdversarialTraining) -> Snapshot:
         assert module.last_step is not None
         data = _data(trainer)
-        epoch = trainer.current_epoch
         subset = data.measurement_subset(self._examples, module.seed)
-        start = streams.generator(module.seed, "measure-attack", epoch, device=module.device)
-        # in chunks: measuring must not need more activations than training does
+        attack = module.evaluation_attack
+        # drawn for all examples, so that they do not depend on the number of ranks
+        starts = attack.start(
+            subset.images, streams.generator(module.seed, "measure-attack", device=module.device)
+        )
+        own = shard((subset.images, subset.labels, starts), trainer.global_rank, trainer.world_size)
+        # in batches as large as training's: measuring must not need more activations than training does
+        batches = zip(*(tensor.split(data.batch_size) for tensor in own), strict=True)
         adversarial = torch.cat(
             [
-                module.evaluation_attack.perturb(
-                    module.model, images, labels, start, module.objective.attack_loss
-                )
-                for images, labels in zip(
-                    subset.images.split(self._chunk_size), subset.labels.split(self._chunk_size), strict=True
-                )
+                attack.climb(module.model, images, labels, start, module.objective.attack_loss)
+                for images, labels, start in batches
             ]
         )
         risk = EmpiricalRisk(
-            module.model, adversarial, subset.labels, chunk_size=self._chunk_size, batchnorm="eval"
+            module.model,
+            adversarial,
+            own[1],
+            memory=self._memory,
+            precision=self._precision,
+            batchnorm="eval",
+            group=dist.group.WORLD if trainer.world_size > 1 else None,
         )
         return Snapshot(
-            epoch=epoch,
+            epoch=trainer.current_epoch,
             step=trainer.global_step,
             risk=risk,
             optimizer=module.last_step,
             train_examples=len(data.split("train").labels),
             batch_size=data.batch_size,
             seed=module.seed,
+            eigenpairs=self._eigenpairs,
+            starts=self._starts,
         )
+
+
+def _costs(snapshot: Snapshot, seconds: float) -> Iterator[dict[str, Any]]:
+    """Rows of the ``costs`` table: each eigenproblem solved, and the whole."""
+    when = {"epoch": snapshot.epoch, "step": snapshot.step}
+    for name, pairs in snapshot.solved.items():
+        yield {
+            **when,
+            "part": f"{name} eigenpairs",
+            "products": pairs.products,
+            "converged": pairs.all_converged,
+            "warm": snapshot.eigenpairs.warm_start and name in snapshot.starts,
+            "seconds": pairs.seconds,
+        }
+    yield {**when, "part": "all", "products": None, "converged": None, "warm": None, "seconds": seconds}
+
+
+@contextmanager
+def _first_rank_buffers(model: nn.Module, world_size: int) -> Iterator[None]:
+    """Running statistics differ between ranks until DDP's next forward pass; measure those of rank 0."""
+    if world_size == 1:
+        yield
+        return
+    own = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    for buffer, _ in own:
+        dist.broadcast(buffer, src=0)
+    try:
+        yield
+    finally:
+        for buffer, value in own:
+            buffer.copy_(value)
 
 
 def _data(trainer: lightning.Trainer) -> ImageDataModule:

@@ -36,6 +36,7 @@ class WeightCurvature:
             exact_classes_up_to=self._exact_classes_up_to,
             generator=snapshot.generator("layer-traces"),
             weights_only=False,
+            known=snapshot.solved.get("hessian"),
         )
         tensors = snapshot.risk.parameters()
         weights = [index for index, name in enumerate(traces.names) if tensors[name].dim() > 1]

@@ -298,6 +298,13 @@ SPECTRUM = Table(
             "the i-th largest eigenvalue of the gradient covariance C itself",
         ),
         Column(
+            "noise_residual",
+            "float",
+            "",
+            "residual of the noise eigenvalue",
+            "distance of noise_eigenvalue from an exact eigenvalue of the measured C is at most this",
+        ),
+        Column(
             "posterior_variance_stationary",
             "float",
             "",
@@ -325,28 +332,88 @@ ALIGNMENT = Table(
             "directions",
             "tracked directions",
             "number of directions k the alignment is over",
-            required=False,
         ),
         Column(
             "commutator",
             "float",
             "",
             "relative commutator",
-            "‖HC − CH‖ relative to the size of the products, 0 when H and C commute",
+            "‖HC − CH‖_F / (2‖H‖_F‖C‖_F) in the tracked subspace: 0 when H and C commute there, at most ½",
         ),
+        Column(
+            "commutator_se",
+            "float",
+            "",
+            "s.e. of the commutator",
+            "standard error of commutator over examples",
+        ),
+        Column(
+            "commutator_null",
+            "float",
+            "",
+            "commutator of commuting H and C",
+            "what sampling noise alone would give if H and C commuted: the commutator's zero",
+        ),
+        Column(
+            "commutator_null_spread",
+            "float",
+            "",
+            "spread of the null",
+            "standard deviation of commutator under that hypothesis",
+        ),
+        Column(
+            "cosine",
+            "float",
+            "",
+            "cosine of H and C",
+            "⟨H, C⟩_F / (‖H‖_F‖C‖_F) in the tracked subspace: 1 when C is a multiple of H there",
+        ),
+        Column("cosine_se", "float", "", "s.e. of the cosine", "standard error of cosine over examples"),
         Column(
             "subspace_overlap",
             "float",
             "",
             "subspace overlap",
-            "overlap of the leading subspaces of H and C, 1 when they agree",
+            "mean squared cosine of the angles between the leading subspaces of H and C, 1 when they agree",
+        ),
+        Column(
+            "captured_noise",
+            "float",
+            "",
+            "captured noise",
+            "noise along H's tracked directions over the noise along C's own leading directions, at most 1",
         ),
         Column(
             "total_correlation",
             "float",
             "nats",
             "total correlation",
-            "½(Σ ln Σ_ii − ln det Σ) in H's eigenbasis: what non-commutation costs the bound",
+            "½(Σ ln Σ_ii − ln det Σ) over the tracked directions, in H's eigenbasis: what non-commutation "
+            "costs the bound",
+        ),
+        Column(
+            "total_correlation_se",
+            "float",
+            "nats",
+            "s.e. of the total correlation",
+            "standard error of total_correlation over examples",
+        ),
+        Column(
+            "total_correlation_null",
+            "float",
+            "nats",
+            "total correlation of commuting H and C",
+            "what sampling noise alone would give if H and C commuted: the total correlation's zero",
+        ),
+        Column(
+            "total_correlation_null_spread",
+            "float",
+            "nats",
+            "spread of the null",
+            "standard deviation of total_correlation under that hypothesis",
+        ),
+        Column(
+            "examples", "int", "examples", "examples", "adversarial examples the measurement was taken on"
         ),
     ),
 )
@@ -436,8 +503,23 @@ POSTERIOR = Table(
     ),
 )
 
+COSTS = Table(
+    "costs",
+    "one part of the measurement at one measured epoch",
+    ("epoch", "part"),
+    (
+        _EPOCH,
+        _STEP,
+        Column("part", "str", "", "part", "what was computed; 'all' is the whole, its attack included"),
+        Column("products", "int", "products", "products", "products with the operator"),
+        Column("converged", "bool", "", "converged", "whether every pair met the tolerance"),
+        Column("warm", "bool", "", "warm start", "whether it started from the last measured epoch's result"),
+        _SECONDS,
+    ),
+)
+
 TABLES: dict[str, Table] = {
-    t.name: t for t in (EPOCHS, RATES, WCI, LAYERS, SPECTRUM, ALIGNMENT, BOUNDS, POSTERIOR)
+    t.name: t for t in (EPOCHS, RATES, WCI, LAYERS, SPECTRUM, ALIGNMENT, BOUNDS, POSTERIOR, COSTS)
 }
 
 

@@ -1,0 +1,96 @@
+"""Measures how much the Hessian and the gradient noise share directions, and what that costs the bound."""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from robustdyn.curvature import alignment, covariance_jackknife, sign_flipped_covariances
+from robustdyn.measure.callback import Row
+from robustdyn.measure.snapshot import Snapshot
+from robustdyn.measure.spectrum import require_plain_momentum, stationary
+from robustdyn.theory import minibatch_noise_factor, stationary_covariance, total_correlation
+
+
+class Alignment:
+    """One row of the ``alignment`` table, over the k algebraically largest Hessian directions.
+
+    Args:
+        groups: Groups of examples in the jackknife that gives the standard errors.
+        randomisations: Random sets of signs that give the values expected of commuting H and C.
+    """
+
+    def __init__(self, *, groups: int, randomisations: int) -> None:
+        if groups < 2:
+            raise ValueError(f"groups must be at least 2, got {groups}")
+        if randomisations < 2:
+            raise ValueError(f"randomisations must be at least 2, got {randomisations}")
+        self._groups, self._randomisations = groups, randomisations
+
+    def check(self, optimizer: torch.optim.Optimizer) -> None:
+        """The total correlation is that of momentum SGD's stationary law.
+
+        Raises:
+            ConfigError: Another optimiser, Nesterov momentum or dampening.
+        """
+        require_plain_momentum(optimizer, "alignment")
+
+    def measure(self, snapshot: Snapshot) -> Iterator[Row]:
+        """The row."""
+        hessian, noise, projections = snapshot.hessian, snapshot.noise, snapshot.projected.projections
+        groups = min(self._groups, len(projections))
+        result = alignment(
+            hessian.eigenvalues,
+            hessian.eigenvectors,
+            projections,
+            noise.eigenvalues,
+            noise.eigenvectors,
+            groups=groups,
+            randomisations=self._randomisations,
+            generator=snapshot.generator("alignment"),
+        )
+        correlation = _total_correlation(snapshot)
+        flipped = sign_flipped_covariances(
+            projections, self._randomisations, snapshot.generator("total-correlation")
+        )
+        null = np.array([correlation(covariance) for covariance in flipped])
+        yield (
+            "alignment",
+            {
+                "epoch": snapshot.epoch,
+                "step": snapshot.step,
+                "tracked_directions": len(hessian.eigenvalues),
+                "commutator": result.commutator,
+                "commutator_se": result.commutator_standard_error,
+                "commutator_null": result.commutator_null,
+                "commutator_null_spread": result.commutator_null_spread,
+                "cosine": result.cosine,
+                "cosine_se": result.cosine_standard_error,
+                "subspace_overlap": result.subspace_overlap,
+                "captured_noise": float(result.captured_noise[-1]),
+                "total_correlation": correlation(snapshot.projected.covariance),
+                "total_correlation_se": float(covariance_jackknife(correlation, projections, groups)),
+                "total_correlation_null": float(null.mean()),
+                "total_correlation_null_spread": float(null.std(ddof=1)),
+                "examples": result.examples,
+            },
+        )
+
+
+def _total_correlation(snapshot: Snapshot) -> Callable[[Tensor], float]:
+    """The stationary posterior's total correlation as a function of C₁ (k, k); NaN if it does not exist."""
+    eta, mu, omega = snapshot.optimizer
+    eigenvalues = snapshot.hessian.eigenvalues.numpy()
+    factor = minibatch_noise_factor(snapshot.train_examples, snapshot.batch_size, replacement=False)
+    stable, _ = stationary(snapshot, eigenvalues, factor * snapshot.projected.variances.numpy())
+
+    def of(covariance: Tensor) -> float:
+        if not stable.all():
+            return float("nan")
+        noise = factor * covariance.numpy()
+        return total_correlation(
+            stationary_covariance(eigenvalues, noise, learning_rate=eta, momentum=mu, weight_decay=omega)
+        )
+
+    return of
