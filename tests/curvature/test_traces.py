@@ -1,10 +1,12 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from robustdyn.curvature import EmpiricalRisk, Hessian, LayerTraces, hutchinson_trace, layer_traces
+from robustdyn.curvature import EmpiricalRisk, Hessian, LayerTraces, hutchinson_trace, lanczos, layer_traces
 from tests.cases import CASES, PreActNet
 from tests.curvature.reference import PIECEWISE_LINEAR, dense_hessian, generator, random, risk_of
 from tests.tolerances import EXACT64, MC_SIGMAS
@@ -304,6 +306,25 @@ def test_layer_hutchinson(name, seed):
     assert ((result.traces - truth).abs() <= allowed).all()
     again = traces_of(risk, method="hutchinson", probes=64, generator=generator(seed))
     assert torch.equal(again.traces, result.traces)
+
+
+@pytest.mark.parametrize("right", [True, False], ids=["right pairs", "wrong pairs"])
+def test_known_pairs_take_noise_out_and_no_bias_in(right):
+    risk = risk_of(CASES["tanh_mlp"])
+    dense = dense_hessian(risk)
+    known = lanczos(Hessian(risk), 6, which="magnitude", tol=1e-8, max_products=200, generator=generator(1))
+    if not right:  # any orthonormal vectors and any values must do
+        vectors = torch.linalg.qr(random(risk.numel, 6, seed=5))[0]
+        known = replace(known, eigenvectors=vectors, eigenvalues=random(6, seed=6))
+    truth = torch.stack([dense.diagonal()[risk.blocks[name]].sum() for name in risk.names])
+    plain = traces_of(risk, method="hutchinson", probes=400, generator=generator(2))
+    deflated = traces_of(risk, method="hutchinson", probes=400, generator=generator(2), known=known)
+    assert ((deflated.traces - truth).abs() < MC_SIGMAS * deflated.standard_errors).all()
+    assert (plain.deflated, deflated.deflated) == (0, 6)
+    # regression over 400 probes cannot lose more than some 1/400; right pairs, of both signs, gain
+    assert (deflated.standard_errors < 1.02 * plain.standard_errors).all()
+    if right:
+        assert deflated.standard_errors.square().sum() < 0.8 * plain.standard_errors.square().sum()
 
 
 def test_negative_traces_are_left_negative():

@@ -19,6 +19,8 @@ from robustdyn.curvature.gauss_newton_blocks import (
 from robustdyn.curvature.lanczos import EigenResult
 from robustdyn.curvature.probes import child, rademacher
 
+_FEWEST_CONTROLLED = 6  # with fewer probes the best multiple is too uncertain to help
+
 Method = Literal["auto", "gauss_newton", "hutchinson"]
 Estimator = Literal["gauss_newton_exact", "gauss_newton_sampled", "hutchinson"]
 
@@ -175,12 +177,13 @@ def _hutchinson(
     numbers therefore depend on ``chunk_size``.
 
     Known eigenpairs are a control variate: Σ_i λ_i (u_{i,k}ᵀ v_k)² has the known mean Σ_i λ_i ‖u_{i,k}‖², and
-    without it the leading directions cause most of the noise. Unbiased however good the pairs are.
+    the leading directions often cause most of the noise. What couples layers is in the pairs but not in H_kk,
+    so the best multiple of it is subtracted rather than all of it.
     """
     if probes < 2:
         raise ValueError(f"probes must be at least 2 to have a standard error, not {probes}")
     deflation = _Deflation(risk, known)
-    samples = torch.zeros(probes, len(names), dtype=torch.float64, device=risk.device)
+    samples = torch.zeros(2, probes, len(names), dtype=torch.float64, device=risk.device)
     seeds = _chunk_generators(risk, generator)
     places = [risk.names.index(name) for name in names]
     with risk.guard():
@@ -188,21 +191,40 @@ def _hutchinson(
             for column, place in enumerate(places):
                 for probe in range(probes):
                     vector = rademacher(tuple(risk.shapes[names[column]]), draws, risk.dtype, risk.device)
-                    form = tape.block_form(place, vector)
-                    samples[probe, column] += form - tape.examples * deflation.form(names[column], vector)
-    samples = risk.shards.sum(samples).cpu() / risk.examples
+                    samples[0, probe, column] += tape.block_form(place, vector)
+                    samples[1, probe, column] += tape.examples * deflation.form(names[column], vector)
+    forms, controls = risk.shards.sum(samples).cpu() / risk.examples
+    means = torch.stack([deflation.trace(name) for name in names])
+    samples = _controlled(forms, controls - means)
     return LayerTraces(
         names=names,
-        traces=samples.mean(dim=0) + torch.stack([deflation.trace(name) for name in names]),
+        traces=samples.mean(dim=0),
         standard_errors=_spread(samples),
         per_example=None,
         estimator="hutchinson",
         reason=reason,
-        deflated=deflation.directions,
+        deflated=deflation.directions if probes >= _FEWEST_CONTROLLED else 0,
         batchnorm=risk.batchnorm,
         products=probes * len(names),
         seconds=time.perf_counter() - began,
     )
+
+
+def _controlled(samples: Tensor, controls: Tensor) -> Tensor:
+    """Samples (n, L) minus the best multiple of controls (n, L) of mean zero.
+
+    The multiple for one sample is the regression slope over the others, so that the mean stays unbiased.
+    """
+    n = len(samples)
+    if n < _FEWEST_CONTROLLED or not bool(controls.any()):
+        return samples
+    slopes = torch.empty_like(samples)
+    for left_out in range(n):
+        others = [i for i in range(n) if i != left_out]
+        x, y = samples[others] - samples[others].mean(dim=0), controls[others]
+        power = y.square().sum(dim=0)
+        slopes[left_out] = torch.where(power > 0, (x * y).sum(dim=0) / power, 0.0)
+    return samples - slopes * controls
 
 
 class _Deflation:
