@@ -5,6 +5,7 @@ import logging
 import os
 import platform
 import statistics
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -30,6 +31,27 @@ def alternate(variants: Mapping[str, Callable[[], float]], rounds: int) -> dict[
     return times
 
 
+def timed(call: Callable[[], object]) -> Callable[[], float]:
+    """A variant for :func:`alternate`: makes the call and returns the seconds it took."""
+
+    def seconds() -> float:
+        started = time.perf_counter()
+        call()
+        return time.perf_counter() - started
+
+    return seconds
+
+
+def verdict(
+    measured: float, *, at_most: float | None = None, at_least: float | None = None
+) -> dict[str, Any]:
+    """A measured number beside its target, an upper or a lower bound, and whether it was reached."""
+    if at_most is not None:
+        return {"target": f"<= {at_most}", "measured": round(measured, 4), "reached": measured <= at_most}
+    assert at_least is not None
+    return {"target": f">= {at_least}", "measured": round(measured, 4), "reached": measured >= at_least}
+
+
 def compare(seconds: Mapping[str, list[float]], baseline: str) -> dict[str, Any]:
     """Median and range of every variant's seconds, and of their ratio to ``baseline`` round by round."""
     summary = {}
@@ -37,6 +59,12 @@ def compare(seconds: Mapping[str, list[float]], baseline: str) -> dict[str, Any]
         ratios = [time / base for time, base in zip(times, seconds[baseline], strict=True)]
         summary[variant] = {"seconds": _spread(times), f"ratio to {baseline}": _spread(ratios)}
     return summary
+
+
+def median_ratio(seconds: Mapping[str, list[float]], variant: str, baseline: str) -> float:
+    """Of a variant's seconds to the baseline's, round by round."""
+    pairs = zip(seconds[variant], seconds[baseline], strict=True)
+    return statistics.median(time / base for time, base in pairs)
 
 
 def write_result(

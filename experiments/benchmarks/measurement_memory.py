@@ -1,10 +1,10 @@
 """What measuring adds to the peak memory of a run: PreActResNet-18 at CIFAR-10 size, batch 128, on a CPU.
 
 Runs ``robustdyn-train`` as a process of its own, without measurement and with it at several settings of the
-two knobs that bound memory, on images made up in CIFAR-10's official layout, and compares the greatest
+two keys that bound memory, on images made up in CIFAR-10's official layout, and compares the greatest
 resident sizes in units of one gradient of the model.
 
-    python experiments/benchmarks/measurement_memory.py [--width 64] [--directions 5]
+    python experiments/benchmarks/measurement_memory.py [--width 64]
 """
 
 import argparse
@@ -19,7 +19,7 @@ import common
 import numpy as np
 
 RECORD = 1 + 3 * 32 * 32
-SETTINGS = ((2, 8), (5, 32))  # (extra_vectors, chunk_size): the default, and roomier
+SETTINGS = ((5, 256), (10, 512), (10, 2048))  # (directions, memory_mib): small, the default, roomier
 
 
 def write_images(root: Path) -> None:
@@ -46,7 +46,6 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--width", type=int, default=64, help="64 is the papers' network")
-    parser.add_argument("--directions", type=int, default=5, help="k, the tracked directions")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -60,21 +59,21 @@ def main() -> None:
         text = (root / "without" / "environment.json").read_text()
         gradient = json.loads(text)["parameters"] * 4 / 2**20
         summary = {"peak without measurement, MiB": round(without, 1)}
-        for vectors, chunk in SETTINGS:
+        for directions, memory in SETTINGS:
             measured = [
-                *("measure.epochs=[0]", "measure.examples=64", f"measure.chunk_size={chunk}"),
-                f"measure.measurements.spectrum.directions={args.directions}",
-                f"measure.measurements.spectrum.extra_vectors={vectors}",
-                "measure.measurements.spectrum.max_products=12",  # the peak is reached; accuracy is not asked
+                *("measure.epochs=[0]", "measure.examples=64", f"measure.memory_mib={memory}"),
+                f"measure.eigenpairs.directions={directions}",
+                # the peak is reached once the basis is full; accuracy is not asked
+                f"measure.eigenpairs.max_products={directions + 4}",
             ]
-            peak = peak_mib([*base, *measured, f"hydra.run.dir={root}/{vectors}-{chunk}"])
+            peak = peak_mib([*base, *measured, f"hydra.run.dir={root}/{directions}-{memory}"])
             added = round((peak - without) / gradient, 1)
-            summary[f"added at extra_vectors={vectors} chunk_size={chunk}, in gradients"] = added
+            summary[f"added at directions={directions} memory_mib={memory}, in gradients"] = added
             print(summary, flush=True)
     common.write_result(
         Path(__file__).stem,
         question="Peak memory that a measurement adds to training, in gradients of the model",
-        settings={"width": args.width, "batch": 128, "directions": args.directions, "gradient_mib": gradient},
+        settings={"width": args.width, "batch": 128, "examples": 64, "gradient_mib": gradient},
         summary=summary,
     )
 

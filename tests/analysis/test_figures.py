@@ -167,6 +167,71 @@ def test_alignment_is_drawn_when_measured(one_frames):
             np.testing.assert_allclose(measured, rows[name])
 
 
+def spectral(frames, **changes):
+    frames = {**frames, **changes}
+    figure = SPECS["spectral_density"].draw(frames)
+    columns = len(figure.axes) // 2
+    return figure, figure.axes[:columns], figure.axes[columns:]
+
+
+def drawn(ax, style="-"):
+    return [line for line in ax.lines if line.get_linestyle() == style]
+
+
+def test_spectral_densities_count_eigenvalues_and_noise(one_frames):
+    figure, hessian, noise = spectral(one_frames)
+    assert [ax.get_title(loc="left") for ax in hessian] == [
+        "first measurement, epoch 0",
+        "before the first decay, epoch 18",
+        "last measurement, epoch 39",
+    ]
+    density = one_frames["density"]
+    for panels, kind in ((hessian, "hessian"), (noise, "noise")):
+        for ax, epoch in zip(panels, (0, 18, 39), strict=True):
+            (line,) = drawn(ax)
+            linear = ax.xaxis.get_transform().linear_width
+            places = np.arcsinh(line.get_xdata() / linear) / np.log(10)
+            rows = density[(density["kind"] == kind) & (density["epoch"] == epoch)]
+            # the area is the mass, but for the 0.6 % of a Gaussian that lies beyond 2.5 widths at either end
+            area = np.trapezoid(line.get_ydata(), places)
+            assert area == pytest.approx(rows["mass"].sum() / rows["probe"].nunique(), rel=7e-3)
+            left, right = ax.get_xlim()
+            assert left < rows["ritz_value"].min() < rows["ritz_value"].max() < right
+            assert ax.get_yscale() == "log"
+            assert ax.collections  # the band of ±1 s.e.
+        assert panels[0].get_ylabel()
+        assert [len(drawn(ax, "--")) for ax in panels] == [0, 1, 1]
+        np.testing.assert_array_equal(drawn(panels[2], "--")[0].get_ydata(), drawn(panels[0])[0].get_ydata())
+    assert legend(figure) == ["first measurement"]
+
+
+def test_spectral_densities_of_methods_are_means_of_their_seeds(methods_frames):
+    figure, hessian, _ = spectral(methods_frames)
+    assert [line.get_color() for line in drawn(hessian[0])] == list(style.PALETTE[:3])
+    assert legend(figure) == [f"method={m} (mean of 2 seeds)" for m in ("at", "awp", "wci_lr")]
+    density = methods_frames["density"]
+    awp = {"density": density[density["method"] == "awp"]}
+    alone = drawn(spectral(methods_frames, **awp)[1][2])
+    np.testing.assert_allclose(alone[0].get_ydata().max(), drawn(hessian[2])[1].get_ydata().max(), rtol=0.1)
+
+
+def test_moments_that_are_one_and_the_same_are_drawn_once(one_frames):
+    density = one_frames["density"]
+    _, panels, _ = spectral(one_frames, density=density[density["epoch"] == 39])
+    assert [ax.get_title(loc="left") for ax in panels] == ["last measurement, epoch 39"]
+    _, panels, _ = spectral(one_frames, density=density[density["epoch"].isin([5, 39])])
+    assert [ax.get_title(loc="left") for ax in panels] == [
+        "first measurement, epoch 5",
+        "last measurement, epoch 39",
+    ]
+
+
+def test_a_spectrum_on_one_side_of_zero_is_drawn(one_frames):
+    density = one_frames["density"].query("ritz_value > 0")
+    _, panels, _ = spectral(one_frames, density=density)
+    assert all(drawn(ax) for ax in panels)
+
+
 def test_decays_of_single_groups_are_coloured_not_labelled(methods_frames):
     epochs = methods_frames["epochs"].copy()
     epochs.loc[epochs["method"] == "at", "lr"] = 0.1

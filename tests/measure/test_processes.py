@@ -1,4 +1,4 @@
-"""Measuring on several ranks: each attacks and differentiates its share, and all get one process's numbers."""
+"""Several ranks: each attacks and differentiates its share, and all get one process's numbers."""
 
 from types import SimpleNamespace
 

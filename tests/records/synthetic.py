@@ -97,6 +97,7 @@ def measure(records, rng, method, epoch, directions):
     stamp = {"epoch": epoch, "step": 10 * (epoch + 1)}
     measure_curvature(records, rng, stamp, growth)
     measure_spectrum(records, rng, stamp, growth, directions)
+    measure_density(records, rng, stamp, growth)
 
 
 def measure_curvature(records, rng, stamp, growth):
@@ -188,6 +189,41 @@ def measure_alignment(records, rng, stamp, directions):
         "examples": 256,
     }
     records.append("alignment", stamp | row)
+
+
+def measure_density(records, rng, stamp, growth, probes=3, parameters=2000):
+    """A bulk on both sides of zero and outliers; the noise lies along the outliers for the most part."""
+    bulk = np.concatenate([-np.geomspace(0.5, 1e-3, 8), np.geomspace(1e-3, 2.0, 10)])
+    outliers = 20 * growth * np.exp(-np.arange(5) / 3)[::-1]
+    counts = np.concatenate([np.geomspace(10, 800, 8), np.geomspace(900, 10, 10), np.ones(5)])
+    counts *= parameters / counts.sum()
+    noise = np.concatenate([1e-4 * counts[:8], 2e-4 * counts[8:18], 0.05 * growth * np.geomspace(0.1, 1, 5)])
+    for kind, masses in (("hessian", counts), ("noise", noise)):
+        for probe in range(probes):
+            nodes = np.concatenate([bulk * rng.uniform(0.8, 1.25, len(bulk)), outliers])
+            rows = [
+                {"kind": kind, "probe": probe, "index": i, "ritz_value": nodes[j], "mass": m}
+                for i, (j, m) in enumerate(
+                    zip(np.argsort(nodes), masses * rng.uniform(0.7, 1.3, len(masses)), strict=True)
+                )
+            ]
+            records.extend("density", [stamp | row for row in rows])
+    row = {
+        "hessian_trace": outliers.sum() + 60 * growth,
+        "hessian_negative_trace": -30 * growth,
+        "hessian_squared_norm": 1.1 * (outliers**2).sum(),
+        "negative_share": 0.4,
+        "noise_trace": noise.sum(),
+        "noise_share_nonpositive": 0.05,
+        "noise_share_unstable": 0.0,
+        "curvature_term_positive_stable": 0.5 * rate(stamp["epoch"]) * noise.sum() / 0.1,
+    }
+    row |= {f"{name}_se": 0.1 * abs(value) for name, value in row.items()}
+    row |= {
+        f"{name}_truncation": 0.01 for name in ("hessian_negative_trace", "curvature_term_positive_stable")
+    }
+    row |= {"negative_share_resolution": 0.3}
+    records.append("whole_space", stamp | row | {"products": 6 * 23, "seconds": 0.7})
 
 
 def rate_rows(epochs):

@@ -16,6 +16,12 @@ DESIGN = {
     "posterior": "epoch step index posterior_variance posterior_variance_stationary",
     "alignment": "epoch commutator subspace_overlap total_correlation",
     "costs": "epoch step part products converged warm seconds",
+    "density": "epoch kind probe index ritz_value mass",
+    "whole_space": "epoch step hessian_trace hessian_trace_se hessian_squared_norm hessian_squared_norm_se "
+    "hessian_negative_trace hessian_negative_trace_truncation negative_share negative_share_se "
+    "negative_share_resolution noise_trace noise_trace_se noise_share_nonpositive noise_share_unstable "
+    "curvature_term_positive_stable curvature_term_positive_stable_se "
+    "curvature_term_positive_stable_truncation products seconds",
     "bounds": "epoch step tracked_directions unstable_directions curvature_term_top_k "
     "log_variance_term_top_k dominant_terms_top_k",
 }

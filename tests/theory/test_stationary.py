@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
 from robustdyn.theory import (
+    curvature_term_per_noise,
     stationary_block_covariance,
     stationary_covariance,
     stationary_state_covariance,
@@ -57,6 +58,33 @@ def test_position_blocks_are_the_closed_form_and_variances_need_the_diagonal_onl
             assert_allclose(state[i], own, rtol=1e-8, atol=1e-8 * np.abs(own).max())
         sigma = stationary_covariance(lam, basis.T @ noise @ basis, **options)
         assert_allclose(np.diag(sigma), stationary_variance(lam, gamma, **options), **EXACT64)
+
+
+def test_the_curvature_term_needs_the_noise_along_each_direction_only():
+    rng = np.random.default_rng(3)
+    for _ in range(50):
+        lam, basis, noise, eta, mu, omega = draw(rng)
+        d = lam.size
+        hessian = basis * lam @ basis.T
+        truth = np.trace(hessian @ lyapunov(hessian, noise, eta, mu, omega)[:d, :d])
+        terms = curvature_term_per_noise(lam, learning_rate=eta, momentum=mu, weight_decay=omega)
+        # through any function of the matrix, without its eigenvectors: Tr(C h(H)); 1e-8 as above
+        assert_allclose(np.trace(noise @ (basis * terms @ basis.T)), truth, rtol=1e-8)
+
+
+def test_the_curvature_term_is_over_positive_and_stable_directions():
+    eta, mu, omega = 0.1, 0.9, 0.01
+    edge = 2 * (1 + mu) / eta - omega
+    lam = np.array([-1.0, -omega, -omega / 2, 0.0, 1e-9, 1.0, 0.999 * edge, edge * 1.001, 1e3])
+    terms = curvature_term_per_noise(lam, learning_rate=eta, momentum=mu, weight_decay=omega)
+    assert ((terms > 0) == [False] * 4 + [True] * 3 + [False] * 2).all()
+    for value, term in zip(lam[4:7], terms[4:7], strict=True):
+        own = stationary_variance(value, 1.0, learning_rate=eta, momentum=mu, weight_decay=omega)
+        assert_allclose(term, value * own, **EXACT64)
+    # between weight decay and the edge it is η / (2 (1 − μ)), to ω/λ and ηλ / (2 (1 + μ))
+    middle = curvature_term_per_noise(0.01, learning_rate=1e-3, momentum=mu, weight_decay=1e-6)
+    assert_allclose(middle, 1e-3 / (2 * (1 - mu)), rtol=2e-4)
+    assert middle.shape == ()
 
 
 def test_without_momentum_the_variance_is_the_textbook_one():

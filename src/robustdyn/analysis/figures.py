@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator
 from numpy.typing import NDArray
 
 from robustdyn.analysis import style
@@ -33,13 +35,22 @@ from robustdyn.analysis.plotting import (
 )
 from robustdyn.analysis.statistics import correlation, decay_epochs, format_number
 from robustdyn.records import schema
-from robustdyn.records.schema import ALIGNMENT, BOUNDS, EPOCHS, POSTERIOR, SPECTRUM, WCI
+from robustdyn.records.schema import ALIGNMENT, BOUNDS, DENSITY, EPOCHS, POSTERIOR, SPECTRUM, WCI
 
 __all__ = ["FIGURES", "FigureSpec", "decay_epochs"]
 
 PANEL = 3.6  # inches: height of one row of panels with title and legend
 MARKER = "o"
 
+
+KINDS = (
+    ("hessian", "eigenvalues of H per decade", style.PALETTE[0]),
+    ("noise", "part of Tr C per decade", style.PALETTE[1]),
+)
+"""Kinds of rows of the ``density`` table, what their density is, and its colour in a figure of one group."""
+
+WIDTH = 0.15  # decades: what a node of a spectral density is spread over
+LONE = 1 / (WIDTH * math.sqrt(2 * math.pi))  # how high a lone eigenvalue stands
 
 NULLS = {"commutator": "commutator_null", "total_correlation": "total_correlation_null"}
 """Statistics that sampling noise keeps from zero, and the column that says how far."""
@@ -223,6 +234,43 @@ def alignment(alignment: pd.DataFrame, epochs: pd.DataFrame) -> Figure:
             ax.set_ylim(0, 1)
     mark_decays(axes, epochs, cast)
     group_legend(figure, cast)
+    return figure
+
+
+@style.styled
+def spectral_density(density: pd.DataFrame, epochs: pd.DataFrame) -> Figure:
+    """How many eigenvalues the Hessian has where, and beneath it how much gradient noise lies there.
+
+    Args:
+        density: Tidy ``density`` rows.
+        epochs: Tidy ``epochs`` rows.
+    """
+    density, epochs = named(density), named(epochs)
+    cast = Cast.of(epochs)
+    moments = _moments(density, epochs)
+    axis = _SignedLog.of(pd.concat(moments.values()))
+    figure = style.new_figure(_with_repeats("Spectral density of Hessian H and noise C", cast), 5.6)
+    rows = figure.subplots(len(KINDS), len(moments), sharex=True, sharey="row", squeeze=False)
+    for (kind, label, colour), panels in zip(KINDS, rows, strict=True):
+        first: list[_Curve] = []
+        for ax, (moment, chosen) in zip(panels, moments.items(), strict=True):
+            curves = list(axis.curves(chosen[chosen["kind"] == kind]))
+            if cast.alone:
+                _draw_curves(ax, first, cast, colour, line="--")
+            _draw_curves(ax, curves, cast, colour)
+            first = first or curves
+            axis.lay(ax)
+            if kind == KINDS[0][0]:
+                at = sorted(set(chosen["epoch"]))
+                ax.set_title(f"{moment}, epoch {at[0]}" if len(at) == 1 else moment)
+        panels[0].set_ylabel(label)
+        highest = max(float(np.max(line.get_ydata())) for ax in panels for line in ax.lines)
+        panels[0].set_ylim(LONE / 4 if kind == "hessian" else 1e-4 * highest, 2 * highest)
+        log_axis(panels[0])
+    for ax in rows[-1]:
+        ax.set_xlabel(DENSITY["ritz_value"].label)
+    said = [key(next(iter(moments)), "--", linewidth=1.0)] if cast.alone and len(moments) > 1 else []
+    group_legend(figure, cast, said, single_seeds=False)
     return figure
 
 
@@ -418,7 +466,135 @@ FIGURES: tuple[FigureSpec, ...] = (
         "Three line panels over epochs: relative commutator, subspace overlap with captured noise, and total "
         "correlation.",
     ),
+    FigureSpec(
+        "spectral_density",
+        "The whole spectrum",
+        spectral_density,
+        ("density", "epochs"),
+        "ritz_value",
+        "Top: Hessian eigenvalues per decade of λ; a lone one stands 2.7 high. Bottom: how much of the "
+        "gradient noise's variance lies along them; noise left of zero is where curvature holds no "
+        "stationary posterior. The axis is logarithmic on either side of zero and linear in the grey strip, "
+        "within which eigenvalues are not told apart. Band, for a single run: ±1 s.e. over random vectors.",
+        "Two rows of curves over the Hessian eigenvalue on a signed logarithmic axis, at up to three epochs: "
+        "number of eigenvalues, and gradient noise along them.",
+    ),
 )
+
+
+def _moments(density: pd.DataFrame, epochs: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The rows of each run's first and last measurement and of its last one before the first decay.
+
+    A moment that is in every run one of the others is left out.
+    """
+    chosen: dict[str, dict[str, float]] = {name: {} for name in ("last", "first", "before")}
+    for run, rows in density.groupby("run", sort=False):
+        measured = rows["epoch"]
+        decay = next(iter(decay_epochs(epochs[epochs["run"] == run])), -1)
+        chosen["last"][str(run)] = measured.max()
+        chosen["first"][str(run)] = measured.min()
+        chosen["before"][str(run)] = measured[measured < decay].max()  # nan where there is none
+    titles = {
+        "first": "first measurement",
+        "before": "before the first decay",
+        "last": "last measurement",
+    }
+    kept: dict[str, pd.DataFrame] = {}
+    seen: list[dict[str, float]] = []
+    for name, at in chosen.items():
+        rows = density[density["epoch"] == density["run"].map(at)]
+        if len(rows) and at not in seen:
+            kept[name] = rows
+            seen.append(at)
+    return {title: kept[name] for name, title in titles.items() if name in kept}
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """A group's density at points of an axis, with its standard error where it is one run's."""
+
+    group: str
+    points: NDArray[np.float64]
+    heights: NDArray[np.float64]
+    error: NDArray[np.float64] | None
+
+
+@dataclass(frozen=True)
+class _SignedLog:
+    """An axis that is logarithmic on both sides of zero and linear within ±``linear``.
+
+    Linear there and no finer, since between neighbouring nodes nothing is known: on an axis logarithmic down
+    to less than that, gaps between nodes would look like gaps between eigenvalues.
+    """
+
+    linear: float
+    lowest: float
+    highest: float
+
+    @classmethod
+    def of(cls, nodes: pd.DataFrame) -> _SignedLog:
+        """The axis for these rows of the ``density`` table: as fine as their nodes about zero are apart."""
+        lowest, highest = nodes["ritz_value"].min(), nodes["ritz_value"].max()
+        of_one = nodes.groupby(["run", "epoch", "kind", "probe"], sort=False)["ritz_value"]
+        gaps = of_one.agg(lambda values: values[values > 0].min() - values[values <= 0].max())
+        coarsest = gaps.groupby(["run", "epoch", "kind"], sort=False).mean().max()
+        least = 1e-6 * max(abs(lowest), abs(highest)) or 1.0
+        return cls(max(coarsest, least) if coarsest > 0 else 1e4 * least, lowest, highest)
+
+    def places(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Where values are, in decades (away from zero) from zero."""
+        return np.asarray(np.arcsinh(values / self.linear) / np.log(10))
+
+    def curves(self, nodes: pd.DataFrame) -> Iterator[_Curve]:
+        """A curve for each group: mean over its runs' random vectors of their masses, spread out."""
+        for group, rows in nodes.groupby("group", sort=False):
+            places = self.places(rows["ritz_value"].to_numpy(dtype=float))
+            reach = 2.5 * WIDTH
+            grid = np.arange(places.min() - reach, places.max() + reach, WIDTH / 8)
+            vectors = []
+            for _, own in rows.groupby(["run", "probe"], sort=False):
+                offsets = grid[:, None] - self.places(own["ritz_value"].to_numpy(dtype=float))
+                kernel = np.exp(-0.5 * (offsets / WIDTH) ** 2) / (WIDTH * np.sqrt(2 * np.pi))
+                vectors.append(kernel @ own["mass"].to_numpy(dtype=float))
+            alone = rows["run"].nunique() == 1 and len(vectors) > 1
+            yield _Curve(
+                str(group),
+                self.linear * np.sinh(grid * np.log(10)),
+                np.mean(vectors, axis=0),
+                np.std(vectors, axis=0, ddof=1) / np.sqrt(len(vectors)) if alone else None,
+            )
+
+    def lay(self, ax: Axes) -> None:
+        """Make it a panel's horizontal axis."""
+        ax.set_xscale("asinh", linear_width=self.linear)
+        ax.axvspan(-self.linear, self.linear, color=style.MARK, alpha=0.12, linewidth=0, zorder=0)
+        ends = self.places(np.array([self.lowest, self.highest])) + np.array([-3.0, 3.0]) * WIDTH
+        left, right = self.linear * np.sinh(ends * np.log(10))
+        ax.set_xlim(left, right)
+        spec = ax.get_subplotspec()
+        room = 0.055 * (spec.get_gridspec().ncols if spec is not None else 1) * (ends[1] - ends[0])  # decades
+        smallest = math.ceil(math.log10(self.linear * math.sinh(room * math.log(10))))
+        largest = max(smallest, math.floor(math.log10(max(-left, right))))
+        ticks = {0.0: "0"}
+        for power in range(largest, smallest - 1, -math.ceil(room)):
+            ticks |= {10.0**power: f"$10^{{{power}}}$", -(10.0**power): f"$-10^{{{power}}}$"}
+        shown = {at: text for at, text in ticks.items() if left <= at <= right}
+        ax.set_xticks(list(shown), list(shown.values()))
+        decades = [sign * 10.0**power for power in range(smallest, largest + 1) for sign in (-1, 1)]
+        ax.xaxis.set_minor_locator(FixedLocator(decades))
+
+
+def _draw_curves(ax: Axes, curves: Sequence[_Curve], cast: Cast, colour: str, *, line: str = "-") -> None:
+    """Lines with bands of ±1 standard error; thin and without bands where ``line`` is no solid line."""
+    for curve in curves:
+        shade = cast.colour(curve.group, colour)
+        solid = line == "-"
+        ax.plot(curve.points, curve.heights, color=shade, linestyle=line, linewidth=1.6 if solid else 0.9)
+        if solid and curve.error is not None:
+            low = np.maximum(curve.heights - curve.error, 0.05 * curve.heights)
+            ax.fill_between(
+                curve.points, low, curve.heights + curve.error, color=shade, alpha=0.2, linewidth=0
+            )
 
 
 def _learning_curves(epochs: pd.DataFrame, metric: str, title: str) -> Figure:

@@ -2,7 +2,7 @@
 
 The room knows torch only. Five lines measure a model on fixed (already adversarial) examples:
 
-    risk = EmpiricalRisk(model.eval(), inputs, targets, chunk_size=128)
+    risk = EmpiricalRisk(model.eval(), inputs, targets, memory=2**30)
     generator = torch.Generator().manual_seed(0)
     top = lanczos(Hessian(risk), 5, which="largest", tol=1e-3, max_products=100, generator=generator)
     noise = projected_covariance(risk, top.eigenvectors)
@@ -31,6 +31,11 @@ from robustdyn.curvature.hessian import GaussNewton, Hessian
 from robustdyn.curvature.kernels import Precision
 from robustdyn.curvature.lanczos import EigenResult, eigen_residuals, lanczos
 from robustdyn.curvature.layer_traces import LayerTraces, layer_traces
+from robustdyn.curvature.minibatch_covariance import (
+    MinibatchCovariance,
+    MinibatchTrace,
+    MinibatchVariances,
+)
 from robustdyn.curvature.operators import DiagonallyScaled, LinearOperator, RiskOperator
 from robustdyn.curvature.quadrature import SpectralDensity, spectral_density
 from robustdyn.curvature.sharding import shard
@@ -52,6 +57,9 @@ __all__ = [
     "Hessian",
     "LayerTraces",
     "LinearOperator",
+    "MinibatchCovariance",
+    "MinibatchTrace",
+    "MinibatchVariances",
     "Precision",
     "ProjectedCovariance",
     "RiskOperator",

@@ -162,6 +162,18 @@ class EmpiricalRisk:
         moved._kept = {}
         return moved
 
+    def over(self, inputs: Tensor, targets: Tensor) -> "EmpiricalRisk":
+        """The same risk over other examples, as many on this process, without the cost of checking them.
+
+        Raises:
+            ValueError: If there are more or fewer.
+        """
+        if len(inputs) != len(self.inputs) or len(targets) != len(self.inputs):
+            raise ValueError(f"expected {len(self.inputs)} examples, got {len(inputs)} and {len(targets)}")
+        other = copy.copy(self)
+        other.inputs, other.targets, other._kept = plain(inputs), plain(targets), {}
+        return other
+
     # ------------------------------------------------------------------ the function
 
     def value(self) -> float:
@@ -372,6 +384,14 @@ class EmpiricalRisk:
                 "batchnorm='train' needs all examples in one process, because every process would have its "
                 "own statistics: leave group unset, or use batchnorm='eval'"
             )
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if self.batchnorm == "train" and several:
+            for name, module in self.model.named_modules():
+                if isinstance(module, nn.SyncBatchNorm):
+                    raise ValueError(
+                        f"batchnorm='train' with SyncBatchNorm {name!r} would mix the examples of all "
+                        "processes, and has no second derivative: use batchnorm='eval'"
+                    )
         if self.batchnorm == "train" and self.chunk_size < self.examples:
             raise ValueError(
                 f"batchnorm='train' needs all {self.examples} examples in one chunk, because every chunk "

@@ -2,6 +2,7 @@
 
 from robustdyn.measure.alignment import Alignment
 from robustdyn.measure.callback import Measure, Measurement
+from robustdyn.measure.density import Density
 from robustdyn.measure.epochs import RecordEpochs
 from robustdyn.measure.posterior import RecordPosterior, posterior_rows
 from robustdyn.measure.snapshot import Eigenpairs, Snapshot
@@ -11,6 +12,7 @@ from robustdyn.measure.when import measured_epochs
 
 __all__ = [
     "Alignment",
+    "Density",
     "Eigenpairs",
     "Measure",
     "Measurement",

@@ -157,6 +157,18 @@ EPOCHS = Table(
     ),
 )
 
+
+def _estimate(name: str, label: str, meaning: str, *, truncated: bool = False) -> Iterator[Column]:
+    """A number estimated from random vectors, its standard error and, on request, what truncation does."""
+    yield Column(name, "float", "", label, meaning)
+    yield Column(
+        f"{name}_se", "float", "", f"s.e. of {label}", f"standard error of {name} over random vectors"
+    )
+    if truncated:
+        said = f"relative change of {name} if half the Lanczos steps had been taken"
+        yield Column(f"{name}_truncation", "float", "", f"truncation of {label}", said)
+
+
 WCI = Table(
     "wci",
     "one measured epoch",
@@ -467,6 +479,86 @@ BOUNDS = Table(
     ),
 )
 
+DENSITY = Table(
+    "density",
+    "one node of one random vector's quadrature at one measured epoch",
+    ("epoch", "kind", "probe", "index"),
+    (
+        _EPOCH,
+        _STEP_OPTIONAL,
+        Column("kind", "str", "", "kind", "what is spread over H's spectrum: hessian (eigenvalues) or noise"),
+        Column("probe", "int", "", "random vector", "number of the random vector"),
+        Column("index", "int", "", "node", "rank of the node, 0 for the smallest"),
+        Column(
+            "ritz_value",
+            "float",
+            "",
+            "Hessian eigenvalue λ",
+            "the node: a Ritz value of the Hessian, adversarial examples held fixed",
+        ),
+        Column(
+            "mass",
+            "float",
+            "",
+            "mass",
+            "the node's weight: a number of eigenvalues (hessian) or a part of Tr C (noise), to be averaged "
+            "over random vectors",
+        ),
+    ),
+)
+
+WHOLE_SPACE = Table(
+    "whole_space",
+    "one measured epoch",
+    ("epoch",),
+    (
+        _EPOCH,
+        _STEP,
+        *_estimate("hessian_trace", "Tr H, sampled", "Hessian trace over all parameters, from random signs"),
+        *_estimate("hessian_squared_norm", "‖H‖²_F", "Tr H², sum of all squared Hessian eigenvalues"),
+        *_estimate(
+            "hessian_negative_trace",
+            "Tr H, negative part",
+            "sum of the Hessian's negative eigenvalues, over all directions",
+            truncated=True,
+        ),
+        *_estimate(
+            "negative_share",
+            "share of λ ≤ 0",
+            "share of all Hessian eigenvalues at or below zero; read it with negative_share_resolution",
+        ),
+        Column(
+            "negative_share_resolution",
+            "float",
+            "",
+            "resolution of the share",
+            "what negative_share may be off by beside its standard error, because eigenvalues about zero are "
+            "not told apart",
+        ),
+        *_estimate(
+            "noise_trace", "Tr C", "trace of the mini-batch gradient's covariance, over all directions"
+        ),
+        *_estimate(
+            "noise_share_nonpositive",
+            "share of Tr C, λ ≤ 0",
+            "share of noise_trace along directions of curvature at or below zero",
+        ),
+        *_estimate(
+            "noise_share_unstable",
+            "share of Tr C, unstable",
+            "share of noise_trace along directions too sharp for a stationary law, η(λ + ω) ≥ 2(1 + μ)",
+        ),
+        *_estimate(
+            "curvature_term_positive_stable",
+            "Σ λσ², λ > 0 and stable",
+            "Σ λ_i σ²_i of the stationary posterior over all directions with λ_i > 0 that have one",
+            truncated=True,
+        ),
+        Column("products", "int", "products", "products", "products with the Hessian"),
+        _SECONDS,
+    ),
+)
+
 RATES = Table(
     "rates",
     "one change of the learning rate",
@@ -519,7 +611,8 @@ COSTS = Table(
 )
 
 TABLES: dict[str, Table] = {
-    t.name: t for t in (EPOCHS, RATES, WCI, LAYERS, SPECTRUM, ALIGNMENT, BOUNDS, POSTERIOR, COSTS)
+    t.name: t
+    for t in (EPOCHS, RATES, WCI, LAYERS, SPECTRUM, ALIGNMENT, BOUNDS, DENSITY, WHOLE_SPACE, POSTERIOR, COSTS)
 }
 
 

@@ -22,6 +22,7 @@ from robustdyn.theory.preconditioned import (
     whiten,
 )
 from robustdyn.theory.stationary import (
+    curvature_term_per_noise,
     stationary_block_covariance,
     stationary_covariance,
     stationary_state_covariance,
@@ -59,6 +60,7 @@ __all__ = [
     "binary_kl_upper",
     "catoni_bound",
     "covariance_after",
+    "curvature_term_per_noise",
     "decay_transient",
     "dominant_terms",
     "gaussian_kl",

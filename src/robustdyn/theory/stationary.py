@@ -12,7 +12,7 @@ from robustdyn.theory._validation import (
     positive,
     vector,
 )
-from robustdyn.theory.momentum import require_stable
+from robustdyn.theory.momentum import is_stable, require_stable
 
 
 def stationary_variance(
@@ -49,6 +49,37 @@ def stationary_variance(
     lam = finite("eigenvalue", eigenvalue) + non_negative("weight_decay", weight_decay)
     eta, mu = positive("learning_rate", learning_rate), momentum_range(momentum)
     return np.asarray(eta * gamma * (1 + mu) / (lam * (1 - mu) * (2 * (1 + mu) - eta * lam)))
+
+
+def curvature_term_per_noise(
+    eigenvalue: ArrayLike, *, learning_rate: float, momentum: float, weight_decay: float
+) -> Array:
+    """h(λ) = λσ²/γ where λ > 0 and a stationary law exists, 0 elsewhere; equation (46) of docs/theory.md.
+
+    Tr(C h(H)) is the curvature term Σ λσ² over these directions, equation (45), and can be estimated without
+    the eigenvectors.
+
+    Args:
+        eigenvalue: λ (...), of the loss without weight decay; any sign.
+        learning_rate: η > 0.
+        momentum: μ in [0, 1).
+        weight_decay: ω ≥ 0.
+
+    Returns:
+        (...) ≥ 0, in the unit of η.
+
+    Raises:
+        ValueError: A λ that is not finite, or a hyperparameter outside its range.
+
+    Source: ours, from (10), which is linear in γ.
+    """
+    lam = finite("eigenvalue", eigenvalue)
+    counted = (lam > 0) & is_stable(lam, learning_rate, momentum, weight_decay)
+    terms = np.zeros_like(lam)
+    terms[counted] = lam[counted] * stationary_variance(
+        lam[counted], 1.0, learning_rate=learning_rate, momentum=momentum, weight_decay=weight_decay
+    )
+    return terms
 
 
 def stationary_state_covariance(

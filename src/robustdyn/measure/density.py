@@ -1,0 +1,192 @@
+"""Measures the Hessian's whole spectrum, plain and weighted with the gradient noise, and sums over it."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from robustdyn.curvature import GradientCovariance, Hessian, SpectralDensity, spectral_density
+from robustdyn.measure.callback import Row
+from robustdyn.measure.snapshot import Snapshot
+from robustdyn.measure.spectrum import require_plain_momentum
+from robustdyn.theory import MomentumDynamics, curvature_term_per_noise, minibatch_noise_factor
+
+
+class Density:
+    """Rows of the ``density`` and ``whole_space`` tables, over all directions (docs/theory.md, section 7).
+
+    Recorded are the quadrature's nodes and weights, from which a density of any resolution can be drawn and
+    any other function of the spectrum summed, with its error, without measuring again.
+
+    Args:
+        probes: Random sign vectors for the plain spectrum.
+        steps: Lanczos steps from each vector, a product with H each; they fix how fine the bulk is seen.
+        noise_probes: Random vectors with the noise's covariance, one gradient each beside the steps.
+    """
+
+    def __init__(self, *, probes: int, steps: int, noise_probes: int) -> None:
+        for name, value in (("probes", probes), ("noise_probes", noise_probes)):
+            if value < 2:
+                raise ValueError(f"{name} must be at least 2, to have standard errors, got {value}")
+        if steps < 4:
+            raise ValueError(f"steps must be at least 4, for half of them give the trace too, got {steps}")
+        self._probes, self._steps, self._noise_probes = probes, steps, noise_probes
+
+    def check(self, optimizer: torch.optim.Optimizer) -> None:
+        """The curvature term is that of momentum SGD's stationary law.
+
+        Raises:
+            ConfigError: Another optimiser, Nesterov momentum or dampening.
+        """
+        require_plain_momentum(optimizer, "density")
+
+    def measure(self, snapshot: Snapshot) -> Iterator[Row]:
+        """The ``density`` rows of both kinds, then one ``whole_space`` row."""
+        hessian, covariance = Hessian(snapshot.risk), GradientCovariance(snapshot.risk)
+        plain = spectral_density(
+            hessian, probes=self._probes, steps=self._steps, generator=snapshot.generator("density-hessian")
+        )
+        tracked = _Tracked(snapshot, covariance)
+        noise = spectral_density(
+            hessian,
+            probes=self._noise_probes,
+            steps=self._steps,
+            generator=snapshot.generator("density-noise"),
+            draw=tracked.draw,
+        )
+        # draws have the denominator m, an unbiased C₁ has m − 1
+        examples = snapshot.risk.examples
+        factor = minibatch_noise_factor(snapshot.train_examples, snapshot.batch_size, replacement=False)
+        factor *= examples / (examples - 1)
+        yield from _nodes(snapshot, "hessian", plain, 1.0)
+        yield from _nodes(snapshot, "noise", noise, factor)
+        yield (
+            "whole_space",
+            {
+                "epoch": snapshot.epoch,
+                "step": snapshot.step,
+                **_of_hessian(plain),
+                **_of_noise(noise, tracked, factor, MomentumDynamics(*snapshot.optimizer)),
+                "products": plain.products + noise.products,
+                "seconds": plain.seconds + noise.seconds,
+            },
+        )
+
+
+class _Tracked:
+    """The tracked eigenpairs as a control variate of sums over the noise.
+
+    What a draw z has along them, Σ_i (u_iᵀz)² h(λ_i), has the known mean Σ_i γ_i h(λ_i). The leading
+    directions are few and loud: without this nearly all of the error would be theirs. Unbiased however good
+    the eigenpairs are.
+    """
+
+    def __init__(self, snapshot: Snapshot, covariance: GradientCovariance) -> None:
+        self._covariance, self._vectors = covariance, snapshot.hessian.eigenvectors
+        self._eigenvalues = snapshot.hessian.eigenvalues
+        projected = snapshot.projected
+        # draws have the denominator m, the projected variances m − 1
+        self._expected = projected.variances * (projected.examples - 1) / projected.examples
+        self._squares: list[Tensor] = []
+
+    def draw(self, generator: torch.Generator) -> Tensor:
+        """A draw of the noise (P,), its components along the eigenvectors noted."""
+        z = self._covariance.sample(generator)
+        self._squares.append((z @ self._vectors).double().square().cpu())
+        return z
+
+    def trace_of(self, density: SpectralDensity, function: Callable[[Tensor], Tensor]) -> tuple[float, float]:
+        """As the density's own ``trace_of``, with the control variate."""
+        samples = density.masses * (density.weights * function(density.nodes)).sum(dim=1)
+        samples -= (torch.stack(self._squares) - self._expected) @ function(self._eigenvalues)
+        return float(samples.mean()), float(samples.std() / len(samples) ** 0.5)
+
+
+def _nodes(snapshot: Snapshot, kind: str, density: SpectralDensity, factor: float) -> Iterator[Row]:
+    """A row for each node of each random vector."""
+    masses = factor * density.masses[:, None] * density.weights
+    for probe, length in enumerate(density.lengths.tolist()):
+        for index in range(length):
+            yield (
+                "density",
+                {
+                    "epoch": snapshot.epoch,
+                    "step": snapshot.step,
+                    "kind": kind,
+                    "probe": probe,
+                    "index": index,
+                    "ritz_value": float(density.nodes[probe, index]),
+                    "mass": float(masses[probe, index]),
+                },
+            )
+
+
+def _of_hessian(density: SpectralDensity) -> dict[str, float]:
+    """Columns of ``whole_space`` on H alone."""
+    return {
+        **_with_error("hessian_trace", density.trace_of(lambda values: values)),
+        **_with_error("hessian_squared_norm", density.trace_of(torch.square)),
+        **_truncated(
+            "hessian_negative_trace", lambda part: part.trace_of(lambda v: v.clamp(max=0.0)), density
+        ),
+        **_with_error("negative_share", density.cumulative(torch.zeros(1))),
+        "negative_share_resolution": _resolution_at_zero(density),
+    }
+
+
+def _of_noise(
+    density: SpectralDensity, tracked: _Tracked, factor: float, dynamics: MomentumDynamics
+) -> dict[str, float]:
+    """Columns of ``whole_space`` on C, whose draws lack ``factor``."""
+    edges = torch.tensor([0.0, dynamics.stable_eigenvalues[1]], dtype=torch.float64)
+    (flat, stable), errors = density.cumulative(edges)
+    return {
+        **_with_error("noise_trace", tracked.trace_of(density, lambda v: torch.full_like(v, factor))),
+        **_with_error("noise_share_nonpositive", (flat, errors[0])),
+        **_with_error("noise_share_unstable", (1.0 - stable, errors[1])),
+        **_truncated(
+            "curvature_term_positive_stable",
+            lambda part: tracked.trace_of(part, _curvature_term(factor, dynamics)),
+            density,
+        ),
+    }
+
+
+def _curvature_term(factor: float, dynamics: MomentumDynamics) -> Callable[[Tensor], Tensor]:
+    """λσ² of a direction in which the draws have unit variance."""
+
+    def term(values: Tensor) -> Tensor:
+        return factor * torch.from_numpy(
+            curvature_term_per_noise(
+                values.numpy(),
+                learning_rate=dynamics.learning_rate,
+                momentum=dynamics.momentum,
+                weight_decay=dynamics.weight_decay,
+            )
+        )
+
+    return term
+
+
+def _resolution_at_zero(density: SpectralDensity) -> float:
+    """What the share at or below zero may be off by: the larger weight of the two nodes about zero."""
+    widths = []
+    for nodes, weights, length in zip(density.nodes, density.weights, density.lengths, strict=True):
+        below = nodes[:length] <= 0.0
+        about = torch.cat([weights[:length][below][-1:], weights[:length][~below][:1]])
+        widths.append(float(about.max()))
+    return sum(widths) / len(widths)
+
+
+def _truncated(
+    name: str, trace: Callable[[SpectralDensity], tuple[float, float]], density: SpectralDensity
+) -> dict[str, float]:
+    """A trace that the number of steps matters to, its error, and its relative change from half the steps."""
+    whole, error = trace(density)
+    half, _ = trace(density.shortened(density.steps // 2))
+    change = abs(half / whole - 1.0) if whole else float("nan")
+    return {**_with_error(name, (whole, error)), f"{name}_truncation": change}
+
+
+def _with_error(name: str, estimate: tuple[float | Tensor, float | Tensor]) -> dict[str, float]:
+    return {name: float(estimate[0]), f"{name}_se": float(estimate[1])}
