@@ -7,6 +7,7 @@ they are cut into chunks and spread over processes, and how to leave the model e
 import copy
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -121,6 +122,7 @@ class EmpiricalRisk:
         self._kept: dict[int, Tape] = {}
         self._kept_state: object = None
         self._room = 0
+        self.channels_last = False  # whether 4-d inputs may come in that layout; settled by the checks
 
         chosen = _select(model, parameters)
         self.names = tuple(chosen)
@@ -147,7 +149,7 @@ class EmpiricalRisk:
         """The same risk at a fixed point, whatever the model's weights.
 
         For instance at θ + v with v the perturbation of adversarial weight perturbation (Wu et al., NeurIPS
-        2020): the inputs stay those attacked at θ.
+        2020): the inputs stay those attacked at θ. Its operators too refuse to go on once the model changes.
 
         Args:
             theta: (P,).
@@ -158,7 +160,8 @@ class EmpiricalRisk:
         if theta.shape != (self.numel,):
             raise ValueError(f"expected a vector of shape ({self.numel},), got {tuple(theta.shape)}")
         moved = copy.copy(self)
-        moved._point = plain(theta).to(device=self.device, dtype=self.dtype, copy=True)
+        with torch.inference_mode(False):
+            moved._point = plain(theta).to(device=self.device, dtype=self.dtype, copy=True)
         moved._kept = {}
         return moved
 
@@ -197,7 +200,9 @@ class EmpiricalRisk:
         """
         with self.guard():
             total = torch.zeros(self.numel, dtype=self.dtype, device=self.device)
-            own = None if weights is None else weights[self.shards.own].to(total).split(self.chunk_size)
+            own = (
+                None if weights is None else plain(weights)[self.shards.own].to(total).split(self.chunk_size)
+            )
             leaves = self.leaves()
             for index, (inputs, targets) in enumerate(self.chunks()):
                 losses = self.losses(leaves, inputs, targets)
@@ -236,19 +241,19 @@ class EmpiricalRisk:
     # ------------------------------------------------------------------ building blocks for operators
 
     @contextmanager
-    def guard(self) -> Iterator[None]:
+    def guard(self, *, products: bool = False) -> Iterator[None]:
         """Everything that measures runs inside; it sets the stage and puts everything back.
 
-        Inside: gradients are on, inference mode and autocast are off, BatchNorm has the chosen mode, matrix
-        products have the chosen precision. Afterwards training flags, torch's random state and its settings
-        are as before. Weights, buffers, ``.grad`` and ``requires_grad`` are never touched, because the model
-        only ever sees detached parameters and copies of its buffers.
+        Inside: gradients are on, inference mode and autocast are off, BatchNorm has the chosen mode, and
+        TensorFloat-32 is off unless ``products`` are to be in it. Afterwards training flags, torch's random
+        state and its settings are as before. Weights, buffers, ``.grad`` and ``requires_grad`` are never
+        touched, because the model only ever sees detached parameters and copies of its buffers.
         """
         flags = [(module, module.training) for module in self.model.modules()]
         with ExitStack() as stack:
             if self.device.type == "cuda":
                 stack.enter_context(torch.random.fork_rng(devices=[self.device]))
-                stack.enter_context(_tensor_float_32(self.precision == "tf32"))
+                stack.enter_context(_tensor_float_32(products and self.precision == "tf32"))
             else:
                 stack.enter_context(torch.random.fork_rng(devices=[]))
             stack.enter_context(torch.inference_mode(False))
@@ -280,15 +285,16 @@ class EmpiricalRisk:
                 if index < self._room:
                     self._kept[index] = tape
             yield tape, index >= self._room
+            if index >= self._room:
+                tape.release()  # before the next one is recorded
 
     def forget(self) -> None:
         """Free all kept graphs."""
         self._kept.clear()
 
-    def state(self) -> tuple[int, ...]:
-        """Changes whenever weights or running statistics do (in place or by assignment)."""
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        return tuple(number for tensor in tensors for number in (id(tensor), tensor._version))
+    def state(self) -> object:
+        """Unequal to an earlier one once weights, running statistics or examples have changed."""
+        return _State([*self.model.parameters(), *self.model.buffers()], [self.inputs, self.targets])
 
     def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's examples in order, ``chunk_size`` at a time, on the parameters' device."""
@@ -349,15 +355,29 @@ class EmpiricalRisk:
         """Whether the model contains a BatchNorm layer."""
         return any(isinstance(module, _BatchNorm) for module in self.model.modules())
 
+    @cached_property
+    def separable(self) -> bool:
+        """Whether each loss depends on its own row of the outputs alone, seen on a few examples."""
+        inputs, targets = self.subset(slice(0, 3))
+        with self.guard():
+            outputs = self.outputs(self.parameters(), inputs).requires_grad_()
+            (slopes,) = gradients(self.losses_of(outputs, targets)[0], (outputs,))
+        return len(slopes) == len(inputs) and not bool(slopes[1:].any())
+
     # ------------------------------------------------------------------ memory
 
     def _fit(self, memory: int, chunk_size: int | None) -> None:
         """Choose the chunk and how many graphs are kept, from the memory that a few examples need."""
         whole = self.batchnorm == "train" and self.has_batchnorm
         probed = len(self.inputs) if whole else min(_PROBED_EXAMPLES, len(self.inputs))
-        with self.guard(), count_saved_bytes() as counted:
+        with self.guard(products=True), count_saved_bytes() as counted:
             Tape(self, *self.subset(slice(0, probed)))
         needed = max(1, counted[0] // probed)
+        if probed > 1 and not whole:
+            # the difference of two sizes: what does not grow with the examples is no matter of theirs
+            with self.guard(products=True), count_saved_bytes() as fewer:
+                Tape(self, *self.subset(slice(0, probed // 2)))
+            needed = max(1, (counted[0] - fewer[0]) // (probed - probed // 2))
         if chunk_size is None and not whole:
             self.chunk_size = max(1, min(len(self.inputs), memory // (_WORKING_SHARE * needed)))
         graph = needed * self.chunk_size
@@ -374,6 +394,10 @@ class EmpiricalRisk:
             self._check_deterministic()
         except ValueError as error:
             return str(error)
+        except Exception as error:
+            if self.shards.group is None:
+                raise
+            return f"{type(error).__name__}: {error}"  # the others must not wait for this process
         return None
 
     def _check_batchnorm(self) -> None:
@@ -411,6 +435,7 @@ class EmpiricalRisk:
         with self.guard(), torch.no_grad():
             parameters = self.parameters()
             first = self.losses(parameters, inputs, targets)
+            self.channels_last = self._takes_channels_last(parameters, inputs, targets)
             second = self.losses(parameters, inputs, targets)
         if not torch.isfinite(first).all():
             raise ValueError("the loss is not finite at the present weights: nothing can be measured here")
@@ -422,14 +447,44 @@ class EmpiricalRisk:
                 "measuring"
             )
 
+    def _takes_channels_last(self, parameters: Mapping[str, Tensor], inputs: Tensor, targets: Tensor) -> bool:
+        """Images in this layout are faster on a CPU, but a model that flattens by ``view`` refuses them."""
+        if inputs.device.type != "cpu" or inputs.dim() != 4:
+            return False
+        try:
+            self.losses(parameters, inputs.contiguous(memory_format=torch.channels_last), targets)
+        except RuntimeError:
+            return False
+        return True
+
     def _check_same_weights(self) -> None:
-        if self.shards.processes == 1:
-            return
-        tensors = [*self.parameters().values(), *self.model.buffers()]
-        own = torch.stack([tensor.detach().double().sum() for tensor in tensors])[None]
-        everybody = Shards(1, self.device, self.shards.group).rows(own)
-        if not torch.equal(everybody, everybody[:1].expand_as(everybody)):
+        if not self.shards.same([*self.model.parameters(), *self.model.buffers()]):
             raise ValueError("the processes of group hold different weights or running statistics")
+
+
+class _State:
+    """What tensors were: the objects, their storage, their versions, and norms of weights and statistics.
+
+    ``tensor.data`` has a version of its own, so versions alone do not see everything.
+    """
+
+    def __init__(self, weights: list[Tensor], examples: list[Tensor]) -> None:
+        self.tensors = [*weights, *examples]
+        self.versions = [(tensor._version, tensor.data_ptr()) for tensor in self.tensors]
+        floats = [weight.detach() for weight in weights if weight.is_floating_point()]
+        with torch.inference_mode(False), torch.no_grad():
+            self.norms = torch.stack([norm.double() for norm in torch._foreach_norm(floats)])
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, _State)
+            and len(self.tensors) == len(other.tensors)
+            and all(mine is theirs for mine, theirs in zip(self.tensors, other.tensors, strict=True))
+            and self.versions == other.versions
+            and torch.equal(self.norms, other.norms)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 def _check_examples(inputs: Tensor, targets: Tensor, chunk_size: int | None, memory: int | None) -> None:
@@ -464,13 +519,14 @@ def plain(tensor: Tensor) -> Tensor:
 @contextmanager
 def _tensor_float_32(allowed: bool) -> Iterator[None]:
     """Convolutions use TensorFloat-32 by default on NVIDIA GPUs: full precision has to be asked for."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = allowed
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
     try:
         yield
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def _select(model: nn.Module, wanted: ParameterFilter | None) -> dict[str, nn.Parameter]:

@@ -79,7 +79,7 @@ def gradient_projections(risk: EmpiricalRisk, directions: Tensor) -> Tensor:
     if directions.dim() != 2 or len(directions) != risk.numel:
         raise ValueError(f"directions must be ({risk.numel}, k), got {tuple(directions.shape)}")
     parts = [tuple(risk.split(plain(column)).values()) for column in directions.unbind(dim=1)]
-    with risk.guard():
+    with risk.guard(products=True):
         own = torch.zeros(len(risk.inputs), len(parts), dtype=risk.dtype, device=risk.device)
         for (tape, _), rows in zip(risk.tapes(), own.split(risk.chunk_size), strict=True):
             for index, part in enumerate(parts):
@@ -153,4 +153,9 @@ def _require_independent_examples(risk: EmpiricalRisk) -> None:
         raise ValueError(
             "the gradient of one example is not defined while BatchNorm uses batch statistics: "
             "build the EmpiricalRisk with batchnorm='eval'"
+        )
+    if not risk.separable:
+        raise ValueError(
+            "per-example gradients need outputs with the examples first and losses of one example each, but "
+            "the first example's loss depends on more than outputs[0]"
         )

@@ -23,6 +23,7 @@ class TwiceDifferentiable(TorchFunctionMode):
     """While active, convolutions and BatchNorm on running statistics are recorded in their short forms.
 
     It is needed during the forward pass only. Calls it has no short form for pass through unchanged.
+    Activation checkpointing recomputes outside of it: torch refuses that where a BatchNorm is recomputed.
     """
 
     def __init__(self, precision: Precision) -> None:
@@ -35,6 +36,9 @@ class TwiceDifferentiable(TorchFunctionMode):
         """
         super().__init__()
         self._half = precision == "bfloat16"
+        # Set while a backward pass wants derivatives by the loss's slopes alone: autograd cannot tell a
+        # function that its other results, and the convolutions behind them, go unused.
+        self.outputs_only = False
 
     def __torch_function__(
         self,
@@ -70,7 +74,7 @@ class TwiceDifferentiable(TorchFunctionMode):
         if self._half:
             input, weight = input.bfloat16(), weight.bfloat16()
         settings = (_each(stride, dims), margins, _each(dilation, dims), groups)
-        output: Tensor = _Convolution.apply(input, weight, settings)
+        output: Tensor = _Convolution.apply(input, weight, settings, self)
         output = output.float() if self._half else output
         return output if bias is None else output + bias.view(1, -1, *[1] * dims)
 
@@ -84,15 +88,19 @@ _Settings = tuple[list[int], list[int], list[int], int]  # stride, padding, dila
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, settings: _Settings) -> Tensor:
+    def forward(ctx: Any, x: Tensor, w: Tensor, settings: _Settings, kernels: TwiceDifferentiable) -> Tensor:
         ctx.save_for_backward(x, w)
-        ctx.settings = settings
+        ctx.settings, ctx.kernels = settings, kernels
         return _convolve(x, w, settings)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, w = ctx.saved_tensors
-        return (*_ConvolutionBackward.apply(dy, x, w, ctx.settings, *ctx.needs_input_grad[:2]), None)
+        return (
+            *_ConvolutionBackward.apply(dy, x, w, ctx.settings, ctx.kernels, *ctx.needs_input_grad[:2]),
+            None,
+            None,
+        )
 
 
 class _ConvolutionBackward(torch.autograd.Function):
@@ -100,11 +108,18 @@ class _ConvolutionBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, dy: Tensor, x: Tensor, w: Tensor, settings: _Settings, wants_x: bool, wants_w: bool
+        ctx: Any,
+        dy: Tensor,
+        x: Tensor,
+        w: Tensor,
+        settings: _Settings,
+        kernels: TwiceDifferentiable,
+        wants_x: bool,
+        wants_w: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(dy, x, w)
-        ctx.settings = settings
+        ctx.settings, ctx.kernels = settings, kernels
         return _convolve_backward(dy, x, w, settings, wants_x, wants_w)
 
     @staticmethod
@@ -119,6 +134,8 @@ class _ConvolutionBackward(torch.autograd.Function):
             if v is not None:
                 other = _convolve(x, v, settings)
                 to_dy = other if to_dy is None else to_dy + other
+        if ctx.kernels.outputs_only:
+            return to_dy, None, None, None, None, None, None
         to_x, to_w = _convolve_backward(
             dy,
             x if u is None else u,
@@ -127,7 +144,7 @@ class _ConvolutionBackward(torch.autograd.Function):
             v is not None and ctx.needs_input_grad[1],
             u is not None and ctx.needs_input_grad[2],
         )
-        return to_dy, to_x, to_w, None, None, None
+        return to_dy, to_x, to_w, None, None, None, None
 
 
 def _convolve(x: Tensor, w: Tensor, settings: _Settings) -> Tensor:

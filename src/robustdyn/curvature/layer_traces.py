@@ -186,7 +186,7 @@ def _hutchinson(
     samples = torch.zeros(2, probes, len(names), dtype=torch.float64, device=risk.device)
     seeds = _chunk_generators(risk, generator)
     places = [risk.names.index(name) for name in names]
-    with risk.guard():
+    with risk.guard(products=True):
         for (tape, _), draws in zip(risk.tapes(), seeds, strict=True):
             for column, place in enumerate(places):
                 for probe in range(probes):

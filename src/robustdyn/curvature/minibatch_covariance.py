@@ -359,13 +359,8 @@ def _pick(inputs: Tensor, targets: Tensor, which: Tensor) -> tuple[Tensor, Tenso
 
 
 def _check_same_weights(model: nn.Module, batchnorm: BatchNormMode, shards: Shards) -> None:
-    if shards.processes == 1:
-        return
     # running statistics may differ where they are not used, and do after distributed training
-    tensors = [*model.parameters(), *(model.buffers() if batchnorm == "eval" else ())]
-    own = torch.stack([tensor.detach().double().sum() for tensor in tensors])
-    everybody = Shards(1, own.device, shards.group).rows(own[None])
-    if not torch.equal(everybody, everybody[:1].expand_as(everybody)):
+    if not shards.same([*model.parameters(), *(model.buffers() if batchnorm == "eval" else ())]):
         raise ValueError("the processes of group hold different weights or running statistics")
 
 

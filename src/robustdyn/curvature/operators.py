@@ -106,7 +106,7 @@ class RiskOperator(LinearOperator):
         self._check_state()
         # rows, so that every product accumulates in contiguous memory; one graph serves all columns
         columns = [column.contiguous() for column in matrix.unbind(dim=1)]
-        with risk.guard():
+        with risk.guard(products=True):
             total = torch.zeros(len(columns), risk.numel, dtype=self.dtype, device=self.device)
             for tape, expendable in risk.tapes():
                 for index, column in enumerate(columns):
@@ -143,7 +143,7 @@ class DiagonallyScaled(LinearOperator):
         self._check(scale, self.shape[:1])
         if not bool(torch.isfinite(scale).all()):
             raise ValueError("scale must be finite")
-        self._operator, self._scale = operator, plain(scale)
+        self._operator, self._scale = operator, plain(scale).clone()
 
     def _matvec(self, vector: Tensor) -> Tensor:
         return self._scale * self._operator.matvec(self._scale * vector)

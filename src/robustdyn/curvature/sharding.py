@@ -77,6 +77,17 @@ class Shards:
         dist.all_gather(everybody, own, group=self.group)
         return tuple(int(value) for value in everybody)
 
+    def same(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether all processes hold the same numbers, judged by a weighted sum of each tensor."""
+        if self.group is None:
+            return True
+        sums = []
+        for tensor in tensors:
+            flat = tensor.detach().double().flatten()
+            sums.append(flat @ torch.linspace(1, 2, len(flat), dtype=flat.dtype, device=flat.device))
+        everybody = Shards(1, self._device, self.group).rows(torch.stack(sums)[None])
+        return torch.allclose(everybody, everybody[:1].expand_as(everybody), rtol=0, atol=0, equal_nan=True)
+
     def first_complaint(self, complaint: str | None) -> str | None:
         """The complaint of the lowest rank that has one, so that all processes refuse together."""
         if self.group is None:

@@ -39,11 +39,17 @@ class Tape:
         self.examples = len(inputs)
         self._weights = tuple(risk.leaves().values())
         leaves = dict(zip(risk.names, self._weights, strict=True))
-        if inputs.device.type == "cpu" and inputs.dim() == 4:
+        if risk.channels_last:
             # measured on a PreActResNet-18: products take 15 % less time in this layout
             inputs = inputs.contiguous(memory_format=torch.channels_last)
-        with TwiceDifferentiable(risk.precision):
+        self._kernels = TwiceDifferentiable(risk.precision)
+        with self._kernels:
             self._outputs = risk.outputs(leaves, inputs)
+        if not isinstance(self._outputs, Tensor):
+            raise ValueError(
+                f"the model returns a {type(self._outputs).__name__}, but products need one tensor of "
+                "outputs: wrap the model so that it returns the one the loss takes"
+            )
         losses = risk.losses_of(self._outputs, targets)
         (slopes,) = gradients(losses.sum(), (self._outputs,), differentiable=True)
         # a loss linear in the outputs has constant slopes; J's products differentiate with respect to them
@@ -61,7 +67,11 @@ class Tape:
 
     def jacobian_product(self, parts: tuple[Tensor, ...]) -> Tensor:
         """J v, shape of the outputs; arguments as :meth:`hessian_product`."""
-        return _products(self.gradient, (self.slopes,), parts)[0]
+        self._kernels.outputs_only = True  # half the convolutions
+        try:
+            return _products(self.gradient, (self.slopes,), parts)[0]
+        finally:
+            self._kernels.outputs_only = False
 
     def jacobian_transpose_product(self, cotangents: Tensor, *, last: bool) -> tuple[Tensor, ...]:
         """Jᵀ u, one tensor for each parameter.
@@ -88,7 +98,16 @@ class Tape:
 
     def projections(self, parts: tuple[Tensor, ...]) -> Tensor:
         """g_iᵀ v for every example, shape (b,); arguments as :meth:`hessian_product`."""
-        return (self.slopes.detach() * self.jacobian_product(parts)).flatten(1).sum(dim=1)
+        if len(self.slopes) != self.examples:
+            raise ValueError(
+                f"per-example gradients need outputs with the examples first, ({self.examples}, ...), but "
+                f"the model returns {tuple(self.slopes.shape)}"
+            )
+        return (self.slopes.detach() * self.jacobian_product(parts)).reshape(self.examples, -1).sum(dim=1)
+
+    def release(self) -> None:
+        """Free the graph; the tape cannot be used afterwards."""
+        del self.gradient, self.slopes, self._outputs
 
 
 def gradients(
@@ -137,7 +156,7 @@ def _products(
         for output, cotangent in zip(outputs, cotangents, strict=True)
         if output.requires_grad
     ]
-    if not on_graph:
+    if not on_graph or not any(tensor.requires_grad for tensor in inputs):
         return tuple(torch.zeros_like(tensor) for tensor in inputs)
     return torch.autograd.grad(
         [output for output, _ in on_graph],

@@ -1,0 +1,194 @@
+"""The curvature room on two processes that hold shards of the examples: the numbers of one process.
+
+All checks run in one pair of processes (tests/curvature/workers.py), which the tests below read.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from robustdyn.curvature import shard
+from tests.curvature import workers
+from tests.curvature.reference import random
+from tests.curvature.workers import PROCESSES, SPREADS, Results
+from tests.tolerances import EXACT64
+
+ROOT = Path(__file__).parents[2]
+LIMIT = 60  # seconds for both processes; they need ten
+
+
+@pytest.fixture(scope="module")
+def everybody(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
+    """What each rank found."""
+    out = tmp_path_factory.mktemp("processes")
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    logs = [(out / f"{rank}.log").open("w") for rank in range(PROCESSES)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.curvature.workers", str(rank), str(out / "store"), str(out)],
+            cwd=ROOT,
+            env=environment,
+            stdout=logs[rank],
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(PROCESSES)
+    ]
+    try:
+        for process in processes:
+            process.wait(timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        pass  # what was not written is missed below
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+        for log in logs:
+            log.close()
+    paths = [out / f"{rank}.pt" for rank in range(PROCESSES)]
+    if not all(path.exists() for path in paths):
+        words = "\n".join((out / f"{rank}.log").read_text()[-3000:] for rank in range(PROCESSES))
+        pytest.fail(f"the processes did not finish:\n{words}")
+    return [torch.load(path, weights_only=False) for path in paths]
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[dict[str, Results]]:
+    """The same from one process with all examples."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield {spread.name: workers.measure(spread, None) for spread in SPREADS}
+    torch.set_num_threads(before)
+
+
+def assert_agree(found: object, wanted: object, tolerance: dict[str, float], where: str) -> None:
+    """Numbers to a tolerance, words exactly."""
+    if isinstance(wanted, dict):
+        assert found.keys() == wanted.keys(), where
+        for key in wanted:
+            assert_agree(found[key], wanted[key], tolerance, f"{where}, {key}")
+    elif isinstance(wanted, list | tuple):
+        for index, (one, other) in enumerate(zip(found, wanted, strict=True)):
+            assert_agree(one, other, tolerance, f"{where}, {index}")
+    elif isinstance(wanted, str | None):
+        assert found == wanted, where
+    else:
+        assert_close(found, wanted, **tolerance, equal_nan=True, msg=lambda message: f"{where}: {message}")
+
+
+BITS = {"rtol": 0.0, "atol": 0.0}
+
+spreads = pytest.mark.parametrize("spread", SPREADS, ids=lambda spread: spread.name)
+
+
+@spreads
+def test_both_ranks_have_the_same_bits(everybody, spread):
+    first, second = (found[spread.name] for found in everybody)
+    assert_agree(second, first, BITS, "rank 1")
+
+
+@spreads
+def test_two_processes_measure_what_one_does(everybody, alone, spread):
+    """Bit for bit where the same chunks are added in the same order."""
+    found, wanted = everybody[0][spread.name], alone[spread.name]
+    assert found["examples"] == sum(spread.counts)
+    assert_agree(found, wanted, BITS if spread.aligned else EXACT64, spread.name)
+
+
+@spreads
+def test_the_checks_are_not_empty(alone, spread):
+    wanted = alone[spread.name]
+    assert wanted["exact traces"]["estimator"] == "gauss_newton_exact"
+    assert wanted["sampled traces"]["estimator"] == "gauss_newton_sampled"
+    assert ("probed traces" in wanted) == spread.aligned
+    for name in ("gradient", "weighted gradient", "H v", "H V", "G v", "C v", "C sample", "projections"):
+        assert bool(wanted[name].any()), name
+    assert wanted["eigenvalues"][0][2] > 1e-3
+
+
+def test_one_reduction_for_each_product(everybody):
+    """However many chunks, columns and kept graphs there are; and nothing but it."""
+    for found in everybody:
+        calls = dict(found["communication"])
+        assert calls.pop("projections") == {"all_gather": 1}
+        assert set(calls) >= {"H v", "G v", "C v", "H V", "G V", "C V", "scaled H v", "value", "gradient"}
+        assert all(call == {"all_reduce": 1} for call in calls.values())
+
+
+REFUSALS = {
+    "not finite": "rank 1: the loss is not finite",
+    "weights": "hold different weights or running statistics",
+    "statistics": "hold different weights or running statistics",
+    "batch statistics": "rank 0: batchnorm='train' needs all examples in one process",
+    "one empty": "rank 1: inputs is empty",
+    "memory": "rank 1: memory must be a number of bytes or None, not -1",
+    "unmeasured weights": "hold different weights or running statistics",
+    "permuted weights": "hold different weights or running statistics",
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_both_ranks_refuse_together(everybody, alone, name):
+    value = alone[SPREADS[0].name]["value"]
+    for found in everybody:
+        refusals = found["refusals"]
+        assert refusals[name].startswith("ValueError: ")
+        assert REFUSALS[name] in refusals[name]
+        assert refusals[name] == everybody[0]["refusals"][name]
+        # and the group goes on; chunks are added in another order than in one process
+        assert refusals[f"{name}, afterwards"] == pytest.approx(value, rel=EXACT64["rtol"])
+
+
+def test_both_ranks_fail_together(everybody):
+    first, second = (found["broken"]["class"] for found in everybody)
+    assert "out of bounds" in second
+    assert "out of bounds" in first
+
+
+@pytest.mark.parametrize(
+    ("name", "obstacle"),
+    [
+        ("negative target", "rank 1: some targets are negative"),
+        ("probabilities", "rank 1: the target probabilities do not sum to one"),
+    ],
+)
+def test_an_obstacle_on_one_rank_is_everybodys(everybody, name, obstacle):
+    first, second = (found["obstacles"] for found in everybody)
+    assert first[name]["estimator"] == "hutchinson"
+    assert obstacle in first[name]["reason"]
+    assert first[name]["traces"].isfinite().all()
+    assert_agree(second[name], first[name], BITS, name)
+    for found in (first, second):
+        assert obstacle in found[f"{name}, demanded"]
+        assert found[f"{name}, demanded"].startswith("ValueError: method='gauss_newton' is not exact here")
+
+
+# ---------------------------------------------------------------------- shards
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 7])
+@pytest.mark.parametrize("examples", [7, 8, 20, 101])
+def test_shards_cover_everything_in_order(examples, processes):
+    inputs, targets = random(examples, 3), torch.arange(examples)
+    parts = [shard((inputs, targets), rank, processes) for rank in range(processes)]
+    assert torch.equal(torch.cat([part[0] for part in parts]), inputs)
+    assert torch.equal(torch.cat([part[1] for part in parts]), targets)
+    sizes = [len(part[1]) for part in parts]
+    assert max(sizes) - min(sizes) <= 1
+    assert min(sizes) >= 1
+    assert all(part[0].shape == (size, 3) for part, size in zip(parts, sizes, strict=True))
+
+
+def test_shards_refuse_to_be_empty():
+    inputs = random(3, 2)
+    assert [len(shard((inputs,), rank, 3)[0]) for rank in range(3)] == [1, 1, 1]
+    with pytest.raises(ValueError, match="3 examples cannot be spread over 4 processes"):
+        shard((inputs,), 0, 4)
+    with pytest.raises(ValueError, match="0 examples"):
+        shard((inputs[:0],), 0, 1)
