@@ -62,9 +62,9 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=2560, help="images trained on")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--first", type=int, default=2, help="first measured epoch")
-    parser.add_argument("--memory", type=int, default=4096, help="measure.memory_mib")
+    parser.add_argument("--memory", type=int, default=2048, help="measure.memory_mib")
     parser.add_argument(
-        "--examples", type=int, default=512, help="measure.examples of the default measurement"
+        "--examples", type=int, default=256, help="measure.examples of the default measurement"
     )
     args = parser.parse_args()
     if not any(Path(args.root).glob("cifar-10-batches-*")):

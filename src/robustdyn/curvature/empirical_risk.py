@@ -27,7 +27,7 @@ BatchNormMode = Literal["eval", "train"]
 
 _CHECKED_EXAMPLES = 16  # enough for any random layer to show; the check costs two passes over these
 _PROBED_EXAMPLES = 4  # on these the memory of a pass is measured
-_WORKING_SHARE = 4  # a working chunk takes this part of the memory: products need room beside the kept graph
+_WORKING_SHARE = 2  # a working chunk takes this part of the memory: products need room beside its graph
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -378,10 +378,13 @@ class EmpiricalRisk:
             with self.guard(products=True), count_saved_bytes() as fewer:
                 Tape(self, *self.subset(slice(0, probed // 2)))
             needed = max(1, (counted[0] - fewer[0]) // (probed - probed // 2))
+        # every tape holds its chunk's gradient beside what autograd saves, and a product is as large again
+        gradient = self.numel * self.dtype.itemsize
         if chunk_size is None and not whole:
-            self.chunk_size = max(1, min(len(self.inputs), memory // (_WORKING_SHARE * needed)))
+            room = memory - 2 * gradient
+            self.chunk_size = max(1, min(len(self.inputs), room // (_WORKING_SHARE * needed)))
         graph = needed * self.chunk_size
-        self._room = max(0, (memory - graph) // graph)
+        self._room = max(0, (memory - 2 * gradient - graph) // (graph + gradient))
 
     # ------------------------------------------------------------------ refusals
 
