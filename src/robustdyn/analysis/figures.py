@@ -227,6 +227,7 @@ def alignment(alignment: pd.DataFrame, epochs: pd.DataFrame) -> Figure:
             draw(ax, alignment, ALIGNMENT[null], cast, line=":", spread=f"{null}_spread")
             draw(ax, alignment, ALIGNMENT[name], cast, marker=MARKER, spread=f"{name}_se")
             finish(ax, "dotted: if H and C commuted", ALIGNMENT[name].shown)
+            ax.set_ylim(bottom=0)  # neither can be negative, whatever the bands say
         else:
             draw(ax, alignment, ALIGNMENT["captured_noise"], cast, line="--", marker=MARKER)
             draw(ax, alignment, ALIGNMENT[name], cast, marker=MARKER)
