@@ -48,7 +48,7 @@ docs: $(READY) ## Build the documentation into site/
 	@$(BIN)/mkdocs build --strict --quiet
 
 bench: $(READY) ## Run the benchmarks; results land in experiments/benchmarks/results/
-	@for script in $(filter-out %/common.py %/curvature_problem.py,$(wildcard experiments/benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script || true; done
+	@for script in $(filter-out %/common.py %/curvature_problem.py,$(wildcard experiments/benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script; done
 
 wheel: $(READY) ## Build wheel and source archive into dist/
 	@$(BIN)/python -m build --outdir dist .

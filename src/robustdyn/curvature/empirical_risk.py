@@ -272,7 +272,7 @@ class EmpiricalRisk:
         """A tape for each of this process's chunks, and whether it may be used up; inside :meth:`guard`.
 
         Within the memory given, tapes are kept from one call to the next, for all operators on this risk,
-        until the weights or running statistics change.
+        until weights, running statistics or examples change.
         """
         state = self.state()
         if state != self._kept_state:

@@ -118,8 +118,8 @@ class RiskOperator(LinearOperator):
     def _check_state(self) -> None:
         if self.risk.state() != self._state:
             raise RuntimeError(
-                "the model's weights or running statistics changed since this operator was made: its "
-                "products would belong to different matrices; make a new one"
+                "the model's weights, its running statistics or the examples changed since this operator was "
+                "made: its products would belong to different matrices; make a new one"
             )
 
 

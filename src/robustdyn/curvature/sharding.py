@@ -73,7 +73,7 @@ class Shards:
         if self.group is None:
             return (number,)
         own = torch.tensor([number], device=self._device)
-        everybody = [torch.empty_like(own) for _ in range(dist.get_world_size(self.group))]
+        everybody = [torch.empty_like(own) for _ in range(self.processes)]
         dist.all_gather(everybody, own, group=self.group)
         return tuple(int(value) for value in everybody)
 
