@@ -10,7 +10,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -165,7 +165,7 @@ def digits_run(width: int, examples: int, after: tuple[int, ...]) -> tuple[Probl
         # the digits' own mean and standard deviation
         model = _network(width, 3, CLASSES, [0.3053] * 3, [0.3759] * 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
-    attack = PGD(norm="linf", eps=EPS, step_size=STEP, steps=3, random_start=True, batchnorm="train")
+    attack = _pgd(steps=3, batchnorm="train")
     measured = torch.randperm(len(images), generator=streams.generator(SEED, "measured"))[:examples]
     problems, done = [], 0
     for steps in after:
@@ -189,8 +189,20 @@ def digits_run(width: int, examples: int, after: tuple[int, ...]) -> tuple[Probl
     return tuple(problems)
 
 
+def _pgd(*, steps: int, batchnorm: Literal["train", "eval"]) -> PGD:
+    return PGD(
+        norm="linf",
+        eps=EPS,
+        step_size=STEP,
+        steps=steps,
+        random_start="uniform",
+        start_std=1e-3,
+        batchnorm=batchnorm,
+    )
+
+
 def _attacked(model: PreActResNet, images: Tensor, labels: Tensor, measured: Tensor) -> Tensor:
-    attack = PGD(norm="linf", eps=EPS, step_size=STEP, steps=10, random_start=True, batchnorm="eval")
+    attack = _pgd(steps=10, batchnorm="eval")
     draws = streams.generator(SEED, "measure-attack")
     parts = measured.split(ATTACKED_AT_ONCE)
     return torch.cat(

@@ -17,7 +17,8 @@ def attack(**changes):
         "eps": 0.1,
         "step_size": 0.03,
         "steps": 5,
-        "random_start": True,
+        "random_start": "uniform",
+        "start_std": 1e-3,
         "batchnorm": "eval",
     }
     return PGD(**(settings | changes))
@@ -43,7 +44,7 @@ def batch(size=6, dtype=torch.float32):
     eps=st.floats(0, 2),
     step=st.floats(1e-3, 3),
     steps=st.integers(0, 4),
-    start=st.booleans(),
+    start=st.sampled_from(["uniform", "gaussian", "none"]),
     seed=st.integers(0, 2**20),
 )
 def test_stays_in_the_ball_and_in_the_pixel_range(norm, eps, step, steps, start, seed):
@@ -74,7 +75,7 @@ def test_finds_the_optimum_of_a_linear_classifier(norm):
 
 def test_matches_an_independent_rendering_step_by_step():
     net, (images, labels) = conv_net(torch.float64), batch(dtype=torch.float64)
-    out = attack(random_start=False).perturb(net, images, labels, generator(0, "attack"))
+    out = attack(random_start="none").perturb(net, images, labels, generator(0, "attack"))
     x = images.clone()
     for _ in range(5):
         x = x.detach().requires_grad_(True)

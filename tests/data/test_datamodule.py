@@ -100,9 +100,9 @@ def test_missing_test_file_is_named(root):
 def test_loaders(root):
     data = cifar10(root, validation_size=20, eval_batch_size=12)
     validation, test = data.val_dataloader()
-    assert [len(batch.labels) for batch in validation] == [12, 8]
-    assert torch.equal(torch.cat([b.labels for b in test]), data.split("test").labels)
-    assert torch.equal(torch.cat([b.labels for b in data.test_dataloader()]), data.split("test").labels)
+    assert [len(batch.targets) for batch in validation] == [12, 8]
+    assert torch.equal(torch.cat([b.targets for b in test]), data.split("test").labels)
+    assert torch.equal(torch.cat([b.targets for b in data.test_dataloader()]), data.split("test").labels)
     assert len(data.train_dataloader()) == 23
     (only,) = cifar10(root).val_dataloader()
     assert len(only.data) == 30
@@ -114,7 +114,7 @@ def test_measurement_subset(root):
     assert batch.images.dtype == torch.float32
     assert len(batch.indices.unique()) == 40
     assert torch.equal(batch.images, data.split("train").images[batch.indices].float() / 255)
-    assert torch.equal(batch.labels, data.split("train").labels[batch.indices])
+    assert torch.equal(batch.targets, data.split("train").labels[batch.indices])
     assert torch.equal(data.measurement_subset(15, seed=7).indices, batch.indices[:15])
     assert not torch.equal(data.measurement_subset(40, seed=8).indices, batch.indices)
     with pytest.raises(ConfigError, match=r"^measure\.examples=201 .* 200 training images"):

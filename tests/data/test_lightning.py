@@ -24,14 +24,14 @@ class Recorder(LightningModule):
     def training_step(self, batch, batch_idx):
         checksum = batch.images.double().sum().item()
         self.train_batches.append((self.current_epoch, batch_idx, tuple(batch.indices.tolist()), checksum))
-        return torch.nn.functional.cross_entropy(self.layer(batch.images.flatten(1)), batch.labels)
+        return torch.nn.functional.cross_entropy(self.layer(batch.images.flatten(1)), batch.targets)
 
     def validation_step(self, batch, batch_idx, dataloader_idx=0):
-        self.evaluated.append((dataloader_idx, len(batch.labels)))
-        self.log("x", float(dataloader_idx), batch_size=len(batch.labels))
+        self.evaluated.append((dataloader_idx, len(batch.targets)))
+        self.log("x", float(dataloader_idx), batch_size=len(batch.targets))
 
     def test_step(self, batch, batch_idx):
-        self.evaluated.append(("test", len(batch.labels)))
+        self.evaluated.append(("test", len(batch.targets)))
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)

@@ -42,7 +42,7 @@ def test_in_order_every_image_once():
     loader = TensorBatches(data, 8, rank=0, world_size=1)
     batches = list(loader)
     assert len(loader) == len(batches) == 5
-    assert [len(batch.labels) for batch in batches] == [8, 8, 8, 8, 5]
+    assert [len(batch.targets) for batch in batches] == [8, 8, 8, 8, 5]
     assert torch.cat([batch.indices for batch in batches]).tolist() == list(range(37))
     images = torch.cat([batch.images for batch in batches])
     assert images.dtype == torch.float32
@@ -57,7 +57,7 @@ def test_shuffled_every_image_once_with_its_label():
     indices = torch.cat([batch.indices for batch in batches])
     assert indices.sort().values.tolist() == list(range(37))
     assert indices.tolist() != list(range(37))
-    assert torch.equal(torch.cat([b.labels for b in batches]), data.labels[indices])
+    assert torch.equal(torch.cat([b.targets for b in batches]), data.labels[indices])
     assert torch.equal(torch.cat([b.images for b in batches]), data.images[indices].float() / 255)
 
 
@@ -90,7 +90,7 @@ def test_augmentation_differs_between_batches_and_epochs():
 def test_union_of_ranks_is_one_process(world_size):
     parts = [list(shuffled(rank=rank, world_size=world_size)) for rank in range(world_size)]
     assert_same(merge(parts), list(shuffled()))
-    assert all(len(batch.labels) for batches in parts for batch in batches)
+    assert all(len(batch.targets) for batches in parts for batch in batches)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

@@ -3,6 +3,7 @@ import torch
 from omegaconf import OmegaConf
 
 from robustdyn.attacks import PGD
+from robustdyn.entrypoints.combinations import check_combinations
 from robustdyn.entrypoints.config import RULES, build, check, config_dir
 from robustdyn.errors import ConfigError
 from tests.runs import compose
@@ -25,9 +26,13 @@ def test_every_experiment_composes_and_passes_its_checks(experiment):
             "data",
             "model",
             "attack",
-            "method",
+            "objective",
+            "perturbation",
             "optimizer",
+            "regularizer",
             "schedule",
+            "averaging",
+            "method",
             "measure",
             "trainer",
             "logger",
@@ -36,12 +41,17 @@ def test_every_experiment_composes_and_passes_its_checks(experiment):
     ],
 )
 def test_every_option_composes_and_passes_its_checks(choice):
-    check(compose(choice))
+    cfg = compose(choice)
+    check(cfg)
+    check_combinations(cfg)
+
+
+CHOICES = ((), ("method=trades_awp",), ("perturbation=sam",), ("schedule=wci",), ("stopping=early",))
 
 
 @pytest.mark.parametrize("key", RULES)
 def test_every_rule_guards_a_key_that_exists(key):
-    assert OmegaConf.select(compose(), key, throw_on_missing=True) is not None
+    assert any(OmegaConf.select(compose(*choice), key) is not None for choice in CHOICES)
 
 
 def test_a_data_set_changes_the_protocol_and_the_user_has_the_last_word():

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from robustdyn.curvature.probes import rademacher
-from robustdyn.errors import ConfigError
 from robustdyn.measure import Density, WeightCurvature
 from robustdyn.methods import OptimizerState
 from robustdyn.records import RunRecords
@@ -215,10 +214,17 @@ def test_refuses_what_has_no_error(settings, message):
         Density(**{"probes": 2, "steps": 4, "noise_probes": 2, **settings})
 
 
-def test_refuses_an_optimiser_without_a_known_law():
-    adam = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))])
-    with pytest.raises(ConfigError, match=r"Adam, but measure.measurements.density"):
-        Density(probes=2, steps=4, noise_probes=2).check(adam)
+def test_sums_over_a_law_are_null_where_the_optimiser_has_none_that_is_known(snapshot):
+    other = replace(snapshot, optimizer=OptimizerState(ETA, MU, OMEGA, plain=False))
+    settings = {"probes": 2, "steps": 6, "noise_probes": 2}
+    (ours,) = by_table(Density(**settings).measure(snapshot))["whole_space"]
+    (theirs,) = by_table(Density(**settings).measure(other))["whole_space"]
+    unknown = {name for name in ours if theirs[name] is None}
+    assert {name for name in unknown if not name.endswith(("_se", "_truncation"))} == {
+        "noise_share_unstable",
+        "curvature_term_positive_stable",
+    }
+    assert all(theirs[name] == ours[name] for name in ours.keys() - unknown - {"seconds"})
 
 
 def test_a_run_measures_it_when_asked(tmp_path, monkeypatch):

@@ -144,6 +144,18 @@ def test_a_direction_too_sharp_for_the_rate_has_no_variance(snapshot, dense):
     assert np.isnan(rows["bounds"][0]["dominant_terms_top_k"])  # no sum over fewer directions under this name
 
 
+def test_an_optimiser_without_a_known_law_keeps_the_spectrum(snapshot):
+    other = replace(snapshot, optimizer=OptimizerState(ETA, MU, OMEGA, plain=False), eigenpairs=solver())
+    ours, theirs = by_table(Spectrum().measure(snapshot)), by_table(Spectrum().measure(other))
+    for mine, row in zip(ours["spectrum"], theirs["spectrum"], strict=True):
+        assert row["stable"] is None
+        for name in ("posterior_variance_stationary", "curvature_term", "log_variance_term"):
+            assert np.isnan(row[name])
+        assert row["hessian_eigenvalue"] == pytest.approx(mine["hessian_eigenvalue"])
+        assert row["gradient_noise"] == pytest.approx(mine["gradient_noise"])
+    assert theirs["bounds"][0]["unstable_directions"] is None
+
+
 def test_no_stable_direction_at_all_is_recorded_too(snapshot):
     wild = replace(snapshot, optimizer=OptimizerState(1e6, MU, 0.0), eigenpairs=solver(tolerance=1e-3))
     rows = by_table(Spectrum().measure(wild))

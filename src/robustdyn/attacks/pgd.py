@@ -4,6 +4,7 @@ Shapes: B batch, C channels, H x W pixels, K classes. ε and the step are on the
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,13 +15,13 @@ from torch import Tensor, nn
 from robustdyn.models.modes import mode
 
 AttackLoss = Callable[[Tensor, Tensor], Tensor]
-"""(logits (B, K), labels (B,)) -> scalar that the attack climbs; a sum over examples, so that one example's
-step does not depend on the batch it stands in."""
+"""(logits (B, K), targets (B,) or (B, K)) -> scalar that the attack climbs; a sum over examples, so that one
+example's step does not depend on the batch it stands in."""
 
 
-def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Σ_b cross-entropy, the loss of Madry et al. (ICLR 2018)."""
-    return F.cross_entropy(logits, labels, reduction="sum")
+    return F.cross_entropy(logits, targets, reduction="sum")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,9 @@ class PGD:
         eps: Radius ε ≥ 0.
         step_size: Step, > 0.
         steps: Number of gradient steps ≥ 0.
-        random_start: Start uniformly in the ball (``l2``: uniform in volume) instead of at x₀.
+        random_start: Where to start: ``"uniform"`` in the ball (``l2``: in volume); ``"gaussian"``, x₀ plus
+            normal noise, as TRADES and MART do; ``"none"``, at x₀.
+        start_std: Standard deviation of the Gaussian start, > 0.
         batchnorm: ``"eval"`` attacks the network with its running statistics; ``"train"`` with those of the
             batch, which also moves the running statistics at every step, as the robust-overfitting study
             (Rice et al., ICML 2020) does.
@@ -48,7 +51,8 @@ class PGD:
     eps: float
     step_size: float
     steps: int
-    random_start: bool
+    random_start: Literal["uniform", "gaussian", "none"]
+    start_std: float
     batchnorm: Literal["train", "eval"]
 
     def __post_init__(self) -> None:
@@ -60,6 +64,10 @@ class PGD:
             raise ValueError(f"step_size must be positive, got {self.step_size}")
         if self.steps < 0:
             raise ValueError(f"steps must be at least 0, got {self.steps}")
+        if self.random_start not in ("uniform", "gaussian", "none"):
+            raise ValueError(f"random_start must be uniform, gaussian or none, got {self.random_start}")
+        if not self.start_std > 0:
+            raise ValueError(f"start_std must be positive, got {self.start_std}")
         if self.batchnorm not in ("train", "eval"):
             raise ValueError(f"batchnorm must be train or eval, got {self.batchnorm}")
 
@@ -67,7 +75,7 @@ class PGD:
         self,
         model: nn.Module,
         images: Tensor,
-        labels: Tensor,
+        targets: Tensor,
         generator: torch.Generator,
         loss: AttackLoss = summed_cross_entropy,
     ) -> Tensor:
@@ -76,20 +84,20 @@ class PGD:
         Args:
             model: Network; its mode flags are as before afterwards.
             images: (B, C, H, W) in [0, 1].
-            labels: (B,) integer classes.
+            targets: (B,) classes, or (B, K) probabilities.
             generator: Source of the random start, on the images' device.
             loss: What the attack climbs.
 
         Raises:
             RuntimeError: Called under ``torch.inference_mode``, where no input gradient exists.
         """
-        return self.climb(model, images, labels, self.start(images, generator), loss)
+        return self.climb(model, images, targets, self.start(images, generator), loss)
 
     def climb(
         self,
         model: nn.Module,
         images: Tensor,
-        labels: Tensor,
+        targets: Tensor,
         start: Tensor,
         loss: AttackLoss = summed_cross_entropy,
     ) -> Tensor:
@@ -97,18 +105,25 @@ class PGD:
         if torch.is_inference_mode_enabled():
             raise RuntimeError("an attack needs gradients: construct the Trainer with inference_mode=False")
         images, adversarial = images.detach(), start.detach().clone()
-        with torch.enable_grad(), mode(model, training=self.batchnorm == "train"):
+        with torch.enable_grad(), self.mode(model):
             for _ in range(self.steps):
                 adversarial.requires_grad_(True)
-                objective = loss(model(adversarial), labels)
+                objective = loss(model(adversarial), targets)
                 (gradient,) = torch.autograd.grad(objective, adversarial)
                 adversarial = self._step(images, adversarial.detach(), gradient)
         return adversarial
 
+    def mode(self, model: nn.Module) -> AbstractContextManager[None]:
+        """The scope in which the attack sees ``model``: train or eval, as ``batchnorm`` says."""
+        return mode(model, training=self.batchnorm == "train")
+
     def start(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Where the attack begins: a random point of the ball, or a copy of ``images`` (B, C, H, W)."""
-        if not self.random_start or self.eps == 0:
+        if self.random_start == "none" or self.eps == 0:
             return images.clone()
+        if self.random_start == "gaussian":
+            noise = torch.empty_like(images).normal_(generator=generator)
+            return self._project(images, noise.mul_(self.start_std))
         if self.norm == "linf":
             noise = torch.empty_like(images).uniform_(-self.eps, self.eps, generator=generator)
             return (images + noise).clamp_(0, 1)
@@ -122,7 +137,12 @@ class PGD:
             moved = adversarial.add_(gradient.sign_(), alpha=self.step_size)
             return torch.clamp(moved, images - self.eps, images + self.eps).clamp_(0, 1)
         scale = self.step_size / _norms(gradient)
-        delta = adversarial + gradient * _per_example(scale, gradient) - images
+        return self._project(images, adversarial + gradient * _per_example(scale, gradient) - images)
+
+    def _project(self, images: Tensor, delta: Tensor) -> Tensor:
+        """The point of the ball and the box next to ``images`` + ``delta``."""
+        if self.norm == "linf":
+            return (images + delta.clamp(-self.eps, self.eps)).clamp_(0, 1)
         shrink = (self.eps / _norms(delta)).clamp_(max=1)
         # The box is convex and holds x₀, so clamping only shortens delta: the ball is kept.
         return (images + delta * _per_example(shrink, delta)).clamp_(0, 1)

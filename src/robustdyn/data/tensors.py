@@ -19,8 +19,8 @@ class Batch(NamedTuple):
 
     images: Tensor
     """float32, (B, C, H, W), in [0, 1]; not normalised, the model does that."""
-    labels: Tensor
-    """int64, (B,)."""
+    targets: Tensor
+    """What to learn: classes, int64, (B,); or, where images are mixed, probabilities, float32, (B, K)."""
     indices: Tensor
     """int64, (B,), positions in the split."""
 

@@ -32,10 +32,14 @@ def register_resolvers() -> None:
     ``per_255``: a pixel radius given in 1/255, on the [0, 1] scale that all code uses.
     ``short``: text for a folder name, cut to 100 characters (file systems take 255 bytes), without slashes.
     ``at_fractions``: epochs at fractions of the run's length, so that a shorter run keeps the papers' shape.
+    ``first_at_fraction``: likewise one epoch, at least 1.
     """
     OmegaConf.register_new_resolver("per_255", lambda value: float(value) / 255, replace=True)
     OmegaConf.register_new_resolver("short", lambda text: str(text).replace("/", "-")[:100], replace=True)
     OmegaConf.register_new_resolver("at_fractions", _at_fractions, replace=True)
+    OmegaConf.register_new_resolver(
+        "first_at_fraction", lambda length, fraction: max(1, int(length * fraction)), replace=True
+    )
 
 
 def _at_fractions(length: int, *fractions: float) -> list[int]:
@@ -58,6 +62,11 @@ def _whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _one_of(*choices: str) -> Rule:
+    *first, last = choices
+    return Rule(lambda v: v in choices, f"must be {', '.join(first)} or {last}")
+
+
 NON_NEGATIVE = Rule(lambda v: _number(v) and v >= 0, "must be a number of at least 0")
 POSITIVE = Rule(lambda v: _number(v) and v > 0, "must be a positive number")
 WHOLE = Rule(lambda v: _whole(v) and v >= 0, "must be a whole number of at least 0")
@@ -72,22 +81,37 @@ RULES: Mapping[str, Rule] = {
     "data.batch_size": COUNT,
     "data.eval_batch_size": COUNT,
     "model.width": COUNT,
-    "attack.norm": Rule(lambda v: v in ("linf", "l2"), "must be linf or l2"),
+    "attack.norm": _one_of("linf", "l2"),
     "attack.eps_255": NON_NEGATIVE,
     "attack.step_255": POSITIVE,
     "attack.steps": WHOLE,
+    "attack.train.batchnorm": _one_of("train", "eval"),
+    "attack.train.random_start": _one_of("uniform", "gaussian", "none"),
+    "objective.label_smoothing": FRACTION,
+    "objective.beta": NON_NEGATIVE,
+    "perturbation.gamma": NON_NEGATIVE,
+    "perturbation.rho": NON_NEGATIVE,
+    "perturbation.warmup_epochs": WHOLE,
     "optimizer.lr": POSITIVE,
     "optimizer.momentum": FRACTION,
     "optimizer.weight_decay": NON_NEGATIVE,
+    "optimizer.nesterov": SWITCH,
+    "regularizer.l1": NON_NEGATIVE,
+    "regularizer.weight_decay_on": _one_of("all", "weights"),
+    "schedule.threshold": POSITIVE,
+    "schedule.interval": COUNT,
+    "schedule.start_epoch": COUNT,
+    "schedule.quantity": _one_of("wci", "hessian_trace"),
+    "schedule.monotone": SWITCH,
+    "stopping.patience": COUNT,
+    "measure.inputs": _one_of("adversarial", "clean"),
     "measure.examples": WHOLE,
     "measure.memory_mib": COUNT,
-    "measure.precision": Rule(lambda v: v in ("full", "tf32", "bfloat16"), "must be full, tf32 or bfloat16"),
+    "measure.precision": _one_of("full", "tf32", "bfloat16"),
     "measure.eigenpairs.directions": COUNT,
     "measure.eigenpairs.max_products": COUNT,
     "measure.eigenpairs.warm_start": SWITCH,
-    "measure.interpolation": Rule(
-        lambda v: v in ("log_linear", "piecewise_constant"), "must be log_linear or piecewise_constant"
-    ),
+    "measure.interpolation": _one_of("log_linear", "piecewise_constant"),
     "trainer.max_epochs": COUNT,
     "trainer.check_val_every_n_epoch": COUNT,
 }
@@ -115,7 +139,7 @@ def _present(cfg: DictConfig, key: str) -> set[str]:
 
 
 def build(cfg: Any, key: str, **extra: Any) -> Any:
-    """The object that the ``_target_`` at ``key`` names, ``extra`` added to its arguments.
+    """The object that the ``_target_`` at ``key`` names, ``extra`` added to its arguments; None for none.
 
     Raises:
         ConfigError: The target is not allowed or unknown, or it refused its arguments; names ``key``.
@@ -123,6 +147,8 @@ def build(cfg: Any, key: str, **extra: Any) -> Any:
     node = OmegaConf.select(cfg, key)
     if node is None:
         raise ConfigError(f"{key} is missing from the configuration")
+    if not node:
+        return None  # the choice "none" of a group
     _check_targets(OmegaConf.to_container(node, resolve=True), key)
     try:
         # extra arguments go straight to the constructor: Hydra would turn dataclasses into configurations

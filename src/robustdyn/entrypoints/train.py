@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from robustdyn.analysis.report import build_report
 from robustdyn.data import ImageDataModule
+from robustdyn.entrypoints.combinations import check_combinations
 from robustdyn.entrypoints.config import build, check
 from robustdyn.entrypoints.environment import write_environment
 from robustdyn.entrypoints.progress import RunProgress
@@ -38,6 +39,7 @@ def train(cfg: DictConfig) -> None:
         UserError: The configuration or a data file cannot be used.
     """
     check(cfg)
+    check_combinations(cfg)
     _quieten_lightning()
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     lightning.seed_everything(cfg.seed, verbose=False)
@@ -71,19 +73,19 @@ def train(cfg: DictConfig) -> None:
 
 
 def build_module(cfg: DictConfig, data: ImageDataModule) -> AdversarialTraining:
-    """The LightningModule that ``cfg.method`` names, with its model, attacks, optimiser and schedule."""
-    module: AdversarialTraining = build(
-        cfg,
-        "method",
+    """The LightningModule, put together from one choice along each axis."""
+    return AdversarialTraining(
         model=build(cfg, "model"),
+        objective=build(cfg, "objective"),
         attack=build(cfg, "attack.train"),
         evaluation_attack=build(cfg, "attack.evaluation"),
+        perturbation=build(cfg, "perturbation"),
+        regularizer=build(cfg, "regularizer"),
         optimizer=build(cfg, "optimizer"),
         schedule=build(cfg, "schedule"),
-        num_classes=data.num_classes,
         evaluation_splits=data.evaluation_splits,
+        seed=cfg.seed,
     )
-    return module
 
 
 def _callbacks(cfg: DictConfig, data: ImageDataModule, records: RunRecords, run_dir: Path) -> list[Callback]:
@@ -92,6 +94,7 @@ def _callbacks(cfg: DictConfig, data: ImageDataModule, records: RunRecords, run_
     measure = Measure(
         epochs=settings["epochs"],
         examples=settings["examples"],
+        inputs=settings["inputs"],
         memory_mib=settings["memory_mib"],
         precision=settings["precision"],
         eigenpairs=build(cfg, "measure.eigenpairs"),
@@ -100,17 +103,19 @@ def _callbacks(cfg: DictConfig, data: ImageDataModule, records: RunRecords, run_
     )
     posterior = RecordPosterior(records, interpolation=settings["interpolation"])
     callbacks: list[Callback] = [RecordEpochs(records), measure, posterior]
-    if "validation" in data.evaluation_splits:
-        # Selection on test examples would flatter; without a validation split nothing is selected.
-        callbacks.append(
-            ModelCheckpoint(
-                dirpath=run_dir / "checkpoints",
-                filename="best_on_validation",
-                monitor="validation_robust_error",
-                mode="min",
-                enable_version_counter=False,
-            )
+    callbacks += [c for c in (build(cfg, "averaging"), build(cfg, "stopping")) if c is not None]
+    callbacks += [
+        # selection on test examples, as the papers' "best", flatters: the name says which it was
+        ModelCheckpoint(
+            dirpath=run_dir / "checkpoints",
+            filename=f"best_on_{split}",
+            monitor=f"{split}_robust_error",
+            mode="min",
+            save_on_train_epoch_end=True,
+            enable_version_counter=False,
         )
+        for split in data.evaluation_splits
+    ]
     callbacks.append(
         ModelCheckpoint(
             dirpath=run_dir / "checkpoints",

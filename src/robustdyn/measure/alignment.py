@@ -1,25 +1,29 @@
 """Measures how much the Hessian and the gradient noise share directions, and what that costs the bound."""
 
 from collections.abc import Callable, Iterator
+from typing import ClassVar
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from robustdyn.curvature import alignment, covariance_jackknife, sign_flipped_covariances
 from robustdyn.measure.callback import Row
 from robustdyn.measure.snapshot import Snapshot
-from robustdyn.measure.spectrum import require_plain_momentum, stationary
+from robustdyn.measure.spectrum import stationary
 from robustdyn.theory import minibatch_noise_factor, stationary_covariance, total_correlation
 
 
 class Alignment:
     """One row of the ``alignment`` table, over the k algebraically largest Hessian directions.
 
+    The total correlation is that of momentum SGD's stationary law; with another optimiser it is null.
+
     Args:
         groups: Groups of examples in the jackknife that gives the standard errors.
         randomisations: Random sets of signs that give the values expected of commuting H and C.
     """
+
+    tables: ClassVar[tuple[str, ...]] = ("alignment",)
 
     def __init__(self, *, groups: int, randomisations: int) -> None:
         if groups < 2:
@@ -27,14 +31,6 @@ class Alignment:
         if randomisations < 2:
             raise ValueError(f"randomisations must be at least 2, got {randomisations}")
         self._groups, self._randomisations = groups, randomisations
-
-    def check(self, optimizer: torch.optim.Optimizer) -> None:
-        """The total correlation is that of momentum SGD's stationary law.
-
-        Raises:
-            ConfigError: Another optimiser, Nesterov momentum or dampening.
-        """
-        require_plain_momentum(optimizer, "alignment")
 
     def measure(self, snapshot: Snapshot) -> Iterator[Row]:
         """The row."""
@@ -80,7 +76,7 @@ class Alignment:
 
 def _total_correlation(snapshot: Snapshot) -> Callable[[Tensor], float]:
     """The stationary posterior's total correlation as a function of C₁ (k, k); NaN if it does not exist."""
-    eta, mu, omega = snapshot.optimizer
+    eta, mu, omega, _ = snapshot.optimizer
     eigenvalues = snapshot.hessian.eigenvalues.numpy()
     factor = minibatch_noise_factor(snapshot.train_examples, snapshot.batch_size, replacement=False)
     stable, _ = stationary(snapshot, eigenvalues, factor * snapshot.projected.variances.numpy())

@@ -3,12 +3,13 @@
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import lightning
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from robustdyn import streams
@@ -17,7 +18,7 @@ from robustdyn.data import ImageDataModule
 from robustdyn.errors import ConfigError
 from robustdyn.measure.snapshot import Eigenpairs, Snapshot
 from robustdyn.measure.when import EpochSpec, measured_epochs
-from robustdyn.methods import AdversarialTraining
+from robustdyn.methods import AdversarialTraining, is_plain_momentum
 from robustdyn.records import RunRecords
 
 Row = tuple[str, Mapping[str, Any]]
@@ -27,12 +28,8 @@ Row = tuple[str, Mapping[str, Any]]
 class Measurement(Protocol):
     """What to measure."""
 
-    def check(self, optimizer: torch.optim.Optimizer) -> None:
-        """Refuse, before training starts, an optimiser that the measurement's formulas do not describe.
-
-        Raises:
-            ConfigError: Names the optimiser and the remedy.
-        """
+    tables: ClassVar[tuple[str, ...]]
+    """The tables that its rows belong to."""
 
     def measure(self, snapshot: Snapshot) -> Iterable[Row]:
         """Rows for the record, computed from the snapshot alone."""
@@ -42,8 +39,11 @@ class Measure(Callback):
     """Runs measurements at set epochs, all on one set of adversarial training examples.
 
     The examples are drawn once per run and attacked anew at each measured epoch, with the evaluation attack
-    and always from the same random starts. They are spread over the ranks. Training's random streams,
-    weights, buffers and gradients are as before afterwards.
+    on the cross-entropy, whatever the training objective, and always from the same random starts. They are
+    spread over the ranks. Training's random streams, weights, buffers and gradients are as before afterwards.
+
+    A learning-rate rule that follows a measurement gets its row at the epochs it asks for: at epochs that are
+    not measured anyway only what the rule reads is computed and recorded.
 
     The last eigenvectors are remembered, summed, as starts for the next epoch's; they travel with the
     checkpoint, so that a resumed run measures the same numbers.
@@ -51,6 +51,7 @@ class Measure(Callback):
     Args:
         epochs: When; see :func:`robustdyn.measure.when.measured_epochs`.
         examples: Size of the measurement set, over all ranks.
+        inputs: ``"adversarial"``, or ``"clean"`` for the loss of the unperturbed examples.
         memory_mib: Memory of the passes on each rank: the chunk, and graphs kept for the next product.
         precision: Of the products; see :class:`robustdyn.curvature.EmpiricalRisk`.
         eigenpairs: How leading eigenpairs are found.
@@ -63,6 +64,7 @@ class Measure(Callback):
         *,
         epochs: EpochSpec,
         examples: int,
+        inputs: Literal["adversarial", "clean"],
         memory_mib: int,
         precision: Precision,
         eigenpairs: Eigenpairs,
@@ -71,12 +73,14 @@ class Measure(Callback):
     ) -> None:
         self._spec = epochs
         self._examples = examples
+        self._inputs = inputs
         self._memory = memory_mib * 2**20
         self._precision: Precision = precision
         self._eigenpairs = eigenpairs
         self._measurements = measurements
         self._records = records
         self._epochs: frozenset[int] = frozenset()
+        self._rule_epochs: frozenset[int] = frozenset()
         self._starts: dict[str, Tensor] = {}
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -93,7 +97,8 @@ class Measure(Callback):
         max_epochs = int(trainer.max_epochs or 0)
         decays = pl_module.schedule.decay_epochs(max_epochs)
         self._epochs = measured_epochs(self._spec, max_epochs=max_epochs, decay_epochs=decays)
-        if self._epochs:
+        self._rule_epochs = frozenset(pl_module.schedule.reading_epochs(max_epochs))
+        if self._epochs | self._rule_epochs:
             data = _data(trainer)
             data.measurement_subset(self._examples, pl_module.seed)
             if self._examples < trainer.world_size:
@@ -101,19 +106,24 @@ class Measure(Callback):
                     f"measure.examples={self._examples} cannot be spread over {trainer.world_size} devices; "
                     "choose at least one for each"
                 )
-            for measurement in self._measurements.values():
-                measurement.check(trainer.optimizers[0])
+        if self._epochs and not is_plain_momentum(trainer.optimizers[0]):
+            rank_zero_warn(
+                "the stationary laws recorded are those of momentum SGD without Nesterov, dampening or "
+                "several weight decays: with this optimiser their columns stay empty"
+            )
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Measure, if this epoch is one of those set."""
-        if trainer.current_epoch not in self._epochs:
-            return
         assert isinstance(pl_module, AdversarialTraining)
+        measurements = self._due(trainer.current_epoch, pl_module.schedule.reads)
+        if not measurements:
+            return
         with _first_rank_buffers(pl_module.model, trainer.world_size):
             began = time.perf_counter()
             snapshot = self._snapshot(trainer, pl_module)
-            for measurement in self._measurements.values():
+            for measurement in measurements:
                 for table, row in measurement.measure(snapshot):
+                    pl_module.observe(table, row)
                     if trainer.is_global_zero:
                         self._records.append(table, row)
                     if "index" not in row and "layer" not in row:  # one row per epoch: a curve
@@ -122,11 +132,19 @@ class Measure(Callback):
         if trainer.is_global_zero:
             self._records.extend("costs", list(_costs(snapshot, seconds)))
         # half the bytes, and a start needs no more digits
-        self._starts = {
+        self._starts |= {
             name: pairs.warm_start.bfloat16().cpu()
             for name, pairs in snapshot.solved.items()
             if self._eigenpairs.warm_start
         }
+
+    def _due(self, epoch: int, read: str | None) -> list[Measurement]:
+        """What to measure after ``epoch``: everything, what the rule reads, or nothing."""
+        if epoch in self._epochs:
+            return list(self._measurements.values())
+        if epoch in self._rule_epochs:
+            return [m for m in self._measurements.values() if read in m.tables]
+        return []
 
     def _snapshot(self, trainer: lightning.Trainer, module: AdversarialTraining) -> Snapshot:
         assert module.last_step is not None
@@ -137,19 +155,17 @@ class Measure(Callback):
         starts = attack.start(
             subset.images, streams.generator(module.seed, "measure-attack", device=module.device)
         )
-        own = shard((subset.images, subset.labels, starts), trainer.global_rank, trainer.world_size)
-        # in batches as large as training's: measuring must not need more activations than training does
-        batches = zip(*(tensor.split(data.batch_size) for tensor in own), strict=True)
-        adversarial = torch.cat(
-            [
-                attack.climb(module.model, images, labels, start, module.objective.attack_loss)
-                for images, labels, start in batches
-            ]
+        images, labels, starts = shard(
+            (subset.images, subset.targets, starts), trainer.global_rank, trainer.world_size
         )
+        if self._inputs == "adversarial":
+            # in batches as large as training's: measuring must not need more activations than training does
+            batches = zip(*(t.split(data.batch_size) for t in (images, labels, starts)), strict=True)
+            images = torch.cat([attack.climb(module.model, *batch) for batch in batches])
         risk = EmpiricalRisk(
             module.model,
-            adversarial,
-            own[1],
+            images,
+            labels,
             memory=self._memory,
             precision=self._precision,
             batchnorm="eval",

@@ -1,6 +1,7 @@
 """Measures the Hessian's whole spectrum, plain and weighted with the gradient noise, and sums over it."""
 
 from collections.abc import Callable, Iterator
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -8,7 +9,8 @@ from torch import Tensor
 from robustdyn.curvature import GradientCovariance, Hessian, SpectralDensity, spectral_density
 from robustdyn.measure.callback import Row
 from robustdyn.measure.snapshot import Snapshot
-from robustdyn.measure.spectrum import require_plain_momentum
+from robustdyn.methods import OptimizerState
+from robustdyn.records.schema import WHOLE_SPACE
 from robustdyn.theory import MomentumDynamics, curvature_term_per_noise, minibatch_noise_factor
 
 
@@ -24,6 +26,8 @@ class Density:
         noise_probes: Random vectors with the noise's covariance, one gradient each beside the steps.
     """
 
+    tables: ClassVar[tuple[str, ...]] = ("density", "whole_space")
+
     def __init__(self, *, probes: int, steps: int, noise_probes: int) -> None:
         for name, value in (("probes", probes), ("noise_probes", noise_probes)):
             if value < 2:
@@ -31,14 +35,6 @@ class Density:
         if steps < 4:
             raise ValueError(f"steps must be at least 4, for half of them give the trace too, got {steps}")
         self._probes, self._steps, self._noise_probes = probes, steps, noise_probes
-
-    def check(self, optimizer: torch.optim.Optimizer) -> None:
-        """The curvature term is that of momentum SGD's stationary law.
-
-        Raises:
-            ConfigError: Another optimiser, Nesterov momentum or dampening.
-        """
-        require_plain_momentum(optimizer, "density")
 
     def measure(self, snapshot: Snapshot) -> Iterator[Row]:
         """The ``density`` rows of both kinds, then one ``whole_space`` row."""
@@ -66,7 +62,7 @@ class Density:
                 "epoch": snapshot.epoch,
                 "step": snapshot.step,
                 **_of_hessian(plain),
-                **_of_noise(noise, tracked, factor, MomentumDynamics(*snapshot.optimizer)),
+                **_of_noise(noise, tracked, factor, snapshot.optimizer),
                 "products": plain.products + noise.products,
                 "seconds": plain.seconds + noise.seconds,
             },
@@ -135,15 +131,22 @@ def _of_hessian(density: SpectralDensity) -> dict[str, float]:
 
 
 def _of_noise(
-    density: SpectralDensity, tracked: _Tracked, factor: float, dynamics: MomentumDynamics
-) -> dict[str, float]:
-    """Columns of ``whole_space`` on C, whose draws lack ``factor``."""
-    edges = torch.tensor([0.0, dynamics.stable_eigenvalues[1]], dtype=torch.float64)
-    (flat, stable), errors = density.cumulative(edges)
-    return {
+    density: SpectralDensity, tracked: _Tracked, factor: float, optimizer: OptimizerState
+) -> dict[str, float | None]:
+    """Columns of ``whole_space`` on C, whose draws lack ``factor``; momentum SGD's null for others."""
+    law_free = {
         **_with_error("noise_trace", tracked.trace_of(density, lambda v: torch.full_like(v, factor))),
-        **_with_error("noise_share_nonpositive", (flat, errors[0])),
-        **_with_error("noise_share_unstable", (1.0 - stable, errors[1])),
+        **_with_error("noise_share_nonpositive", density.cumulative(torch.zeros(1))),
+    }
+    if not optimizer.plain:
+        unknown = [n for n in WHOLE_SPACE.names if n.startswith(("noise_share_unstable", "curvature_term_"))]
+        return dict.fromkeys(unknown) | law_free
+    dynamics = MomentumDynamics(*optimizer[:3])
+    edge = torch.tensor([dynamics.stable_eigenvalues[1]], dtype=torch.float64)
+    stable, error = density.cumulative(edge)
+    return {
+        **law_free,
+        **_with_error("noise_share_unstable", (1.0 - stable, error)),
         **_truncated(
             "curvature_term_positive_stable",
             lambda part: tracked.trace_of(part, _curvature_term(factor, dynamics)),

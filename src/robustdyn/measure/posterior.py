@@ -153,7 +153,7 @@ class _Direction:
 
 
 class RecordPosterior(Callback):
-    """Writes the ``posterior`` table when training ends; see :func:`posterior_rows`.
+    """Writes the ``posterior`` table when training with momentum SGD ends; see :func:`posterior_rows`.
 
     Args:
         records: The run's record; only the first rank writes.
@@ -167,7 +167,7 @@ class RecordPosterior(Callback):
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Write the table anew, whole."""
         assert isinstance(pl_module, AdversarialTraining)
-        if not trainer.is_global_zero or pl_module.last_step is None:
+        if not trainer.is_global_zero or pl_module.last_step is None or not pl_module.last_step.plain:
             return
         tables = {name: read_table(self._records.run_dir, name) for name in ("epochs", "rates", "spectrum")}
         if tables["spectrum"].empty:

@@ -1,12 +1,11 @@
 """Measures the leading Hessian directions, the gradient noise along them and the posterior they imply."""
 
 from collections.abc import Iterator
+from typing import ClassVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from robustdyn.errors import ConfigError
 from robustdyn.measure.callback import Row
 from robustdyn.measure.snapshot import Snapshot
 from robustdyn.theory import dominant_terms, is_stable, minibatch_noise_factor, stationary_variance
@@ -18,15 +17,11 @@ class Spectrum:
     """Rows of the ``spectrum`` and ``bounds`` tables, over the k algebraically largest Hessian directions.
 
     The noise C is that of a mini-batch drawn without replacement from the training set, as the loader draws.
+    The stationary law is momentum SGD's (docs/theory.md, section 2); with another optimiser its columns are
+    null.
     """
 
-    def check(self, optimizer: torch.optim.Optimizer) -> None:
-        """The stationary law is momentum SGD's (docs/theory.md, section 2).
-
-        Raises:
-            ConfigError: Another optimiser, Nesterov momentum or dampening.
-        """
-        require_plain_momentum(optimizer, "spectrum")
+    tables: ClassVar[tuple[str, ...]] = ("spectrum", "bounds")
 
     def measure(self, snapshot: Snapshot) -> Iterator[Row]:
         """First k ``spectrum`` rows, then one ``bounds`` row."""
@@ -51,7 +46,7 @@ class Spectrum:
                     "noise_eigenvalue": own * float(snapshot.noise.eigenvalues[index]),
                     "noise_residual": own * float(snapshot.noise.residuals[index]),
                     "posterior_variance_stationary": variances[index],
-                    "stable": bool(stable[index]),
+                    "stable": bool(stable[index]) if snapshot.optimizer.plain else None,
                     "curvature_term": curvature[index],
                     "log_variance_term": log_variance[index],
                 },
@@ -62,7 +57,7 @@ class Spectrum:
                 "epoch": snapshot.epoch,
                 "step": snapshot.step,
                 "tracked_directions": len(eigenvalues),
-                "unstable_directions": int((~stable).sum()),
+                "unstable_directions": int((~stable).sum()) if snapshot.optimizer.plain else None,
                 # NaN, recorded as null, as soon as one direction has no variance: a sum over fewer directions
                 # would be another quantity, and its curve would jump for no reason of the network's
                 "curvature_term_top_k": float(curvature.sum()),
@@ -72,27 +67,13 @@ class Spectrum:
         )
 
 
-def require_plain_momentum(optimizer: torch.optim.Optimizer, measurement: str) -> None:
-    """Refuse an optimiser whose stationary law the theory does not know.
-
-    Raises:
-        ConfigError: Names the optimiser and the measurement to leave out.
-    """
-    plain = type(optimizer) is torch.optim.SGD
-    if plain and not (optimizer.defaults["nesterov"] or optimizer.defaults["dampening"]):
-        return
-    kind = type(optimizer).__name__ + (" with nesterov or dampening" if plain else "")
-    raise ConfigError(
-        f"optimizer is {kind}, but measure.measurements.{measurement} knows the posterior of plain momentum "
-        f"SGD only; choose optimizer=sgd or leave it out with ~measure.measurements.{measurement}"
-    )
-
-
 def stationary(snapshot: Snapshot, eigenvalues: Array, gamma: Array) -> tuple[NDArray[np.bool_], Array]:
-    """Which directions (k,) have a stationary law, and its variance (k,), NaN elsewhere."""
-    eta, mu, omega = snapshot.optimizer
-    stable = is_stable(eigenvalues, eta, mu, omega) & (gamma > 0)
+    """Which directions (k,) have a known stationary law, and its variance (k,), NaN elsewhere."""
+    eta, mu, omega, plain = snapshot.optimizer
     variances = np.full(eigenvalues.shape, np.nan)
+    if not plain:
+        return np.zeros(eigenvalues.shape, dtype=bool), variances
+    stable = is_stable(eigenvalues, eta, mu, omega) & (gamma > 0)
     if stable.any():
         variances[stable] = stationary_variance(
             eigenvalues[stable], gamma[stable], learning_rate=eta, momentum=mu, weight_decay=omega

@@ -2,8 +2,7 @@
 
 import time
 from collections.abc import Iterator
-
-import torch
+from typing import ClassVar
 
 from robustdyn.curvature import layer_traces
 from robustdyn.measure.callback import Row
@@ -19,12 +18,11 @@ class WeightCurvature:
         exact_classes_up_to: Classes up to which the Gauss–Newton route is exact (one reverse pass a class).
     """
 
+    tables: ClassVar[tuple[str, ...]] = ("wci", "layers")
+
     def __init__(self, *, probes: int, exact_classes_up_to: int) -> None:
         self._probes = probes
         self._exact_classes_up_to = exact_classes_up_to
-
-    def check(self, optimizer: torch.optim.Optimizer) -> None:
-        """Any optimiser will do."""
 
     def measure(self, snapshot: Snapshot) -> Iterator[Row]:
         """One ``wci`` row, then one ``layers`` row per convolution kernel or linear weight."""

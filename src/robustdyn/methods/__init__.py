@@ -1,7 +1,29 @@
-"""Training methods as combinations of an objective and a learning-rate rule."""
+"""Training methods as combinations of an objective, a weight perturbation and a learning-rate rule."""
 
-from robustdyn.methods.adversarial_training import AdversarialTraining, OptimizerState
-from robustdyn.methods.objectives import AdversarialCrossEntropy
-from robustdyn.methods.schedules import Constant, Piecewise
+from robustdyn.methods.adversarial_training import AdversarialTraining, OptimizerState, is_plain_momentum
+from robustdyn.methods.averaging import EpochAveraging
+from robustdyn.methods.objectives import MART, TRADES, AdversarialCrossEntropy, CrossEntropy
+from robustdyn.methods.perturbations import AWP, SAM, GlobalAWP
+from robustdyn.methods.regularizer import Regularizer
+from robustdyn.methods.schedules import Constant, Cosine, Interpolated, MultiDecay, Piecewise, WCIRate
 
-__all__ = ["AdversarialCrossEntropy", "AdversarialTraining", "Constant", "OptimizerState", "Piecewise"]
+__all__ = [
+    "AWP",
+    "MART",
+    "SAM",
+    "TRADES",
+    "AdversarialCrossEntropy",
+    "AdversarialTraining",
+    "Constant",
+    "Cosine",
+    "CrossEntropy",
+    "EpochAveraging",
+    "GlobalAWP",
+    "Interpolated",
+    "MultiDecay",
+    "OptimizerState",
+    "Piecewise",
+    "Regularizer",
+    "WCIRate",
+    "is_plain_momentum",
+]

@@ -1,10 +1,11 @@
 """Adversarial training as a LightningModule.
 
-The step, in the order of the code: attack the batch, descend on the objective at the adversarial images.
-What distinguishes one method from another (objective, learning-rate rule) is handed in; the loop exists once.
+The step, in the order of the code: attack the batch, perturb the weights, descend on the objective at the
+adversarial images, take the perturbation off. What distinguishes one method from another (objective, weight
+perturbation, learning-rate rule) is handed in; the loop exists once.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import lightning
@@ -14,27 +15,45 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from robustdyn import streams
 from robustdyn.attacks import PGD
+from robustdyn.errors import ConfigError
 from robustdyn.methods.metrics import RobustMetrics
-from robustdyn.methods.objectives import Objective
+from robustdyn.methods.objectives import Objective, Outcome
+from robustdyn.methods.perturbations import WeightPerturbation
+from robustdyn.methods.regularizer import Regularizer
 from robustdyn.methods.schedules import Schedule
-from robustdyn.models.modes import mode
+from robustdyn.models.modes import frozen_statistics, mode
 
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+OptimizerFactory = Callable[[Iterable[Any]], torch.optim.Optimizer]
+"""From parameter groups to an optimiser."""
 
 
 class Batch(Protocol):
     """What a training or evaluation loader yields."""
 
     images: Tensor  # (B, C, H, W) in [0, 1]
-    labels: Tensor  # (B,)
+    targets: Tensor  # (B,) classes, or (B, K) probabilities where images are mixed
 
 
 class OptimizerState(NamedTuple):
-    """Settings of the optimiser's last step, as momentum SGD knows them."""
+    """Settings of the optimiser's last step, as momentum SGD knows them.
+
+    ``plain``: whether the step is that of the theory's laws; see :func:`is_plain_momentum`.
+    """
 
     learning_rate: float
     momentum: float
     weight_decay: float
+    plain: bool = True
+
+
+def is_plain_momentum(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it is momentum SGD as in docs/theory.md: no Nesterov, no dampening, one decay for all."""
+    return type(optimizer) is torch.optim.SGD and all(
+        not group["nesterov"]
+        and group["dampening"] == 0
+        and group["weight_decay"] == optimizer.param_groups[0]["weight_decay"]
+        for group in optimizer.param_groups
+    )
 
 
 class AdversarialTraining(lightning.LightningModule):
@@ -49,9 +68,10 @@ class AdversarialTraining(lightning.LightningModule):
         objective: What the attack climbs and the optimiser descends.
         attack: Makes the training examples.
         evaluation_attack: Makes the evaluation examples.
-        optimizer: Builds the optimiser from the parameters.
-        schedule: Learning-rate rule, applied after every step.
-        num_classes: K.
+        perturbation: Moves the weights before each descent step; None for none.
+        regularizer: Penalty on the weights, and which of them decay.
+        optimizer: Builds the optimiser from parameter groups.
+        schedule: Learning-rate rule, applied before every step.
         evaluation_splits: Names of the validation loop's loaders, in order, e.g. ``("test",)``.
         seed: The run's seed.
     """
@@ -63,9 +83,10 @@ class AdversarialTraining(lightning.LightningModule):
         objective: Objective,
         attack: PGD,
         evaluation_attack: PGD,
+        perturbation: WeightPerturbation | None,
+        regularizer: Regularizer,
         optimizer: OptimizerFactory,
         schedule: Schedule,
-        num_classes: int,
         evaluation_splits: tuple[str, ...],
         seed: int,
     ) -> None:
@@ -74,11 +95,13 @@ class AdversarialTraining(lightning.LightningModule):
         self.objective = objective
         self.attack = attack
         self.evaluation_attack = evaluation_attack
+        self.perturbation = perturbation
+        self.regularizer = regularizer
         self.schedule = schedule
         self.seed = seed
         self.evaluation_splits = evaluation_splits
         # a list, since a ModuleDict cannot have a key "train"
-        self._metrics = nn.ModuleList(RobustMetrics(num_classes) for _ in ("train", *evaluation_splits))
+        self._metrics = nn.ModuleList(RobustMetrics() for _ in ("train", *evaluation_splits))
         self._optimizer_factory = optimizer
         self._epoch_metrics: dict[str, float] | None = None
         self._evaluated = False
@@ -86,44 +109,90 @@ class AdversarialTraining(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimiser, its rate set by ``schedule`` at every step."""
-        optimizer = self._optimizer_factory(self.model.parameters())
+        optimizer = self._optimizer_factory(self.regularizer.parameter_groups(self.model))
         # num_training_batches is not known yet here; the estimate makes the trainer look at the data
         steps_per_epoch = int(self.trainer.estimated_stepping_batches) // int(self.trainer.max_epochs or 1)
-        scheduler = LambdaLR(optimizer, lambda step: self.schedule.factor(step / steps_per_epoch))
+        # a step's rate is that of its middle: no rule that starts or ends at 0 wastes a step
+        scheduler = LambdaLR(optimizer, lambda step: self.schedule.factor((step + 0.5) / steps_per_epoch))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def on_fit_start(self) -> None:
+        """Refuse what a perturbation of the weights cannot work with.
+
+        Raises:
+            ConfigError: Gradients accumulated over batches.
+        """
+        if self.perturbation is not None and self.trainer.accumulate_grad_batches != 1:
+            raise ConfigError(
+                f"trainer.accumulate_grad_batches={self.trainer.accumulate_grad_batches} cannot be combined "
+                "with a weight perturbation, which belongs to one batch; choose 1 or perturbation=none"
+            )
+
     def on_train_epoch_start(self) -> None:
-        """Start the epoch's metrics afresh."""
+        """Start the epoch's metrics afresh, at the rate that the last measurement asks for."""
         self._epoch_metrics = None
         self._evaluated = False
         for split in ("train", *self.evaluation_splits):
             self._metrics_of(split).reset()
+        scheduler = self.lr_schedulers()
+        assert isinstance(scheduler, LambdaLR)
+        # the scheduler set the rate when the last step ended, before the epoch's end was measured
+        for group, base, rule in zip(
+            scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+        ):
+            group["lr"] = base * rule(scheduler.last_epoch)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Attack, then the objective at the adversarial images; clean metrics ride along without gradient."""
-        images, labels = batch.images, batch.labels
-        adversarial = self.attack.perturb(
-            self.model,
-            images,
-            labels,
-            self._generator("attack", self.global_step),
-            self.objective.attack_loss,
-        )
-        loss, robust_logits = self.objective(self.model, images, adversarial, labels)
-        self._update("train", images, labels, robust_logits.detach())
+        """Attack, perturb the weights, then the objective there; clean metrics ride along without gradient.
+
+        The epoch's training metrics are those at the unperturbed weights, whatever the perturbation.
+        """
+        adversarial = self._attacked(batch)
+        if self.perturbation is None or self.current_epoch < self.perturbation.warmup_epochs:
+            outcome = self._outcome(batch, adversarial)
+            self._update("train", batch, outcome.robust_logits)
+        else:
+            with frozen_statistics(self.model):
+                at_weights = self._outcome(batch, adversarial)
+            self._update("train", batch, at_weights.robust_logits)
+            self.perturbation.apply(self.model, at_weights.loss, loss_scale=self._loss_scale())
+            outcome = self._outcome(batch, adversarial)
         self._note_optimizer()
-        return loss
+        return outcome.loss + self.regularizer.penalty(self.model)
+
+    def on_after_backward(self) -> None:
+        """Take the perturbation off, if the optimiser is to step at the unperturbed weights."""
+        if self.perturbation is not None and self.perturbation.step_at == "original":
+            self.perturbation.restore()
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """The optimiser's step, then the perturbation off."""
+        super().optimizer_step(*args, **kwargs)
+        if self.perturbation is not None:
+            self.perturbation.restore()
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Clean and robust loss and error of one evaluation batch."""
         split = self.evaluation_splits[dataloader_idx]
-        images, labels = batch.images, batch.labels
         adversarial = self.evaluation_attack.perturb(
-            self.model, images, labels, self._generator(f"attack-{split}", batch_idx)
+            self.model, batch.images, batch.targets, self._generator(f"attack-{split}", batch_idx)
         )
         with torch.no_grad():
-            self._update(split, images, labels, self.model(adversarial))
+            self._update(split, batch, self.model(adversarial))
         self._evaluated = True
+
+    def observe(self, table: str, row: Mapping[str, Any]) -> None:
+        """Hand a measured row to the learning-rate rule, if it reads that table."""
+        if table == self.schedule.reads:
+            self.schedule.observe(row)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The rule's state travels with the weights."""
+        checkpoint["schedule"] = self.schedule.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the rule where the checkpoint left it."""
+        self.schedule.load_state_dict(checkpoint["schedule"])
 
     def on_train_epoch_end(self) -> None:
         """Hand the epoch's metrics to the loggers."""
@@ -139,18 +208,40 @@ class AdversarialTraining(lightning.LightningModule):
             metrics: dict[str, float] = {}
             for split in splits:
                 metrics |= self._metrics_of(split).compute(split)
-            if self._evaluated and "test" in self.evaluation_splits:
+            if {"test_robust_loss", "train_robust_loss"} <= metrics.keys():
                 for kind in ("loss", "error"):
                     gap = metrics[f"test_robust_{kind}"] - metrics[f"train_robust_{kind}"]
                     metrics[f"robust_{kind}_gap"] = gap
             self._epoch_metrics = metrics
         return self._epoch_metrics
 
-    def _update(self, split: str, images: Tensor, labels: Tensor, robust_logits: Tensor) -> None:
+    def _attacked(self, batch: Batch) -> Tensor:
+        """The adversarial images, made once per step; the batch's own images where there is no attack."""
+        with torch.no_grad(), self.attack.mode(self.model):
+            loss = self.objective.attack_loss(self.model, batch.images)
+        if loss is None:
+            return batch.images
+        adversarial = self.attack.perturb(
+            self.model, batch.images, batch.targets, self._generator("attack", self.global_step), loss
+        )
+        # half-precision copies of the weights that autocast made without gradient must not serve the descent
+        torch.clear_autocast_cache()
+        return adversarial
+
+    def _outcome(self, batch: Batch, adversarial: Tensor) -> Outcome:
+        return self.objective(self.model, batch.images, adversarial, batch.targets)
+
+    def _update(self, split: str, batch: Batch, robust_logits: Tensor | None) -> None:
         metrics = self._metrics_of(split)
-        metrics.robust.update(robust_logits, labels)
+        if robust_logits is not None:
+            metrics.robust.update(robust_logits.detach(), batch.targets)
         with torch.no_grad(), mode(self.model, training=False):
-            metrics.clean.update(self.model(images), labels)
+            metrics.clean.update(self.model(batch.images), batch.targets)
+
+    def _loss_scale(self) -> float:
+        """What float16 training multiplies losses with."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        return 1.0 if scaler is None else float(scaler.get_scale())
 
     def _metrics_of(self, split: str) -> RobustMetrics:
         metrics = self._metrics[("train", *self.evaluation_splits).index(split)]
@@ -162,5 +253,8 @@ class AdversarialTraining(lightning.LightningModule):
 
     def _note_optimizer(self) -> None:
         # The scheduler moves on before any end-of-epoch hook runs: what the step used is known only here.
-        group = self.trainer.optimizers[0].param_groups[0]
-        self.last_step = OptimizerState(group["lr"], group.get("momentum", 0.0), group["weight_decay"])
+        optimizer = self.trainer.optimizers[0]
+        group = optimizer.param_groups[0]
+        self.last_step = OptimizerState(
+            group["lr"], group.get("momentum", 0.0), group["weight_decay"], is_plain_momentum(optimizer)
+        )

@@ -4,26 +4,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
-from torchmetrics.classification import MulticlassAccuracy
 
 
 class LossAndError(nn.Module):
     """Mean cross-entropy and 0-1 error over all examples seen since the last reset.
 
-    Args:
-        num_classes: K.
+    Where targets are probabilities (mixed images) the error is the expected one, 1 minus the probability of
+    the predicted class.
     """
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.loss = MeanMetric(nan_strategy="disable")  # a NaN loss must show, not vanish
-        self.accuracy = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
+        self.accuracy = MeanMetric(nan_strategy="disable")
 
     @torch.no_grad()
-    def update(self, logits: Tensor, labels: Tensor) -> None:
-        """Add a batch: logits (B, K), labels (B,)."""
-        self.loss.update(F.cross_entropy(logits.float(), labels), weight=len(labels))
-        self.accuracy.update(logits, labels)
+    def update(self, logits: Tensor, targets: Tensor) -> None:
+        """Add a batch: logits (B, K), targets (B,) classes or (B, K) probabilities."""
+        self.loss.update(F.cross_entropy(logits.float(), targets), weight=len(targets))
+        predicted = logits.argmax(dim=1)
+        right = predicted == targets if targets.dim() == 1 else targets.gather(1, predicted[:, None])
+        self.accuracy.update(right.float().mean(), weight=len(targets))
+
+    @property
+    def seen(self) -> bool:
+        """Whether anything was added since the last reset."""
+        return self.loss.update_called
 
     def compute(self) -> tuple[float, float]:
         """(mean loss in nats, error in [0, 1]), over all ranks."""
@@ -38,21 +44,18 @@ class LossAndError(nn.Module):
 class RobustMetrics(nn.Module):
     """Robust (adversarial) and clean :class:`LossAndError` of one split."""
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.robust = LossAndError(num_classes)
-        self.clean = LossAndError(num_classes)
+        self.robust = LossAndError()
+        self.clean = LossAndError()
 
     def compute(self, split: str) -> dict[str, float]:
-        """``{split}_robust_loss``, ``{split}_robust_error`` and the same for clean."""
-        robust_loss, robust_error = self.robust.compute()
-        clean_loss, clean_error = self.clean.compute()
-        return {
-            f"{split}_robust_loss": robust_loss,
-            f"{split}_robust_error": robust_error,
-            f"{split}_clean_loss": clean_loss,
-            f"{split}_clean_error": clean_error,
-        }
+        """``{split}_robust_loss``, ``{split}_robust_error`` and the same for clean, as far as seen."""
+        values: dict[str, float] = {}
+        for kind, metric in (("robust", self.robust), ("clean", self.clean)):
+            if metric.seen:
+                values[f"{split}_{kind}_loss"], values[f"{split}_{kind}_error"] = metric.compute()
+        return values
 
     def reset(self) -> None:
         """Forget everything seen."""

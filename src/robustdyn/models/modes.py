@@ -1,4 +1,4 @@
-"""Train/eval flags as a scope."""
+"""Train/eval flags and BatchNorm statistics as scopes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,3 +22,22 @@ def mode(model: nn.Module, *, training: bool) -> Iterator[None]:
     finally:
         for module, flag in flags:
             module.training = flag
+
+
+@contextmanager
+def frozen_statistics(model: nn.Module) -> Iterator[None]:
+    """BatchNorm in train mode normalises with the batch inside the scope, but leaves its buffers alone."""
+    tracking = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        and module.training
+        and module.track_running_stats
+    ]
+    for module in tracking:
+        module.track_running_stats = False
+    try:
+        yield
+    finally:
+        for module in tracking:
+            module.track_running_stats = True
