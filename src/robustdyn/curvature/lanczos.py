@@ -19,12 +19,12 @@ from torch import Tensor
 
 from robustdyn.curvature.operators import LinearOperator
 from robustdyn.curvature.probes import gaussian
+from robustdyn.curvature.vectors import norm, project_off
 
 Which = Literal["largest", "magnitude"]
 
 _BLOCK_ROWS = 8  # the basis grows by this many vectors at a time
 _SLAB_NUMBERS = 2**22  # work space of a rotation
-_SUMMED = 2**16  # numbers summed in the operator's precision; beyond these in float64
 # A chain is closed when β falls below this part of the tolerance, or below the rounding of a product (in
 # units of eps ‖A‖; 5e-7 = 4 eps was measured on float32 networks). The part is small enough for the sum of
 # what is then neglected to stay within the tolerance.
@@ -195,10 +195,10 @@ class _Krylov:
             self.next = self._fresh_vector()
             return
         vector = start.detach().to(dtype=self.operator.dtype, device=self.operator.device)
-        norm = _norm(vector)
-        if vector.shape != (self.size,) or not norm > 0.0:
+        length = norm(vector)
+        if vector.shape != (self.size,) or not length > 0.0:
             raise ValueError(f"start must be a non-zero vector of shape ({self.size},)")
-        self.next = vector / norm
+        self.next = vector / length
 
     def step(self) -> bool:
         """Extend the basis by one product; True when there is nothing left to do."""
@@ -208,7 +208,7 @@ class _Krylov:
         self.basis.append(self.next)
         image = self.operator.matvec(self.next).clone()
         self.products += 1
-        before = _norm(image)
+        before = norm(image)
         if not before < float("inf"):
             raise FloatingPointError(f"product {self.products} with the operator is not finite")
         self.norm_seen = max(self.norm_seen, before)
@@ -356,19 +356,7 @@ class _Basis:
         Returns:
             The removed coefficients (n,) float64 on the CPU, and the norm of what is left.
         """
-        total = torch.zeros(self.count, dtype=torch.float64)
-        norm = _norm(vector)
-        # Two passes are enough unless almost everything is removed; a third and fourth catch that case.
-        for sweep in range(4):
-            before = norm
-            for start, rows in self._filled():
-                coefficients = _inner(rows, vector)
-                vector.addmv_(rows.T, coefficients.to(vector), alpha=-1.0)
-                total[start : start + len(rows)] += coefficients.cpu()
-            norm = _norm(vector)
-            if sweep > 0 and norm > 0.7 * before:
-                break
-        return total, norm
+        return project_off(self._filled(), vector)
 
     def become(self, weights: Tensor) -> Tensor:
         """Linear combinations of the basis, weights (n, k) to columns (P, k), in the basis's own memory.
@@ -376,7 +364,7 @@ class _Basis:
         Held beside the basis they would set the solver's peak. The basis must not be used afterwards.
         """
         self.rotate(weights)
-        kept = [rows for _, rows in self._filled()]
+        kept = self._filled()
         self.storage.clear()
         return (kept[0] if len(kept) == 1 else torch.cat(kept)).T
 
@@ -387,17 +375,13 @@ class _Basis:
                 block[: len(rows), slab] = rows
         self.count = weights.shape[1]
 
-    def _filled(self) -> list[tuple[int, Tensor]]:
-        pieces = []
-        for i, block in enumerate(self.storage):
-            rows = min(_BLOCK_ROWS, self.count - i * _BLOCK_ROWS)
-            if rows > 0:
-                pieces.append((i * _BLOCK_ROWS, block[:rows]))
-        return pieces
+    def _filled(self) -> list[Tensor]:
+        counts = (min(_BLOCK_ROWS, self.count - i * _BLOCK_ROWS) for i in range(len(self.storage)))
+        return [block[:rows] for block, rows in zip(self.storage, counts, strict=True) if rows > 0]
 
     def _slabs(self, weights: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """The combinations (k, width), a slab of columns at a time."""
-        filled = [rows for _, rows in self._filled()]
+        filled = self._filled()
         weights = weights.to(dtype=self.dtype, device=self.device)
         width = max(1, _SLAB_NUMBERS // self.count)
         for start in range(0, self.length, width):
@@ -417,21 +401,3 @@ def _check_arguments(
         raise ValueError(f"max_products={max_products} cannot give k={k} eigenpairs: allow at least k")
     if max_basis is not None and max_basis < min(k + 2, size):
         raise ValueError(f"max_basis={max_basis} is too small for k={k}: allow at least k + 2")
-
-
-def _inner(rows: Tensor, vector: Tensor) -> Tensor:
-    """Rows times vector, (n,) float64 on their device.
-
-    Slab by slab: with 10^7 numbers plain float32 sums are off in the fourth digit on a CPU, and the lengths
-    of the eigenvectors with them.
-    """
-    total = torch.zeros(len(rows), dtype=torch.float64, device=vector.device)
-    for start in range(0, len(vector), _SUMMED):
-        slab = slice(start, start + _SUMMED)
-        total += rows[:, slab] @ vector[slab]
-    return total
-
-
-def _norm(vector: Tensor) -> float:
-    """The length of a vector; see :func:`_inner`."""
-    return float(torch.stack([part.norm().double() for part in vector.split(_SUMMED)]).norm())

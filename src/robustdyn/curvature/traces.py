@@ -12,7 +12,6 @@ own, or the other probes.
 
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,11 +20,11 @@ from torch import Tensor
 
 from robustdyn.curvature.operators import LinearOperator
 from robustdyn.curvature.probes import gaussian, rademacher
+from robustdyn.curvature.vectors import inner, norm, project_off
 
 TraceEstimator = Literal["hutchinson", "hutch++", "xtrace"]
 
 _MIN_JUDGED = 4  # with fewer probes the standard error says too little to stop on
-_SLAB_NUMBERS = 2**22  # work space of a float64 inner product
 
 
 @dataclass(frozen=True)
@@ -96,13 +95,13 @@ def hutchinson_trace(
     # products. All they could buy is the cross terms between span(u) and the rest, which a projection
     # removes and which here add at most about 4 Σ ‖A u − λ u‖² to the variance of a probe: nothing beside the
     # bulk for pairs that Lanczos calls converged.
-    known = sum(value * _square(row) for value, row in zip(values.tolist(), rows, strict=True))
+    known = sum(value * norm(row) ** 2 for value, row in zip(values.tolist(), rows, strict=True))
     samples = torch.empty(probes, dtype=torch.float64)
     used, met = 0, False
     while used < probes and not met:
         probe = rademacher(operator.shape[:1], generator, operator.dtype, operator.device)
         form = _quadratic(operator, probe, used + 1)
-        samples[used] = form + known - float(values @ _inner(rows, probe).square())
+        samples[used] = form + known - float(values @ inner(rows, probe).square())
         used += 1
         met = tol is not None and used >= _MIN_JUDGED and _meets(samples[:used], tol)
     return _result(samples[:used], used, len(values), "hutchinson", began, converged=met or tol is None)
@@ -141,7 +140,7 @@ def hutch_plus_plus(operator: LinearOperator, products: int, generator: torch.Ge
     samples = torch.empty(probes, dtype=torch.float64)
     for i in range(probes):
         probe = rademacher(operator.shape[:1], generator, operator.dtype, operator.device)
-        _remove(basis, probe)
+        project_off([basis], probe)
         samples[i] = known + _quadratic(operator, probe, 2 * size + i + 1)
     return _result(samples, products, size, "hutch++", began)
 
@@ -182,9 +181,9 @@ def xtrace(operator: LinearOperator, products: int, generator: torch.Generator) 
         basis[i] = _product(operator, probes[i], i + 1)
     # From here on everything is m×m: the sketch is Q R, column i for probe i.
     r = _orthonormalise(basis, generator)
-    w = torch.stack([_inner(basis, probe) for probe in probes], dim=1)
-    h = torch.stack([_inner(basis, _product(operator, q, m + i + 1)) for i, q in enumerate(basis)], dim=1)
-    squares = torch.tensor([_square(probe) for probe in probes], dtype=torch.float64)
+    w = torch.stack([inner(basis, probe) for probe in probes], dim=1)
+    h = torch.stack([inner(basis, _product(operator, q, m + i + 1)) for i, q in enumerate(basis)], dim=1)
+    squares = torch.tensor([norm(probe) ** 2 for probe in probes], dtype=torch.float64)
     samples = _leave_one_out(r, w, h, squares, operator.shape[0], torch.finfo(operator.dtype).eps)
     return _result(samples, 2 * m, m - 1, "xtrace", began)
 
@@ -241,27 +240,7 @@ def _product(operator: LinearOperator, vector: Tensor, number: int) -> Tensor:
 
 
 def _quadratic(operator: LinearOperator, vector: Tensor, number: int) -> float:
-    return float(_inner(vector[None], _product(operator, vector, number)))
-
-
-def _square(vector: Tensor) -> float:
-    return float(_inner(vector[None], vector))
-
-
-def _inner(rows: Tensor, vector: Tensor) -> Tensor:
-    """Inner products of rows (k, P) with a vector (P,), summed in float64: (k,) on the CPU."""
-    total = torch.zeros(len(rows), dtype=torch.float64, device=vector.device)
-    for slab in _slabs(rows):
-        total += rows[:, slab].double() @ vector[slab].double()
-    return total.cpu()
-
-
-def _slabs(rows: Tensor) -> Iterator[slice]:
-    """Pieces of the long axis, small enough for a float64 copy of these columns."""
-    count, length = rows.shape
-    width = max(1, _SLAB_NUMBERS // max(1, count))
-    for start in range(0, length, width):
-        yield slice(start, start + width)
+    return float(inner(vector[None], _product(operator, vector, number)))
 
 
 def _orthonormalise(rows: Tensor, generator: torch.Generator) -> Tensor:
@@ -275,31 +254,15 @@ def _orthonormalise(rows: Tensor, generator: torch.Generator) -> Tensor:
     r = torch.zeros(len(rows), len(rows), dtype=torch.float64)
     rounding = torch.finfo(rows.dtype).eps
     for j, row in enumerate(rows):
-        before = math.sqrt(_square(row))
-        r[:j, j], norm = _remove(rows[:j], row)
-        if norm > rounding * before:
-            r[j, j] = norm
+        before = norm(row)
+        r[:j, j], left = project_off([rows[:j]], row)
+        if left > rounding * before:
+            r[j, j] = left
         else:
             row.copy_(gaussian(tuple(row.shape), generator, row.dtype, row.device))
-            _, norm = _remove(rows[:j], row)
-        row.div_(norm)
+            _, left = project_off([rows[:j]], row)
+        row.div_(left)
     return r
-
-
-def _remove(basis: Tensor, vector: Tensor) -> tuple[Tensor, float]:
-    """Project a vector off orthonormal rows, in place; returns the coefficients (m,) and the norm left."""
-    total = torch.zeros(len(basis), dtype=torch.float64)
-    norm = math.sqrt(_square(vector))
-    # Two passes are enough (Giraud et al., Numer. Math. 2005) unless almost everything is removed.
-    for sweep in range(4):
-        before = norm
-        coefficients = _inner(basis, vector)
-        vector.addmv_(basis.T, coefficients.to(dtype=vector.dtype, device=vector.device), alpha=-1.0)
-        total += coefficients
-        norm = math.sqrt(_square(vector))
-        if sweep > 0 and norm > 0.7 * before:
-            break
-    return total, norm
 
 
 # ---------------------------------------------------------------------- arguments and results
