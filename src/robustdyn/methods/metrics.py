@@ -3,42 +3,37 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torchmetrics import Metric
 
 
-class LossAndError(nn.Module):
+class LossAndError(Metric):
     """Mean cross-entropy and 0-1 error over all examples seen since the last reset.
 
     Where targets are probabilities (mixed images) the error is the expected one, 1 minus the probability of
-    the predicted class.
+    the predicted class. A NaN loss shows.
     """
+
+    loss: Tensor
+    right: Tensor
+    examples: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.loss = MeanMetric(nan_strategy="disable")  # a NaN loss must show, not vanish
-        self.accuracy = MeanMetric(nan_strategy="disable")
+        for name in ("loss", "right", "examples"):
+            self.add_state(name, torch.zeros(()), dist_reduce_fx="sum")
 
     @torch.no_grad()
     def update(self, logits: Tensor, targets: Tensor) -> None:
         """Add a batch: logits (B, K), targets (B,) classes or (B, K) probabilities."""
-        self.loss.update(F.cross_entropy(logits.float(), targets), weight=len(targets))
+        self.loss += F.cross_entropy(logits.float(), targets, reduction="sum")
         predicted = logits.argmax(dim=1)
         right = predicted == targets if targets.dim() == 1 else targets.gather(1, predicted[:, None])
-        self.accuracy.update(right.float().mean(), weight=len(targets))
-
-    @property
-    def seen(self) -> bool:
-        """Whether anything was added since the last reset."""
-        return self.loss.update_called
+        self.right += right.sum()
+        self.examples += len(targets)
 
     def compute(self) -> tuple[float, float]:
         """(mean loss in nats, error in [0, 1]), over all ranks."""
-        return float(self.loss.compute()), 1.0 - float(self.accuracy.compute())
-
-    def reset(self) -> None:
-        """Forget everything seen."""
-        self.loss.reset()
-        self.accuracy.reset()
+        return float(self.loss / self.examples), 1.0 - float(self.right / self.examples)
 
 
 class RobustMetrics(nn.Module):
@@ -53,7 +48,7 @@ class RobustMetrics(nn.Module):
         """``{split}_robust_loss``, ``{split}_robust_error`` and the same for clean, as far as seen."""
         values: dict[str, float] = {}
         for kind, metric in (("robust", self.robust), ("clean", self.clean)):
-            if metric.seen:
+            if metric.update_called:
                 values[f"{split}_{kind}_loss"], values[f"{split}_{kind}_error"] = metric.compute()
         return values
 
