@@ -245,7 +245,7 @@ def test_decays_of_single_groups_are_coloured_not_labelled(methods_frames):
 
 def test_more_runs_than_colours_get_shades(tmp_path):
     for i in range(10):
-        write_run(tmp_path / str(i), method__strength=i, epochs=4, measured=())
+        write_run(tmp_path / str(i), perturbation__strength=i, epochs=4, measured=())
     frame = frames_of(tmp_path)["epochs"]
     assert len(set(Cast.of(named(frame)).colours.values())) == len(find_runs(tmp_path)) == 10
     figures.robust_loss(frame)

@@ -103,14 +103,14 @@ def test_the_page_says_what_was_run(page):
     for words in (
         "PGD-10, l∞, ε = 51/255, step 12.75/255",
         "SGD: lr 0.1, momentum 0.9, weight decay 0.0005",
-        "at | awp: gamma 0.01 | wci_lr",
+        "AWP: gamma 0.01",
         "Piecewise: milestones [20,32], factor 0.1",
         "every 5, on 256 training examples",
         "selected on test, as the papers report it",
         "Typed on the command line: method=awp seed=1",
     ):
         assert words in text, words
-    assert ["method.gamma", "none", "none", "0.01", "0.01", "none", "none"] in page.rows
+    assert ["perturbation.gamma", "none", "none", "0.01", "0.01", "none", "none"] in page.rows
     assert re.search(r"torch\s*2\.6\.0", text)
 
 

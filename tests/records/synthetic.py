@@ -24,13 +24,15 @@ def config(method="at", seed=0, **changed):
             "batch_size": 32,
             "train_size": 300,
             "root": f"/data/{seed}",
+            "seed": "${seed}",
         },
         "model": {"_target_": "robustdyn.models.PreActResNet", "width": 16, "blocks": [2, 2, 2, 2]},
         "attack": {"norm": "linf", "eps_255": 51, "step_255": 12.75, "steps": 10},
-        "method": {"_target_": f"robustdyn.methods.{method}", "seed": "${seed}"},
+        "objective": {"_target_": "robustdyn.methods.AdversarialCrossEntropy", "label_smoothing": 0.0},
+        "perturbation": {},
         "optimizer": {"_target_": "torch.optim.SGD", "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4},
         "schedule": {
-            "_target_": "robustdyn.methods.schedules.Piecewise",
+            "_target_": "robustdyn.methods.Piecewise",
             "milestones": list(DECAYS),
             "factor": 0.1,
         },
@@ -42,7 +44,7 @@ def config(method="at", seed=0, **changed):
         },
     }
     if method == "awp":
-        sections["method"]["gamma"] = 0.01
+        sections["perturbation"] = {"_target_": "robustdyn.methods.AWP", "gamma": 0.01}
     for key, value in changed.items():
         section, _, leaf = key.rpartition("__")
         (sections[section] if section else sections)[leaf] = value

@@ -98,7 +98,7 @@ def test_a_path_without_runs_says_what_was_expected(tmp_path):
 
 def test_configurations_are_plain_and_hydra_s_own_interpolations_stay_text(tmp_path):
     (run,) = setups(tmp_path, (config(seed=4), ["seed=4"], {"method": "at", "hydra/launcher": "basic"}))
-    assert run.config["method"]["seed"] == 4  # resolved from ${seed}
+    assert run.config["data"]["seed"] == 4  # resolved from ${seed}
     assert run.config["trainer"]["default_root_dir"] == "${hydra:runtime.output_dir}"
     assert type(run.config) is dict
     assert type(run.config["schedule"]["milestones"]) is list
@@ -124,15 +124,15 @@ def test_a_choice_stands_for_all_it_implies(tmp_path):
     assert labels(runs) == ["method=at seed=0", "method=at seed=1", "method=awp seed=0", "method=awp seed=1"]
     assert [run.group for run in runs] == ["method=at", "method=at", "method=awp", "method=awp"]
     differing = differences(runs)
-    assert differing["method.gamma"] == [None, None, 0.01, 0.01]
-    assert "method.seed" not in differing  # follows from seed
+    assert differing["perturbation.gamma"] == [None, None, 0.01, 0.01]
+    assert "data.seed" not in differing  # follows from seed
     assert "experiment_name" not in differing
     assert "data.root" not in differing
 
 
 def test_choices_are_read_from_the_config_where_hydra_recorded_none(tmp_path):
     runs = setups(tmp_path, (config("at"), [], {}), (config("awp"), [], {}))
-    assert labels(runs) == ["method=at", "method=awp"]
+    assert labels(runs) == ["perturbation=none", "perturbation=AWP"]
 
 
 def test_typed_settings_are_shown_even_if_implied(tmp_path):
@@ -140,8 +140,8 @@ def test_typed_settings_are_shown_even_if_implied(tmp_path):
         tmp_path,
         (config("at", 0), ["method=at", "seed=0"], {"method": "at"}),
         (
-            config("awp", 1, method__gamma=0.02),
-            ["method=awp", "method.gamma=0.02", "seed=1"],
+            config("awp", 1, perturbation__gamma=0.02),
+            ["method=awp", "perturbation.gamma=0.02", "seed=1"],
             {"method": "awp"},
         ),
     )

@@ -15,9 +15,16 @@ _SECTIONS = {  # section -> heading and the settings worth a reader's first glan
     "data": ("data", ("train_size", "validation_size", "test_size", "batch_size")),
     "model": ("model", ("width", "blocks", "strides")),
     "attack": ("attack", ()),
-    "method": ("method", ("gamma", "beta", "threshold", "warmup", "interval")),
+    "objective": ("objective", ("beta", "label_smoothing")),
+    "perturbation": ("weight perturbation", ("gamma", "rho", "warmup_epochs")),
+    "regularizer": ("regulariser", ("l1", "weight_decay_on")),
     "optimizer": ("optimiser", ("lr", "momentum", "weight_decay", "nesterov", "betas")),
-    "schedule": ("schedule", ("milestones", "factor", "epochs", "final", "threshold")),
+    "schedule": (
+        "schedule",
+        ("milestones", "start_epoch", "factor", "factors", "decays", "quantity", "threshold", "interval"),
+    ),
+    "averaging": ("weight averaging", ("decay", "start_epoch")),
+    "stopping": ("early stopping", ("monitor", "patience")),
 }
 
 
