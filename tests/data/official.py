@@ -87,6 +87,7 @@ COMMON = {
     "test_size": None,
     "split_seed": 0,
     "augment": None,
+    "mixup": 0.0,
     "seed": 0,
 }
 FILES = {"download": False, "partial": True, "test_from_train": None}

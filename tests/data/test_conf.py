@@ -1,6 +1,7 @@
 """The configuration is the only home of defaults and fits the constructors."""
 
 import inspect
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,10 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from robustdyn.data import CIFAR10, Digits, ImageDataModule, ImageFiles
+from robustdyn.data import CIFAR10, Augmentation, Digits, ImageDataModule, ImageFiles, Mixup
+from robustdyn.entrypoints.config import build, check
 from tests.data.official import SHARED, needs_shared
+from tests.runs import compose
 
 CONF = Path(__file__).parents[2] / "conf" / "data"
 NAMES = ["digits", "cifar10", "cifar100", "svhn"]
@@ -54,6 +57,30 @@ def test_root_has_a_fallback(monkeypatch):
     data = instantiate(load("cifar10"))
     assert isinstance(data, CIFAR10)
     assert data.root == Path.cwd() / "data"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_cutout_and_mixup_are_off_and_can_be_switched_on(name):
+    conf = load(name)
+    assert set(conf.augment) == {field.name for field in fields(Augmentation)}
+    data = instantiate(conf)
+    assert data.augmentation.cutout == 0
+    assert data.mixup is None
+    data = instantiate(load(name, augment={"cutout": 3}, mixup=0.4))
+    assert data.augmentation.cutout == 3
+    assert data.mixup == Mixup(alpha=0.4, num_classes=conf.num_classes)
+
+
+def test_digits_are_not_augmented():
+    cfg = compose("data=digits")
+    without = compose("data=digits", "data.augment=null")
+    check(without)
+    data, plain = build(cfg, "data"), build(without, "data")
+    assert plain.augmentation is None
+    for batch, expected in zip(data.train_dataloader(), plain.train_dataloader(), strict=True):
+        for ours, theirs in zip(batch, expected, strict=True):
+            assert torch.equal(ours, theirs)
+    assert load("svhn").augment == load("digits").augment
 
 
 def test_digits_load():

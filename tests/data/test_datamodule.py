@@ -15,6 +15,8 @@ from tests.data.official import (
     write_svhn,
 )
 
+AUGMENT = {"crop_padding": 4, "padding_mode": "zeros", "flip": True, "cutout": 0}
+
 
 @pytest.fixture
 def root(tmp_path):
@@ -108,8 +110,26 @@ def test_loaders(root):
     assert len(only.data) == 30
 
 
+def test_only_training_batches_are_augmented_and_mixed(root):
+    data = cifar10(root, validation_size=20, augment=AUGMENT | {"cutout": 8}, mixup=1.0)
+    for loader, name in zip(
+        [*data.val_dataloader(), data.test_dataloader()], ["validation", "test", "test"], strict=True
+    ):
+        split = data.split(name)
+        assert torch.equal(torch.cat([b.images for b in loader]), split.images.float() / 255)
+        assert torch.equal(torch.cat([b.targets for b in loader]), split.labels)
+    for batch in data.train_dataloader():
+        assert batch.targets.dtype == torch.float32
+        assert batch.targets.shape == (len(batch.images), 10)
+    data = cifar10(root, augment=AUGMENT | {"padding_mode": "reflect", "cutout": 8})
+    for batch in data.train_dataloader():
+        assert torch.equal(batch.targets, data.split("train").labels[batch.indices])
+        black = (batch.images == 0).all(dim=1)  # no other pixel of the random images is
+        assert (black.sum(dim=(1, 2)) == 64).all()
+
+
 def test_measurement_subset(root):
-    data = cifar10(root, augment={"crop_padding": 4, "padding_mode": "zeros", "flip": True})
+    data = cifar10(root, augment=AUGMENT | {"cutout": 8}, mixup=1.0)
     batch = data.measurement_subset(40, seed=7)
     assert batch.images.dtype == torch.float32
     assert len(batch.indices.unique()) == 40
@@ -143,9 +163,13 @@ def test_measurement_subset(root):
         ({"mean": [0.5]}, "data.mean has 1 values; give one for each of data.channels=3"),
         ({"std": [0.5, 0, 0.5]}, "data.std=.* must be positive"),
         (
-            {"augment": {"crop_padding": 32, "padding_mode": "zeros", "flip": False}},
-            "data.augment.crop_padding=32 must be smaller than the image",
+            {"augment": AUGMENT | {"crop_padding": 32}},
+            "data.augment.crop_padding=32 must be smaller than the image, 32 pixels",
         ),
+        ({"augment": AUGMENT | {"cutout": 32}}, "data.augment.cutout=32 must be smaller than the image"),
+        ({"mixup": -0.1}, "data.mixup=-0.1 must be a number of at least 0; 0 is none"),
+        ({"mixup": float("inf")}, "data.mixup=inf must be a number"),
+        ({"mixup": float("nan")}, "data.mixup=nan must be a number"),
     ],
 )
 def test_settings_that_cannot_work(root, changes, message):

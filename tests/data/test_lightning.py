@@ -10,7 +10,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from robustdyn.errors import ConfigError
 from tests.data.official import digits
 
-AUGMENT = {"crop_padding": 1, "padding_mode": "zeros", "flip": True}
+AUGMENT = {"crop_padding": 1, "padding_mode": "zeros", "flip": True, "cutout": 2}
+
+
+def checksums(batch):
+    """Of pixels and targets; a sum over the ranks' shares gives that of the batch."""
+    return batch.images.double().sum().item(), batch.targets.double().square().sum().item()
 
 
 class Recorder(LightningModule):
@@ -22,8 +27,9 @@ class Recorder(LightningModule):
         self.train_batches, self.evaluated = [], []
 
     def training_step(self, batch, batch_idx):
-        checksum = batch.images.double().sum().item()
-        self.train_batches.append((self.current_epoch, batch_idx, tuple(batch.indices.tolist()), checksum))
+        self.train_batches.append(
+            (self.current_epoch, batch_idx, tuple(batch.indices.tolist()), *checksums(batch))
+        )
         return torch.nn.functional.cross_entropy(self.layer(batch.images.flatten(1)), batch.targets)
 
     def validation_step(self, batch, batch_idx, dataloader_idx=0):
@@ -58,15 +64,16 @@ def trainer(tmp_path, epochs, **settings):
     )
 
 
-def fit(tmp_path, epochs, ckpt_path=None, callbacks=(), **settings):
+def fit(tmp_path, epochs, ckpt_path=None, callbacks=(), mixup=0.0, **settings):
     model = module()
     loop = trainer(tmp_path, epochs, callbacks=list(callbacks), **settings)
-    loop.fit(model, datamodule=data_module(), ckpt_path=ckpt_path)
+    loop.fit(model, datamodule=data_module(mixup=mixup), ckpt_path=ckpt_path)
     return model
 
 
-def test_fit_and_test(tmp_path):
-    model, data = module(), data_module()
+@pytest.mark.parametrize("mixup", [0.0, 0.7])
+def test_fit_and_test(tmp_path, mixup):
+    model, data = module(), data_module(mixup=mixup)
     loop = trainer(tmp_path, 2, enable_checkpointing=False)
     loop.fit(model, datamodule=data)
     assert [(epoch, number) for epoch, number, *_ in model.train_batches] == [
@@ -74,9 +81,9 @@ def test_fit_and_test(tmp_path):
     ]
     assert loop.global_step == 6
     for epoch in range(2):
-        loader = data_module().train_dataloader()
+        loader = data_module(mixup=mixup).train_dataloader()
         loader.epoch = lambda epoch=epoch: epoch
-        expected = [(tuple(b.indices.tolist()), b.images.double().sum().item()) for b in loader]
+        expected = [(tuple(b.indices.tolist()), *checksums(b)) for b in loader]
         assert [batch[2:] for batch in model.train_batches if batch[0] == epoch] == expected
     assert model.evaluated == [(0, 100), (1, 300), (1, 240)] * 2
     model.evaluated.clear()
@@ -98,21 +105,22 @@ def weights(model):
 
 
 @pytest.mark.parametrize(
-    "when",
+    ("when", "mixup"),
     [
-        {"every_n_epochs": 1, "save_on_train_epoch_end": True},
-        {"every_n_epochs": 1, "save_on_train_epoch_end": False},
-        {"every_n_train_steps": 1},
+        ({"every_n_epochs": 1, "save_on_train_epoch_end": True}, 0.0),
+        ({"every_n_epochs": 1, "save_on_train_epoch_end": False}, 0.0),
+        ({"every_n_train_steps": 1}, 0.0),
+        ({"every_n_train_steps": 1}, 0.7),
     ],
-    ids=["epoch end", "validation end", "every step"],
+    ids=["epoch end", "validation end", "every step", "every step, mixed"],
 )
-def test_resumed_runs_see_the_same_batches(tmp_path, when):
-    whole = fit(tmp_path, 3, callbacks=[SaveAt(tmp_path / "saved", **when)])
+def test_resumed_runs_see_the_same_batches(tmp_path, when, mixup):
+    whole = fit(tmp_path, 3, callbacks=[SaveAt(tmp_path / "saved", **when)], mixup=mixup)
     checkpoints = sorted((tmp_path / "saved").glob("*.ckpt"))
     assert len(checkpoints) == (9 if "every_n_train_steps" in when else 3)
     for path in checkpoints:
         step = int(path.stem.split("-")[1])
-        resumed = fit(tmp_path, 3, ckpt_path=path, enable_checkpointing=False)
+        resumed = fit(tmp_path, 3, ckpt_path=path, enable_checkpointing=False, mixup=mixup)
         assert [b[2:] for b in resumed.train_batches] == [b[2:] for b in whole.train_batches[step:]], (
             path.stem
         )
@@ -131,14 +139,16 @@ class Writer(Recorder):
 
 
 @pytest.mark.slow  # starts two processes
-def test_two_processes_are_one_on_the_union(tmp_path):
-    whole = fit(tmp_path, 2, enable_checkpointing=False)
+@pytest.mark.parametrize("mixup", [0.0, 0.7])
+def test_two_processes_are_one_on_the_union(tmp_path, mixup):
+    whole = fit(tmp_path, 2, enable_checkpointing=False, mixup=mixup)
     two = trainer(tmp_path, 2, enable_checkpointing=False, devices=2, strategy="ddp_spawn")
-    two.fit(Writer(tmp_path), datamodule=data_module())
+    two.fit(Writer(tmp_path), datamodule=data_module(mixup=mixup))
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     for expected, left, right in zip(whole.train_batches, *ranks, strict=True):
         assert left[2] + right[2] == list(expected[2])
-        assert left[3] + right[3] == pytest.approx(expected[3], rel=1e-12)  # float64 sums of the pixels
+        for ours, theirs, both in zip(left[3:], right[3:], expected[3:], strict=True):
+            assert ours + theirs == pytest.approx(both, rel=1e-12)  # float64 sums
 
 
 def test_settings_that_do_not_fit_the_devices():

@@ -1,19 +1,22 @@
+import numpy as np
 import pytest
 import torch
 
-from robustdyn.data import Augmentation, ImageTensors, ShuffledBatches, TensorBatches
+from robustdyn.data import Augmentation, ImageTensors, Mixup, ShuffledBatches, TensorBatches
 
-AUGMENTATION = Augmentation(crop_padding=2, padding_mode="reflect", flip=True)
+AUGMENTATION = Augmentation(crop_padding=2, padding_mode="reflect", flip=True, cutout=3)
+MIXUPS = [None, Mixup(alpha=0.7, num_classes=10)]
 
 
 def image_tensors(count=37):
+    # 105 pixels: no whole number of vector registers
     images = torch.randint(
-        256, (count, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(3)
+        256, (count, 3, 5, 7), dtype=torch.uint8, generator=torch.Generator().manual_seed(3)
     )
     return ImageTensors(images, torch.arange(count) % 10)
 
 
-def shuffled(epoch=0, rank=0, world_size=1, seed=0, augmentation=AUGMENTATION, data=None):
+def shuffled(epoch=0, rank=0, world_size=1, seed=0, augmentation=AUGMENTATION, data=None, mixup=None):
     return ShuffledBatches(
         data or image_tensors(),
         8,
@@ -22,6 +25,7 @@ def shuffled(epoch=0, rank=0, world_size=1, seed=0, augmentation=AUGMENTATION, d
         seed=seed,
         epoch=lambda: epoch,
         augmentation=augmentation,
+        mixup=mixup,
     )
 
 
@@ -29,6 +33,7 @@ def assert_same(one, other):
     assert len(one) == len(other)
     for a, b in zip(one, other, strict=True):
         for x, y in zip(a, b, strict=True):
+            assert x.dtype == y.dtype
             assert torch.equal(x, y)
 
 
@@ -61,19 +66,23 @@ def test_shuffled_every_image_once_with_its_label():
     assert torch.equal(torch.cat([b.images for b in batches]), data.images[indices].float() / 255)
 
 
-def test_pure_function_of_seed_and_epoch():
-    again = shuffled()
-    assert_same(list(shuffled()), list(again))
+@pytest.mark.parametrize("mixup", MIXUPS)
+def test_pure_function_of_seed_and_epoch(mixup):
+    again = shuffled(mixup=mixup)
+    assert_same(list(shuffled(mixup=mixup)), list(again))
     torch.manual_seed(123)
-    assert_same(list(shuffled()), list(again))
+    np.random.seed(123)  # noqa: NPY002 (the global state is what must not matter)
+    assert_same(list(shuffled(mixup=mixup)), list(again))
     for other in (shuffled(epoch=1), shuffled(seed=1)):
         assert not torch.equal(next(iter(other)).indices, next(iter(again)).indices)
 
 
-def test_global_random_state_is_untouched():
-    before = torch.get_rng_state()
-    list(shuffled())
+@pytest.mark.parametrize("mixup", MIXUPS)
+def test_global_random_state_is_untouched(mixup):
+    before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    list(shuffled(mixup=mixup))
     assert torch.equal(before, torch.get_rng_state())
+    assert (np.random.get_state()[1] == numpy_before).all()  # noqa: NPY002
 
 
 def test_augmentation_differs_between_batches_and_epochs():
@@ -86,10 +95,13 @@ def test_augmentation_differs_between_batches_and_epochs():
     assert not torch.equal(first.images, other.images)
 
 
+@pytest.mark.parametrize("augmentation", [None, AUGMENTATION])
+@pytest.mark.parametrize("mixup", MIXUPS)
 @pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_union_of_ranks_is_one_process(world_size):
-    parts = [list(shuffled(rank=rank, world_size=world_size)) for rank in range(world_size)]
-    assert_same(merge(parts), list(shuffled()))
+def test_union_of_ranks_is_one_process(world_size, mixup, augmentation):
+    settings = {"mixup": mixup, "augmentation": augmentation}
+    parts = [list(shuffled(rank=rank, world_size=world_size, **settings)) for rank in range(world_size)]
+    assert_same(merge(parts), list(shuffled(**settings)))
     assert all(len(batch.targets) for batches in parts for batch in batches)
 
 
@@ -109,13 +121,14 @@ def test_epoch_is_asked_at_the_first_batch():
     assert torch.equal(next(iterator).indices, next(iter(shuffled(epoch=5))).indices)
 
 
-def test_resumes_within_an_epoch():
-    whole = list(shuffled(epoch=3))
-    broken_off = shuffled(epoch=3)
+@pytest.mark.parametrize("mixup", MIXUPS)
+def test_resumes_within_an_epoch(mixup):
+    whole = list(shuffled(epoch=3, mixup=mixup))
+    broken_off = shuffled(epoch=3, mixup=mixup)
     iterator = iter(broken_off)
     for _ in range(2):
         next(iterator)
-    resumed = shuffled(epoch=3)
+    resumed = shuffled(epoch=3, mixup=mixup)
     resumed.load_state_dict(broken_off.state_dict())
     assert_same(list(resumed), whole[2:])
 

@@ -6,6 +6,7 @@
 from robustdyn.data.augmentation import Augmentation
 from robustdyn.data.datamodule import ImageDataModule
 from robustdyn.data.datasets import CIFAR10, CIFAR100, SVHN, Digits, ImageFiles
+from robustdyn.data.mixup import Mixup
 from robustdyn.data.tensors import Batch, ImageTensors, ShuffledBatches, TensorBatches
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "ImageDataModule",
     "ImageFiles",
     "ImageTensors",
+    "Mixup",
     "ShuffledBatches",
     "TensorBatches",
 ]

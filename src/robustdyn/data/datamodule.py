@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 
 from robustdyn.data.augmentation import Augmentation
+from robustdyn.data.mixup import Mixup
 from robustdyn.data.splits import hold_out
 from robustdyn.data.tensors import Batch, ImageTensors, ShuffledBatches, TensorBatches
 from robustdyn.errors import ConfigError
@@ -50,6 +51,7 @@ class ImageDataModule(LightningDataModule):
         test_size: int | None,
         split_seed: int,
         augment: Mapping[str, Any] | None,
+        mixup: float,
         seed: int,
     ) -> None:
         """Checks the settings; reads nothing.
@@ -69,7 +71,8 @@ class ImageDataModule(LightningDataModule):
             test_size: Test images to keep, class-balanced and drawn by ``split_seed``; None for all.
             split_seed: Seed of the splits, apart from ``seed`` so that runs with several seeds share them.
             augment: Attributes of :class:`Augmentation`; None for none.
-            seed: The run's seed: order and augmentation of the training images.
+            mixup: α of :class:`Mixup`, which mixes training batches; 0 for none.
+            seed: The run's seed: order, augmentation and mixing of the training images.
 
         Raises:
             ConfigError: A value that cannot work, naming its key.
@@ -87,6 +90,7 @@ class ImageDataModule(LightningDataModule):
         self.test_size = None if test_size is None else whole_number("test_size", test_size, least=1)
         self.split_seed = split_seed
         self.augmentation = None if augment is None else Augmentation.from_config(augment)
+        self.mixup = Mixup(mixup, num_classes) if mixup else None
         self.seed = seed
         self._splits: dict[str, ImageTensors] = {}
         self._check_constants()
@@ -149,7 +153,7 @@ class ImageDataModule(LightningDataModule):
         return train.batch(torch.randperm(len(train), generator=generator(seed, "measurement"))[:n])
 
     def train_dataloader(self) -> ShuffledBatches:
-        """Shuffled and augmented batches; asks the trainer for the epoch."""
+        """Shuffled, augmented and mixed batches; asks the trainer for the epoch."""
         return ShuffledBatches(
             self.split("train"),
             self.batch_size,
@@ -158,6 +162,7 @@ class ImageDataModule(LightningDataModule):
             seed=self.seed,
             epoch=self._epoch,
             augmentation=self.augmentation,
+            mixup=self.mixup,
         )
 
     def val_dataloader(self) -> list[TensorBatches]:
@@ -214,11 +219,11 @@ class ImageDataModule(LightningDataModule):
                 )
         if min(self.std) <= 0:
             raise ConfigError(f"data.std={list(self.std)} must be positive")
-        if self.augmentation and self.augmentation.crop_padding >= self.image_size:
-            raise ConfigError(
-                f"data.augment.crop_padding={self.augmentation.crop_padding} must be smaller than the"
-                f" image, {self.image_size} pixels"
-            )
+        for key in ("crop_padding", "cutout") if self.augmentation else ():
+            if (pixels := getattr(self.augmentation, key)) >= self.image_size:
+                raise ConfigError(
+                    f"data.augment.{key}={pixels} must be smaller than the image, {self.image_size} pixels"
+                )
 
     def _check_images(self, data: ImageTensors) -> None:
         channels, *size = data.images.shape[1:]

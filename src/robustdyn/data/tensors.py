@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from robustdyn.data.augmentation import Augmentation
-from robustdyn.streams import generator
+from robustdyn.data.mixup import Mixup
+from robustdyn.streams import generator, stream_seed
 
 
 class Batch(NamedTuple):
@@ -22,7 +23,7 @@ class Batch(NamedTuple):
     targets: Tensor
     """What to learn: classes, int64, (B,); or, where images are mixed, probabilities, float32, (B, K)."""
     indices: Tensor
-    """int64, (B,), positions in the split."""
+    """int64, (B,), positions in the split; of mixed images that of the first of the two."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,8 +102,9 @@ class TensorBatches:
 class ShuffledBatches(TensorBatches):
     """A split in a new random order every epoch, augmented; what is drawn depends on (seed, epoch) alone.
 
-    Permutation and augmentation are drawn on the CPU and for the whole batch before a rank takes its share,
-    so the union over ranks is the batch of a single process, bit for bit, on any device.
+    Permutation, augmentation and mixing are drawn on the CPU and for the whole batch before a rank takes its
+    share, so the union over ranks is the batch of a single process, bit for bit, on any device. A partner to
+    mix with may belong to another rank; every rank holds all images.
     """
 
     def __init__(
@@ -115,6 +117,7 @@ class ShuffledBatches(TensorBatches):
         seed: int,
         epoch: Callable[[], int],
         augmentation: Augmentation | None,
+        mixup: Mixup | None,
     ) -> None:
         """Holds on to ``data``, copies nothing.
 
@@ -127,11 +130,13 @@ class ShuffledBatches(TensorBatches):
             epoch: Asked when the first batch of an epoch is fetched, not when the iterator is made: Lightning
                 makes the first iterator before it has restored the epoch of a resumed run.
             augmentation: None for none.
+            mixup: Mixes the augmented images of a batch; None for none.
         """
         super().__init__(data, batch_size, rank=rank, world_size=world_size)
         self.seed = seed
         self.epoch = epoch
         self.augmentation = augmentation
+        self.mixup = mixup
         self._position = {"epoch": -1, "batches": 0}  # what was handed out so far
         self._resume_at = self._position
 
@@ -144,17 +149,35 @@ class ShuffledBatches(TensorBatches):
         for number, batch in enumerate(order.split(self.batch_size)):
             if number >= first:
                 self._position = {"epoch": epoch, "batches": number + 1}
-                yield self._augmented(batch, epoch, number)
+                yield self._training_batch(batch, epoch, number)
 
-    def _augmented(self, batch: Tensor, epoch: int, number: int) -> Batch:
+    def _training_batch(self, batch: Tensor, epoch: int, number: int) -> Batch:
+        augmented = self._augmented(batch, epoch, number)
         mine = self._share(batch)
-        indices = batch[mine]
-        if self.augmentation is None:
-            return self.data.batch(indices)
+        if self.mixup is None:
+            return augmented(mine)
+        weight, partners = self.mixup.draw(len(batch), stream_seed(self.seed, "mixup", epoch, number))
+        first, second = augmented(mine), augmented(partners[mine])
+        return Batch(
+            self.mixup.images(first.images, second.images, weight),
+            self.mixup.targets(first.targets, second.targets, weight),
+            first.indices,
+        )
+
+    def _augmented(self, batch: Tensor, epoch: int, number: int) -> Callable[[slice | Tensor], Batch]:
+        """Hands out the images at any places of ``batch`` (int64, (B,)), each augmented in its one way."""
+        augmentation, data = self.augmentation, self.data
+        if augmentation is None:
+            return lambda places: data.batch(batch[places])
         draws = generator(self.seed, "augment", epoch, number)
-        choice = self.augmentation.draw(len(batch), draws)[mine]
-        images = self.augmentation.apply(self.data.images, indices, choice)
-        return Batch(to_unit(images), self.data.labels[indices], indices)
+        choices = augmentation.draw(len(batch), data.images.shape[-2:], draws)
+
+        def at(places: slice | Tensor) -> Batch:
+            indices = batch[places]
+            images = augmentation.apply(data.images, indices, choices[places])
+            return Batch(to_unit(images), data.labels[indices], indices)
+
+        return at
 
     def state_dict(self) -> dict[str, int]:
         """The position in the epoch; Lightning saves it in checkpoints made within an epoch."""

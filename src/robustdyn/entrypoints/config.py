@@ -80,6 +80,8 @@ RULES: Mapping[str, Rule] = {
     "deterministic": SWITCH,
     "data.batch_size": COUNT,
     "data.eval_batch_size": COUNT,
+    "data.augment.cutout": WHOLE,
+    "data.mixup": NON_NEGATIVE,
     "model.width": COUNT,
     "attack.norm": _one_of("linf", "l2"),
     "attack.eps_255": NON_NEGATIVE,
