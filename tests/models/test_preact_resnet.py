@@ -56,6 +56,7 @@ def test_normalises_inside():
     [
         ({"width": 0}, "width must be at least 1"),
         ({"strides": (1, 2)}, "same length"),
+        ({"blocks": (2, 0, 2, 2)}, "blocks and strides must be at least 1"),
         ({"mean": (0.5,)}, "mean and std need 3 entries"),
     ],
 )

@@ -19,6 +19,7 @@ from robustdyn.errors import ConfigError
 from robustdyn.measure.snapshot import Eigenpairs, Snapshot
 from robustdyn.measure.when import EpochSpec, measured_epochs
 from robustdyn.methods import AdversarialTraining, is_plain_momentum
+from robustdyn.models.modes import mode
 from robustdyn.records import RunRecords
 
 Row = tuple[str, Mapping[str, Any]]
@@ -118,14 +119,17 @@ class Measure(Callback):
         measurements = self._due(trainer.current_epoch, pl_module.schedule.reads)
         if not measurements:
             return
-        with _first_rank_buffers(pl_module.model, trainer.world_size):
+        with (
+            _first_rank_buffers(pl_module.model, trainer.world_size),
+            mode(pl_module.model, training=False),  # the network as deployed: no dropout, running statistics
+        ):
             began = time.perf_counter()
             snapshot = self._snapshot(trainer, pl_module)
             for measurement in measurements:
                 for table, row in measurement.measure(snapshot):
-                    pl_module.observe(table, row)
                     if trainer.is_global_zero:
                         self._records.append(table, row)
+                    _observe(pl_module, table, row)
                     if "index" not in row and "layer" not in row:  # one row per epoch: a curve
                         pl_module.log_dict(_curves(table, row), rank_zero_only=True)
             seconds = time.perf_counter() - began
@@ -182,6 +186,20 @@ class Measure(Callback):
             eigenpairs=self._eigenpairs,
             starts=self._starts,
         )
+
+
+def _observe(module: AdversarialTraining, table: str, row: Mapping[str, Any]) -> None:
+    """Show the learning-rate rule a row.
+
+    Raises:
+        ConfigError: The rule cannot follow it.
+    """
+    try:
+        module.observe(table, row)
+    except ValueError as error:
+        raise ConfigError(
+            f"schedule: {error}; if training diverged, choose a smaller optimizer.lr, else another schedule"
+        ) from error
 
 
 def _costs(snapshot: Snapshot, seconds: float) -> Iterator[dict[str, Any]]:

@@ -36,8 +36,6 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
     ]
     for module in tracking:
         module.track_running_stats = False
-    try:
-        yield
-    finally:
-        for module in tracking:
-            module.track_running_stats = True
+    yield
+    for module in tracking:
+        module.track_running_stats = True
