@@ -3,8 +3,8 @@
     python experiments/methods/table.py DIR [DIR ...]
 
 reads the runs of ``experiment=methods`` and writes ``results/table.md`` and ``results/table.csv`` beside this
-script. Early stopping is plain adversarial training again, its last epoch replaced by the one whose robust error
-on held-out training images was lowest.
+script. Early stopping is plain adversarial training again, its last epoch replaced by the one whose robust
+error on held-out training images was lowest.
 """
 
 import argparse

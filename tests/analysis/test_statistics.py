@@ -84,7 +84,8 @@ def test_the_headline_of_methods_names_each(methods):
 
 def test_the_headline_of_many_settings_names_the_extremes(tmp_path):
     for i in range(6):
-        write_run(tmp_path / str(i), "at" if i == 3 else "awp", 0, perturbation__gamma=i, epochs=30, measured=())
+        method = "at" if i == 3 else "awp"
+        write_run(tmp_path / str(i), method, 0, perturbation__gamma=i, epochs=30, measured=())
     loss, _, index = headline(find_runs(tmp_path))
     assert "smallest and largest rise of 6 settings" in loss
     assert loss.index("gamma=3") > loss.index(";")

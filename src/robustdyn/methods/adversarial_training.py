@@ -238,10 +238,10 @@ class AdversarialTraining(lightning.LightningModule):
         with torch.no_grad(), mode(self.model, training=False):
             metrics.clean.update(self.model(batch.images), batch.targets)
 
-    def _loss_scale(self) -> float:
-        """What float16 training multiplies losses with."""
+    def _loss_scale(self) -> float | None:
+        """What float16 training multiplies losses with; None in other precisions."""
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        return 1.0 if scaler is None else float(scaler.get_scale())
+        return None if scaler is None else float(scaler.get_scale())
 
     def _metrics_of(self, split: str) -> RobustMetrics:
         metrics = self._metrics[("train", *self.evaluation_splits).index(split)]

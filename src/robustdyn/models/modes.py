@@ -36,6 +36,8 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
     ]
     for module in tracking:
         module.track_running_stats = False
-    yield
-    for module in tracking:
-        module.track_running_stats = True
+    try:
+        yield
+    finally:
+        for module in tracking:
+            module.track_running_stats = True

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from robustdyn.attacks import AttackLoss, summed_cross_entropy
 from robustdyn.methods.objectives.objective import Outcome
 
-# Keep logarithms finite where a probability rounds to 0 or 1; values of the authors' code.
+# Of the authors' code, for 1, 0 and 1: logarithms of adversarial probabilities stay finite.
 _MARGIN, _FLOOR, _CORRECT = 1.0001, 1e-12, 1.0000001
 
 
@@ -18,7 +18,8 @@ class MART:
 
     BCE_b = −ln p_y(x_b + δ_b) − ln(1 − max_{k≠y} p_k(x_b + δ_b)), the boosted cross-entropy; the last factor
     weighs examples that are misclassified anyway. δ climbs the cross-entropy. The margin needs a class to
-    compare with, so that targets must be class numbers.
+    compare with, so that targets must be class numbers. As in the authors' code 1.0001 stands for the 1 in
+    the second logarithm, which caps it at 9.2 and changes it by less than 1e-4 / (1 − max_{k≠y} p_k).
 
     Args:
         beta: β, λ of the paper, ≥ 0.
@@ -41,10 +42,11 @@ class MART:
     def __call__(self, model: nn.Module, images: Tensor, adversarial: Tensor, targets: Tensor) -> Outcome:
         """The boosted cross-entropy of the adversarial images plus the weighted divergence."""
         clean, robust = model(images), model(adversarial)
-        robust_p, clean_p = F.softmax(robust, dim=1), F.softmax(clean, dim=1)
+        robust_p, clean_log_p = F.softmax(robust, dim=1), F.log_softmax(clean, dim=1)
+        clean_p = clean_log_p.exp()  # may round to 0, its own logarithm would be -inf
         others = robust_p.scatter(1, targets[:, None], -1.0)  # no probability, so never the largest
         runner_up = others.amax(dim=1)
         boosted = F.cross_entropy(robust, targets) - torch.log(_MARGIN - runner_up + _FLOOR).mean()
-        divergence = (clean_p * (clean_p.log() - torch.log(robust_p + _FLOOR))).sum(dim=1)
+        divergence = (clean_p * (clean_log_p - torch.log(robust_p + _FLOOR))).sum(dim=1)
         unsure = _CORRECT - clean_p.gather(1, targets[:, None]).squeeze(1)
         return Outcome(boosted + self._beta * (divergence * unsure).mean(), robust)

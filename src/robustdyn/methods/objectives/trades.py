@@ -41,5 +41,7 @@ class TRADES:
         """Cross-entropy of the clean images plus β times the divergence."""
         clean, robust = model(images), model(adversarial)
         natural = F.cross_entropy(clean, targets, label_smoothing=self._label_smoothing)
-        divergence = F.kl_div(F.log_softmax(robust, dim=1), F.softmax(clean, dim=1), reduction="batchmean")
+        # both as logarithms: a clean probability that rounds to 0 would have a gradient of NaN
+        log_q, log_p = F.log_softmax(robust, dim=1), F.log_softmax(clean, dim=1)
+        divergence = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
         return Outcome(natural + self._beta * divergence, robust)

@@ -40,7 +40,7 @@ class WeightPerturbation(ABC):
         """v, a tensor for each of ``weights``, from the loss's gradients there."""
 
     @torch.no_grad()
-    def apply(self, model: nn.Module, loss: Tensor, *, loss_scale: float = 1.0) -> None:
+    def apply(self, model: nn.Module, loss: Tensor, *, loss_scale: float | None = None) -> None:
         """Move ``model`` to w + v.
 
         The gradient is averaged over the ranks of a data-parallel run, so that all of them move alike; no
@@ -49,8 +49,8 @@ class WeightPerturbation(ABC):
         Args:
             model: Network, at w.
             loss: Scalar with a graph, the loss at w; its graph is freed.
-            loss_scale: Factor that keeps half-precision gradients from vanishing. v does not depend on it,
-                but a gradient that it makes infinite perturbs nothing.
+            loss_scale: Factor that keeps half-precision gradients from vanishing; None without one. v does
+                not depend on it, but where it makes any gradient infinite v is 0 for all tensors and ranks.
 
         Raises:
             RuntimeError: The last perturbation was not taken back.
@@ -62,9 +62,10 @@ class WeightPerturbation(ABC):
             for name, parameter in model.named_parameters()
             if parameter.requires_grad and self.selects(name, parameter)
         ]
-        gradients = _mean_over_ranks(_gradients(loss * loss_scale, weights))
-        if loss_scale != 1.0:
-            gradients = [torch.where(g.isfinite().all(), g / loss_scale, 0.0) for g in gradients]
+        gradients = _mean_over_ranks(_gradients(loss, weights, loss_scale))
+        if loss_scale is not None:
+            finite = torch.stack([g.isfinite().all() for g in gradients]).all()
+            gradients = [torch.where(finite, g / loss_scale, 0.0) for g in gradients]
         moves = self.direction(weights, gradients)
         for weight, move in zip(weights, moves, strict=True):
             weight.add_(move)
@@ -80,8 +81,12 @@ class WeightPerturbation(ABC):
         torch.clear_autocast_cache()
 
 
-def _gradients(loss: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-    found = torch.autograd.grad(loss, weights, allow_unused=True)
+def _gradients(loss: Tensor, weights: Sequence[Tensor], loss_scale: float | None) -> list[Tensor]:
+    """Of the scaled loss; zero where it does not depend on a weight."""
+    scale = None if loss_scale is None else torch.full_like(loss, loss_scale)
+    # as the descent's backward pass, which runs outside autocast too
+    with torch.autocast(loss.device.type, enabled=False):
+        found = torch.autograd.grad(loss, weights, grad_outputs=scale, allow_unused=True)
     return [torch.zeros_like(w) if g is None else g for w, g in zip(weights, found, strict=True)]
 
 
