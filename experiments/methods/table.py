@@ -15,10 +15,10 @@ import numpy as np
 import pandas as pd
 
 from robustdyn.analysis.statistics import BEST_ON_TEST, BEST_ON_VALIDATION, FINAL, final_and_best
-from robustdyn.records import find_runs
+from robustdyn.records import Run, find_runs
 
-PLAIN = "method=at"
-EARLY = "early stopping"
+PLAIN = "AT"
+EARLY = "AT, early stopping"
 SHOWN = {
     "test_robust_error": ("robust error, %", 100.0, 1),
     "test_clean_error": ("clean error, %", 100.0, 1),
@@ -27,11 +27,20 @@ SHOWN = {
 }
 
 
+def method(run: Run) -> str:
+    """The method's name in the papers, with the threshold where there is one."""
+    name = run.choices["method"].replace("wci_lr", "WCI-LR").replace("_", " ")
+    threshold = run.config["schedule"].get("threshold")
+    return name.upper() if threshold is None else f"{name}, τ = {threshold:g}"
+
+
 def selected(paths: Sequence[Path]) -> pd.DataFrame:
     """``final_and_best`` of the runs, early stopping as a group of its own, the seed as a column."""
     runs = find_runs(paths)
     seeds = {run.label: run.config["seed"] for run in runs}
+    methods = {run.label: method(run) for run in runs}
     frame = final_and_best(runs)
+    frame["group"] = frame["run"].map(methods)
     plain = frame[frame["group"] == PLAIN]
     stopped = plain[plain["selection"] == BEST_ON_VALIDATION].assign(selection=FINAL)
     best = plain[plain["selection"] == BEST_ON_TEST]
@@ -57,7 +66,7 @@ def table(frame: pd.DataFrame) -> pd.DataFrame:
     """One row per method: best, final and their difference of each metric, as text."""
     rows = []
     for group, own in frame.groupby("group", sort=False):
-        row = {"method": str(group).removeprefix("method="), "seeds": str(own["seed"].nunique())}
+        row = {"method": str(group), "seeds": str(own["seed"].nunique())}
         for column, (label, scale, digits) in SHOWN.items():
             for selection in (BEST_ON_TEST, FINAL):
                 picked = own.loc[own["selection"] == selection, column]

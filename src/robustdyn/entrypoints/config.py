@@ -33,10 +33,12 @@ def register_resolvers() -> None:
     ``short``: text for a folder name, cut to 100 characters (file systems take 255 bytes), without slashes.
     ``at_fractions``: epochs at fractions of the run's length, so that a shorter run keeps the papers' shape.
     ``first_at_fraction``: likewise one epoch, at least 1.
+    ``first``: the first of some epochs, 1 if there is none.
     """
     OmegaConf.register_new_resolver("per_255", lambda value: float(value) / 255, replace=True)
     OmegaConf.register_new_resolver("short", lambda text: str(text).replace("/", "-")[:100], replace=True)
     OmegaConf.register_new_resolver("at_fractions", _at_fractions, replace=True)
+    OmegaConf.register_new_resolver("first", lambda epochs: epochs[0] if epochs else 1, replace=True)
     OmegaConf.register_new_resolver(
         "first_at_fraction", lambda length, fraction: max(1, int(length * fraction)), replace=True
     )
