@@ -1,9 +1,11 @@
 """Choices along different axes that cannot go together, refused before anything is read."""
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from robustdyn.entrypoints.config import build
 from robustdyn.errors import ConfigError
+from robustdyn.records.schema import EPOCHS
 
 
 def check_combinations(cfg: DictConfig) -> None:
@@ -12,9 +14,24 @@ def check_combinations(cfg: DictConfig) -> None:
     Raises:
         ConfigError: Names the keys and the remedy.
     """
+    _settings_of_nothing(cfg)
     _mixed_targets(cfg)
+    _optimizer(cfg)
+    _rates(cfg)
     _measured_rate(cfg)
+    _averaging(cfg)
     _early_stopping(cfg)
+
+
+def _settings_of_nothing(cfg: DictConfig) -> None:
+    """``none`` on the command line, and an experiment's settings of what it replaced."""
+    for group in ("perturbation", "averaging", "stopping"):
+        settings = cfg[group]
+        if settings and "_target_" not in settings:
+            raise ConfigError(
+                f"{group}.{next(iter(settings))} is set but {group}=none takes no settings; choose another "
+                f"{group}, or leave the settings out"
+            )
 
 
 def _mixed_targets(cfg: DictConfig) -> None:
@@ -25,20 +42,65 @@ def _mixed_targets(cfg: DictConfig) -> None:
         )
 
 
+def _optimizer(cfg: DictConfig) -> None:
+    """What its constructor refuses, it refuses now: Nesterov without momentum, say."""
+    factory = build(cfg, "optimizer")
+    try:
+        factory([torch.nn.Parameter(torch.zeros(1))])
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"optimizer: {error}") from error
+
+
+def _rates(cfg: DictConfig) -> None:
+    """A rate of 0 trains nothing and has no law to settle to."""
+    schedule = build(cfg, "schedule")
+    for epoch in range(cfg.trainer.max_epochs):
+        if not schedule.factor(epoch + 0.5) > 0:
+            raise ConfigError(
+                f"schedule: the learning rate is 0 in epoch {epoch} of trainer.max_epochs="
+                f"{cfg.trainer.max_epochs}; choose schedule.length={cfg.trainer.max_epochs}, or positive "
+                "schedule.factors"
+            )
+
+
 def _measured_rate(cfg: DictConfig) -> None:
-    table = build(cfg, "schedule").reads
+    schedule = build(cfg, "schedule")
+    if schedule.reads is None:
+        return
     names = cfg.measure.measurements
-    if table and not any(table in build(cfg, f"measure.measurements.{name}").tables for name in names):
+    if not any(schedule.reads in build(cfg, f"measure.measurements.{name}").tables for name in names):
         raise ConfigError(
-            f"{_choice(cfg, 'schedule')} follows the measured table {table}, but measure.measurements has "
-            "nothing that measures it; keep measure.measurements.weight_curvature or choose another schedule"
+            f"{_choice(cfg, 'schedule')} follows the measured table {schedule.reads}, but "
+            "measure.measurements has nothing that measures it; keep measure.measurements.weight_curvature "
+            "or choose another schedule"
+        )
+    if not schedule.reading_epochs(cfg.trainer.max_epochs):
+        raise ConfigError(
+            f"schedule.start_epoch={cfg.schedule.start_epoch} is not reached by trainer.max_epochs="
+            f"{cfg.trainer.max_epochs}, so that no rate follows a measurement; choose an earlier "
+            "start_epoch, or schedule=constant"
+        )
+
+
+def _averaging(cfg: DictConfig) -> None:
+    start = cfg.averaging.get("start_epoch")
+    if start is not None and start >= cfg.trainer.max_epochs:
+        raise ConfigError(
+            f"averaging.start_epoch={start} is not reached by trainer.max_epochs={cfg.trainer.max_epochs}, "
+            "so that nothing is averaged; choose an earlier start_epoch, or averaging=none"
         )
 
 
 def _early_stopping(cfg: DictConfig) -> None:
     if not cfg.stopping:
         return
-    if str(cfg.stopping.get("monitor", "")).startswith("validation_") and not cfg.data.validation_size:
+    monitor = str(cfg.stopping.get("monitor", ""))
+    if monitor not in EPOCHS.names:
+        raise ConfigError(
+            f"stopping.monitor={monitor} is no column of the epochs table; choose validation_robust_error or "
+            "another one"
+        )
+    if monitor.startswith("validation_") and not cfg.data.validation_size:
         raise ConfigError(
             "stopping=early watches held-out training images, but data.validation_size=0; choose a size, "
             "or stopping=none"

@@ -2,7 +2,8 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from robustdyn.entrypoints.status import status_of
@@ -29,20 +30,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
 
-    def write() -> None:
-        for run in find_runs(arguments.path):
-            count = write_posterior(run, arguments.interpolation)
-            print(f"{run.path}: {count} rows")
+    found: list[Run] = []
+    failed = status_of(lambda: found.extend(find_runs(arguments.path)))
 
-    return status_of(write)
+    def write(run: Run) -> None:
+        count = write_posterior(run, arguments.interpolation)
+        print(f"{run.path}: {count} rows")
+
+    # a run without a law must not keep the others of its sweep from theirs
+    return max([failed, *(status_of(partial(write, run)) for run in found)])
 
 
 def write_posterior(run: Run, interpolation: Interpolation | None) -> int:
     """Write one run's ``posterior`` table; the number of its rows.
 
     Raises:
-        RecordError: The run recorded no spectrum, or its configuration lacks the optimiser's settings.
+        RecordError: The run recorded no spectrum, or was not trained with momentum SGD, or its configuration
+            lacks the optimiser's settings.
     """
+    _require_plain_momentum(run)
     tables = {name: read_table(run.path, name) for name in ("epochs", "rates", "spectrum")}
     if tables["spectrum"].empty:
         raise RecordError(f"{run.path}: no spectrum was recorded; train with measure.measurements.spectrum")
@@ -59,6 +65,28 @@ def write_posterior(run: Run, interpolation: Interpolation | None) -> int:
             f"{run.path}: its configuration has no {error}; was it made by robustdyn-train?"
         ) from error
     return RunRecords(run.path).replace("posterior", rows)
+
+
+def _require_plain_momentum(run: Run) -> None:
+    """Refuse what :func:`robustdyn.methods.is_plain_momentum` would, from the configuration alone."""
+    optimizer = run.config.get("optimizer", {})
+    if not isinstance(optimizer, Mapping) or "_target_" not in optimizer:
+        return  # of another program: the settings that are missing will be named
+    decay, on = optimizer.get("weight_decay"), run.config.get("regularizer", {}).get("weight_decay_on", "all")
+    found = None
+    if optimizer["_target_"] not in ("torch.optim.SGD", "torch.optim.sgd.SGD"):
+        found = f"optimizer={str(optimizer['_target_']).rpartition('.')[2]}"
+    elif optimizer.get("nesterov"):
+        found = "optimizer.nesterov=true"
+    elif optimizer.get("dampening"):
+        found = f"optimizer.dampening={optimizer['dampening']}"
+    elif decay and on != "all":
+        found = f"regularizer.weight_decay_on={on}"
+    if found is not None:
+        raise RecordError(
+            f"{run.path}: trained with {found}, but the posterior is that of momentum SGD without Nesterov, "
+            "dampening or several weight decays; train with optimizer=sgd"
+        )
 
 
 if __name__ == "__main__":

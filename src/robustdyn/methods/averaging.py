@@ -1,15 +1,74 @@
-"""Weight averaging by Lightning's own callback, once an epoch."""
+"""Weight averaging: Lightning's callback, told when to average."""
 
 from typing import Any
 
+import lightning
 from lightning.pytorch.callbacks import WeightAveraging
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
-class EpochAveraging(WeightAveraging):
+class _Averaging(WeightAveraging):
+    """An average that stands in for the weights during evaluation and in checkpoints.
+
+    BatchNorm's running statistics are averaged with the weights; they are not estimated anew from training
+    images, as Izmailov et al. do. Until there is an average the weights themselves are evaluated and saved.
+    """
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Make the average where the training is: Lightning would make it before the weights are there."""
+        self._device = trainer.strategy.root_device
+        super().setup(trainer, pl_module, stage)
+
+    def on_validation_epoch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """Evaluate the average."""
+        self._follow(pl_module)
+        super().on_validation_epoch_start(trainer, pl_module)
+
+    def on_save_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Save the average, and what training needs to go on."""
+        self._follow(pl_module)
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Leave the average behind."""
+        self._follow(pl_module)
+        super().on_train_end(trainer, pl_module)
+
+    def _follow(self, module: lightning.LightningModule) -> None:
+        """The average of nothing yet is what the weights are."""
+        if self._average_model is not None and self._average_model.n_averaged == 0:
+            self._average_model.module.load_state_dict(module.state_dict())
+
+
+class ExponentialAveraging(_Averaging):
+    """w̄ ← decay · w̄ + (1 − decay) · w after every optimiser step, from the first step's w on.
+
+    It stands in for the weights during evaluation and in checkpoints. BatchNorm's running statistics are
+    averaged with the weights.
+
+    Args:
+        decay: In [0, 1).
+
+    Raises:
+        ValueError: ``decay`` outside its range.
+    """
+
+    def __init__(self, *, decay: float) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay must lie in [0, 1), got {decay}")
+        super().__init__(use_buffers=True, multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+
+class EpochAveraging(_Averaging):
     """Equal average of the weights at the ends of epochs from ``start_epoch`` on (Izmailov et al., UAI 2018).
 
-    As Lightning's averages do, it stands in for the weights during evaluation and in checkpoints. BatchNorm's
-    running statistics are averaged with the weights.
+    It stands in for the weights during evaluation, that of the averaged epoch included, and in checkpoints;
+    before ``start_epoch`` there is no average and the weights themselves are evaluated and saved. BatchNorm's
+    running statistics are averaged with the weights, where Izmailov et al. estimate them anew.
 
     Args:
         start_epoch: First epoch whose end is averaged, counted from 0.
@@ -23,16 +82,20 @@ class EpochAveraging(WeightAveraging):
             raise ValueError(f"start_epoch must be at least 0, got {start_epoch}")
         super().__init__(use_buffers=True)
         self._start_epoch = start_epoch
+        self._epoch_ends = False
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
-        """At the ends of epochs, from the first one on."""
-        return epoch_idx is not None and epoch_idx >= self._start_epoch
+        """After the last step of an epoch, from the first averaged one on."""
+        return step_idx is not None and self._epoch_ends
 
-    def state_dict(self) -> dict[str, Any]:
-        """Lightning's own, and the last averaged epoch, which it forgets."""
-        return super().state_dict() | {"latest_update_epoch": self._latest_update_epoch}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take it back."""
-        super().load_state_dict(state_dict)
-        self._latest_update_epoch = state_dict["latest_update_epoch"]
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Average before the epoch's evaluation; the hook at its end comes after."""
+        self._epoch_ends = trainer.is_last_batch and trainer.current_epoch >= self._start_epoch
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)

@@ -56,7 +56,7 @@ class MultiDecay(Schedule):
     """η falls by η₀/n after each n-th of the run, a staircase to η₀/n (Rice et al., ICML 2020, section 4).
 
     Args:
-        length: Epochs of the run, ≥ n.
+        length: Epochs of the run, ≥ 1; where n is larger the rate falls within epochs, too.
         decays: n, ≥ 1.
 
     Raises:
@@ -64,8 +64,9 @@ class MultiDecay(Schedule):
     """
 
     def __init__(self, *, length: int, decays: int) -> None:
-        if not 1 <= decays <= length:
-            raise ValueError(f"decays must be between 1 and the {length} epochs, got {decays}")
+        for name, value in (("length", length), ("decays", decays)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         self._length, self._decays = length, decays
 
     def factor(self, epoch: float) -> float:
@@ -85,7 +86,7 @@ class Interpolated(Schedule):
     Args:
         length: Epochs of the run, ≥ 1.
         at: Points as fractions of the run, strictly increasing from 0 to 1.
-        factors: η/η₀ at each point, ≥ 0.
+        factors: η/η₀ at each point, > 0; at the first and the last one, which no step's middle meets, ≥ 0.
 
     Raises:
         ValueError: Points or factors that do not fit.
@@ -97,8 +98,12 @@ class Interpolated(Schedule):
             raise ValueError(f"at must increase strictly from 0 to 1, got {points}")
         if len(factors) != len(points):
             raise ValueError(f"factors has {len(factors)} values for {len(points)} points in at")
+        if length < 1:
+            raise ValueError(f"length must be at least 1, got {length}")
         if not all(value >= 0 for value in factors):
             raise ValueError(f"factors must be at least 0, got {list(factors)}")
+        if not all(factors[1:-1]):
+            raise ValueError(f"factors may be 0 at the ends only, got {list(factors)}")
         self._epochs = [point * length for point in points]
         self._factors = [float(value) for value in factors]
 
@@ -115,10 +120,15 @@ class Cosine(Schedule):
     """η = η₀ · ½ (1 + cos(π · epoch / length)) (Loshchilov and Hutter, ICLR 2017, eq. 5, without restarts).
 
     Args:
-        length: Epochs of the run.
+        length: Epochs of the run, ≥ 1.
+
+    Raises:
+        ValueError: A length below 1.
     """
 
     def __init__(self, *, length: int) -> None:
+        if length < 1:
+            raise ValueError(f"length must be at least 1, got {length}")
         self._length = length
 
     def factor(self, epoch: float) -> float:

@@ -65,14 +65,16 @@ class WCIRate(Schedule):
         """Follow a ``wci`` row; rows of other epochs than :meth:`reading_epochs` change nothing.
 
         Raises:
-            ValueError: The measured quantity is not a number.
+            ValueError: The measured quantity is not finite.
         """
         since = int(row["epoch"]) - (self._start_epoch - 1)
         if since < 0 or since % self._interval:
             return
         measured = float(row[self._quantity])
-        if math.isnan(measured):
-            raise ValueError(f"the learning rate cannot follow {self._quantity}=nan of epoch {row['epoch']}")
+        if not math.isfinite(measured):
+            raise ValueError(
+                f"the learning rate cannot follow {self._quantity}={measured} of epoch {row['epoch']}"
+            )
         damping = min(1.0, self._threshold / measured) if measured > 0 else 1.0
         self._damping = min(damping, self._damping) if self._monotone else damping
 
@@ -81,5 +83,5 @@ class WCIRate(Schedule):
         return {"damping": self._damping}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take it back."""
-        self._damping = float(state["damping"])
+        """Take it back; a run that began under another rule starts undamped."""
+        self._damping = float(state.get("damping", 1.0))
