@@ -252,7 +252,7 @@ def stops_after(errors, patience):
 def stopped(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("stopping") / "run"
     with pytest.MonkeyPatch.context() as monkeypatch:
-        assert command(monkeypatch, *STOPPING, f"hydra.run.dir={run_dir}") == 0
+        assert command(monkeypatch, *STOPPING, f"hydra.run.dir={run_dir}", "report=false") == 0
     return run_dir
 
 
@@ -267,7 +267,6 @@ def test_stops_when_the_validation_error_has_not_improved(stopped):
 
 
 def test_a_stopped_run_is_a_whole_run(stopped):
-    assert (stopped / "report" / "index.html").exists()
     posterior = rows(stopped, "posterior")
     assert [row["epoch"] for row in posterior if row["index"] == 0] == list(
         range(len(validation_errors(stopped)))
@@ -293,6 +292,13 @@ def test_started_again_it_stays_stopped_unless_it_is_given_more_patience(stopped
     errors = validation_errors(tmp_path / "more")
     assert len(errors) > len(before)
     assert stops_after(errors, PATIENCE + 1) == len(errors) - 1
+
+
+@pytest.mark.slow  # draws figures
+def test_the_report_of_a_stopped_run_is_written(stopped, tmp_path, monkeypatch):
+    shutil.copytree(stopped, tmp_path / "run")
+    assert command(monkeypatch, *STOPPING, f"hydra.run.dir={tmp_path / 'run'}") == 0
+    assert (tmp_path / "run" / "report" / "index.html").exists()
 
 
 @pytest.mark.slow  # a whole run

@@ -1,5 +1,6 @@
 """The measuring callback: when, on which data, and what; the mathematics is in curvature/ and theory/."""
 
+import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -9,7 +10,6 @@ import lightning
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from robustdyn import streams
@@ -21,6 +21,8 @@ from robustdyn.measure.when import EpochSpec, measured_epochs
 from robustdyn.methods import AdversarialTraining, is_plain_momentum
 from robustdyn.models.modes import mode
 from robustdyn.records import RunRecords
+
+_log = logging.getLogger(__name__)
 
 Row = tuple[str, Mapping[str, Any]]
 """(table, columns) of one record."""
@@ -107,10 +109,10 @@ class Measure(Callback):
                     f"measure.examples={self._examples} cannot be spread over {trainer.world_size} devices; "
                     "choose at least one for each"
                 )
-        if self._epochs and not is_plain_momentum(trainer.optimizers[0]):
-            rank_zero_warn(
-                "the stationary laws recorded are those of momentum SGD without Nesterov, dampening or "
-                "several weight decays: with this optimiser their columns stay empty"
+        if self._epochs and trainer.is_global_zero and not is_plain_momentum(trainer.optimizers[0]):
+            _log.warning(
+                "the stationary laws recorded are those of momentum SGD without Nesterov, dampening or several "
+                "weight decays: with this optimiser their columns stay empty"
             )
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:

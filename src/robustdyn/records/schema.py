@@ -610,18 +610,96 @@ COSTS = Table(
     ),
 )
 
+OUTCOMES = Table(
+    "outcomes",
+    "one example under one attack of an evaluation",
+    ("evaluator", "index"),
+    (
+        Column("evaluator", "str", "", "attack", "name of the attack; 'clean' for the unattacked images"),
+        Column("index", "int", "", "example", "position in the evaluated split, counted from 0"),
+        Column("label", "int", "", "label", "class of the example"),
+        Column(
+            "prediction", "int", "", "prediction", "class that the model predicts for the unattacked image"
+        ),
+        Column(
+            "attacked",
+            "bool",
+            "",
+            "attacked",
+            "false for examples wrong unattacked or broken by an earlier attack of the same ensemble",
+        ),
+        Column("robust", "bool", "", "robust", "whether the model is still right after this attack"),
+        Column(
+            "zero_gradient",
+            "bool",
+            "",
+            "zero gradient",
+            "whether the cross-entropy's gradient at the unattacked image is exactly zero or not finite",
+            required=False,
+        ),
+        Column("seconds", "float", "s", "wall time", "wall time of the example's batch over its examples"),
+    ),
+)
+
+EVALUATION = Table(
+    "evaluation",
+    "one attack, ensemble or summary of an evaluation",
+    ("evaluator",),
+    (
+        Column(
+            "evaluator",
+            "str",
+            "",
+            "attack",
+            "name of the attack or ensemble; 'clean', or 'worst_case': right under every attack",
+        ),
+        Column("examples", "int", "", "examples", "number of examples"),
+        Column("accuracy", "float", FRACTION, "accuracy", "share of the examples that stay right", "higher"),
+        Column(
+            "accuracy_se",
+            "float",
+            FRACTION,
+            "s.e. of accuracy",
+            "binomial standard error of accuracy, for examples drawn at random",
+        ),
+        Column("norm", "str", "", "norm", "norm of the ball"),
+        Column("eps", "float", "", "ε", "radius of the ball on the [0, 1] pixel scale"),
+        Column("loss", "str", "", "loss", "what the attack climbs, where it is ours"),
+        Column("step_size", "float", "", "step", "step size on the [0, 1] pixel scale"),
+        Column("steps", "int", "", "steps", "gradient steps of a start; queries of a black-box attack"),
+        Column("restarts", "int", "", "restarts", "starts, or target classes of a targeted attack"),
+        _SECONDS,
+    ),
+)
+
+WARNINGS = Table(
+    "warnings",
+    "one sign that an evaluation may overstate robustness",
+    ("check", "evaluator"),
+    (
+        Column("check", "str", "", "check", "name of the check"),
+        Column("evaluator", "str", "", "attack", "attack it concerns; 'model' for none"),
+        Column("message", "str", "", "message", "what was seen"),
+    ),
+)
+
 TABLES: dict[str, Table] = {
     t.name: t
     for t in (EPOCHS, RATES, WCI, LAYERS, SPECTRUM, ALIGNMENT, BOUNDS, DENSITY, WHOLE_SPACE, POSTERIOR, COSTS)
 }
+"""Tables of a run directory."""
+
+EVALUATION_TABLES: dict[str, Table] = {t.name: t for t in (OUTCOMES, EVALUATION, WARNINGS)}
+"""Tables of an evaluation's directory: they have no epochs."""
 
 
 def table(name: str) -> Table:
-    """The table called ``name``.
+    """The table called ``name``, of a run or of an evaluation.
 
     Raises:
         ValueError: There is no such table; the message lists the known ones.
     """
-    if name not in TABLES:
-        raise ValueError(f"unknown table {name!r}: known are {', '.join(TABLES)}")
-    return TABLES[name]
+    known = TABLES | EVALUATION_TABLES
+    if name not in known:
+        raise ValueError(f"unknown table {name!r}: known are {', '.join(known)}")
+    return known[name]

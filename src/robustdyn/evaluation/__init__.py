@@ -1,0 +1,25 @@
+"""Clean and robust accuracy of a model, example by example, with signs that they may be overstated.
+
+``evaluate`` attacks a model with the evaluators it is given and keeps an ``EvaluationRecord``.
+"""
+
+from robustdyn.evaluation.autoattack import AutoAttackEvaluator
+from robustdyn.evaluation.ball import Ball
+from robustdyn.evaluation.evaluators import Attack, Description, Evaluator, PGDEvaluator, UnboundedPGD
+from robustdyn.evaluation.record import EvaluationRecord
+from robustdyn.evaluation.run import Result, evaluate
+from robustdyn.evaluation.sanity import Sanity
+
+__all__ = [
+    "Attack",
+    "AutoAttackEvaluator",
+    "Ball",
+    "Description",
+    "EvaluationRecord",
+    "Evaluator",
+    "PGDEvaluator",
+    "Result",
+    "Sanity",
+    "UnboundedPGD",
+    "evaluate",
+]

@@ -1,0 +1,211 @@
+"""The record of an evaluation: one directory, in which a killed evaluation goes on and others are added.
+
+``settings.json`` says what was evaluated, ``records/*.jsonl`` holds the tables ``outcomes``, ``evaluation``
+and ``warnings`` of :mod:`robustdyn.records.schema`, ``summary.json`` the result.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from robustdyn.errors import RecordError
+from robustdyn.records import RunRecords
+from robustdyn.records.writer import plain
+
+SETTINGS = "settings.json"
+_ANOTHER = "choose another output=DIR, or delete this one"
+
+Row = Mapping[str, Any]
+Warnings = dict[tuple[str, str], str]
+"""(check, evaluator) -> message."""
+
+
+class EvaluationRecord:
+    """Outcomes, read back and appended to; made by :meth:`open`.
+
+    Attributes:
+        directory: Where it lies.
+        attacks: Description of every attack recorded here so far, by name, of this call or an earlier one.
+        warnings: What was noticed while attacking.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.attacks: dict[str, dict[str, Any]] = {}
+        self.warnings: Warnings = {}
+        self._records = RunRecords(directory)
+        self._outcomes: dict[str, list[Row]] = {}
+
+    @classmethod
+    @contextmanager
+    def open(
+        cls, directory: Path, settings: Mapping[str, object], provenance: Mapping[str, object]
+    ) -> Iterator["EvaluationRecord"]:
+        """The record in ``directory``, new or of the same evaluation; no other process may open it meanwhile.
+
+        Args:
+            directory: Made if absent.
+            settings: What outcomes depend on, whatever the attack. JSON can hold it.
+            provenance: Versions and the like, noted down when the record is begun and never compared.
+
+        Raises:
+            RecordError: Another process has it open, it cannot be written or read, or its settings differ.
+        """
+        lock = FileLock(directory / ".lock")
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise RecordError(
+                f"{directory}: another evaluation is writing here; wait, or {_ANOTHER}"
+            ) from error
+        except OSError as error:
+            raise RecordError(
+                f"{directory}: cannot write ({error.strerror}); choose another output=DIR"
+            ) from error
+        try:
+            record = cls(directory)
+            record._begin(plain(settings), plain(provenance))
+            yield record
+        finally:
+            lock.release()
+
+    def describe(self, evaluator: str, settings: Mapping[str, object], attacks: Mapping[str, Row]) -> None:
+        """Note down an evaluator's settings and its attacks, before their first outcome.
+
+        Raises:
+            RecordError: An evaluator of this name was recorded with other settings.
+        """
+        stored = self._stored()
+        new = plain({"settings": settings, "attacks": attacks})
+        old = stored["evaluators"].setdefault(evaluator, new)
+        if old != new:
+            changed = _differences(old["settings"], new["settings"])
+            raise RecordError(f"{self.directory}: {evaluator} was run with {changed}; {_ANOTHER}")
+        self._store(stored)
+        self.attacks |= new["attacks"]
+
+    def outcomes(self, attack: str) -> list[Row]:
+        """The recorded rows of one attack, in order."""
+        return list(self._outcomes.get(attack, ()))
+
+    def whole_chunks(self, attack: str, chunks: Sequence[Sequence[int]]) -> int:
+        """How many of the ``chunks`` of examples are recorded whole; rows of a chunk begun are dropped.
+
+        Raises:
+            RecordError: The rows are not those of the first chunks.
+        """
+        found = [row["index"] for row in self._outcomes.get(attack, ())]
+        whole, count = 0, 0
+        for chunk in chunks:
+            if found[count : count + len(chunk)] != list(chunk):
+                break
+            whole, count = whole + 1, count + len(chunk)
+        rest = found[count:]
+        if rest and (whole == len(chunks) or rest != list(chunks[whole])[: len(rest)]):
+            raise RecordError(
+                f"{self._records.path('outcomes')}: the rows of {attack} are not those of this evaluation; "
+                f"{_ANOTHER}"
+            )
+        if rest:
+            self._outcomes[attack] = self._outcomes[attack][:count]
+            self._rewrite()
+        return whole
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Append the outcomes of one chunk of one attack."""
+        self._records.extend("outcomes", rows)
+        for row in rows:
+            self._outcomes.setdefault(row["evaluator"], []).append(row)
+
+    def warn(self, check: str, evaluator: str, message: str) -> None:
+        """Append a warning, the first time it is given."""
+        if (check, evaluator) not in self.warnings:
+            self.warnings[check, evaluator] = message
+            self._records.append("warnings", _warning(check, evaluator, message))
+
+    def write_results(
+        self, rows: Sequence[Row], warnings: Mapping[tuple[str, str], str], summary: Mapping[str, object]
+    ) -> None:
+        """Write the table ``evaluation``, all warnings and ``summary.json`` anew."""
+        self._records.replace("evaluation", rows)
+        self._records.replace("warnings", [_warning(*key, text) for key, text in warnings.items()])
+        self._records.write_summary(summary)
+
+    def _begin(self, settings: Mapping[str, object], provenance: Mapping[str, object]) -> None:
+        path = self.directory / SETTINGS
+        if not path.exists():
+            if self._records.path("outcomes").exists():
+                raise RecordError(f"{path}: missing beside records that are there; {_ANOTHER}")
+            self._store({"evaluation": settings, "provenance": provenance, "evaluators": {}})
+            return
+        stored = self._stored()
+        if stored["evaluation"] != settings:
+            raise RecordError(
+                f"{self.directory}: holds an evaluation with {_differences(stored['evaluation'], settings)}; "
+                f"{_ANOTHER}"
+            )
+        for evaluator in stored["evaluators"].values():
+            self.attacks |= evaluator["attacks"]
+        for row in _rows(self._records.path("outcomes")):
+            self._outcomes.setdefault(row["evaluator"], []).append(row)
+        for row in _rows(self._records.path("warnings")):
+            self.warnings.setdefault((row["check"], row["evaluator"]), row["message"])
+        self._rewrite()  # without half a line that a killed process left
+
+    def _rewrite(self) -> None:
+        self._records.replace("outcomes", [row for rows in self._outcomes.values() for row in rows])
+        self._records.replace("warnings", [_warning(*key, text) for key, text in self.warnings.items()])
+
+    def _stored(self) -> dict[str, Any]:
+        path = self.directory / SETTINGS
+        try:
+            stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RecordError(f"{path}: cannot be read; {_ANOTHER}") from error
+        return stored
+
+    def _store(self, content: Mapping[str, object]) -> None:
+        path = self.directory / SETTINGS
+        temporary = path.with_suffix(".tmp")
+        try:
+            temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            temporary.replace(path)
+        except OSError as error:
+            raise RecordError(
+                f"{path}: cannot write ({error.strerror}); choose another output=DIR"
+            ) from error
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a table; a last line that a killed process left half-written is left out."""
+    if not path.is_file():
+        return []
+    lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise RecordError(f"{path}, line {number}: not a record; {_ANOTHER}") from error
+    return rows
+
+
+def _warning(check: str, evaluator: str, message: str) -> Row:
+    return {"check": check, "evaluator": evaluator, "message": message}
+
+
+def _differences(old: Mapping[str, object], new: Mapping[str, object]) -> str:
+    """``eps=0.1 (now 0.2)`` for every setting that differs."""
+    keys = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
+    return ", ".join(f"{key}={_short(old.get(key))} (now {_short(new.get(key))})" for key in keys)
+
+
+def _short(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -1,0 +1,9 @@
+import pytest
+
+from tests.evaluation.problems import trained_net
+
+
+@pytest.fixture(scope="session")
+def robust_net():
+    """Adversarially trained on digits."""
+    return trained_net(adversarially=True)
