@@ -70,14 +70,16 @@ def evaluate_checkpoint(typed: DictConfig) -> None:
     ball = Ball(cfg.attack.norm, cfg.attack.eps_255 / 255)
     model: nn.Module = build(cfg, "model")
     layout = load_weights(model, checkpoint, layout=cfg.layout)
-    data = _examples(cfg).to(device)
+    split = _split(cfg)
+    data = split.take(torch.arange(cfg.evaluation.examples or len(split))).to(device)
     output = (
         Path(cfg.output) if cfg.output else (run_dir or checkpoint.parent) / "evaluation" / checkpoint.stem
     )
     settings = _settings(cfg, checkpoint, layout, ball, data)
 
     _say(f"checkpoint  {checkpoint} ({layout})")
-    _say(f"examples    {len(data):,}, the first of the {cfg.evaluation.split} split of {type_name(cfg.data)}")
+    which = "all" if len(data) == len(split) else f"the first {len(data):,} of"
+    _say(f"examples    {which} {len(split):,} of the {cfg.evaluation.split} split of {type_name(cfg.data)}")
     _say(f"ball        {ball.norm}, radius {cfg.attack.eps_255:g}/255")
     with EvaluationRecord.open(output, settings, _provenance(device)) as record, _Progress() as progress:
         try:
@@ -212,7 +214,8 @@ def _composed(choices: Sequence[str], typed: _Typed) -> DictConfig:
                 f"{key} belongs to training; an evaluation takes attack.norm and attack.eps_255, and "
                 "steps and the like from evaluation.attacks, e.g. evaluation.attacks.pgd20.steps=100"
             )
-    cfg = _compose([*choices, *typed.others, *typed.settings.values()])
+    overrides = [*choices, *typed.others, *typed.settings.values()]
+    cfg = _compose(overrides) if typed.settings else without
     OmegaConf.set_struct(cfg, False)
     return cfg
 
@@ -312,20 +315,23 @@ def _device(name: str) -> torch.device:
 # ---------------------------------------------------------------------- what is evaluated
 
 
-def _examples(cfg: DictConfig) -> ImageTensors:
-    """The first examples of the split, in its order."""
+def _split(cfg: DictConfig) -> ImageTensors:
+    """All images of the split, in its order.
+
+    Raises:
+        ConfigError: There is no such split, or it has fewer images than are to be evaluated.
+        DataFileError: The files are not there or not what they should be.
+    """
     module: ImageDataModule = build(cfg, "data")
     module.prepare_data()
     module.setup("test")
-    data, wanted = module.split(cfg.evaluation.split), cfg.evaluation.examples
-    if wanted is None:
-        return data
-    if wanted > len(data):
+    split, wanted = module.split(cfg.evaluation.split), cfg.evaluation.examples
+    if wanted is not None and wanted > len(split):
         raise ConfigError(
-            f"evaluation.examples={wanted} exceeds the {len(data)} images of the {cfg.evaluation.split} "
+            f"evaluation.examples={wanted} exceeds the {len(split)} images of the {cfg.evaluation.split} "
             "split; choose fewer, or null for all"
         )
-    return data.take(torch.arange(wanted))
+    return split
 
 
 def _settings(

@@ -111,8 +111,8 @@ class Measure(Callback):
                 )
         if self._epochs and trainer.is_global_zero and not is_plain_momentum(trainer.optimizers[0]):
             _log.warning(
-                "the stationary laws recorded are those of momentum SGD without Nesterov, dampening or several "
-                "weight decays: with this optimiser their columns stay empty"
+                "the stationary laws recorded are those of momentum SGD without Nesterov, dampening or "
+                "several weight decays: with this optimiser their columns stay empty"
             )
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:

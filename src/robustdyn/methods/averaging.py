@@ -15,7 +15,7 @@ class _Averaging(WeightAveraging):
     """
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Make the average where the training is: Lightning would make it before the weights are there."""
+        """Put the average where the weights will be: they are moved only after this hook."""
         self._device = trainer.strategy.root_device
         super().setup(trainer, pl_module, stage)
 
