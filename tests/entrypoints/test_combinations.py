@@ -170,6 +170,7 @@ def test_the_report_of_a_run_without_a_law_says_what_it_lacks(tmp_path, monkeypa
     assert "posterior" in missing[:2000]
 
 
+@pytest.mark.slow  # two runs
 def test_the_posterior_of_a_sweep_leaves_out_only_the_runs_without_one(tmp_path, monkeypatch, capsys):
     sweep = (
         f"hydra.sweep.dir={tmp_path}",

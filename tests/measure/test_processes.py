@@ -25,6 +25,7 @@ def parts(cfg, records):
         examples=cfg.measure.examples,
         memory_mib=cfg.measure.memory_mib,
         precision="full",
+        inputs="adversarial",
         eigenpairs=build(cfg, "measure.eigenpairs"),
         measurements=measurements,
         records=records,

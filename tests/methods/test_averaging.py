@@ -167,7 +167,7 @@ def test_the_best_checkpoint_holds_what_the_summary_says_was_best(name, runs):
     assert float(wrong) == pytest.approx(best["test_clean_error"], abs=1e-6)
 
 
-@pytest.mark.parametrize("name", ["ema", "swa"])
+@pytest.mark.parametrize("name", ["ema", pytest.param("swa", marks=pytest.mark.slow)])
 def test_goes_on_bit_for_bit(name, runs, tmp_path, monkeypatch):
     step = AdversarialTraining.training_step
     overrides = {"ema": EMA, "swa": SWA}[name]
