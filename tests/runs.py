@@ -8,6 +8,7 @@ import hydra
 from omegaconf import DictConfig
 
 from robustdyn.entrypoints.config import config_dir
+from robustdyn.records.schema import TIMING
 
 TINY = (
     "data=digits",
@@ -49,4 +50,5 @@ def command(monkeypatch, *arguments: str) -> int:
 def rows(run_dir: Path, table: str) -> list[dict]:
     """A table as it stands in the file, without the time columns, which no two runs share."""
     lines = (run_dir / "records" / f"{table}.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+    timed = TIMING.names[2:]
+    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]

@@ -167,6 +167,7 @@ def test_only_what_the_rule_reads_is_measured(alone):
         "wci",
         "layers",
         "costs",
+        "timing",
     }
     assert rows(alone, "costs") == [
         {"epoch": e, "step": 3 * (e + 1), "part": "all", "products": None, "converged": None, "warm": None}

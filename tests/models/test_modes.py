@@ -82,7 +82,6 @@ def mixed():
 
 
 SCOPES = {
-    "frozen_statistics": frozen_statistics,
     "train": lambda model: mode(model, training=True),
     "eval": lambda model: mode(model, training=False),
 }

@@ -16,6 +16,8 @@ DESIGN = {
     "posterior": "epoch step index posterior_variance posterior_variance_stationary",
     "alignment": "epoch commutator subspace_overlap total_correlation",
     "costs": "epoch step part products converged warm seconds",
+    "timing": "epoch step images_per_second attack_share step_share data_share evaluation_share "
+    "measurement_share seconds",
     "density": "epoch kind probe index ritz_value mass",
     "whole_space": "epoch step hessian_trace hessian_trace_se hessian_squared_norm hessian_squared_norm_se "
     "hessian_negative_trace hessian_negative_trace_truncation negative_share negative_share_se "

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robustdyn.models.modes import mode
+from robustdyn.models.modes import frozen_parameters, mode
 
 AttackLoss = Callable[[Tensor, Tensor], Tensor]
 """(logits (B, K), targets (B,) or (B, K)) -> scalar that the attack climbs; a sum over examples, so that one
@@ -104,13 +104,17 @@ class PGD:
         """As :meth:`perturb`, from a given starting point (B, C, H, W), which is not changed."""
         if torch.is_inference_mode_enabled():
             raise RuntimeError("an attack needs gradients: construct the Trainer with inference_mode=False")
-        images, adversarial = images.detach(), start.detach().clone()
-        with torch.enable_grad(), self.mode(model):
+        images = images.detach()
+        adversarial = torch.empty_like(images).copy_(start.detach())  # in the images' memory layout
+        step = self._stepper(images)
+        with torch.enable_grad(), self.mode(model), frozen_parameters(model):
             for _ in range(self.steps):
                 adversarial.requires_grad_(True)
                 objective = loss(model(adversarial), targets)
-                (gradient,) = torch.autograd.grad(objective, adversarial)
-                adversarial = self._step(images, adversarial.detach(), gradient)
+                # backward passes belong outside autocast, as the optimiser's
+                with torch.autocast(images.device.type, enabled=False):
+                    (gradient,) = torch.autograd.grad(objective, adversarial)
+                adversarial = step(adversarial.detach(), gradient)
         return adversarial
 
     def mode(self, model: nn.Module) -> AbstractContextManager[None]:
@@ -121,23 +125,33 @@ class PGD:
         """Where the attack begins: a random point of the ball, or a copy of ``images`` (B, C, H, W)."""
         if self.random_start == "none" or self.eps == 0:
             return images.clone()
+        # numbers are drawn in memory order: one order, so that they do not depend on the images' layout
+        noise = torch.empty_like(images, memory_format=torch.contiguous_format)
         if self.random_start == "gaussian":
-            noise = torch.empty_like(images).normal_(generator=generator)
+            noise.normal_(generator=generator)
             return self._project(images, noise.mul_(self.start_std))
         if self.norm == "linf":
-            noise = torch.empty_like(images).uniform_(-self.eps, self.eps, generator=generator)
+            noise.uniform_(-self.eps, self.eps, generator=generator)
             return (images + noise).clamp_(0, 1)
-        noise = torch.empty_like(images).normal_(generator=generator)
+        noise.normal_(generator=generator)
         radius = torch.rand(len(images), generator=generator, device=images.device, dtype=images.dtype)
         scale = self.eps * radius.pow(1 / images[0].numel()) / _norms(noise)
         return (images + noise * _per_example(scale, noise)).clamp_(0, 1)
 
-    def _step(self, images: Tensor, adversarial: Tensor, gradient: Tensor) -> Tensor:
+    def _stepper(self, images: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """One step from (adversarial, gradient), which may be overwritten, around ``images``."""
         if self.norm == "linf":
-            moved = adversarial.add_(gradient.sign_(), alpha=self.step_size)
-            return torch.clamp(moved, images - self.eps, images + self.eps).clamp_(0, 1)
-        scale = self.step_size / _norms(gradient)
-        return self._project(images, adversarial + gradient * _per_example(scale, gradient) - images)
+            # the ball cut with the box is a box
+            low, high = (images - self.eps).clamp_(min=0), (images + self.eps).clamp_(max=1)
+            return lambda adversarial, gradient: torch.clamp(
+                adversarial.add_(gradient.sign_(), alpha=self.step_size), low, high
+            )
+
+        def step(adversarial: Tensor, gradient: Tensor) -> Tensor:
+            scale = self.step_size / _norms(gradient)
+            return self._project(images, adversarial + gradient * _per_example(scale, gradient) - images)
+
+        return step
 
     def _project(self, images: Tensor, delta: Tensor) -> Tensor:
         """The point of the ball and the box next to ``images`` + ``delta``."""

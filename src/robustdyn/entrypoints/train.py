@@ -20,7 +20,7 @@ from robustdyn.entrypoints.environment import write_environment
 from robustdyn.entrypoints.progress import RunProgress
 from robustdyn.entrypoints.report import announce
 from robustdyn.entrypoints.terminal import run_app
-from robustdyn.measure import Measure, RecordEpochs, RecordPosterior
+from robustdyn.measure import Measure, RecordEpochs, RecordPosterior, RecordTiming
 from robustdyn.methods import AdversarialTraining
 from robustdyn.records import RunRecords
 
@@ -83,6 +83,7 @@ def build_module(cfg: DictConfig, data: ImageDataModule) -> AdversarialTraining:
         regularizer=build(cfg, "regularizer"),
         optimizer=build(cfg, "optimizer"),
         schedule=build(cfg, "schedule"),
+        execution=build(cfg, "execution"),
         evaluation_splits=data.evaluation_splits,
         seed=cfg.seed,
     )
@@ -102,7 +103,7 @@ def _callbacks(cfg: DictConfig, data: ImageDataModule, records: RunRecords, run_
         records=records,
     )
     posterior = RecordPosterior(records, interpolation=settings["interpolation"])
-    callbacks: list[Callback] = [RecordEpochs(records), measure, posterior]
+    callbacks: list[Callback] = [RecordEpochs(records), measure, posterior, RecordTiming(records)]
     callbacks += [c for c in (build(cfg, "averaging"), build(cfg, "stopping")) if c is not None]
     callbacks += [
         # selection on test examples, as the papers' "best", flatters: the name says which it was

@@ -7,6 +7,7 @@ from robustdyn.measure.epochs import RecordEpochs
 from robustdyn.measure.posterior import RecordPosterior, posterior_rows
 from robustdyn.measure.snapshot import Eigenpairs, Snapshot
 from robustdyn.measure.spectrum import Spectrum
+from robustdyn.measure.timing import RecordTiming
 from robustdyn.measure.weight_curvature import WeightCurvature
 from robustdyn.measure.when import measured_epochs
 
@@ -18,6 +19,7 @@ __all__ = [
     "Measurement",
     "RecordEpochs",
     "RecordPosterior",
+    "RecordTiming",
     "Snapshot",
     "Spectrum",
     "WeightCurvature",

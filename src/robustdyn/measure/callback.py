@@ -122,6 +122,8 @@ class Measure(Callback):
         if not measurements:
             return
         with (
+            pl_module.stopwatch.section("measurement"),
+            pl_module.execution.eager(),
             _first_rank_buffers(pl_module.model, trainer.world_size),
             mode(pl_module.model, training=False),  # the network as deployed: no dropout, running statistics
         ):

@@ -2,6 +2,7 @@
 
 from robustdyn.methods.adversarial_training import AdversarialTraining, OptimizerState, is_plain_momentum
 from robustdyn.methods.averaging import EpochAveraging
+from robustdyn.methods.execution import Execution
 from robustdyn.methods.objectives import MART, TRADES, AdversarialCrossEntropy, CrossEntropy
 from robustdyn.methods.perturbations import AWP, SAM, GlobalAWP
 from robustdyn.methods.regularizer import Regularizer
@@ -18,6 +19,7 @@ __all__ = [
     "Cosine",
     "CrossEntropy",
     "EpochAveraging",
+    "Execution",
     "GlobalAWP",
     "Interpolated",
     "MultiDecay",

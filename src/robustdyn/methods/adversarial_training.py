@@ -16,11 +16,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from robustdyn import streams
 from robustdyn.attacks import PGD
 from robustdyn.errors import ConfigError
+from robustdyn.methods.execution import Execution
 from robustdyn.methods.metrics import RobustMetrics
 from robustdyn.methods.objectives import Objective, Outcome
 from robustdyn.methods.perturbations import WeightPerturbation
 from robustdyn.methods.regularizer import Regularizer
 from robustdyn.methods.schedules import Schedule
+from robustdyn.methods.stopwatch import Stopwatch
 from robustdyn.models.modes import frozen_statistics, mode
 
 OptimizerFactory = Callable[[Iterable[Any]], torch.optim.Optimizer]
@@ -32,6 +34,13 @@ class Batch(Protocol):
 
     images: Tensor  # (B, C, H, W) in [0, 1]
     targets: Tensor  # (B,) classes, or (B, K) probabilities where images are mixed
+
+
+class _Examples(NamedTuple):
+    """A batch in the memory layout of the network."""
+
+    images: Tensor
+    targets: Tensor
 
 
 class OptimizerState(NamedTuple):
@@ -72,6 +81,7 @@ class AdversarialTraining(lightning.LightningModule):
         regularizer: Penalty on the weights, and which of them decay.
         optimizer: Builds the optimiser from parameter groups.
         schedule: Learning-rate rule, applied before every step.
+        execution: Memory layout and compilation of the network.
         evaluation_splits: Names of the validation loop's loaders, in order, e.g. ``("test",)``.
         seed: The run's seed.
     """
@@ -87,11 +97,14 @@ class AdversarialTraining(lightning.LightningModule):
         regularizer: Regularizer,
         optimizer: OptimizerFactory,
         schedule: Schedule,
+        execution: Execution,
         evaluation_splits: tuple[str, ...],
         seed: int,
     ) -> None:
         super().__init__()
         self.model = model
+        self.execution = execution
+        self.stopwatch = Stopwatch()
         self.objective = objective
         self.attack = attack
         self.evaluation_attack = evaluation_attack
@@ -106,6 +119,7 @@ class AdversarialTraining(lightning.LightningModule):
         self._epoch_metrics: dict[str, float] | None = None
         self._evaluated = False
         self.last_step: OptimizerState | None = None
+        execution.prepare(model)
 
     def configure_optimizers(self) -> Any:
         """The optimiser, its rate set by ``schedule`` at every step."""
@@ -117,16 +131,28 @@ class AdversarialTraining(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_fit_start(self) -> None:
-        """Refuse what a perturbation of the weights cannot work with.
+        """Refuse what cannot work together.
 
         Raises:
-            ConfigError: Gradients accumulated over batches.
+            ConfigError: Gradients accumulated over batches and a perturbation; fused SGD and a loss scale.
         """
         if self.perturbation is not None and self.trainer.accumulate_grad_batches != 1:
             raise ConfigError(
                 f"trainer.accumulate_grad_batches={self.trainer.accumulate_grad_batches} cannot be combined "
                 "with a weight perturbation, which belongs to one batch; choose 1 or perturbation=none"
             )
+        if self._loss_scale() is not None and any(
+            isinstance(optimizer, torch.optim.SGD) and group["fused"] and group["momentum"]
+            for optimizer in self.trainer.optimizers
+            for group in optimizer.param_groups
+        ):
+            # PyTorch 2.13 makes the momentum with empty_like, and an overflow in the first step leaves it so
+            raise ConfigError(
+                f"optimizer.fused=true cannot be combined with trainer.precision={self.trainer.precision}: a "
+                "first step that overflows leaves the momentum uninitialised; set optimizer.fused=false, or "
+                "trainer.precision=bf16-mixed"
+            )
+        self.stopwatch.use(self.device)
 
     def on_train_epoch_start(self) -> None:
         """Start the epoch's metrics afresh, at the rate that the last measurement asks for."""
@@ -147,7 +173,14 @@ class AdversarialTraining(lightning.LightningModule):
 
         The epoch's training metrics are those at the unperturbed weights, whatever the perturbation.
         """
-        adversarial = self._attacked(batch)
+        with self.execution.step(len(batch.images), training=True):
+            outcome = self._train_on(_Examples(self.execution.images(batch.images), batch.targets))
+        self._note_optimizer()
+        return outcome.loss + self.regularizer.penalty(self.model)
+
+    def _train_on(self, batch: _Examples) -> Outcome:
+        with self.stopwatch.section("attack"):
+            adversarial = self._attacked(batch)
         if self.perturbation is None or self.current_epoch < self.perturbation.warmup_epochs:
             outcome = self._outcome(batch, adversarial)
             self._update("train", batch, outcome.robust_logits)
@@ -157,8 +190,7 @@ class AdversarialTraining(lightning.LightningModule):
             self._update("train", batch, at_weights.robust_logits)
             self.perturbation.apply(self.model, at_weights.loss, loss_scale=self._loss_scale())
             outcome = self._outcome(batch, adversarial)
-        self._note_optimizer()
-        return outcome.loss + self.regularizer.penalty(self.model)
+        return outcome
 
     def on_after_backward(self) -> None:
         """Take the perturbation off, if the optimiser is to step at the unperturbed weights."""
@@ -174,11 +206,12 @@ class AdversarialTraining(lightning.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Clean and robust loss and error of one evaluation batch."""
         split = self.evaluation_splits[dataloader_idx]
-        adversarial = self.evaluation_attack.perturb(
-            self.model, batch.images, batch.targets, self._generator(f"attack-{split}", batch_idx)
-        )
-        with torch.no_grad():
-            self._update(split, batch, self.model(adversarial))
+        generator = self._generator(f"attack-{split}", batch_idx)
+        with self.execution.step(len(batch.images), training=False):
+            examples = _Examples(self.execution.images(batch.images), batch.targets)
+            adversarial = self.evaluation_attack.perturb(self.model, *examples, generator)
+            with torch.no_grad():
+                self._update(split, examples, self.model(adversarial))
         self._evaluated = True
 
     def observe(self, table: str, row: Mapping[str, Any]) -> None:
@@ -215,7 +248,7 @@ class AdversarialTraining(lightning.LightningModule):
             self._epoch_metrics = metrics
         return self._epoch_metrics
 
-    def _attacked(self, batch: Batch) -> Tensor:
+    def _attacked(self, batch: _Examples) -> Tensor:
         """The adversarial images, made once per step; the batch's own images where there is no attack."""
         with torch.no_grad(), self.attack.mode(self.model):
             loss = self.objective.attack_loss(self.model, batch.images)
@@ -228,10 +261,10 @@ class AdversarialTraining(lightning.LightningModule):
         torch.clear_autocast_cache()
         return adversarial
 
-    def _outcome(self, batch: Batch, adversarial: Tensor) -> Outcome:
+    def _outcome(self, batch: _Examples, adversarial: Tensor) -> Outcome:
         return self.objective(self.model, batch.images, adversarial, batch.targets)
 
-    def _update(self, split: str, batch: Batch, robust_logits: Tensor | None) -> None:
+    def _update(self, split: str, batch: _Examples, robust_logits: Tensor | None) -> None:
         metrics = self._metrics_of(split)
         if robust_logits is not None:
             metrics.robust.update(robust_logits.detach(), batch.targets)

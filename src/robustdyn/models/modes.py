@@ -1,4 +1,4 @@
-"""Train/eval flags and BatchNorm statistics as scopes."""
+"""Train/eval flags, BatchNorm statistics and what requires a gradient, as scopes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,18 +26,37 @@ def mode(model: nn.Module, *, training: bool) -> Iterator[None]:
 
 @contextmanager
 def frozen_statistics(model: nn.Module) -> Iterator[None]:
-    """BatchNorm in train mode normalises with the batch inside the scope, but leaves its buffers alone."""
-    tracking = [
-        module
+    """BatchNorm in train mode normalises with the batch inside the scope; its buffers are as before after it.
+
+    They are put back rather than shielded, so that a compiled network does the same pass as outside.
+    """
+    buffers = [
+        buffer
         for module in model.modules()
         if isinstance(module, nn.modules.batchnorm._BatchNorm)
-        and module.training
-        and module.track_running_stats
+        for buffer in module.buffers(recurse=False)
     ]
-    for module in tracking:
-        module.track_running_stats = False
+    before = [buffer.clone() for buffer in buffers]
     try:
         yield
     finally:
-        for module in tracking:
-            module.track_running_stats = True
+        for buffer, value in zip(buffers, before, strict=True):
+            # .data: autograd holds the buffers for the backward pass, which in train mode does not read them
+            buffer.data.copy_(value)
+
+
+@contextmanager
+def frozen_parameters(model: nn.Module) -> Iterator[None]:
+    """No parameter requires a gradient inside the scope; each one's own flag back afterwards.
+
+    An eager ``autograd.grad`` for the images alone skips the weights anyway; a compiled backward pass
+    computes whatever requires a gradient.
+    """
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in learned:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learned:
+            parameter.requires_grad_(True)

@@ -610,6 +610,37 @@ COSTS = Table(
     ),
 )
 
+TIMED: dict[str, str] = {
+    "attack": "making the training examples",
+    "step": "the rest of the training steps: forward and backward passes, perturbation, optimiser",
+    "data": "between training steps: making the next batch, callbacks, the loop itself",
+    "evaluation": "the evaluation, its attack included",
+    "measurement": "measuring, its attack included",
+}
+"""What an epoch's time is divided into, and what each part holds."""
+
+TIMING = Table(
+    "timing",
+    "one finished epoch",
+    ("epoch",),
+    (
+        _EPOCH,
+        _STEP,
+        Column(
+            "images_per_second",
+            "float",
+            "images/s",
+            "training speed",
+            "training images over the time of attack, step and data, all ranks together",
+        ),
+        *(
+            Column(f"{name}_share", "float", FRACTION, f"time in {name}", f"share of the wall time: {holds}")
+            for name, holds in TIMED.items()
+        ),
+        _SECONDS,
+    ),
+)
+
 OUTCOMES = Table(
     "outcomes",
     "one example under one attack of an evaluation",
@@ -685,7 +716,20 @@ WARNINGS = Table(
 
 TABLES: dict[str, Table] = {
     t.name: t
-    for t in (EPOCHS, RATES, WCI, LAYERS, SPECTRUM, ALIGNMENT, BOUNDS, DENSITY, WHOLE_SPACE, POSTERIOR, COSTS)
+    for t in (
+        EPOCHS,
+        RATES,
+        WCI,
+        LAYERS,
+        SPECTRUM,
+        ALIGNMENT,
+        BOUNDS,
+        DENSITY,
+        WHOLE_SPACE,
+        POSTERIOR,
+        COSTS,
+        TIMING,
+    )
 }
 """Tables of a run directory."""
 

@@ -1,0 +1,83 @@
+"""Writes the run's ``timing`` table: where each epoch's time went."""
+
+import time
+from typing import Any
+
+import lightning
+from lightning.pytorch.callbacks import Callback
+
+from robustdyn.data import ImageDataModule
+from robustdyn.methods import AdversarialTraining
+from robustdyn.records import RunRecords
+from robustdyn.records.schema import TIMED
+
+
+class RecordTiming(Callback):
+    """One row per epoch: images per second, and the shares of attack, step, data, evaluation and measurement.
+
+    Place it behind the measuring callback, whose time belongs into the row. On a GPU the shares are those of
+    the work on it; the host waits for it once, at the end of the epoch.
+
+    Args:
+        records: The run's record; only the first rank writes, its own times.
+    """
+
+    def __init__(self, records: RunRecords) -> None:
+        self._records = records
+        self._started = 0.0
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Start afresh."""
+        _module(pl_module).stopwatch.read()
+        self._started = time.perf_counter()
+        _module(pl_module).stopwatch.start("data")
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """The batch is there: what follows is the step."""
+        _module(pl_module).stopwatch.stop("data")
+        _module(pl_module).stopwatch.start("step")
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: object,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """What follows belongs to the next batch, unless it was the last."""
+        _module(pl_module).stopwatch.stop("step")
+        if not trainer.is_last_batch:
+            _module(pl_module).stopwatch.start("data")
+
+    def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """The evaluation begins, perhaps within the epoch."""
+        _module(pl_module).stopwatch.stop("data")
+        _module(pl_module).stopwatch.start("evaluation")
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """The evaluation ends."""
+        _module(pl_module).stopwatch.stop("evaluation")
+        if not trainer.is_last_batch:
+            _module(pl_module).stopwatch.start("data")
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Append the row and hand it to the loggers."""
+        data: ImageDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        seconds = dict.fromkeys(TIMED, 0.0) | _module(pl_module).stopwatch.read()
+        elapsed = time.perf_counter() - self._started
+        training = seconds["data"] + seconds["step"]  # the attack is within the step
+        seconds["step"] -= seconds["attack"]
+        row = {f"{name}_share": seconds[name] / elapsed for name in TIMED}
+        row["images_per_second"] = len(data.split("train")) / training
+        pl_module.log_dict(row, rank_zero_only=True)
+        if trainer.is_global_zero:
+            stamp = {"epoch": trainer.current_epoch, "step": trainer.global_step}
+            self._records.append("timing", stamp | row | {"seconds": elapsed})
+
+
+def _module(module: lightning.LightningModule) -> AdversarialTraining:
+    assert isinstance(module, AdversarialTraining)
+    return module

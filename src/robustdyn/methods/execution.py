@@ -1,0 +1,78 @@
+"""How the mathematics is carried out: memory layout and compilation. Neither changes what is computed."""
+
+import os
+import shutil
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from robustdyn.errors import ConfigError
+
+Compilation = Literal["none", "default", "reduce-overhead", "max-autotune"]
+COMPILATIONS: tuple[Compilation, ...] = ("none", "default", "reduce-overhead", "max-autotune")
+
+
+class Execution:
+    """Prepares a network for fast steps.
+
+    A compiled network is compiled once for each pass that differs in kind: the attack's (gradient of the
+    images alone), the descent's (gradient of the weights alone; a weight perturbation's ascent is the same
+    pass) and the one without gradients. Each serves the whole run. Batches smaller than the largest so far,
+    such as an epoch's last, run uncompiled instead of being compiled for their own size.
+
+    Args:
+        channels_last: Images and convolution weights are held with the channels innermost. Random numbers do
+            not depend on it.
+        compile: Mode of ``torch.compile``, or ``"none"``; ``"reduce-overhead"`` replays CUDA graphs.
+
+    Raises:
+        ValueError: An unknown mode.
+    """
+
+    def __init__(self, *, channels_last: bool, compile: Compilation) -> None:
+        if compile not in COMPILATIONS:
+            raise ValueError(f"compile must be one of {', '.join(COMPILATIONS)}, got {compile}")
+        self._layout = torch.channels_last if channels_last else torch.contiguous_format
+        self._compile: Compilation = compile
+        self._largest: dict[bool, int] = {}
+
+    def prepare(self, model: nn.Module) -> None:
+        """Lay out the weights and arrange for compilation, which happens when the network is first used.
+
+        Raises:
+            ConfigError: Compilation is asked for where there is no C++ compiler.
+        """
+        for parameter in model.parameters():
+            if parameter.dim() == 4:
+                parameter.data = parameter.data.contiguous(memory_format=self._layout)
+        if self._compile == "none":
+            return
+        if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
+            raise ConfigError(
+                f"execution.compile={self._compile} needs a C++ compiler and there is none; install g++, or "
+                "set execution.compile=none"
+            )
+        # of a fixed size: with the batch size left open the code is slower
+        model.compile(mode=self._compile, dynamic=False)
+
+    def images(self, images: Tensor) -> Tensor:
+        """``images`` (B, C, H, W) in this layout; inputs of another number of dimensions as they are."""
+        return images.contiguous(memory_format=self._layout) if images.dim() == 4 else images
+
+    def step(self, examples: int, *, training: bool) -> AbstractContextManager[object]:
+        """Scope of one training or evaluation step on so many ``examples``."""
+        if self._compile == "none":
+            return nullcontext()
+        torch.compiler.cudagraph_mark_step_begin()
+        self._largest[training] = max(examples, self._largest.get(training, 0))
+        return nullcontext() if examples == self._largest[training] else self.eager()
+
+    def eager(self) -> AbstractContextManager[object]:
+        """Scope in which the network runs uncompiled, for products that differentiate twice."""
+        # nothing is switched where nothing is compiled: the switch alone loads the compiler, for seconds
+        if self._compile == "none":
+            return nullcontext()
+        scope: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+        return scope
