@@ -1,0 +1,66 @@
+"""The callbacks of a training run."""
+
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from omegaconf import DictConfig, OmegaConf
+
+from robustdyn.data import ImageDataModule
+from robustdyn.entrypoints.config import build
+from robustdyn.entrypoints.progress import RunProgress
+from robustdyn.measure import Measure, RecordEpochs, RecordPosterior, RecordTiming
+from robustdyn.records import RunRecords
+
+LAST = "last"
+
+
+def build_callbacks(
+    cfg: DictConfig, data: ImageDataModule, records: RunRecords, run_dir: Path
+) -> list[Callback]:
+    """All of them, in the order in which they must run."""
+    settings = OmegaConf.to_container(cfg.measure, resolve=True)
+    assert isinstance(settings, dict)
+    measure = Measure(
+        epochs=settings["epochs"],
+        examples=settings["examples"],
+        inputs=settings["inputs"],
+        memory_mib=settings["memory_mib"],
+        precision=settings["precision"],
+        eigenpairs=build(cfg, "measure.eigenpairs"),
+        measurements={name: build(cfg, f"measure.measurements.{name}") for name in cfg.measure.measurements},
+        records=records,
+    )
+    posterior = RecordPosterior(records, interpolation=settings["interpolation"])
+    callbacks: list[Callback] = [RecordEpochs(records), measure, posterior, RecordTiming(records)]
+    callbacks += [c for c in (build(cfg, "averaging"), build(cfg, "stopping")) if c is not None]
+    callbacks += [
+        # selection on test examples, as the papers' "best", flatters: the name says which it was
+        ModelCheckpoint(
+            dirpath=run_dir / "checkpoints",
+            filename=f"best_on_{split}",
+            monitor=f"{split}_robust_error",
+            mode="min",
+            save_on_train_epoch_end=True,
+            enable_version_counter=False,
+        )
+        for split in data.evaluation_splits
+    ]
+    callbacks.append(
+        ModelCheckpoint(
+            dirpath=run_dir / "checkpoints",
+            filename=LAST,
+            save_on_train_epoch_end=True,
+            enable_version_counter=False,
+        )
+    )
+    callbacks.append(RunProgress(_label(cfg)))
+    return callbacks
+
+
+def _label(cfg: DictConfig) -> str:
+    """The run's name and, in a sweep, what it was given."""
+    hydra_cfg = HydraConfig.get()
+    swept = Path(hydra_cfg.sweep.subdir).name if hydra_cfg.mode == RunMode.MULTIRUN else f"seed={cfg.seed}"
+    return f"{cfg.name} {swept}"
