@@ -17,5 +17,9 @@ class DataFileError(UserError, OSError):
     """A data file that is missing, truncated or corrupt; the message names the file."""
 
 
+class CheckpointError(UserError, OSError):
+    """A checkpoint that cannot be read or written; the message names the file."""
+
+
 class RecordError(UserError, OSError):
     """A run directory or record that cannot be read or written; the message names the path."""

@@ -6,7 +6,9 @@ consumer drew, so measuring cannot move training, and a resumed run needs no sav
 """
 
 import hashlib
+import random
 
+import numpy as np
 import torch
 
 
@@ -25,3 +27,14 @@ def stream_seed(seed: int, stream: str, *counters: int) -> int:
 def generator(seed: int, stream: str, *counters: int, device: torch.device | str = "cpu") -> torch.Generator:
     """A fresh generator on ``device`` for one (seed, stream, counters); see :func:`stream_seed`."""
     return torch.Generator(device=device).manual_seed(stream_seed(seed, stream, *counters))
+
+
+def seed_global(seed: int, stream: str, *counters: int) -> None:
+    """Seed the global generators of Python, NumPy and PyTorch, GPUs included, for code that draws from them.
+
+    Dropout, say, which takes no generator of its own.
+    """
+    number = stream_seed(seed, stream, *counters)
+    random.seed(number)
+    np.random.seed(number % 2**32)  # noqa: NPY002 (the legacy generator is the global one)
+    torch.manual_seed(number)

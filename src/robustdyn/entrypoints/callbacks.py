@@ -4,16 +4,15 @@ from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from robustdyn.data import ImageDataModule
+from robustdyn.entrypoints.checkpointing import BestCheckpoint, LastCheckpoint
 from robustdyn.entrypoints.config import build
 from robustdyn.entrypoints.progress import RunProgress
 from robustdyn.measure import Measure, RecordEpochs, RecordPosterior, RecordTiming
 from robustdyn.records import RunRecords
-
-LAST = "last"
 
 
 def build_callbacks(
@@ -35,10 +34,11 @@ def build_callbacks(
     posterior = RecordPosterior(records, interpolation=settings["interpolation"])
     callbacks: list[Callback] = [RecordEpochs(records), measure, posterior, RecordTiming(records)]
     callbacks += [c for c in (build(cfg, "averaging"), build(cfg, "stopping")) if c is not None]
+    folder = run_dir / "checkpoints"
     callbacks += [
         # selection on test examples, as the papers' "best", flatters: the name says which it was
-        ModelCheckpoint(
-            dirpath=run_dir / "checkpoints",
+        BestCheckpoint(
+            dirpath=folder,
             filename=f"best_on_{split}",
             monitor=f"{split}_robust_error",
             mode="min",
@@ -48,11 +48,8 @@ def build_callbacks(
         for split in data.evaluation_splits
     ]
     callbacks.append(
-        ModelCheckpoint(
-            dirpath=run_dir / "checkpoints",
-            filename=LAST,
-            save_on_train_epoch_end=True,
-            enable_version_counter=False,
+        LastCheckpoint(
+            folder, every_minutes=cfg.checkpoint.every_minutes, cfg=cfg, hydra_dir=run_dir / ".hydra"
         )
     )
     callbacks.append(RunProgress(_label(cfg)))

@@ -79,6 +79,7 @@ SWITCH = Rule(lambda v: isinstance(v, bool), "must be true or false")
 RULES: Mapping[str, Rule] = {
     "seed": WHOLE,
     "report": SWITCH,
+    "resume": _one_of("same", "changed"),
     "deterministic": SWITCH,
     "data.batch_size": COUNT,
     "data.eval_batch_size": COUNT,

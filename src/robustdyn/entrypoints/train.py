@@ -5,13 +5,15 @@ import warnings
 from pathlib import Path
 
 import lightning
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from robustdyn.analysis.report import build_report
 from robustdyn.data import ImageDataModule
-from robustdyn.entrypoints.callbacks import LAST, build_callbacks
+from robustdyn.entrypoints.callbacks import build_callbacks
+from robustdyn.entrypoints.checkpointing import AtomicCheckpointIO, resume_from
 from robustdyn.entrypoints.combinations import check_combinations
 from robustdyn.entrypoints.config import build, check
 from robustdyn.entrypoints.environment import write_environment
@@ -37,6 +39,7 @@ def train(cfg: DictConfig) -> None:
     check_combinations(cfg)
     _quieten_lightning()
     run_dir = Path(HydraConfig.get().runtime.output_dir)
+    checkpoint = resume_from(cfg, run_dir)
     lightning.seed_everything(cfg.seed, verbose=False)
 
     data: ImageDataModule = build(cfg, "data")
@@ -50,18 +53,18 @@ def train(cfg: DictConfig) -> None:
         "trainer",
         callbacks=build_callbacks(cfg, data, records, run_dir),
         logger=loggers,
+        plugins=[AtomicCheckpointIO()],
         default_root_dir=str(run_dir),
     )
     if trainer.is_global_zero:
         write_environment(run_dir, trainer, module.model)
         describe(loggers, cfg)
-    checkpoint = run_dir / "checkpoints" / f"{LAST}.ckpt"
     try:
-        trainer.fit(
-            module, datamodule=data, ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=True
-        )
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     finally:
         close_loggers(loggers)
+        if cfg.execution.compile != "none":
+            torch.compiler.reset()  # the runs of a sweep share a limit on compiled versions
     if cfg.report and trainer.is_global_zero and HydraConfig.get().mode == RunMode.RUN:
         announce(build_report([run_dir], run_dir / "report"))
 

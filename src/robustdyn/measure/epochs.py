@@ -23,9 +23,10 @@ class RecordEpochs(Callback):
         self._rate: float | None = None
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Make the record end where the checkpoint does."""
+        """Make the record end where the checkpoint does, perhaps within an epoch."""
+        self._started = time.perf_counter()
         if trainer.is_global_zero:
-            self._records.truncate(trainer.current_epoch)
+            self._records.truncate(trainer.current_epoch, trainer.global_step)
             rates = read_table(self._records.run_dir, "rates")["lr"]
             self._rate = None if rates.empty else float(rates.iloc[-1])
 

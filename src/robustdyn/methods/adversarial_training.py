@@ -5,6 +5,7 @@ adversarial images, take the perturbation off. What distinguishes one method fro
 perturbation, learning-rate rule) is handed in; the loop exists once.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -16,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from robustdyn import streams
 from robustdyn.attacks import PGD
 from robustdyn.errors import ConfigError
-from robustdyn.methods.execution import Execution
+from robustdyn.methods.execution import Execution, keep_layout
 from robustdyn.methods.metrics import RobustMetrics
 from robustdyn.methods.objectives import Objective, Outcome
 from robustdyn.methods.perturbations import WeightPerturbation
@@ -124,10 +125,11 @@ class AdversarialTraining(lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimiser, its rate set by ``schedule`` at every step."""
         optimizer = self._optimizer_factory(self.regularizer.parameter_groups(self.model))
-        # num_training_batches is not known yet here; the estimate makes the trainer look at the data
-        steps_per_epoch = int(self.trainer.estimated_stepping_batches) // int(self.trainer.max_epochs or 1)
+        keep_layout(optimizer)
         # a step's rate is that of its middle: no rule that starts or ends at 0 wastes a step
-        scheduler = LambdaLR(optimizer, lambda step: self.schedule.factor((step + 0.5) / steps_per_epoch))
+        scheduler = LambdaLR(
+            optimizer, lambda step: self.schedule.factor((step + 0.5) / self._steps_per_epoch())
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_fit_start(self) -> None:
@@ -167,6 +169,10 @@ class AdversarialTraining(lightning.LightningModule):
             scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
         ):
             group["lr"] = base * rule(scheduler.last_epoch)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Seed what draws from the global generators, dropout say, by seed, step and rank."""
+        streams.seed_global(self.seed, "global", self.global_step, self.global_rank)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Attack, perturb the weights, then the objective there; clean metrics ride along without gradient.
@@ -220,12 +226,17 @@ class AdversarialTraining(lightning.LightningModule):
             self.schedule.observe(row)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The rule's state travels with the weights."""
+        """The rule's state travels with the weights, and so do the sums of the epoch so far.
+
+        A collective call: the sums are those over all ranks.
+        """
         checkpoint["schedule"] = self.schedule.state_dict()
+        checkpoint["epoch_sums"] = self._metrics_of("train").sums()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with the rule where the checkpoint left it."""
         self.schedule.load_state_dict(checkpoint["schedule"])
+        self._metrics_of("train").take_sums(checkpoint["epoch_sums"] if self.global_rank == 0 else {})
 
     def on_train_epoch_end(self) -> None:
         """Hand the epoch's metrics to the loggers."""
@@ -247,6 +258,13 @@ class AdversarialTraining(lightning.LightningModule):
                     metrics[f"robust_{kind}_gap"] = gap
             self._epoch_metrics = metrics
         return self._epoch_metrics
+
+    def _steps_per_epoch(self) -> float:
+        # Infinite until the trainer has seen the data, after the first factor was asked for: that rate is
+        # never used. trainer.estimated_stepping_batches would make it look, but too early: the loaders that
+        # it then makes are not put back to where a checkpoint left them (Lightning 2.6).
+        batches = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
+        return batches if math.isinf(batches) else math.ceil(batches)
 
     def _attacked(self, batch: _Examples) -> Tensor:
         """The adversarial images, made once per step; the batch's own images where there is no attack."""

@@ -1,6 +1,9 @@
 """Loss and error of one kind of example, summed over an epoch and over ranks."""
 
+from collections.abc import Mapping
+
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import Metric
@@ -35,6 +38,18 @@ class LossAndError(Metric):
         """(mean loss in nats, error in [0, 1]), over all ranks."""
         return float(self.loss / self.examples), 1.0 - float(self.right / self.examples)
 
+    def sums(self) -> Tensor:
+        """What :meth:`compute` is made of, over all ranks, (3,) on the CPU; every rank must call it."""
+        own = torch.stack([self.loss, self.right, self.examples])
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(own)
+        return own.cpu()
+
+    def take_sums(self, sums: Tensor) -> None:
+        """Go on from what :meth:`sums` gave."""
+        self.loss, self.right, self.examples = sums.to(self.loss).unbind()
+        self._update_count = int(self.examples > 0)
+
 
 class RobustMetrics(nn.Module):
     """Robust (adversarial) and clean :class:`LossAndError` of one split."""
@@ -51,6 +66,16 @@ class RobustMetrics(nn.Module):
             if metric.update_called:
                 values[f"{split}_{kind}_loss"], values[f"{split}_{kind}_error"] = metric.compute()
         return values
+
+    def sums(self) -> dict[str, Tensor]:
+        """What has been seen so far, over all ranks; every rank must call it."""
+        return {"robust": self.robust.sums(), "clean": self.clean.sums()}
+
+    def take_sums(self, sums: Mapping[str, Tensor]) -> None:
+        """Go on from what :meth:`sums` gave; without any, from nothing."""
+        self.reset()
+        for kind, values in sums.items():
+            getattr(self, kind).take_sums(values)
 
     def reset(self) -> None:
         """Forget everything seen."""

@@ -92,11 +92,12 @@ class RunRecords:
         self._whole.add(table)
         return len(lines)
 
-    def truncate(self, from_epoch: int) -> None:
-        """Drop the rows of ``from_epoch`` and later from every table, and mend a half-written last line.
+    def truncate(self, from_epoch: int, from_step: int = 0) -> None:
+        """Drop what a run that resumes will write again from every table, and mend a half-written last line.
 
-        Call it when a run resumes at ``from_epoch``. Each file is replaced in one atomic step; doing it twice
-        changes nothing.
+        Kept are the rows of epochs before ``from_epoch``, and of that epoch those of steps before
+        ``from_step``, counted from 0 over the whole run. Each file is replaced in one atomic step; doing it
+        twice changes nothing.
 
         Raises:
             RecordError: A line other than the last is broken; the message names file and line.
@@ -105,7 +106,12 @@ class RunRecords:
             path = self.path(name)
             if path.is_file():
                 rows = parse_lines(path, warn=False)
-                kept = [row for row in rows if row["epoch"] < from_epoch]
+                kept = [
+                    row
+                    for row in rows
+                    if row["epoch"] < from_epoch
+                    or (row["epoch"] == from_epoch and row.get("step", from_step) < from_step)
+                ]
                 _replace(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
                 self._whole.add(name)
 

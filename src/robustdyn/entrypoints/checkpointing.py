@@ -1,0 +1,214 @@
+"""Checkpoints that a run goes on from: written whole or not at all, and only for the settings they are of."""
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from omegaconf import DictConfig, OmegaConf
+
+from robustdyn.errors import CheckpointError, ConfigError
+
+LAST = "last.ckpt"
+HYDRA_FILES = ("config.yaml", "hydra.yaml", "overrides.yaml")
+
+CHANGEABLE = (
+    "checkpoint",
+    "data.download",
+    "data.eval_batch_size",
+    "data.root",
+    "decay_epochs",  # what reads it is compared
+    "logger",
+    "measure.memory_mib",
+    "name",
+    "report",
+    "resume",
+    "trainer.accelerator",
+    "trainer.callbacks",
+    "trainer.default_root_dir",
+    "trainer.devices",
+    "trainer.enable_model_summary",
+    "trainer.enable_progress_bar",
+    "trainer.log_every_n_steps",
+    "trainer.max_epochs",
+    "trainer.num_nodes",
+    "trainer.profiler",
+    "trainer.strategy",
+)
+"""Settings that a resumed run may change: where and how it runs, not what it computes."""
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside the old one and then puts it in its place, on the disk before it counts.
+
+    A process killed while writing, or a full disk, leaves the old checkpoint as it was.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
+    ) -> None:
+        """Write ``checkpoint`` to ``path``.
+
+        Raises:
+            CheckpointError: The file cannot be written.
+        """
+        target = Path(path)
+        temporary = target.with_name(f".{target.name}.tmp")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(target)
+            _sync_directory(target.parent)
+        except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
+            temporary.unlink(missing_ok=True)
+            reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+            raise CheckpointError(
+                f"{target}: cannot write ({reason}); the last checkpoint is unharmed: free space or mend the "
+                "folder's permissions and run the same command again, with the same hydra.run.dir"
+            ) from error
+
+
+class LastCheckpoint(Checkpoint):
+    """Keeps ``last.ckpt`` up to date: at the end of every epoch, and within long ones.
+
+    Every checkpoint of the run gets the configuration, so that a resumed run can tell whether it is the same.
+
+    Args:
+        folder: Of the checkpoints.
+        every_minutes: Save within an epoch when so much time has gone by since the last one; None for never.
+        cfg: The run's configuration.
+        hydra_dir: Where Hydra wrote it.
+    """
+
+    def __init__(
+        self, folder: Path, *, every_minutes: float | None, cfg: DictConfig, hydra_dir: Path
+    ) -> None:
+        self._path = folder / LAST
+        self._interval = None if every_minutes is None else 60 * every_minutes
+        self._cfg = cfg
+        self._hydra_dir = hydra_dir
+        self._saved = 0.0
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Start the clock."""
+        self._saved = time.monotonic()
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: object,
+        batch: object,
+        batch_idx: int,
+    ) -> None:
+        """Save, if it is time; not after the last batch, whose evaluation is part of the epoch."""
+        if self._interval is None or trainer.is_last_batch:
+            return
+        due = time.monotonic() - self._saved >= self._interval
+        if trainer.strategy.broadcast(due):  # one clock decides for all ranks
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Save, when all rows of the epoch are written."""
+        self._save(trainer)
+
+    def on_save_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add the configuration, and Hydra's files as they are."""
+        checkpoint["config"] = OmegaConf.to_container(self._cfg, resolve=True)
+        checkpoint["hydra"] = {
+            name: (self._hydra_dir / name).read_text()
+            for name in HYDRA_FILES
+            if (self._hydra_dir / name).is_file()
+        }
+
+    def _save(self, trainer: lightning.Trainer) -> None:
+        trainer.save_checkpoint(self._path)
+        self._saved = time.monotonic()
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Lightning's, which keeps its best score when the run directory was moved, too."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the scores; the files are where this run's folder is now."""
+        assert self.dirpath is not None
+
+        def here(path: str) -> str:
+            return str(Path(str(self.dirpath)) / Path(path).name) if path else path
+
+        super().load_state_dict(
+            state_dict
+            | {
+                "dirpath": self.dirpath,
+                "best_model_path": here(state_dict["best_model_path"]),
+                "kth_best_model_path": here(state_dict["kth_best_model_path"]),
+                "best_k_models": {here(path): score for path, score in state_dict["best_k_models"].items()},
+            }
+        )
+
+
+def resume_from(cfg: DictConfig, run_dir: Path) -> Path | None:
+    """The checkpoint that a run in ``run_dir`` goes on from; None for a new run.
+
+    Raises:
+        ConfigError: The checkpoint is of other settings and ``resume`` is not ``changed``. Hydra's files are
+            put back as they were.
+        CheckpointError: It cannot be read.
+    """
+    path = run_dir / "checkpoints" / LAST
+    if not path.is_file():
+        return None
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # whatever a damaged file makes torch raise
+        raise CheckpointError(
+            f"{path}: cannot read ({' '.join(str(error).split())[:200]}); restore it from a copy, or remove "
+            "it to start from the beginning"
+        ) from error
+    present: Any = OmegaConf.to_container(cfg, resolve=True)
+    changes = list(_changes(checkpoint["config"], present))
+    if changes and cfg.resume != "changed":
+        for name, text in checkpoint["hydra"].items():
+            (run_dir / ".hydra" / name).write_text(text)
+        raise ConfigError(
+            f"{path} is of a run with other settings: {'; '.join(changes[:5])}"
+            f"{f' and {len(changes) - 5} more' if len(changes) > 5 else ''}; choose another hydra.run.dir, "
+            "or set resume=changed to go on from it with the new ones"
+        )
+    return path
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key in sorted({*before, *now}):
+        name = f"{prefix}{key}"
+        if name in CHANGEABLE:
+            continue
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            yield from _changes(old, new, f"{name}.")
+        elif old != new:
+            yield f"{name}={_short(old)} (now {_short(new)})"
+
+
+def _short(value: object) -> str:
+    text = "null" if value is None else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _sync_directory(folder: Path) -> None:
+    """The new name itself reaches the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,207 @@
+"""A run that was interrupted and started again ends as one that was not, bit for bit: weights and records."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from robustdyn.methods import AdversarialTraining
+from robustdyn.records import TABLES
+from tests.runs import TINY, command, rows
+
+STEPS = 9  # three epochs of three batches, the last one short
+VARIANTS = {
+    "at": (),
+    "dropout, awp, mixup": (
+        "model=wide_resnet28_10",
+        "model.depth=10",
+        "model.dropout=0.3",
+        "model.widen_factor=1",
+        "method=awp",
+        "perturbation.warmup_epochs=1",
+        "data.mixup=0.7",
+        "averaging=ema",
+    ),
+    "wci_lr": ("method=wci_lr", "schedule.start_epoch=1", "schedule.threshold=1e-6", "schedule.interval=1"),
+}
+AT_ENDS = ("measure.epochs=every 1",)
+OFTEN = "checkpoint.every_minutes=1e-9"  # after every step
+
+
+def arguments(variant, *more):
+    tiny = [o for o in TINY if variant == "at" or not o.startswith(("schedule.", "model."))]
+    if "wide" not in " ".join(VARIANTS[variant]):
+        tiny = [*tiny, *(o for o in TINY if o.startswith("model.") and o not in tiny)]
+    return [*tiny, *VARIANTS[variant], "report=false", *more]
+
+
+def end_of(run_dir):
+    """Everything a run leaves: weights, optimiser, and every table without its times."""
+    checkpoint = torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
+    tables = {
+        name: rows(run_dir, name) for name in TABLES if (run_dir / "records" / f"{name}.jsonl").exists()
+    }
+    return checkpoint, tables
+
+
+def assert_same_end(found, wanted):
+    (found_state, found_tables), (state, tables) = found, wanted
+    assert found_tables == tables
+    assert found_state["global_step"] == state["global_step"]
+    assert found_state["state_dict"].keys() == state["state_dict"].keys()
+    for name, value in state["state_dict"].items():
+        assert torch.equal(found_state["state_dict"][name], value), name
+    momenta = [s["state"][i]["momentum_buffer"] for s in state["optimizer_states"] for i in s["state"]]
+    found_momenta = [
+        s["state"][i]["momentum_buffer"] for s in found_state["optimizer_states"] for i in s["state"]
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(found_momenta, momenta, strict=True))
+    assert len(momenta) > 0
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_interrupted_within_and_between_epochs(variant, tmp_path, monkeypatch):
+    assert command(monkeypatch, *arguments(variant, f"hydra.run.dir={tmp_path / 'alone'}")) == 0
+    undisturbed = end_of(tmp_path / "alone")
+    step = AdversarialTraining.training_step
+    taken = []
+
+    def dies_at(fatal):
+        def training_step(self, batch, batch_idx):
+            if self.global_step == fatal:
+                raise ZeroDivisionError
+            taken.append(self.global_step)
+            return step(self, batch, batch_idx)
+
+        return training_step
+
+    again = arguments(variant, f"hydra.run.dir={tmp_path / 'again'}", OFTEN)
+    for fatal in (
+        1,
+        2,
+        3,
+        5,
+        7,
+    ):  # after the first batch, before a last one, at an epoch's first, in the middle
+        monkeypatch.setattr(AdversarialTraining, "training_step", dies_at(fatal))
+        with pytest.raises(ZeroDivisionError):
+            command(monkeypatch, *again)
+    monkeypatch.setattr(AdversarialTraining, "training_step", dies_at(None))
+    assert command(monkeypatch, *again) == 0
+    assert taken == list(range(STEPS))  # no step twice: the checkpoint within the epoch was used
+    assert_same_end(end_of(tmp_path / "again"), undisturbed)
+
+
+@pytest.mark.slow  # twenty starts of the real command
+@pytest.mark.timeout(900)
+def test_killed_at_twenty_random_instants(tmp_path):
+    """SIGKILL; nothing is lost and nothing is there twice."""
+    draws = random.Random(0)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def start(run_dir):
+        more = (f"hydra.run.dir={run_dir}", "trainer.max_epochs=12", "measure.epochs=every 2", OFTEN)
+        line = [sys.executable, "-m", "robustdyn.entrypoints.train", *arguments("at", *more)]
+        return subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+    began = time.monotonic()
+    alone = start(tmp_path / "alone")
+    assert alone.wait(timeout=120) == 0
+    whole = time.monotonic() - began
+    kills = 0
+    while kills < 20:
+        process = start(tmp_path / "killed")
+        # from the imports to the last epoch; late kills are those that matter
+        time.sleep(whole * draws.uniform(0.3, 1.0) if kills else 0.1)
+        process.send_signal(signal.SIGKILL)
+        status = process.wait(timeout=60)
+        assert status in (-signal.SIGKILL, 0), process.stderr.read().decode()
+        if status == 0 and kills < 15:  # it was done: again from the start, the kills count all the same
+            assert_same_end(end_of(tmp_path / "killed"), end_of(tmp_path / "alone"))
+            (tmp_path / "killed").rename(tmp_path / f"done after {kills}")
+        kills += 1
+    last = start(tmp_path / "killed")
+    assert last.wait(timeout=120) == 0, last.stderr.read().decode()
+    assert_same_end(end_of(tmp_path / "killed"), end_of(tmp_path / "alone"))
+
+
+def test_a_kill_while_writing_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    run = arguments("at", f"hydra.run.dir={tmp_path / 'run'}")
+    assert command(monkeypatch, *run, "trainer.max_epochs=1", "measure.epochs=[0]", "resume=changed") == 0
+    path = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    before = path.read_bytes()
+    save = torch.save
+
+    def half(value, file, *rest, **more):
+        file.write(b"half of it")
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(torch, "save", half)
+    assert command(monkeypatch, *run, "resume=changed") == 1
+    assert path.read_bytes() == before
+    assert sorted(p.name for p in path.parent.iterdir()) == ["best_on_test.ckpt", "last.ckpt"]
+    monkeypatch.setattr(torch, "save", save)
+    assert command(monkeypatch, *run, "resume=changed") == 0
+    assert [row["epoch"] for row in rows(tmp_path / "run", "epochs")] == [0, 1, 2]
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(torch, "save", full)
+    assert command(monkeypatch, *arguments("at", f"hydra.run.dir={tmp_path / 'run'}")) == 1
+    *_, line = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ")
+    assert "best_on_test.ckpt: cannot write (No space left on device)" in line
+    assert "run the same command again" in line
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        run_dir = tmp_path_factory.mktemp("resume") / "run"
+        assert (
+            command(patch, *arguments("at", f"hydra.run.dir={run_dir}", "trainer.max_epochs=2", *AT_ENDS))
+            == 0
+        )
+    return run_dir
+
+
+def test_other_settings_are_refused_and_nothing_is_lost(finished, monkeypatch, capsys):
+    hydra = {p.name: p.read_text() for p in (finished / ".hydra").iterdir()}
+    records = {p.name: p.read_text() for p in (finished / "records").iterdir()}
+    more = ("trainer.max_epochs=3", *AT_ENDS, "optimizer.lr=0.2")
+    changed = arguments("at", f"hydra.run.dir={finished}", *more)
+    assert command(monkeypatch, *changed) == 1
+    message = capsys.readouterr().err
+    assert "optimizer.lr=0.1 (now 0.2)" in message
+    assert "resume=changed" in message
+    assert "max_epochs" not in message
+    assert {p.name: p.read_text() for p in (finished / ".hydra").iterdir()} == hydra
+    assert {p.name: p.read_text() for p in (finished / "records").iterdir()} == records
+
+
+def test_a_run_can_be_made_longer_and_changed_on_request(finished, tmp_path, monkeypatch):
+    moved = tmp_path / "moved"
+    shutil.copytree(finished, moved)
+    run = arguments("at", f"hydra.run.dir={moved}", "trainer.max_epochs=3", *AT_ENDS)
+    assert command(monkeypatch, *run, "optimizer.weight_decay=0.1", "resume=changed") == 0
+    assert [row["epoch"] for row in rows(moved, "epochs")] == [0, 1, 2]
+    assert (rows(moved, "epochs")[:2]) == rows(finished, "epochs")
+    assert "weight_decay: 0.1" in (moved / ".hydra" / "config.yaml").read_text()
+
+
+def test_a_damaged_checkpoint_is_named(finished, tmp_path, monkeypatch, capsys):
+    moved = tmp_path / "moved"
+    shutil.copytree(finished, moved)
+    path = moved / "checkpoints" / "last.ckpt"
+    path.write_bytes(path.read_bytes()[:1000])
+    assert command(monkeypatch, *arguments("at", f"hydra.run.dir={moved}", *AT_ENDS)) == 1
+    assert f"{path}: cannot read" in capsys.readouterr().err
