@@ -21,5 +21,9 @@ class CheckpointError(UserError, OSError):
     """A checkpoint that cannot be read or written; the message names the file."""
 
 
+class TrainingError(UserError, RuntimeError):
+    """A run that cannot go on; the message says where it was and what to do."""
+
+
 class RecordError(UserError, OSError):
     """A run directory or record that cannot be read or written; the message names the path."""

@@ -11,7 +11,7 @@ from robustdyn.data import ImageDataModule
 from robustdyn.entrypoints.checkpointing import BestCheckpoint, LastCheckpoint
 from robustdyn.entrypoints.config import build
 from robustdyn.entrypoints.progress import RunProgress
-from robustdyn.measure import Measure, RecordEpochs, RecordPosterior, RecordTiming
+from robustdyn.measure import Measure, RecordEpochs, RecordPosterior, RecordTiming, StopOnNonFinite
 from robustdyn.records import RunRecords
 
 
@@ -33,6 +33,7 @@ def build_callbacks(
     )
     posterior = RecordPosterior(records, interpolation=settings["interpolation"])
     callbacks: list[Callback] = [RecordEpochs(records), measure, posterior, RecordTiming(records)]
+    callbacks.append(StopOnNonFinite(run_dir, every_steps=cfg.nonfinite.every_steps))
     callbacks += [c for c in (build(cfg, "averaging"), build(cfg, "stopping")) if c is not None]
     folder = run_dir / "checkpoints"
     callbacks += [

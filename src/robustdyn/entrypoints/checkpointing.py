@@ -26,6 +26,7 @@ CHANGEABLE = (
     "logger",
     "measure.memory_mib",
     "name",
+    "nonfinite",
     "report",
     "resume",
     "trainer.accelerator",

@@ -79,6 +79,10 @@ SWITCH = Rule(lambda v: isinstance(v, bool), "must be true or false")
 RULES: Mapping[str, Rule] = {
     "seed": WHOLE,
     "report": SWITCH,
+    "nonfinite.every_steps": COUNT,
+    "checkpoint.every_minutes": Rule(
+        lambda v: v is None or (_number(v) and v > 0), "must be a positive number, or null"
+    ),
     "resume": _one_of("same", "changed"),
     "deterministic": SWITCH,
     "data.batch_size": COUNT,

@@ -17,11 +17,15 @@ from robustdyn.entrypoints.checkpointing import AtomicCheckpointIO, resume_from
 from robustdyn.entrypoints.combinations import check_combinations
 from robustdyn.entrypoints.config import build, check
 from robustdyn.entrypoints.environment import write_environment
+from robustdyn.entrypoints.log import IN_FILE_ONLY
 from robustdyn.entrypoints.loggers import build_loggers, close_loggers, describe
 from robustdyn.entrypoints.report import announce
 from robustdyn.entrypoints.terminal import run_app
+from robustdyn.errors import TrainingError, UserError
 from robustdyn.methods import AdversarialTraining
 from robustdyn.records import RunRecords
+
+_log = logging.getLogger(__name__)
 
 
 def main() -> None:
@@ -33,8 +37,16 @@ def train(cfg: DictConfig) -> None:
     """Train, measure and record one run in Hydra's output directory; go on where a checkpoint lies there.
 
     Raises:
-        UserError: The configuration or a data file cannot be used.
+        UserError: The configuration, a file or the training itself does not allow to go on.
     """
+    try:
+        _train(cfg)
+    except Exception as error:
+        _log.error(str(error), exc_info=not isinstance(error, UserError), extra=IN_FILE_ONLY)
+        raise
+
+
+def _train(cfg: DictConfig) -> None:
     check(cfg)
     check_combinations(cfg)
     _quieten_lightning()
@@ -59,14 +71,33 @@ def train(cfg: DictConfig) -> None:
     if trainer.is_global_zero:
         write_environment(run_dir, trainer, module.model)
         describe(loggers, cfg)
+    _log.info(
+        "training starts" if checkpoint is None else "training goes on",
+        extra={"run": str(run_dir), "checkpoint": None if checkpoint is None else str(checkpoint)},
+    )
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    except torch.OutOfMemoryError as error:
+        raise _out_of_memory(module, error) from error
     finally:
         close_loggers(loggers)
         if cfg.execution.compile != "none":
             torch.compiler.reset()  # the runs of a sweep share a limit on compiled versions
     if cfg.report and trainer.is_global_zero and HydraConfig.get().mode == RunMode.RUN:
         announce(build_report([run_dir], run_dir / "report"))
+
+
+def _out_of_memory(module: AdversarialTraining, error: torch.OutOfMemoryError) -> TrainingError:
+    measuring = module.stopwatch.broken_off == "measurement"
+    remedy = (
+        "lower measure.memory_mib, measure.eigenpairs.extra_vectors or measure.examples"
+        if measuring
+        else "lower data.batch_size (or data.eval_batch_size), or take execution=bf16"
+    )
+    return TrainingError(
+        f"out of memory in the {'measurement' if measuring else 'training or evaluation'}: "
+        f"{str(error).splitlines()[0]} {remedy}, and run the same command with resume=changed to go on"
+    )
 
 
 def build_module(cfg: DictConfig, data: ImageDataModule) -> AdversarialTraining:
@@ -93,6 +124,7 @@ def _quieten_lightning() -> None:
         ".*does not have many workers.*",
         ".*Checkpoint directory .* exists.*",
         ".*isinstance.treespec.*",
+        ".*`srun` command is available.*",
         ".*could not find the monitored key.*",  # after an epoch without evaluation there is no candidate
     ):
         warnings.filterwarnings("ignore", about)

@@ -8,6 +8,7 @@ from robustdyn.measure.posterior import RecordPosterior, posterior_rows
 from robustdyn.measure.snapshot import Eigenpairs, Snapshot
 from robustdyn.measure.spectrum import Spectrum
 from robustdyn.measure.timing import RecordTiming
+from robustdyn.measure.watch import StopOnNonFinite
 from robustdyn.measure.weight_curvature import WeightCurvature
 from robustdyn.measure.when import measured_epochs
 
@@ -22,6 +23,7 @@ __all__ = [
     "RecordTiming",
     "Snapshot",
     "Spectrum",
+    "StopOnNonFinite",
     "WeightCurvature",
     "measured_epochs",
     "posterior_rows",

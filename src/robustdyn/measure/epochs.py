@@ -1,5 +1,6 @@
 """Writes the run's ``epochs`` and ``rates`` tables and its summary."""
 
+import logging
 import time
 
 import lightning
@@ -8,6 +9,8 @@ from lightning.pytorch.callbacks import Callback
 from robustdyn.methods import AdversarialTraining
 from robustdyn.records import RunRecords, read_table, summarise
 from robustdyn.records.schema import EPOCHS
+
+_log = logging.getLogger(__name__)
 
 
 class RecordEpochs(Callback):
@@ -72,4 +75,5 @@ class RecordEpochs(Callback):
             "seconds": time.perf_counter() - self._started,
         }
         self._records.append("epochs", row | metrics)
+        _log.info("epoch finished", extra=row | metrics)
         self._records.write_summary(summarise(read_table(self._records.run_dir, "epochs")))

@@ -13,6 +13,8 @@ from robustdyn.errors import ConfigError
 Compilation = Literal["none", "default", "reduce-overhead", "max-autotune"]
 COMPILATIONS: tuple[Compilation, ...] = ("none", "default", "reduce-overhead", "max-autotune")
 
+_MOST_PASSES = 64  # compiled at a time; a run has 5 to 12
+
 
 class Execution:
     """Prepares a network for fast steps.
@@ -54,6 +56,11 @@ class Execution:
                 f"execution.compile={self._compile} needs a C++ compiler and there is none; install g++, or "
                 "set execution.compile=none"
             )
+        from torch._dynamo import config as dynamo  # here, for it takes seconds
+
+        # With more passes PyTorch goes on uncompiled and only warns. TRADES with a validation split has 8, its
+        # default, and a run resumed at a short batch has more.
+        dynamo.cache_size_limit = max(dynamo.cache_size_limit, _MOST_PASSES)  # so called from PyTorch 2.6 on
         # of a fixed size: with the batch size left open the code is slower
         model.compile(mode=self._compile, dynamic=False)
 
@@ -76,3 +83,20 @@ class Execution:
             return nullcontext()
         scope: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
         return scope
+
+
+def keep_layout(optimizer: torch.optim.Optimizer) -> None:
+    """State that ``optimizer`` loads takes the memory layout of its parameter.
+
+    A checkpoint's momentum has the layout of the run that wrote it, and PyTorch's fused optimisers go through
+    memory in order, whatever the strides: another layout gives wrong steps without a word (2.13, on a CPU).
+    """
+    optimizer.register_load_state_dict_post_hook(_lay_out_state)
+
+
+def _lay_out_state(optimizer: torch.optim.Optimizer) -> None:
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                like = torch.empty_like(parameter, dtype=value.dtype, device=value.device)
+                state[name] = like.copy_(value)

@@ -20,6 +20,7 @@ class Stopwatch:
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         self._open: dict[str, float | torch.cuda.Event] = {}
         self._device = torch.device("cpu")
+        self.broken_off: str | None = None  # the innermost section that an exception left
 
     def use(self, device: torch.device) -> None:
         """Time the work on this device from now on."""
@@ -47,6 +48,9 @@ class Stopwatch:
         try:
             with torch.profiler.record_function(name):
                 yield
+        except BaseException:
+            self.broken_off = self.broken_off or name
+            raise
         finally:
             self.stop(name)
 

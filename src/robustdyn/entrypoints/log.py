@@ -1,0 +1,35 @@
+"""The run's log file: one JSON object per line."""
+
+import json
+import logging
+from datetime import UTC, datetime
+
+IN_FILE_ONLY = {"in_file_only": True}
+"""``extra`` of what the terminal shows in its own way."""
+
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", *IN_FILE_ONLY}
+
+
+class JsonLines(logging.Formatter):
+    """``time`` (UTC), ``level``, ``logger``, ``message``, what was passed as ``extra``, and ``traceback``."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line."""
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+            **{key: value for key, value in vars(record).items() if key not in _STANDARD},
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False, default=str)
+
+
+class ForTerminal(logging.Filter):
+    """Lets through what is not meant for the file alone."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether to show it."""
+        return not any(getattr(record, key, False) for key in IN_FILE_ONLY)
