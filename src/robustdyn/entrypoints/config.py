@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from robustdyn.errors import ConfigError, UserError
@@ -44,9 +44,9 @@ def register_resolvers() -> None:
     )
 
 
-def _at_fractions(length: int, *fractions: float) -> list[int]:
+def _at_fractions(length: int, *fractions: float) -> ListConfig:
     epochs = {int(length * fraction) for fraction in fractions}
-    return sorted(epoch for epoch in epochs if epoch >= 1)
+    return ListConfig(sorted(epoch for epoch in epochs if epoch >= 1))
 
 
 class Rule(NamedTuple):

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -15,9 +16,9 @@ PACKAGES = ("robustdyn", "torch", "lightning", "hydra-core", "torchmetrics", "nu
 
 
 def write_environment(run_dir: Path, trainer: lightning.Trainer, model: torch.nn.Module) -> None:
-    """Write ``environment.json`` into the run directory."""
+    """Write ``environment.json`` into the run directory; of a resumed run, with its earlier sessions'."""
     accelerator = trainer.strategy.root_device
-    facts = {
+    facts: dict[str, object] = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "packages": {name: version(name) for name in PACKAGES},
         "python": platform.python_version(),
@@ -30,8 +31,12 @@ def write_environment(run_dir: Path, trainer: lightning.Trainer, model: torch.nn
         "code_revision": _revision(),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
+    path = run_dir / "environment.json"
+    with suppress(OSError, ValueError):  # a killed process may have left half of it
+        before = json.loads(path.read_text())
+        facts["earlier_sessions"] = [*before.pop("earlier_sessions", []), before]
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "environment.json").write_text(json.dumps(facts, indent=2) + "\n")
+    path.write_text(json.dumps(facts, indent=2) + "\n")
 
 
 def processor() -> str:

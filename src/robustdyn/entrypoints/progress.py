@@ -36,6 +36,9 @@ class RunProgress(ProgressBar):
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Start where the run goes on."""
         self._started, self._first_epoch = time.monotonic(), trainer.current_epoch
+        if self._enabled and trainer.global_step:
+            at = f"epoch {trainer.current_epoch}/{trainer.max_epochs}, step {trainer.global_step}"
+            print(f"{self._label}: goes on after {at}", file=sys.stderr, flush=True)
         if self._enabled and sys.stderr.isatty():
             self._bar = tqdm(
                 total=trainer.max_epochs,
