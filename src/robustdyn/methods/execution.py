@@ -58,8 +58,8 @@ class Execution:
             )
         from torch._dynamo import config as dynamo  # here, for it takes seconds
 
-        # With more passes PyTorch goes on uncompiled and only warns. TRADES with a validation split has 8, its
-        # default, and a run resumed at a short batch has more.
+        # With more passes PyTorch goes on uncompiled and only warns. TRADES with a validation split may have
+        # its default, 8, and a run resumed at a short batch has more.
         dynamo.cache_size_limit = max(dynamo.cache_size_limit, _MOST_PASSES)  # so called from PyTorch 2.6 on
         # of a fixed size: with the batch size left open the code is slower
         model.compile(mode=self._compile, dynamic=False)
