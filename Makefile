@@ -8,7 +8,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test test-slow lint format types docs bench wheel clean
+.PHONY: help setup demo test test-slow slurm-test lint format types docs bench wheel clean
 
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -32,6 +32,10 @@ test: $(READY) ## Run the tests
 test-slow: $(READY) ## Run all tests, the minutes-long ones included
 	@$(BIN)/python -m pytest -m 'slow or not slow'
 
+slurm-test: $(READY) ## Test sweeps on a real SLURM on this machine, from Debian packages
+	@tests/slurm/packages.sh || true
+	@$(BIN)/python -m pytest -m slurm -rs tests/slurm
+
 lint: $(READY) ## Check format and style
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
@@ -48,7 +52,7 @@ docs: $(READY) ## Build the documentation into site/
 	@$(BIN)/mkdocs build --strict --quiet
 
 bench: $(READY) ## Run the benchmarks; results land in experiments/benchmarks/results/
-	@for script in $(filter-out %/common.py %/curvature_problem.py,$(wildcard experiments/benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script; done
+	@for script in $(filter-out %/common.py %/curvature_problem.py %/study_loops.py,$(wildcard experiments/benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script; done
 
 wheel: $(READY) ## Build wheel and source archive into dist/
 	@$(BIN)/python -m build --outdir dist .

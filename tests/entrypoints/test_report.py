@@ -13,7 +13,7 @@ def quick(monkeypatch):
 
 @pytest.fixture
 def run(tmp_path):
-    return write_run(tmp_path / "run", epochs=25, measured=(18, 24))
+    return write_run(tmp_path / "run", epochs=25, measured=(18, 24), trainer__max_epochs=25)
 
 
 def test_one_path_gets_its_report_inside(quick, run, capsys):

@@ -31,6 +31,7 @@ from robustdyn.analysis.statistics import headline as headline
 from robustdyn.errors import RecordError
 from robustdyn.records import schema
 from robustdyn.records.labels import differences, format_value
+from robustdyn.records.progress import RunState, count, run_states
 from robustdyn.records.reader import Run, combine, find_runs
 
 PAGE = "index.html"
@@ -82,13 +83,17 @@ class _Row:
 
 
 def build_report(
-    paths: Iterable[str | os.PathLike[str]] | str | os.PathLike[str], output: str | os.PathLike[str]
+    paths: Iterable[str | os.PathLike[str]] | str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    states: Sequence[RunState] | None = None,
 ) -> Report:
     """Read runs and write ``tables/``, ``figures/`` and ``index.html`` under ``output``.
 
     Args:
         paths: Run or sweep directories.
         output: Where to; made if absent, files of an earlier report are replaced.
+        states: Where the runs stand; of the runs found, if not given. Runs that were asked for and never
+            started can only be known to the caller.
 
     Returns:
         What was written.
@@ -108,7 +113,8 @@ def build_report(
         tables = _write_tables({**frames, FINAL_AND_BEST: summary}, output / "tables")
         figures, skipped = _write_figures(frames, output / "figures")
         page = output / PAGE
-        page.write_text(_page(runs, frames, summary, figures, skipped), encoding="utf-8")
+        shown = run_states(runs) if states is None else states
+        page.write_text(_page(runs, frames, summary, figures, skipped, shown), encoding="utf-8")
     except OSError as error:
         raise RecordError(
             f"{output}: cannot write the report ({error.strerror}); pick another --output"
@@ -166,6 +172,7 @@ def _page(
     summary: pd.DataFrame,
     figures: Sequence[_Drawn],
     skipped: Mapping[str, str],
+    states: Sequence[RunState],
 ) -> str:
     """The HTML page."""
     environment = jinja2.Environment(
@@ -185,7 +192,8 @@ def _page(
         headlines=[_card(line) for line in headlines(runs)],
         columns=[schema.EPOCHS[name].shown for name in SHOWN_METRICS],
         rows=_final_rows(summary),
-        unfinished=_unfinished(runs, frames["epochs"]),
+        states=states,
+        counted=count(states),
         figures=figures,
         skipped=[(titles[name], reason) for name, reason in skipped.items()],
         runs=runs,
@@ -246,18 +254,6 @@ def _cell(column: schema.Column, value: float) -> str:
     if math.isnan(value):
         return "–"
     return f"{value * column.scale:.2f}" if column.scale > 1 else f"{value:.3f}"
-
-
-def _unfinished(runs: Sequence[Run], epochs: pd.DataFrame) -> list[str]:
-    """Sentences on runs that have fewer epochs than planned."""
-    notes = []
-    for run in runs:
-        done = int((epochs["run"] == run.label).sum())
-        trainer = run.config.get("trainer")
-        planned = trainer.get("max_epochs") if isinstance(trainer, Mapping) else None
-        if isinstance(planned, int) and 0 <= done < planned:
-            notes.append(f"{run.label}: {done} of {planned} epochs finished.")
-    return notes
 
 
 def _symbols(text: str) -> Markup:

@@ -1,15 +1,26 @@
 """``robustdyn-report``: run or sweep directories in; tables, figures and one HTML page out."""
 
 import argparse
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
 
 from robustdyn.entrypoints.status import status_of
+from robustdyn.errors import UserError
+from robustdyn.records import find_runs
+from robustdyn.records.progress import Plan, RunState, count, run_states
 
 if TYPE_CHECKING:
     from robustdyn.analysis.report import Report
+
+MULTIRUN = "multirun.yaml"
+BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 
 EPILOG = """\
 examples:
@@ -17,6 +28,7 @@ examples:
   robustdyn-report multirun/digits_at/2026-01-31_12-00-00    a sweep: runs overlaid, labelled by what differs
   robustdyn-report run_a run_b --output comparison           any runs side by side
 
+says which runs are done, failed, unfinished (running, or stopped before their end) and, of a sweep, missing;
 writes into the output directory:
   index.html   everything on one page that needs no other file and no network
   figures/     PNG and PDF
@@ -31,7 +43,80 @@ def main(argv: Sequence[str] | None = None) -> int:
     output: Path = arguments.output or (paths[0] if len(paths) == 1 else Path()) / "report"
     from robustdyn.analysis.report import build_report  # the plotting libraries load slowly: not for --help
 
-    return status_of(lambda: announce(build_report(paths, output)))
+    def report() -> None:
+        states = states_of(paths)
+        say_states(states, sys.stdout)
+        announce(build_report(paths, output, states))
+
+    return status_of(report)
+
+
+def states_of(paths: Sequence[Path]) -> list[RunState]:
+    """Where the runs at or below these paths stand, those included that a sweep is still to start.
+
+    Raises:
+        UserError: A path holds no run and no sweep, or a record or a configuration cannot be read.
+    """
+    states: list[RunState] = []
+    for path in paths:
+        plan = plan_of(_load(path / MULTIRUN)) if (path / MULTIRUN).is_file() else None
+        try:
+            runs = find_runs([path])
+        except UserError:
+            if plan is None:
+                raise
+            runs = []
+        states += run_states(runs, plan)
+    return states
+
+
+def plan_of(config: DictConfig) -> Plan | None:
+    """What a multirun was asked for, from the configuration Hydra composed for it or its ``multirun.yaml``.
+
+    Returns:
+        None if the sweeper is not Hydra's own: another one decides as it goes.
+    """
+    sweeper = OmegaConf.select(config, "hydra.sweeper")
+    if sweeper is None or sweeper.get("_target_") != BASIC_SWEEPER:
+        return None
+    typed = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
+    assert isinstance(typed, list)
+    lines = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()] + typed
+    values: dict[str, list[str]] = {}  # of a key given twice the last counts, as in the sweeper
+    try:
+        for override in OverridesParser.create().parse_overrides(lines):
+            key = override.get_key_element()
+            several = override.is_sweep_override()
+            texts = override.sweep_string_iterator() if several else [override.get_value_element_as_str()]
+            values[key] = [f"{key}={text}" for text in texts]
+    except HydraException:  # the sweeper says what is wrong with it
+        return None
+    jobs = [
+        tuple(text for text in job if not text.startswith(("hydra.", "hydra/")))
+        for job in itertools.product(*values.values())
+    ]
+    swept_keys = [key.lstrip("+~") for key, texts in values.items() if len(texts) > 1]
+    without = OmegaConf.select(config, "hydra.job.config.override_dirname.exclude_keys") or []
+    return Plan(tuple(jobs), tuple(swept_keys), tuple(without))
+
+
+def say_states(states: Sequence[RunState], stream: TextIO) -> None:
+    """How many runs are done, and each one that is not; nothing about a single run that is."""
+    if [state.state for state in states] in ([], ["done"]):
+        return
+    stream.write(f"runs: {count(states)}\n")
+    for state in states:
+        if state.state != "done":
+            stream.write(f"  {state.state:<10}  {state.name}: {state.remark}\n")
+            if state.traceback is not None:
+                stream.write(f"  {'':<10}  traceback: {state.traceback}\n")
+    stream.flush()
+
+
+def _load(path: Path) -> DictConfig:
+    config = OmegaConf.load(path)
+    assert isinstance(config, DictConfig)
+    return config
 
 
 def announce(report: "Report") -> None:

@@ -1,20 +1,193 @@
-"""What happens once all runs of a multirun have ended."""
+"""Runs of a multirun: each fails alone, what is done is skipped, and all end in one report."""
 
+import gc
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
+from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from hydra.types import RunMode
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
+from omegaconf.errors import OmegaConfBaseException
 
 from robustdyn.analysis.report import build_report
-from robustdyn.entrypoints.report import announce
+from robustdyn.entrypoints.report import announce, plan_of, say_states, states_of
+from robustdyn.errors import UserError
+from robustdyn.records.progress import Plan, RunStatus, folder_name, identity, is_done, one_line
+
+LOCAL = (".BasicLauncher", ".JoblibLauncher")
+"""Launchers that know of a run's failure from its status; others, of a cluster, are to see it themselves."""
+
+log = logging.getLogger(__name__)
+
+
+def run_in_its_directory(task: Callable[[DictConfig], None], cfg: DictConfig) -> None:
+    """Run ``task`` and keep its status in Hydra's output directory.
+
+    In a sweep a run that is done is skipped. One that fails on this machine leaves its traceback in its
+    directory and lets the others run: its error does not travel to the sweep's process, which would stop at
+    the first one, and could not even read many kinds.
+
+    Raises:
+        Exception: What ``task`` raised, outside a sweep or on a cluster.
+    """
+    hydra_cfg = HydraConfig.get()
+    run_dir = Path(hydra_cfg.runtime.output_dir)
+    in_sweep = hydra_cfg.mode == RunMode.MULTIRUN
+    first = getattr(rank_zero_only, "rank", 0) == 0  # also before there is a trainer
+    settings = _settings(cfg)
+    if in_sweep and is_done(run_dir, settings):
+        log.info("%s: done already", run_dir.name)
+        return
+    try:
+        with RunStatus(run_dir, settings) if first else nullcontext():
+            task(cfg)
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):  # which Lightning turns into an exit
+            raise KeyboardInterrupt from end
+        raise
+    except Exception as error:
+        if not (in_sweep and first and str(hydra_cfg.launcher.get("_target_")).endswith(LOCAL)):
+            raise
+        sys.stderr.write(f"error: {run_dir.name}: {one_line(error)}\n")
+    finally:
+        if in_sweep and torch.cuda.is_initialized():  # the next run's memory
+            gc.collect()
+            torch.cuda.empty_cache()
 
 
 class SweepReport(Callback):
-    """Builds one report over the sweep's runs, in its directory, unless ``report=false``."""
+    """Says at the end of a multirun how its runs went, and builds their report unless ``report=false``.
+
+    Args:
+        swept: The keys that differ between the runs; filled in when a sweep starts, for the folders' names.
+    """
+
+    running: ClassVar[DictConfig | None] = None
+
+    def __init__(self, swept: Sequence[str]) -> None:
+        self.swept = swept
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Hydra's hook: tell all runs their directory and keys; refuse runs that would share a folder."""
+        HydraConfig.instance().set_config(config)  # which ${hydra:...} reads, and Hydra sets for runs only
+        plan = plan_of(config)
+        # each run composes its configuration anew, and its own name must not move it to another sweep
+        pinned: dict[str, str | list[str]] = {"hydra.sweep.dir": str(config.hydra.sweep.dir)}
+        if plan is not None:
+            pinned["hydra.callbacks.sweep_report.swept"] = list(plan.swept)
+            _refuse_shared_folders(config, plan)
+        with read_write(config.hydra), open_dict(config.hydra):
+            for key, value in pinned.items():
+                OmegaConf.update(config, key, value)
+                config.hydra.overrides.hydra.append(f"{key}={_quoted(value)}")
+        SweepReport.running = config
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Hydra's hook."""
-        if config.report:
-            sweep_dir = Path(config.hydra.sweep.dir)
-            announce(build_report([sweep_dir], sweep_dir / "report"))
+        if not end_sweep():
+            sys.exit(1)
+
+
+def end_sweep(*, report: bool = True) -> bool:
+    """Build the report of the sweep that is running in this process, and say which of its runs are not done.
+
+    Nothing is said or built before a first run was started, nor a second time.
+
+    Args:
+        report: Whether to build it, if ``cfg.report`` asks for it.
+
+    Returns:
+        Whether all of its runs are done.
+    """
+    config, SweepReport.running = SweepReport.running, None
+    if config is None:
+        return True
+    folder = Path(config.hydra.sweep.dir)
+    try:
+        states = states_of([folder])
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return False
+    if all(state.state == "missing" for state in states):
+        return False
+    if report and config.report:
+        try:
+            announce(build_report([folder], folder / "report", states))
+        except UserError as error:  # none of the runs finished an epoch, say
+            sys.stderr.write(f"no report: {error}\n")
+    say_states(states, sys.stderr)
+    done = all(state.state == "done" for state in states if state.asked)
+    if not done:
+        sys.stderr.write(f"the same command with hydra.sweep.dir={folder} runs what is not done\n")
+    return done
+
+
+def sweeping() -> bool:
+    """Whether a sweep is running in this process that has not said how it ended."""
+    return SweepReport.running is not None
+
+
+def forget_sweep() -> None:
+    """Say nothing at its end, for it never began."""
+    SweepReport.running = None
+
+
+def _refuse_shared_folders(config: DictConfig, plan: Plan) -> None:
+    raw = OmegaConf.to_container(config.hydra.sweep, resolve=False)
+    assert isinstance(raw, dict)
+    if "run_folder:" not in str(raw["subdir"]):
+        return  # named by the user
+    seen: dict[tuple[str, ...], tuple[str, ...]] = {}
+    for job in plan.jobs:
+        other = seen.setdefault(identity(job, plan.without), job)
+        if other is not job:
+            different = sorted({*job} ^ {*other})
+            reason = (
+                f"differ only in {' '.join(different)}" if different else f"are the same ({' '.join(job)})"
+            )
+            sys.stderr.write(
+                f"error: two runs of the sweep {reason} and would share a folder; ask for each run once, or "
+                "set hydra.sweep.subdir='${hydra.job.num}'\n"
+            )
+            sys.exit(1)  # Hydra would turn an exception of a callback into a warning
+
+
+def _quoted(value: str | Sequence[str]) -> str:
+    """A value in the grammar of Hydra's overrides."""
+    if isinstance(value, str):
+        escaped = value.replace("'", "\\'")
+        return f"'{escaped}'"
+    return f"[{','.join(map(_quoted, value))}]"
+
+
+def _settings(cfg: DictConfig) -> dict[str, Any]:
+    try:
+        settings = OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException:
+        return {}  # the task will say what is wrong
+    assert isinstance(settings, dict)
+    return {str(key): value for key, value in settings.items()}
+
+
+def _run_folder(overrides: ListConfig, without: ListConfig, swept: ListConfig, sweep_dir: str) -> str:
+    raw = OmegaConf.to_container(overrides, resolve=False)
+    assert isinstance(raw, list)
+    name = folder_name([str(text) for text in raw], list(without), list(swept))
+    _, dash, digest = name.rpartition("-")
+    if not dash or len(digest) != 8 or not Path(sweep_dir).is_dir():
+        return name
+    # what is said before the hash depends on what is swept, which may be less this time
+    known = sorted(path.name for path in Path(sweep_dir).iterdir() if path.name.endswith(dash + digest))
+    return known[0] if known else name
+
+
+# At import, as the resolvers of config.py: terminal.py imports this module, and so does a launcher's worker
+# when it unpickles the callback.
+OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)

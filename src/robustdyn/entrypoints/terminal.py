@@ -15,15 +15,19 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from robustdyn.entrypoints.config import config_dir
+from robustdyn.entrypoints.sweep import end_sweep, forget_sweep, run_in_its_directory, sweeping
 from robustdyn.errors import UserError
+from robustdyn.records.progress import one_line
 
 SHORT = "ROBUSTDYN_SHORT_ERRORS"
+INTERRUPTED = 130  # the shells' exit status after Ctrl-C
 
 
 def run_app(task: Callable[[DictConfig], None], config_name: str) -> None:
     """Run ``task`` under Hydra; a :class:`UserError` or a composition error becomes one line and status 1.
 
-    With ``HYDRA_FULL_ERROR=1`` every error keeps its stack trace.
+    With ``HYDRA_FULL_ERROR=1`` every error keeps its stack trace. A sweep runs to its end whatever happens to
+    its runs, and ends with status 1 unless all of them are done; see :mod:`robustdyn.entrypoints.sweep`.
     """
     for chatty in ("fontTools", "matplotlib"):  # Hydra's handlers would print their notes on every figure
         logging.getLogger(chatty).setLevel(logging.WARNING)
@@ -38,10 +42,25 @@ def run_app(task: Callable[[DictConfig], None], config_name: str) -> None:
     try:
         app(_task_with_short_errors(task, short=short))()
     except (UserError, HydraException) as error:
+        if isinstance(error, UserError):  # of the launcher: a job on a cluster that failed, say
+            end_sweep()
         if not short:
             raise
         _fail(_explain(error, config_name))
+    except KeyboardInterrupt:
+        end_sweep(report=False)
+        sys.stderr.write("interrupted\n")
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        # a launcher whose worker was killed, say: what the other runs did is there
+        if not sweeping():
+            raise
+        end_sweep()
+        if not short:
+            raise
+        _fail(f"the sweep ended early: {one_line(error)}")
     finally:
+        forget_sweep()
         if short:
             del os.environ["HYDRA_FULL_ERROR"], os.environ[SHORT]
 
@@ -50,11 +69,14 @@ def _task_with_short_errors(
     task: Callable[[DictConfig], None], *, short: bool
 ) -> Callable[[DictConfig], None]:
     def run(cfg: DictConfig) -> None:
+        hydra_cfg = HydraConfig.get()
         try:
-            task(cfg)
+            if hydra_cfg.output_subdir is None:  # writes no run directory
+                task(cfg)
+            else:
+                run_in_its_directory(task, cfg)
         except UserError as error:
-            # In a sweep Hydra must see the exception, to mark the job as failed and run the others.
-            if not short or HydraConfig.get().mode == RunMode.MULTIRUN:
+            if not short or hydra_cfg.mode == RunMode.MULTIRUN:
                 raise
             _fail(str(error))
 

@@ -1,6 +1,7 @@
 """``robustdyn-train``: one run, from the composed configuration to its report."""
 
 import logging
+import os
 import warnings
 from pathlib import Path
 
@@ -8,18 +9,21 @@ import lightning
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from robustdyn.analysis.report import build_report
 from robustdyn.data import ImageDataModule
 from robustdyn.entrypoints.callbacks import build_callbacks
 from robustdyn.entrypoints.checkpointing import AtomicCheckpointIO, resume_from
+from robustdyn.entrypoints.cluster import check_slurm
 from robustdyn.entrypoints.combinations import check_combinations
 from robustdyn.entrypoints.config import build, check
 from robustdyn.entrypoints.environment import write_environment
 from robustdyn.entrypoints.log import IN_FILE_ONLY
-from robustdyn.entrypoints.loggers import build_loggers, close_loggers, describe
+from robustdyn.entrypoints.loggers import build_loggers
+from robustdyn.entrypoints.publishing import Publisher
 from robustdyn.entrypoints.report import announce
+from robustdyn.entrypoints.requeue import slurm_callbacks, slurm_plugins
 from robustdyn.entrypoints.terminal import run_app
 from robustdyn.errors import TrainingError, UserError
 from robustdyn.methods import AdversarialTraining
@@ -49,6 +53,7 @@ def train(cfg: DictConfig) -> None:
 def _train(cfg: DictConfig) -> None:
     check(cfg)
     check_combinations(cfg)
+    check_slurm(cfg, os.environ)
     _quieten_lightning()
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     checkpoint = resume_from(cfg, run_dir)
@@ -60,31 +65,41 @@ def _train(cfg: DictConfig) -> None:
     module = build_module(cfg, data)
     records = RunRecords(run_dir)
     loggers = build_loggers(cfg)
+    publisher = Publisher(loggers, run_dir, OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+    alone = HydraConfig.get().mode == RunMode.RUN
     trainer: lightning.Trainer = build(
         cfg,
         "trainer",
-        callbacks=build_callbacks(cfg, data, records, run_dir),
+        callbacks=[
+            *build_callbacks(cfg, data, records, run_dir),
+            *slurm_callbacks(os.environ),
+            publisher,
+        ],
         logger=loggers,
-        plugins=[AtomicCheckpointIO()],
+        plugins=[AtomicCheckpointIO(), *slurm_plugins(os.environ)],
         default_root_dir=str(run_dir),
     )
+    # deterministic kernels need no filled memory; filling every new tensor takes a tenth of a float32 step
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if trainer.is_global_zero:
         write_environment(run_dir, trainer, module.model)
-        describe(loggers, cfg)
     _log.info(
         "training starts" if checkpoint is None else "training goes on",
         extra={"run": str(run_dir), "checkpoint": None if checkpoint is None else str(checkpoint)},
     )
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        with publisher:
+            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+            if cfg.report and trainer.is_global_zero and (alone or publisher.shows_figures):
+                report = build_report([run_dir], run_dir / "report")
+                publisher.show(report.figures)
+                if alone:
+                    announce(report)
     except torch.OutOfMemoryError as error:
         raise _out_of_memory(module, error) from error
     finally:
-        close_loggers(loggers)
         if cfg.execution.compile != "none":
             torch.compiler.reset()  # the runs of a sweep share a limit on compiled versions
-    if cfg.report and trainer.is_global_zero and HydraConfig.get().mode == RunMode.RUN:
-        announce(build_report([run_dir], run_dir / "report"))
 
 
 def _out_of_memory(module: AdversarialTraining, error: torch.OutOfMemoryError) -> TrainingError:

@@ -134,8 +134,6 @@ class Measure(Callback):
                     if trainer.is_global_zero:
                         self._records.append(table, row)
                     _observe(pl_module, table, row)
-                    if "index" not in row and "layer" not in row:  # one row per epoch: a curve
-                        pl_module.log_dict(_curves(table, row), rank_zero_only=True)
             seconds = time.perf_counter() - began
         if trainer.is_global_zero:
             self._records.extend("costs", list(_costs(snapshot, seconds)))
@@ -241,11 +239,3 @@ def _data(trainer: lightning.Trainer) -> ImageDataModule:
     data = trainer.datamodule  # type: ignore[attr-defined]
     assert isinstance(data, ImageDataModule)
     return data
-
-
-def _curves(table: str, row: Mapping[str, Any]) -> dict[str, float]:
-    return {
-        f"{table}/{column}": float(value)
-        for column, value in row.items()
-        if column not in ("epoch", "step") and isinstance(value, int | float)
-    }

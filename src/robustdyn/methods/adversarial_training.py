@@ -239,8 +239,8 @@ class AdversarialTraining(lightning.LightningModule):
         self._metrics_of("train").take_sums(checkpoint["epoch_sums"] if self.global_rank == 0 else {})
 
     def on_train_epoch_end(self) -> None:
-        """Hand the epoch's metrics to the loggers."""
-        self.log_dict(self.epoch_metrics(), sync_dist=False)
+        """Hand the epoch's metrics to callbacks that watch one; loggers get them from the record."""
+        self.log_dict(self.epoch_metrics(), sync_dist=False, logger=False)
 
     def epoch_metrics(self) -> dict[str, float]:
         """Metrics of the epoch that just ended, named as in the ``epochs`` table; the same on every rank.

@@ -1,0 +1,119 @@
+"""Runs under SLURM: what SLURM starts must be what Lightning expects, or nothing starts."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from robustdyn.errors import ConfigError
+
+INTERACTIVE = ("bash", "interactive")
+"""Job names under which Lightning takes a SLURM job for a terminal session and starts its own processes."""
+
+
+def check_slurm(cfg: DictConfig, environ: Mapping[str, str]) -> None:
+    """Refuse to train where SLURM's tasks and Lightning's devices differ, or SLURM was meant but is not used.
+
+    Lightning itself would wait for ever for tasks that were never started, train on fewer devices than asked
+    for without a word, or let every task train a full copy of the run in the same folder. Hydra would ignore
+    the launcher of a command without ``-m`` and train on the machine where it was typed.
+
+    Args:
+        cfg: The run's configuration; ``trainer.devices`` and ``trainer.num_nodes`` are read.
+        environ: The process's environment variables.
+
+    Raises:
+        ConfigError: Names the setting, SLURM's option and the remedy.
+    """
+    if _launcher_ignored():
+        raise ConfigError("hydra/launcher=slurm submits jobs only with -m, for a single run, too; add it")
+    if "SLURM_JOB_ID" not in environ or "SLURM_NTASKS" not in environ:
+        return
+    tasks = int(environ["SLURM_NTASKS"])
+    started = int(environ.get("SLURM_STEP_NUM_TASKS", 1))  # set by srun: how often this very command runs
+    if not in_slurm(environ):
+        if started > 1:
+            raise ConfigError(
+                f"hydra.launcher.name={environ['SLURM_JOB_NAME']} means a terminal session to Lightning: "
+                f"each of the {started} tasks would train a full copy of the run in one folder; choose "
+                "another name (--job-name)"
+            )
+        return
+    if tasks > 1 and "SLURM_STEP_NUM_TASKS" not in environ:
+        raise ConfigError(
+            f"trainer.devices: SLURM's job has {tasks} tasks, but this command was started only once and "
+            "would wait for the others for ever; put srun before it"
+        )
+    per_node = environ.get("SLURM_NTASKS_PER_NODE")
+    if tasks > 1 and per_node is None:
+        raise ConfigError(
+            f"trainer.devices: SLURM was asked for {tasks} tasks without saying how many on each node; use "
+            "--ntasks-per-node=N (hydra.launcher.tasks_per_node) with N=trainer.devices"
+        )
+    expected = int(per_node or 1) * int(environ.get("SLURM_NNODES", 1))
+    if not tasks == started == expected:
+        raise ConfigError(
+            f"trainer.devices: SLURM's job is of {expected} tasks (--ntasks-per-node times --nodes), but "
+            f"{started} of {tasks} were started, so that devices would stay idle; leave --ntasks out, for "
+            "sbatch and for srun"
+        )
+    check_tasks(cfg, tasks_per_node=int(per_node or 1), nodes=int(environ.get("SLURM_NNODES", 1)))
+
+
+def check_tasks(cfg: DictConfig, *, tasks_per_node: int, nodes: int) -> None:
+    """Refuse tasks that are not one for each device.
+
+    Args:
+        cfg: The run's configuration. One without ``trainer`` is of one process.
+        tasks_per_node: Processes that SLURM starts on each node.
+        nodes: Nodes of the job.
+
+    Raises:
+        ConfigError: Names the setting, SLURM's option and the remedy.
+    """
+    devices = _count(OmegaConf.select(cfg, "trainer.devices", default=1))
+    if devices != tasks_per_node:
+        consequence = (
+            f"{tasks_per_node} full copies of the run would write one folder"
+            if devices == 1
+            else "the run would wait for devices, or leave some idle"
+        )
+        raise ConfigError(
+            f"trainer.devices={devices}, but SLURM starts {_tasks(tasks_per_node)} on each node: "
+            f"{consequence}; choose trainer.devices={tasks_per_node}, or "
+            f"hydra.launcher.tasks_per_node={devices} (--ntasks-per-node)"
+        )
+    num_nodes = OmegaConf.select(cfg, "trainer.num_nodes", default=1)
+    if num_nodes != nodes:
+        raise ConfigError(
+            f"trainer.num_nodes={num_nodes}, but SLURM's job has {nodes}; choose trainer.num_nodes={nodes}, "
+            f"or hydra.launcher.nodes={num_nodes} (--nodes)"
+        )
+
+
+def in_slurm(environ: Mapping[str, str]) -> bool:
+    """Whether Lightning takes this process for one that SLURM started."""
+    return "SLURM_NTASKS" in environ and environ.get("SLURM_JOB_NAME") not in INTERACTIVE
+
+
+def _launcher_ignored() -> bool:
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.RUN:
+        return False
+    return str(HydraConfig.get().launcher.get("_target_")).endswith(".SlurmSweep")
+
+
+def _count(devices: Any) -> int:
+    if isinstance(devices, int) and not isinstance(devices, bool) and devices > 0:
+        return devices
+    if isinstance(devices, ListConfig | list):
+        return len(devices)
+    raise ConfigError(
+        f"trainer.devices={devices} leaves open how many there are, but SLURM starts one task for each; "
+        "choose their number"
+    )
+
+
+def _tasks(count: int) -> str:
+    return "1 task" if count == 1 else f"{count} tasks"

@@ -1,0 +1,270 @@
+"""Where runs stand: done, failed, unfinished, or missing from a sweep.
+
+A run is *done* when its ``status.json`` says so, which is written when the run's work has returned without
+an error: at ``trainer.max_epochs``, or before it when early stopping ended the run. Nothing else makes a run
+done that has a status. The file is replaced in one atomic step at the start of a run and at its end; a killed
+or interrupted run leaves the start's ``running`` behind and is *unfinished*. Directories without a status, of
+older versions, are done when they hold as many epochs as were planned.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import traceback
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from omegaconf import OmegaConf
+
+from robustdyn.errors import RecordError, UserError
+from robustdyn.records.labels import Setup, differences
+from robustdyn.records.reader import Run, _plain, read_table
+from robustdyn.records.writer import _replace
+
+STATUS = "status.json"
+TRACEBACK = "error.txt"
+LONGEST_NAME = 100  # bytes of a folder's name that people read; file systems take 255
+LONGEST_ERROR = 400  # characters of an error that no one wrote for the user
+
+State = Literal["done", "failed", "unfinished", "missing"]
+STATES: tuple[State, ...] = ("done", "failed", "unfinished", "missing")
+
+
+class RunStatus:
+    """Keeps ``status.json`` of a run directory while the run's work is done inside it.
+
+    ``with RunStatus(run_dir, settings): ...`` says ``running``, then ``done``; after an exception ``failed``
+    with one line of it; the traceback of what is no :class:`UserError` is in ``error.txt``. What is no
+    ``Exception`` (Ctrl-C, a signal that ends the process) leaves ``running``: the run is to go on.
+
+    Args:
+        run_dir: The run directory; made if absent.
+        settings: The resolved configuration, to tell later whether it was this run that is done.
+    """
+
+    def __init__(self, run_dir: str | os.PathLike[str], settings: Mapping[str, Any]) -> None:
+        self._run_dir = Path(run_dir)
+        self._settings = settings
+
+    def __enter__(self) -> RunStatus:
+        """Say that the run is running.
+
+        Raises:
+            RecordError: The directory cannot be written.
+        """
+        try:
+            self._run_dir.mkdir(parents=True, exist_ok=True)
+            (self._run_dir / TRACEBACK).unlink(missing_ok=True)
+        except OSError as error:
+            raise RecordError(
+                f"{self._run_dir}: cannot write ({error.strerror}); mend its permissions or choose another "
+                "run directory"
+            ) from error
+        self._write("running")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Say how it ended."""
+        if error is None:
+            self.done()
+        elif isinstance(error, Exception):
+            try:
+                self._write("failed", one_line(error))
+                if not isinstance(error, UserError):  # whose line says all there is to know
+                    text = "".join(traceback.format_exception(error))
+                    (self._run_dir / TRACEBACK).write_text(text, encoding="utf-8")
+            except OSError:  # a full disk, most likely what ended the run: its own error is the one to tell
+                return
+
+    def done(self) -> None:
+        """Say that all of the run's work is done."""
+        self._write("done")
+
+    def _write(self, state: str, error: str | None = None) -> None:
+        status = {"state": state, "error": error, "settings": self._settings}
+        _replace(self._run_dir / STATUS, json.dumps(status, indent=1, default=str, ensure_ascii=False) + "\n")
+
+
+def mark_done(run_dir: str | os.PathLike[str]) -> None:
+    """Say that a run's work is done, before :class:`RunStatus` does: for a report that it writes itself."""
+    status = _status(Path(run_dir))
+    if status is not None:
+        RunStatus(run_dir, status.get("settings") or {}).done()
+
+
+def is_done(run_dir: str | os.PathLike[str], settings: Mapping[str, Any]) -> bool:
+    """Whether the run in ``run_dir`` is done, and was of these settings (save where files go)."""
+    status = _status(Path(run_dir))
+    if status is None or status.get("state") != "done" or not status.get("settings"):
+        return False
+    # as the file gives them back: without what JSON has no word for
+    now = json.loads(json.dumps(settings, default=str))
+    setups = [Setup(Path(run_dir), config, (), {}, frozenset()) for config in (status["settings"], now)]
+    return not differences(setups)
+
+
+def one_line(error: BaseException) -> str:
+    """An error as one line: as it is if it was written for the user, else with its class."""
+    text = " ".join(str(error).split())
+    if isinstance(error, UserError):
+        return text
+    text = text if len(text) <= LONGEST_ERROR else f"{text[:LONGEST_ERROR]}..."
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a sweep was asked for.
+
+    Attributes:
+        jobs: The overrides of each run.
+        swept: The keys that were given several values.
+        without: Keys and sections that tell no runs apart: they say where things lie.
+    """
+
+    jobs: tuple[tuple[str, ...], ...]
+    swept: tuple[str, ...]
+    without: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where one run stands.
+
+    Attributes:
+        name: The overrides that tell it from the others, or its label.
+        state: See the module.
+        epochs: Epochs finished.
+        planned: Epochs asked for; None if its configuration does not say.
+        error: Of a failed run, in one line.
+        path: Its directory; None if it is missing.
+        asked: Whether the sweep's last start asked for it.
+    """
+
+    name: str
+    state: State
+    epochs: int = 0
+    planned: int | None = None
+    error: str | None = None
+    path: Path | None = None
+    asked: bool = True
+
+    @property
+    def remark(self) -> str:
+        """What there is to say about it: the error, or how far it has come."""
+        if self.state == "failed":
+            return self.error or "no error was recorded"
+        if self.state == "missing":
+            return "was never started"
+        of = "" if self.planned is None else f" of {self.planned}"
+        early = (
+            " (stopped early)" if self.state == "done" and of and self.epochs < (self.planned or 0) else ""
+        )
+        return f"{self.epochs}{of} epochs finished{early}"
+
+    @property
+    def traceback(self) -> Path | None:
+        """The file with the stack trace of a failed run, if there is one."""
+        file = None if self.path is None else self.path / TRACEBACK
+        return file if file is not None and self.state == "failed" and file.is_file() else None
+
+
+def identity(overrides: Sequence[str], without: Sequence[str]) -> tuple[str, ...]:
+    """What makes a run of a sweep this one: its overrides in any order, save those ``without`` names."""
+    return tuple(sorted(text for text in overrides if not _of(text, without)))
+
+
+def folder_name(overrides: Sequence[str], without: Sequence[str], swept: Sequence[str]) -> str:
+    """A run's folder in its sweep, from what it was asked for alone.
+
+    It does not depend on the order of the overrides, on the other runs or on how many there are, so that a
+    sweep that is started again, or with more seeds, finds the runs it has. Two different requests never share
+    a name: where not all can be said, eight digits of a hash of all follow.
+
+    Args:
+        overrides: Of the run.
+        without: Keys and sections that tell no runs apart.
+        swept: Keys to say where there is no room for all.
+    """
+    kept = identity(overrides, without)
+    full = ",".join(kept)
+    if "/" not in full and len(full.encode()) <= LONGEST_NAME:
+        return full or "default"
+    said = ",".join(text for text in kept if _of(text, swept)) or full
+    digest = hashlib.sha256(full.encode()).hexdigest()[:8]
+    return f"{said.replace('/', '-').encode()[:LONGEST_NAME].decode(errors='ignore')}-{digest}"
+
+
+def run_states(runs: Sequence[Run], plan: Plan | None = None) -> list[RunState]:
+    """Where the runs stand: those of the plan in its order, then all others.
+
+    Raises:
+        RecordError: A record is broken.
+    """
+    if plan is None or not plan.jobs:
+        return [_state(run, run.label) for run in runs]
+    found: dict[tuple[str, ...], list[Run]] = {}
+    for run in runs:
+        found.setdefault(identity(run.overrides, plan.without), []).append(run)
+    asked = dict.fromkeys(identity(_as_read(job), plan.without) for job in plan.jobs)
+    everyone = [*asked, *(key for key in found if key not in asked)]
+    common = set.intersection(*map(set, everyone))
+    states = []
+    for key in everyone:
+        name = " ".join(text for text in key if text not in common)
+        if key not in found:
+            states.append(RunState(name or "default", "missing"))
+        states += [_state(run, name or run.label, asked=key in asked) for run in found.get(key, [])]
+    return states
+
+
+def count(states: Sequence[RunState]) -> str:
+    """``22 done, 2 failed``."""
+    numbers = Counter(state.state for state in states)
+    return ", ".join(f"{numbers[state]} {state}" for state in STATES if numbers[state])
+
+
+def _state(run: Run, name: str, *, asked: bool = True) -> RunState:
+    epochs = len(read_table(run.path, "epochs"))
+    trainer = run.config.get("trainer")
+    planned = trainer.get("max_epochs") if isinstance(trainer, Mapping) else None
+    if not isinstance(planned, int) or planned < 0:
+        planned = None
+    status = _status(run.path)
+    error = None
+    state: State = "unfinished"
+    if status is not None:
+        if status.get("state") in ("done", "failed"):
+            state = status["state"]
+            error = status.get("error")
+    elif planned is not None and epochs >= planned:
+        state = "done"
+    return RunState(name, state, epochs, planned, error, run.path, asked)
+
+
+def _status(run_dir: Path) -> dict[str, Any] | None:
+    """The status file; None if there is none that can be read."""
+    try:
+        status = json.loads((run_dir / STATUS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return status if isinstance(status, dict) else None
+
+
+def _of(text: str, keys: Sequence[str]) -> bool:
+    """Whether an override is of one of these keys or sections."""
+    name = text.lstrip("+~").partition("=")[0].partition("@")[0]
+    return any(name == key or name.startswith((f"{key}.", f"{key}/")) for key in keys)
+
+
+def _as_read(job: Sequence[str]) -> tuple[str, ...]:
+    """Overrides as ``find_runs`` reads them back from a run directory."""
+    return tuple(str(text) for text in _plain(OmegaConf.create(list(job))))

@@ -1,0 +1,256 @@
+"""The launcher where no SLURM is; on a real one: test_slurm.py."""
+
+import os
+import pickle
+import re
+import stat
+from types import SimpleNamespace
+
+import pytest
+from hydra.core.utils import JobReturn, JobStatus
+
+from hydra_plugins.robustdyn_slurm import launcher
+from robustdyn.entrypoints import cluster_jobs
+from robustdyn.entrypoints.cluster_jobs import Failure, SubmittedRun, job_states, last_error, read_outcome
+from robustdyn.errors import ConfigError
+from tests.runs import TINY, command
+
+
+def program(folder, name, script):
+    """An executable shell script."""
+    folder.mkdir(exist_ok=True)
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+@pytest.fixture
+def programs(tmp_path, monkeypatch):
+    """A folder whose programs go before all others."""
+    folder = tmp_path / "bin"
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return folder
+
+
+@pytest.fixture
+def refusing(programs, tmp_path, monkeypatch):
+    """Programs that look like SLURM's: jobs are taken, kept as files, and fail at once."""
+    program(programs, "srun", "exit 1")
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    count = f"$(ls {taken} | wc -l)"
+    program(programs, "sbatch", f'n={count}; cp "$1" {taken}/$n; echo "Submitted batch job 7$n"')
+    listed = "; ".join(f"echo '7{n}{task}|FAILED|NonZeroExitCode'" for n in "01" for task in ("", "_0", "_1"))
+    program(programs, "squeue", listed)
+    for name in ("GRACE_S", "SHORTEST_PAUSE_S"):
+        monkeypatch.setattr(cluster_jobs, name, 0.0)
+    return taken
+
+
+def sweep(monkeypatch, folder, *arguments):
+    fixed = (*TINY, "report=false", f"hydra.sweep.dir={folder / 'sweep'}")
+    return command(monkeypatch, "-m", "hydra/launcher=slurm", *fixed, *arguments)
+
+
+def options(script):
+    """What was asked of sbatch."""
+    found = re.findall(r"^#SBATCH --([\w-]+)(?:=(.*))?$", script.read_text(), flags=re.MULTILINE)
+    return {key: value.strip("'") for key, value in found}
+
+
+def test_asks_for_what_was_said(refusing, tmp_path, monkeypatch, capsys):
+    arguments = (
+        "trainer.accelerator=gpu",
+        "trainer.devices=4",
+        "++trainer.num_nodes=2",
+        "seed=0,1",
+        "hydra.launcher.partition=long",
+        "hydra.launcher.account=physics",
+        "hydra.launcher.timeout_min=90",
+        "hydra.launcher.setup=[module load cuda]",
+        "+hydra.launcher.additional_parameters.mail-type=END",
+    )
+    assert sweep(monkeypatch, tmp_path, *arguments) == 1
+    (script,) = refusing.iterdir()
+    asked = options(script)
+    expected = {
+        "partition": "long",
+        "account": "physics",
+        "time": "90",
+        "nodes": "2",
+        "ntasks-per-node": "4",
+        "gpus-per-node": "4",
+        "array": "0-1%2",
+        "signal": "USR2@120",
+        "mail-type": "END",
+        "job-name": "robustdyn",
+        "open-mode": "append",
+    }
+    assert asked.items() >= expected.items()
+    lines = script.read_text().splitlines()
+    assert "module load cuda" in lines
+    assert "--kill-on-bad-exit=1" in lines[-1]
+    error = capsys.readouterr().err
+    assert error.startswith(
+        "2 of 2 jobs failed:\n  70_0  seed=0  ended without a result; SLURM says FAILED  "
+    )
+    assert f"{tmp_path / 'sweep' / 'slurm' / '70_1' / '70_1_0_log.out'}\n" in error
+
+
+def test_runs_that_need_different_jobs_get_them(refusing, tmp_path, monkeypatch):
+    """Resources follow the settings that are swept, not those of the first run."""
+    assert sweep(monkeypatch, tmp_path, "trainer.devices=1,2") == 1
+    asked = [options(script) for script in sorted(refusing.iterdir())]
+    assert [one["ntasks-per-node"] for one in asked] == ["1", "2"]
+    assert not any("gpus-per-node" in one or "array" in one for one in asked)  # one job each, on the CPU
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("hydra.launcher.tasks_per_node=2", "trainer.devices=1, but SLURM starts 2 tasks on each node"),
+        ("hydra.launcher.nodes=2", "trainer.num_nodes=1, but SLURM's job has 2"),
+        ("trainer.devices=auto", "hydra.launcher.tasks_per_node=auto must be a whole number of at least 1"),
+        ("hydra.launcher.timeout_min=0", "hydra.launcher.timeout_min=0 must be a whole number of at least 1"),
+        ("hydra.launcher.name=bash", "hydra.launcher.name=bash means a terminal session"),
+        (
+            "+hydra.launcher.additional_parameters.signal=USR1@120",
+            "hydra.launcher.additional_parameters.signal=USR1@120 would replace SIGUSR2",
+        ),
+    ],
+)
+def test_a_request_that_cannot_work_is_refused_before_it_is_queued(
+    override, message, refusing, tmp_path, monkeypatch, capsys
+):
+    assert sweep(monkeypatch, tmp_path, override) == 1
+    assert f"error: {message}" in capsys.readouterr().err
+    assert not list(refusing.iterdir())
+
+
+def test_a_machine_without_slurm_is_told_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert sweep(monkeypatch, tmp_path) == 1
+    assert "error: hydra/launcher=slurm: there is no SLURM on this machine" in capsys.readouterr().err
+
+
+def test_missing_packages_are_named(monkeypatch):
+    monkeypatch.setattr(launcher, "SlurmLauncher", None)
+    with pytest.raises(ConfigError, match=r"install robustdyn\[slurm\]"):
+        launcher.SlurmSweep().setup(hydra_context=None, task_function=None, config=None)
+
+
+FRAME = '  File "x.py", line 1, in f\n    f()\n'
+
+
+@pytest.mark.parametrize(
+    ("trace", "line"),
+    [
+        (f"Traceback (most recent call last):\n{FRAME}ValueError: bad\n", "ValueError: bad"),
+        (f"Traceback (most recent call last):\n{FRAME}    ^^^\nKeyError\n", "KeyError"),
+        (f"Traceback:\n{FRAME}a.b.Error: one\nHint: two\n  three\n", "Error: one Hint: two three"),
+        (f"Traceback:\n{FRAME}A: cause\n\nThe above ...\n\nTraceback:\n{FRAME}B: effect\n", "B: effect"),
+        ("no trace at all", "no trace at all"),
+        (f"Traceback:\n{FRAME}E: {'x' * 500}", "E: " + "x" * (cluster_jobs.ERROR_LENGTH - 6) + "..."),
+    ],
+)
+def test_the_error_of_a_stack_trace(trace, line):
+    assert last_error(trace) == line
+
+
+def test_states_come_from_the_queue(programs):
+    answer = r"printf '5_0|RUNNING|None\n5_1|PENDING|launch failed requeued held\n'"
+    program(programs, "squeue", f'case "$*" in *--jobs=5,6*) {answer};; esac')
+    assert job_states(["5_0", "5_1", "6"]) == {
+        "5_0": ("RUNNING", "None"),
+        "5_1": ("PENDING", "launch failed requeued held"),
+        "6": (cluster_jobs.UNKNOWN, ""),
+    }
+
+
+def test_a_queue_that_has_forgotten_all_jobs(programs):
+    program(programs, "squeue", "echo slurm_load_jobs error: Invalid job id specified >&2; exit 1")
+    assert job_states(["5"]) == {"5": (cluster_jobs.UNKNOWN, "")}
+
+
+def test_a_controller_that_does_not_answer_ends_nothing(programs):
+    program(programs, "squeue", "echo slurm_load_jobs error: Unable to contact slurm controller >&2; exit 1")
+    assert job_states(["5"]) == {}
+
+
+def run_of(folder, processes=1, number=0):
+    folder.mkdir(exist_ok=True)
+    tasks = [
+        SimpleNamespace(paths=SimpleNamespace(result_pickle=folder / f"{n}.pkl", stdout=folder / f"{n}.out"))
+        for n in range(processes)
+    ]
+    job = SimpleNamespace(job_id=f"5_{number}", num_tasks=processes, task=lambda rank: tasks[rank])
+    return SubmittedRun(number, ("seed=0",), "seed=0", job)
+
+
+def leave(run, rank, kind, result, when=0):
+    path = run.tasks[rank].paths.result_pickle
+    path.write_bytes(pickle.dumps((kind, result)))
+    os.utime(path, (when, when))
+
+
+def test_a_run_is_over_when_all_its_processes_are(tmp_path):
+    run, returned = run_of(tmp_path, processes=2), JobReturn(status=JobStatus.COMPLETED, _return_value=3)
+    leave(run, 0, "success", returned)
+    assert read_outcome(run, None) is None
+    leave(run, 1, "success", None)
+    assert read_outcome(run, None) == returned
+
+
+def test_an_error_on_another_process_is_the_run_s(tmp_path):
+    run = run_of(tmp_path, processes=3)
+    leave(run, 0, "error", "RuntimeError: connection closed by peer", when=20)
+    leave(run, 1, "error", "ValueError: the cause", when=10)
+    assert read_outcome(run, None) is None  # the job runs; a requeued one would write the others anew
+    assert read_outcome(run, "FAILED") == Failure("ValueError: the cause", tmp_path / "1.out")
+
+
+def test_a_process_that_left_nothing(tmp_path):
+    run = run_of(tmp_path, processes=2)
+    leave(run, 1, "success", None)
+    assert read_outcome(run, "OUT_OF_MEMORY") == Failure(
+        "ended without a result; SLURM says OUT_OF_MEMORY", tmp_path / "0.out"
+    )
+
+
+def test_waits_through_a_requeue_and_a_silent_controller(tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster_jobs, "SHORTEST_PAUSE_S", 0.0)
+    monkeypatch.setattr(cluster_jobs, "GRACE_S", 60.0)
+    run, returned = run_of(tmp_path), JobReturn(status=JobStatus.COMPLETED)
+    said = iter(["RUNNING", "PREEMPTED", "PENDING", None, "RUNNING", "COMPLETED"])
+
+    def states(job_ids):
+        state = next(said)
+        if state == "COMPLETED":
+            leave(run, 0, "success", returned)
+        return {} if state is None else {"5_0": (state, "None")}
+
+    monkeypatch.setattr(cluster_jobs, "job_states", states)
+    assert cluster_jobs.wait([run]) == [returned]
+    assert list(said) == []
+
+
+def test_every_failure_is_reported_and_raises_for_hydra(tmp_path, capsys):
+    runs = [run_of(tmp_path / str(number), number=number) for number in range(3)]
+    found = [
+        Failure("E: a", tmp_path / "a"),
+        JobReturn(status=JobStatus.COMPLETED),
+        Failure("E: c", tmp_path / "c"),
+    ]
+    cluster_jobs.report(runs, found)
+    assert capsys.readouterr().err == (
+        f"2 of 3 jobs failed:\n  5_0  seed=0  E: a  {tmp_path / 'a'}\n  5_2  seed=0  E: c  {tmp_path / 'c'}\n"
+    )
+    for run, outcome in zip(runs, found, strict=True):
+        returned = cluster_jobs.as_job_return(run, outcome)
+        if outcome is found[1]:
+            assert returned.return_value is None
+            continue
+        with pytest.raises(
+            cluster_jobs.JobFailed, match=rf"job {run.job.job_id} \(seed=0\): {outcome.error}; log: "
+        ):
+            _ = returned.return_value
