@@ -41,6 +41,11 @@ def test_carries_the_configuration_once(site):
     assert (site / "robustdyn" / "py.typed").exists()
 
 
+def test_carries_the_launcher_where_hydra_looks_for_it(site):
+    assert (site / "hydra_plugins" / "robustdyn_slurm" / "launcher.py").exists()
+    assert not (site / "hydra_plugins" / "__init__.py").exists()  # other distributions share the namespace
+
+
 def test_trains_in_an_empty_folder_and_reports(site, tmp_path):
     short = ("hydra.run.dir=run", "trainer.max_epochs=1", "measure.epochs=0")
     ended = run(site, tmp_path, "robustdyn.entrypoints.train", *TINY, *short)

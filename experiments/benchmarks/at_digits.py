@@ -30,6 +30,9 @@ from robustdyn.entrypoints.train import build_module
 from robustdyn.measure import RecordEpochs
 from robustdyn.records import RunRecords
 
+PLAIN = ("execution.channels_last=false", "optimizer.fused=false")
+"""The kernels of a loop that does nothing for its speed: to the bit, rounding depends on them."""
+
 
 def pgd(cfg: DictConfig, model: nn.Module, x: Tensor, y: Tensor, draws: torch.Generator) -> Tensor:
     eps, step = cfg.attack.eps_255 / 255, cfg.attack.step_255 / 255
@@ -137,7 +140,7 @@ def main() -> None:
     args = parser.parse_args()
     common.quiet()
     with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
-        cfg = hydra.compose("train", ["data=digits", "name=benchmark", "data.train_size=300"])
+        cfg = hydra.compose("train", ["data=digits", "name=benchmark", "data.train_size=300", *PLAIN])
     data: ImageDataModule = build(cfg, "data")
     data.prepare_data()
     data.setup("fit")

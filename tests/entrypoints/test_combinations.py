@@ -141,8 +141,8 @@ def test_without_plain_momentum_everything_but_its_law_is_recorded(name, tmp_pat
     overrides, culprit = LAWLESS[name]
     run_dir = tmp_path / "run"
     assert command(monkeypatch, *QUICK, *overrides, f"hydra.run.dir={run_dir}", "report=false") == 0
-    log = (run_dir / "robustdyn.log").read_text()
-    assert log.count("\n") == log.count("the stationary laws recorded are those of momentum SGD") == 1
+    log = (run_dir / "log.jsonl").read_text()
+    assert log.count("WARNING") == log.count("the stationary laws recorded are those of momentum SGD") == 1
     for table, columns in STATIONARY.items():
         found = rows(run_dir, table)
         assert {row["epoch"] for row in found} == {0, 1}

@@ -284,7 +284,7 @@ def test_a_resumed_run_goes_on_under_its_id_and_doubles_no_row(tmp_path, server,
     RunRecords(tmp_path).truncate(2)
     train(logger_for(tmp_path), tmp_path, range(2, 5))
     (run,) = server.runs.values()
-    assert run["exit"] == 0
+    assert (run["exit"], run["resumed"]) == (0, 1)
     values = numbers(run["history"])
     assert {key: value for key, value in values.items() if key[0] <= 5 * STEPS} == recorded(tmp_path)
     assert run["summary"]["epochs/test_robust_loss"] == 4.0

@@ -577,12 +577,13 @@ def test_24_runs_of_which_two_fail(launcher, start, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow  # two sweeps
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("launcher", [(), PARALLEL], ids=["series", "parallel"])
 def test_control_c_ends_every_process_and_the_sweep_goes_on(launcher, start, tmp_path):
     folder = tmp_path / "sweep"
-    arguments = (*launcher, "seed=0,1,2,3", "trainer.max_epochs=40")
+    arguments = (*launcher, "seed=0,1,2", "trainer.max_epochs=30")
     running = start(folder, *arguments)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 280
     while not any(folder.glob("*/checkpoints/last.ckpt")):
         assert time.monotonic() < deadline, running.communicate(timeout=1)
         assert running.poll() is None
@@ -603,15 +604,16 @@ def test_control_c_ends_every_process_and_the_sweep_goes_on(launcher, start, tmp
     assert ended.returncode == 0, error
     assert set(states(folder).values()) == {"done"}
     for run in find_runs(folder):
-        assert [row["epoch"] for row in rows(run.path, "epochs")] == list(range(40))
+        assert [row["epoch"] for row in rows(run.path, "epochs")] == list(range(30))
 
 
-@pytest.mark.slow  # starts processes
+@pytest.mark.slow  # two sweeps
+@pytest.mark.timeout(1800)
 def test_a_killed_worker_costs_only_what_it_was_doing(start, tmp_path):
     folder = tmp_path / "sweep"
-    arguments = (*PARALLEL, "seed=0,1,2,3", "trainer.max_epochs=40")
+    arguments = (*PARALLEL, "seed=0,1,2", "trainer.max_epochs=30")
     running = start(folder, *arguments)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 280
     while not any(folder.glob("*/checkpoints/last.ckpt")):
         assert time.monotonic() < deadline
         time.sleep(0.1)

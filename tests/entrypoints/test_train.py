@@ -103,7 +103,7 @@ def test_goes_on_where_it_stopped(finished, tmp_path, monkeypatch):
     assert run(monkeypatch, tmp_path, "data.validation_size=40", "trainer.max_epochs=1", "measure.epochs=[0]",
                "schedule.milestones=[2]") == 0  # fmt: skip
     (tmp_path / "records" / "wci.jsonl").open("a").write('{"epoch": 1, "wci"')  # killed while writing
-    assert run(monkeypatch, tmp_path, "data.validation_size=40") == 0
+    assert run(monkeypatch, tmp_path, "data.validation_size=40", "resume=changed") == 0
     tables = ("epochs", "rates", "wci", "layers", "spectrum", "alignment", "bounds", "posterior", "costs")
     for table in tables:
         assert rows(tmp_path, table) == rows(finished, table), table

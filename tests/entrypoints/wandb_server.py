@@ -15,8 +15,8 @@ class WandbServer(ThreadingHTTPServer):
     """Takes runs over HTTP as wandb's server does, as far as a run's start, rows, summary and end go.
 
     ``runs`` holds by id what was uploaded: ``history`` (rows in order), ``summary``, ``settings`` (the last
-    mutation's variables) and ``exit``. A client that does not ask whether the run can be resumed writes it
-    from its first line on, as wandb's documentation says of an id that is used again.
+    mutation's variables), ``exit`` and ``resumed`` (how often). A client that does not ask whether the run
+    can be resumed writes it from its first line on, as wandb's documentation says of an id used again.
     """
 
     daemon_threads = True
@@ -40,7 +40,7 @@ class WandbServer(ThreadingHTTPServer):
             return {"viewer": {"id": "u", "entity": "me", "username": "me", "flags": "{}",
                                "teams": {"edges": []}}}  # fmt: skip
         if operation == "UpsertBucket":
-            run = self.runs.setdefault(name, {"history": [], "summary": {}, "exit": None})
+            run = self.runs.setdefault(name, {"history": [], "summary": {}, "exit": None, "resumed": 0})
             run["settings"] = {k: v for k, v in variables.items() if v is not None} | run.get("settings", {})
             project = {"id": "p", "name": variables["project"], "entity": {"id": "e", "name": "me"}}
             bucket = {"id": "b", "name": name, "displayName": name, "description": None, "config": "{}",
@@ -50,6 +50,7 @@ class WandbServer(ThreadingHTTPServer):
             run = self.runs.get(name)
             if run is None:
                 return {"model": None}
+            run["resumed"] += 1
             bucket = {"id": "b", "name": name, "summaryMetrics": json.dumps(run["summary"]),
                       "displayName": name, "logLineCount": 0, "historyLineCount": len(run["history"]),
                       "eventsLineCount": 0, "historyTail": json.dumps(

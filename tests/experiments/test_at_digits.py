@@ -22,7 +22,8 @@ def benchmark(monkeypatch):
 
 @pytest.mark.parametrize("batchnorm", ["train", "eval"])
 def test_training_equals_a_bare_loop_bit_for_bit(benchmark, batchnorm):
-    cfg = compose(*TINY, "schedule.milestones=[50]", f"attack.train.batchnorm={batchnorm}")
+    changes = ("schedule.milestones=[50]", f"attack.train.batchnorm={batchnorm}", *benchmark.PLAIN)
+    cfg = compose(*TINY, *changes)
     data = build(cfg, "data")
     data.setup("fit")
     bare, _ = benchmark.bare_loop(cfg, data, epochs=2)

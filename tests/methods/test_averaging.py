@@ -51,8 +51,8 @@ def run(monkeypatch, run_dir, *overrides):
     """A run and its ledger."""
     ledger = Ledger()
     with monkeypatch.context() as patch:
-        callbacks = train_module._callbacks
-        patch.setattr(train_module, "_callbacks", lambda *a: [ledger, *callbacks(*a)])
+        callbacks = train_module.build_callbacks
+        patch.setattr(train_module, "build_callbacks", lambda *a: [ledger, *callbacks(*a)])
         assert command(patch, *SHORT, f"hydra.run.dir={run_dir}", *overrides) == 0
     return ledger
 
@@ -287,7 +287,12 @@ def test_started_again_it_stays_stopped_unless_it_is_given_more_patience(stopped
     assert rows(stopped, "epochs") == before
     assert (stopped / "checkpoints" / "last.ckpt").read_bytes() == last
     shutil.copytree(stopped, tmp_path / "more")
-    more = (f"hydra.run.dir={tmp_path / 'more'}", f"stopping.patience={PATIENCE + 1}", "report=false")
+    more = (
+        f"hydra.run.dir={tmp_path / 'more'}",
+        f"stopping.patience={PATIENCE + 1}",
+        "report=false",
+        "resume=changed",
+    )
     assert command(monkeypatch, *STOPPING, *more) == 0
     errors = validation_errors(tmp_path / "more")
     assert len(errors) > len(before)

@@ -127,6 +127,30 @@ def test_a_request_that_cannot_work_is_refused_before_it_is_queued(
     assert not list(refusing.iterdir())
 
 
+def test_what_is_done_is_not_queued_again(refusing, tmp_path, monkeypatch):
+    """Not even what was done without SLURM."""
+    folder = f"hydra.sweep.dir={tmp_path / 'sweep'}"
+    short = ("trainer.max_epochs=1", "measure=none")
+    tiny = [text for text in TINY if not text.startswith(("measure.", "trainer.max_epochs"))]
+    assert command(monkeypatch, "-m", *tiny, *short, "report=false", folder, "seed=1,2") == 0
+    launcher = ("-m", "hydra/launcher=slurm", *tiny, *short, "report=false", folder)
+    assert command(monkeypatch, *launcher, "seed=1,2") == 0
+    assert not list(refusing.iterdir())
+    assert command(monkeypatch, *launcher, "seed=1,3,2,4") == 1
+    (script,) = refusing.iterdir()
+    assert options(script)["array"] == "0-1%2"
+
+
+def test_a_sweep_whose_jobs_still_run_is_not_started_again(refusing, programs, tmp_path, monkeypatch, capsys):
+    (tmp_path / "sweep" / "slurm" / "70_1").mkdir(parents=True)
+    program(programs, "squeue", "echo '70_0|COMPLETED|None'; echo '70_1|PENDING|Priority'")
+    assert sweep(monkeypatch, tmp_path, "seed=0,1") == 1
+    assert (
+        "error: hydra.sweep.dir: jobs of an earlier command still run there (70_1)" in capsys.readouterr().err
+    )
+    assert not list(refusing.iterdir())
+
+
 def test_a_machine_without_slurm_is_told_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert sweep(monkeypatch, tmp_path) == 1

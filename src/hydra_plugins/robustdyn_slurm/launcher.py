@@ -4,19 +4,24 @@ Hydra looks for launchers in the package ``hydra_plugins`` and imports this modu
 so that what is slow is imported where it is used.
 """
 
+import copy
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.singleton import Singleton
-from hydra.core.utils import JobReturn
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf.errors import OmegaConfBaseException
 
 from robustdyn.entrypoints.cluster import INTERACTIVE, check_tasks
-from robustdyn.entrypoints.cluster_jobs import SubmittedRun, as_job_return, report, wait
+from robustdyn.entrypoints.cluster_jobs import ENDED, SubmittedRun, as_job_return, job_states, report, wait
 from robustdyn.errors import ConfigError
 
 try:
@@ -38,6 +43,8 @@ FOR_EVERY_CLUSTER = {
 }
 """What submitit knows for all kinds of clusters; SLURM's own parameters it wants with ``slurm_`` before."""
 
+JOB = re.compile(r"\d+(_\d+)?")
+
 AT_LEAST_ONE = ("timeout_min", "nodes", "tasks_per_node", "array_parallelism")
 
 
@@ -47,7 +54,7 @@ class SlurmSweep(Launcher if SlurmLauncher is None else SlurmLauncher):  # type:
     Beyond hydra-submitit-launcher, whose class it extends: a run that raises is a failed job for SLURM, too,
     with the stack trace in its log; the others go on, and all failures are listed at the end; a job that dies
     without a word is noticed, with SLURM's accounting or without; what a job asks for is read from its own
-    configuration; and requests that cannot work are refused before anything is queued.
+    configuration; what is done already is not queued again; and requests that cannot work are refused.
 
     Args:
         params: The keys of ``conf/hydra/launcher/slurm.yaml``.
@@ -100,62 +107,51 @@ class SlurmSweep(Launcher if SlurmLauncher is None else SlurmLauncher):  # type:
             One result for each run, in order; reading a failed one's value raises ``JobFailed``.
 
         Raises:
-            ConfigError: A request cannot work, or SLURM refuses it.
+            ConfigError: A request cannot work, SLURM refuses it, or jobs of an earlier command still run.
         """
-        requests = [self._request(overrides) for overrides in job_overrides]
+        configs = [
+            self._compose(list(overrides), initial_job_idx + i) for i, overrides in enumerate(job_overrides)
+        ]
+        requests = {i: _request(cfg) for i, cfg in enumerate(configs) if not _is_done(cfg)}
+        _refuse_second_writers(requests.values())
         runs = self._submit(requests, job_overrides, initial_job_idx)
         try:
-            outcomes = wait(runs)
+            outcomes = wait(list(runs.values()))
         except KeyboardInterrupt:
-            ids = dict.fromkeys(run.job.job_id.partition("_")[0] for run in runs)
+            ids = dict.fromkeys(run.job.job_id.partition("_")[0] for run in runs.values())
             log.warning(f"the jobs go on without this command; to end them: scancel {' '.join(ids)}")
             raise
-        report(runs, outcomes)
-        return [as_job_return(run, outcome) for run, outcome in zip(runs, outcomes, strict=True)]
+        report(list(runs.values()), outcomes)
+        returned = dict(zip(runs, map(as_job_return, runs.values(), outcomes), strict=True))
+        return [
+            returned.get(i) or JobReturn(overrides=list(overrides), status=JobStatus.COMPLETED)
+            for i, overrides in enumerate(job_overrides)
+        ]
 
-    def _request(self, overrides: Sequence[str]) -> dict[str, Any]:
-        """What one run asks SLURM for, from the configuration that it will have."""
+    def _compose(self, overrides: list[str], number: int) -> DictConfig:
+        """The configuration that one run will have."""
         assert self.hydra_context is not None
-        cfg = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
-        launcher = OmegaConf.to_container(cfg.hydra.launcher, resolve=True)
-        assert isinstance(launcher, dict)
-        request = {str(key): value for key, value in launcher.items() if key != "_target_"}
-        for key in AT_LEAST_ONE:
-            if not isinstance(request[key], int) or request[key] < 1:
-                raise ConfigError(f"hydra.launcher.{key}={request[key]} must be a whole number of at least 1")
-        check_tasks(cfg, tasks_per_node=request["tasks_per_node"], nodes=request["nodes"])
-        if request["name"] in INTERACTIVE:
-            raise ConfigError(
-                f"hydra.launcher.name={request['name']} means a terminal session to Lightning, which then "
-                "overlooks SLURM; choose another name"
-            )
-        if "signal" in request["additional_parameters"]:
-            raise ConfigError(
-                f"hydra.launcher.additional_parameters.signal={request['additional_parameters']['signal']} "
-                "would replace SIGUSR2, upon which a run is requeued; leave it out: how early it comes is "
-                "hydra.launcher.signal_delay_s"
-            )
-        if request["gpus_per_node"] == "auto":
-            on_cpu = OmegaConf.select(cfg, "trainer.accelerator", default=cfg.get("device")) == "cpu"
-            request["gpus_per_node"] = None if on_cpu else request["tasks_per_node"]
-        return request
+        cfg: DictConfig = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
+        with read_write(cfg), open_dict(cfg):
+            cfg.hydra.job.num = number
+        return cfg
 
     def _submit(
         self,
-        requests: Sequence[Mapping[str, Any]],
+        requests: Mapping[int, Mapping[str, Any]],
         job_overrides: Sequence[Sequence[str]],
         initial_job_idx: int,
-    ) -> list[SubmittedRun]:
-        """One array for all runs that ask for the same."""
+    ) -> dict[int, SubmittedRun]:
+        """One array for all runs that ask for the same; in their order."""
         import submitit
 
         labels = _labels(job_overrides)
         runs: dict[int, SubmittedRun] = {}
         for request, members in _alike(requests):
             arguments = [
-                (list(job_overrides[index]), "hydra.sweep.dir", number, str(number), Singleton.get_state())
-                for index in members
-                for number in [initial_job_idx + index]
+                (list(job_overrides[i]), "hydra.sweep.dir", number, str(number), Singleton.get_state())
+                for i in members
+                for number in [initial_job_idx + i]
             ]
             try:
                 executor = submitit.AutoExecutor(
@@ -168,20 +164,84 @@ class SlurmSweep(Launcher if SlurmLauncher is None else SlurmLauncher):  # type:
             except (RuntimeError, TypeError, ValueError, submitit.core.utils.FailedJobError) as error:
                 queued = f"; queued already: {' '.join(r.job.job_id for r in runs.values())}" if runs else ""
                 raise ConfigError(f"hydra/launcher=slurm: {_refusal(error)}{queued}") from error
-            for index, job in zip(members, jobs, strict=True):
-                number, overrides = initial_job_idx + index, tuple(job_overrides[index])
-                runs[index] = SubmittedRun(number, overrides, labels[index], job)
-        ordered = [runs[index] for index in range(len(requests))]
-        for run in ordered:
-            log.info(f"job {run.job.job_id}: {run.label}")
-        log.info(f"{len(runs)} jobs submitted; their logs: {ordered[0].job.paths.folder.parent}")
-        return ordered
+            for i, job in zip(members, jobs, strict=True):
+                runs[i] = SubmittedRun(initial_job_idx + i, tuple(job_overrides[i]), labels[i], job)
+                log.info(f"job {job.job_id}: {labels[i]}")
+        if len(runs) < len(job_overrides):
+            log.info(f"{len(job_overrides) - len(runs)} runs are done already")
+        if runs:
+            log.info(f"{len(runs)} jobs submitted; their logs: {_jobs_folder(request)}")
+        return dict(sorted(runs.items()))
 
 
-def _alike(requests: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], list[int]]]:
+def _request(cfg: DictConfig) -> dict[str, Any]:
+    """What a run with this configuration asks SLURM for."""
+    launcher = OmegaConf.to_container(cfg.hydra.launcher, resolve=True)
+    assert isinstance(launcher, dict)
+    request = {str(key): value for key, value in launcher.items() if key != "_target_"}
+    for key in AT_LEAST_ONE:
+        if not isinstance(request[key], int) or request[key] < 1:
+            raise ConfigError(f"hydra.launcher.{key}={request[key]} must be a whole number of at least 1")
+    check_tasks(cfg, tasks_per_node=request["tasks_per_node"], nodes=request["nodes"])
+    if request["name"] in INTERACTIVE:
+        raise ConfigError(
+            f"hydra.launcher.name={request['name']} means a terminal session to Lightning, which then "
+            "overlooks SLURM; choose another name"
+        )
+    if "signal" in request["additional_parameters"]:
+        raise ConfigError(
+            f"hydra.launcher.additional_parameters.signal={request['additional_parameters']['signal']} would "
+            "replace SIGUSR2, upon which a run is requeued; leave it out: how early it comes is "
+            "hydra.launcher.signal_delay_s"
+        )
+    if request["gpus_per_node"] == "auto":
+        on_cpu = OmegaConf.select(cfg, "trainer.accelerator", default=cfg.get("device")) == "cpu"
+        request["gpus_per_node"] = None if on_cpu else request["tasks_per_node"]
+    return request
+
+
+def _is_done(cfg: DictConfig) -> bool:
+    """Whether the run of an earlier command is there, so that no job need queue to find that out."""
+    from robustdyn.records.progress import is_done
+
+    settings = copy.deepcopy(cfg)
+    with read_write(settings), open_dict(settings):
+        del settings["hydra"]
+    present = HydraConfig.instance().cfg
+    try:
+        HydraConfig.instance().set_config(cfg)  # the run's name is of its own choices
+        run_dir = Path(cfg.hydra.sweep.dir) / cfg.hydra.sweep.subdir
+        resolved: Any = OmegaConf.to_container(settings, resolve=True)
+    except OmegaConfBaseException:
+        return False  # its job will say what is wrong
+    finally:
+        HydraConfig.instance().cfg = present
+    return is_done(run_dir, resolved)
+
+
+def _refuse_second_writers(requests: Iterable[Mapping[str, Any]]) -> None:
+    """Jobs of a command that was interrupted may still write the folders of these runs."""
+    folders = {_jobs_folder(request) for request in requests}
+    earlier = [path.name for folder in folders for path in folder.glob("*") if JOB.fullmatch(path.name)]
+    if not earlier:
+        return
+    active = sorted(job for job, (state, _) in job_states(earlier).items() if state not in ENDED)
+    if active:
+        raise ConfigError(
+            f"hydra.sweep.dir: jobs of an earlier command still run there ({' '.join(active[:5])}"
+            f"{' ...' if len(active) > 5 else ''}); wait until they are over, or end them with scancel"
+        )
+
+
+def _jobs_folder(request: Mapping[str, Any]) -> Path:
+    """Where every job has a folder of its own."""
+    return Path(request["submitit_folder"].partition("%")[0])
+
+
+def _alike(requests: Mapping[int, Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], list[int]]]:
     """Every different request, and who makes it."""
     groups: dict[str, list[int]] = {}
-    for index, request in enumerate(requests):
+    for index, request in requests.items():
         groups.setdefault(json.dumps(request, sort_keys=True), []).append(index)
     for members in groups.values():
         yield requests[members[0]], members

@@ -119,6 +119,8 @@ def job_states(job_ids: Sequence[str]) -> dict[str, tuple[str, str]]:
 
     It asks the queue, not the accounting, which some clusters do not have and which lags.
     """
+    if not job_ids:
+        return {}
     arrays = sorted({job_id.partition("_")[0] for job_id in job_ids})
     command = [
         "squeue",

@@ -2,7 +2,9 @@
 
 import json
 import logging
+import sys
 from datetime import UTC, datetime
+from typing import TextIO
 
 IN_FILE_ONLY = {"in_file_only": True}
 """``extra`` of what the terminal shows in its own way."""
@@ -33,3 +35,15 @@ class ForTerminal(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether to show it."""
         return not any(getattr(record, key, False) for key in IN_FILE_ONLY)
+
+
+class Terminal(logging.StreamHandler[TextIO]):
+    """Writes to what standard error is at that moment: it outlives a command whose stream was closed."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stderr)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write it."""
+        self.stream = sys.stderr
+        super().emit(record)

@@ -135,8 +135,9 @@ def sweeping() -> bool:
 
 
 def forget_sweep() -> None:
-    """Say nothing at its end, for it never began."""
+    """Say nothing at its end, for it never began; leave Hydra's state as it was before the command."""
     SweepReport.running = None
+    HydraConfig.instance().cfg = None
 
 
 def _refuse_shared_folders(config: DictConfig, plan: Plan) -> None:

@@ -1,0 +1,382 @@
+"""The precision experiment's scripts against a plain rendering, SciPy, and curves with a known answer."""
+
+import importlib
+import json
+import math
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import hydra
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy import stats
+
+from robustdyn.data import Batch
+from robustdyn.entrypoints.config import build, check, config_dir
+from robustdyn.errors import RecordError, UserError
+from robustdyn.evaluation import Ball
+from robustdyn.records import RunRecords, find_runs
+from tests.records.synthetic import config, write_hydra
+from tests.runs import TINY, command, compose
+from tests.tolerances import EXACT64
+
+EXPERIMENT = Path(__file__).parents[2] / "experiments" / "precision"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Imports one of the experiment's scripts by name."""
+    monkeypatch.syspath_prepend(str(EXPERIMENT))
+    yield importlib.import_module
+    for name in ("compare", "effect"):
+        sys.modules.pop(name, None)
+
+
+# ---------------------------------------------------------------------- compare.py
+
+EPOCHS = 12
+REFERENCE = np.array([[2.0, 2.1, 1.9]]).repeat(EPOCHS, axis=0) - 0.1 * np.arange(EPOCHS)[:, None]
+
+
+def write_runs(folder, execution, test_loss, *, channels_last=True, seeds=(0, 1, 2), data="digits"):
+    """A run per column of ``test_loss`` (epochs, seeds), known every second epoch; half is its train loss."""
+    for seed, curve in zip(seeds, np.transpose(test_loss), strict=True):
+        settings = config(seed=seed, trainer__max_epochs=EPOCHS)
+        settings["execution"] = {"channels_last": channels_last, "compile": "none"}
+        path = folder / f"{data}_{execution}_{channels_last}_{seed}"
+        write_hydra(path, settings, choices={"execution": execution, "data": data})
+        records = RunRecords(path)
+        for epoch, loss in enumerate(curve):
+            row = {"epoch": epoch, "step": epoch + 1, "lr": 0.1, "seconds": 1.0}
+            for split, value in (("train", loss / 2), ("test", loss if epoch % 2 else None)):
+                for inputs in ("robust", "clean"):
+                    row[f"{split}_{inputs}_loss"] = value
+                    row[f"{split}_{inputs}_error"] = None if value is None else value / 10
+            gap = {"robust_loss_gap": None, "robust_error_gap": None}
+            records.append("epochs", row | gap)
+
+
+def moved(by):
+    """The reference's curves, each seed moved by its own amount from epoch 6 on."""
+    return REFERENCE + np.where(np.arange(EPOCHS) >= 6, 1.0, 0.0)[:, None] * np.array(by)
+
+
+def test_differences_are_those_of_a_paired_t_test(script, tmp_path):
+    compare = script("compare")
+    shift = [0.01, -0.02, 0.04]
+    write_runs(tmp_path, "default", REFERENCE)
+    write_runs(tmp_path, "bf16", moved(shift))
+    write_runs(tmp_path, "default", moved([0.1, 0.1, 0.1001]), channels_last=False)
+    (runs,) = compare.data_sets(find_runs(tmp_path)).values()
+    table = compare.metric_table(runs).set_index(["metric", "execution"])
+
+    lowest = table.loc[("test robust loss, lowest", "bf16")]
+    final = table.loc[("test robust loss, final", "bf16")]
+    expected = stats.ttest_rel(REFERENCE[-1] + shift, REFERENCE[-1])
+    interval = expected.confidence_interval(0.95)
+    for row in (lowest, final):  # the curves fall to the end
+        assert row["difference"] == pytest.approx(np.mean(shift), rel=1e-10)
+        assert row["difference"] / row["difference_se"] == pytest.approx(expected.statistic, rel=1e-8)
+        assert row["half_width"] == pytest.approx((interval.high - interval.low) / 2, rel=1e-8)
+        assert row["within_noise"] is True
+        assert row["mean"] == pytest.approx(np.mean(REFERENCE[-1] + shift), rel=1e-10)
+        assert row["se"] == pytest.approx(stats.sem(REFERENCE[-1] + shift), rel=1e-8)
+    error = table.loc[("test robust error, final (%)", "bf16")]
+    assert error["difference"] == pytest.approx(10 * np.mean(shift), rel=1e-8)
+    train = table.loc[("train robust loss, final", "bf16")]
+    assert train["difference"] == pytest.approx(np.mean(shift) / 2, rel=1e-8)
+    assert table.loc[("test robust loss, final", "default, channels first")]["within_noise"] is False
+    assert math.isnan(table.loc[("test robust loss, final", "default")]["difference"])
+    assert not any(metric.startswith("WCI") for metric, _ in table.index)  # nothing was measured
+
+
+def test_how_far_curves_part(script, tmp_path):
+    compare = script("compare")
+    shift = [0.01, 0.02, 0.04]
+    write_runs(tmp_path, "default", REFERENCE)
+    write_runs(tmp_path, "bf16", moved(shift))
+    (runs,) = compare.data_sets(find_runs(tmp_path)).values()
+    table = compare.curve_table(runs).set_index("curve")
+    ratio = abs(stats.ttest_1samp(shift, 0).statistic)
+    for curve, epochs in (("train robust loss", EPOCHS), ("test robust loss", EPOCHS // 2)):
+        row = table.loc[curve]
+        assert row["epochs"] == epochs
+        assert row["largest"] == pytest.approx(ratio, rel=1e-6)
+        assert row["at"] >= 6
+        assert 2 * epochs * stats.t(2).sf(row["limit"]) == pytest.approx(0.05, rel=1e-6)
+        assert row["outside"] == 0  # 3.3 < 4.3
+    write_runs(tmp_path / "more", "fast", moved([0.02, 0.021, 0.022]))
+    (runs,) = compare.data_sets(find_runs(tmp_path)).values()
+    table = compare.curve_table(runs).set_index(["curve", "execution"])
+    assert table.loc[("train robust loss", "fast")]["outside"] == 0.5
+
+
+def test_a_missing_seed_and_a_lone_one(script, tmp_path):
+    compare = script("compare")
+    write_runs(tmp_path, "default", REFERENCE)
+    write_runs(tmp_path, "bf16", moved([0.1, 0.3, 0.0])[:, :2], seeds=(0, 1))
+    write_runs(tmp_path, "fast", moved([0.5, 0.0, 0.0])[:, :1], seeds=(0,))
+    (runs,) = compare.data_sets(find_runs(tmp_path)).values()
+    table = compare.metric_table(runs).set_index(["metric", "execution"])
+    two, one = (table.loc[("test robust loss, final", name)] for name in ("bf16", "fast"))
+    assert (two["seeds"], two["pairs"], two["difference"]) == (2, 2, pytest.approx(0.2))
+    assert (one["pairs"], one["difference"], one["within_noise"]) == (1, pytest.approx(0.5), None)
+    assert set(compare.curve_table(runs)["execution"]) == {"bf16"}
+
+
+def test_writes_table_and_figure_of_every_data_set(script, tmp_path, monkeypatch):
+    compare = script("compare")
+    for data in ("digits", "cifar10"):
+        write_runs(tmp_path / "runs", "default", REFERENCE, data=data)
+        write_runs(tmp_path / "runs", "bf16", moved([0.0, 0.1, 0.05]), data=data)
+    monkeypatch.setattr(
+        sys, "argv", ["compare.py", str(tmp_path / "runs"), "--output", str(tmp_path / "out")]
+    )
+    compare.main()
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert "| test robust loss, final | default | 3 | 0.900 ± 0.058 |" in text
+    assert "|  | bf16 | 3 | 0.950 ± 0.076 | +0.050 ± 0.029 | -0.074 to +0.174 | yes |" in text
+    frame = pd.read_csv(tmp_path / "out" / "table.csv")
+    assert set(frame["data"]) == {"digits", "cifar10"}
+    assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("executions", "message"),
+    [
+        (("bf16",), "no run of digits with execution=default"),
+        (("default",), "all runs of digits have execution=default"),
+        (("default", "bf16", "bf16"), "another run has bf16, seed 0 too"),
+    ],
+)
+def test_refuses_what_cannot_be_compared(executions, message, script, tmp_path):
+    compare = script("compare")
+    for number, execution in enumerate(executions):
+        write_runs(tmp_path / str(number), execution, REFERENCE)
+    with pytest.raises(RecordError, match=message):
+        compare.data_sets(find_runs(tmp_path))
+
+
+def test_a_run_that_goes_on_has_no_final_loss(script, tmp_path):
+    compare = script("compare")
+    write_runs(tmp_path, "default", REFERENCE)
+    write_runs(tmp_path, "bf16", REFERENCE[:-1])
+    with pytest.raises(
+        RecordError, match=r"bf16_True_0: 11 of 12 epochs recorded; go on with hydra\.run\.dir"
+    ):
+        compare.data_sets(find_runs(tmp_path))
+
+
+# ---------------------------------------------------------------------- effect.py
+
+
+def test_paired_accuracies_are_those_of_the_examples(script):
+    effect = script("effect")
+    draws = np.random.default_rng(0)
+    first, second = draws.random(400) < 0.6, draws.random(400) < 0.65
+    pairs = effect.Pairs.of(torch.tensor(first), torch.tensor(second))
+    apart = second.astype(float) - first
+    assert pairs.examples == 400
+    assert pairs.first == first.sum()
+    assert pairs.second == second.sum()
+    assert pairs.difference == pytest.approx(apart.mean(), **_relative(EXACT64))
+    assert pairs.se == pytest.approx(apart.std() / math.sqrt(400), **_relative(EXACT64))
+    exact = 2 * min(stats.binom.cdf(k, pairs.lost + pairs.gained, 0.5) for k in (pairs.lost, pairs.gained))
+    assert pairs.p_value == pytest.approx(min(1.0, exact), rel=1e-8)
+    halves = [effect.Pairs.of(*map(torch.tensor, (first[s], second[s]))) for s in np.split(np.arange(400), 2)]
+    assert effect.Pairs.total(halves) == pairs
+    same = effect.Pairs.of(torch.tensor(first), torch.tensor(first))
+    assert (same.difference, same.se, same.p_value) == (0.0, 0.0, 1.0)
+
+
+def _relative(tolerance):
+    return {"rel": tolerance["rtol"], "abs": tolerance["atol"]}
+
+
+def test_agreement_of_known_gradients(script):
+    effect = script("effect")
+    first = torch.tensor([[3.0, -4.0, 0.0, 1.0], [1.0, 0.0, 0.0, 0.0]]).view(2, 1, 2, 2)
+    second = torch.tensor([[3.0, 4.0, 0.0, -1.0], [7.0, 0.0, 0.0, 0.0]]).view(2, 1, 2, 2)
+    same, cosine = effect.agreement(first, second)
+    assert same.tolist() == [0.5, 1.0]
+    assert cosine.tolist() == pytest.approx([(9 - 16 - 1) / 26, 1.0], rel=1e-6)
+
+
+# long enough, and a ball small enough, that some examples withstand the attack and some do not
+SETTINGS = (
+    *(text for text in TINY if not text.startswith(("measure.", "schedule.", "trainer.max_epochs"))),
+    "data.eval_batch_size=25",
+    "attack.eps_255=12.75",
+    "trainer.max_epochs=12",
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of ``robustdyn-train``."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        assert command(patch, *SETTINGS, "measure=none", "report=false", f"hydra.run.dir={folder}") == 0
+    return folder
+
+
+def problem(run):
+    """The run's last network, put together by hand, its test images in batches, and the attack."""
+    cfg = compose(*SETTINGS)
+    data, model = build(cfg, "data"), build(cfg, "model")
+    state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    model.load_state_dict({k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")})
+    model.eval().to(memory_format=torch.channels_last)
+    batches = [
+        Batch(x.contiguous(memory_format=torch.channels_last), y, i) for x, y, i in data.test_dataloader()
+    ]
+    evaluator = build(compose_evaluation(), "pgd20")
+    return model, batches, evaluator.pgd(Ball("linf", cfg.attack.eps_255 / 255))
+
+
+def compose_evaluation():
+    with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
+        return hydra.compose("evaluate", ["evaluation=quick"]).evaluation.attacks
+
+
+def half(on):
+    return torch.autocast("cpu", torch.bfloat16, enabled=on)
+
+
+def gradient(model, x, y, on):
+    x = x.clone().requires_grad_(True)
+    with half(on):
+        loss = F.cross_entropy(model(x), y, reduction="sum")
+    return torch.autograd.grad(loss, x)[0]
+
+
+def rendering(model, x, y, start, on):
+    """PGD-20 written out: images after 10 and after 20 steps; in the ball of ``SETTINGS``."""
+    images, current = [], start.clone()
+    for _ in range(20):
+        current = current + 0.0125 * gradient(model, current, y, on).sign()
+        current = torch.min(torch.max(current, x - 0.05), x + 0.05).clamp(0, 1)
+        images.append(current)
+    return images[9], images[19]
+
+
+def test_effect_equals_a_plain_rendering(run, script):
+    effect = script("effect")
+    model, batches, pgd = problem(run)
+    assert (pgd.eps, pgd.step_size, pgd.steps) == pytest.approx((0.05, 0.0125, 20))
+    found = effect.measure(model, batches, pgd, seed=3)
+    gradients = effect.compare_gradients(model, batches, pgd, seed=3)
+
+    wanted: dict[str, list[torch.Tensor]] = {}
+    for index, (x, y, _) in enumerate(batches):
+        starts = [
+            effect.starting_point(pgd, Batch(x, y, y), 3, index, stream)
+            for stream in ("precision", "precision-again")
+        ]
+        assert not torch.equal(*starts)
+        parts = {"sign": [], "cosine": []}
+        for one, other in zip(
+            gradient(model, starts[0], y, False), gradient(model, starts[0], y, True), strict=True
+        ):
+            parts["sign"].append(float((one.sign() == other.sign()).double().mean()))
+            product = (one.double() * other.double()).sum()
+            parts["cosine"].append(float(product / one.double().norm() / other.double().norm()))
+        made = {
+            "float32": rendering(model, x, y, starts[0], False),
+            "bfloat16": rendering(model, x, y, starts[0], True),
+            "float32, another start": rendering(model, x, y, starts[1], False),
+        }
+        with torch.no_grad():
+            for attack, (halfway, end) in made.items():
+                parts[f"loss {attack}"] = F.cross_entropy(model(halfway), y, reduction="none").tolist()
+                for name, on in (("float32", False), ("bfloat16", True)):
+                    with half(on):
+                        parts[f"{attack} / {name}"] = (model(end).argmax(1) == y).tolist()
+            for name, on in (("float32", False), ("bfloat16", True)):
+                with half(on):
+                    parts[f"clean {name}"] = (model(x).argmax(1) == y).tolist()
+            with half(True):
+                ordered = model(made["bfloat16"][1]).sort(1).values
+            parts["tied"] = (ordered[:, -1] == ordered[:, -2]).tolist()
+        for name, part in parts.items():
+            wanted.setdefault(name, []).extend(part)
+
+    assert found.keys() | gradients.keys() == wanted.keys()
+    for name, values in (found | gradients).items():
+        if name.startswith(("loss", "cosine", "sign")):
+            # a step more or less where a float32 gradient is 0 but for rounding moves single pixels
+            torch.testing.assert_close(values, torch.tensor(wanted[name]).double(), rtol=1e-3, atol=1e-4)
+        else:
+            assert values.tolist() == wanted[name], name
+    assert 0.5 < gradients["sign"].mean() < 1  # bfloat16 was on
+    assert not torch.equal(found["loss bfloat16"], found["loss float32"])
+    assert 0 < found["float32 / float32"].double().mean() < 1
+
+
+def test_without_half_precision_nothing_differs(run, script, monkeypatch):
+    effect = script("effect")
+    model, batches, pgd = problem(run)
+    monkeypatch.setattr(effect, "computed_in", lambda *_: nullcontext())
+    found = effect.measure(model, batches, pgd, seed=0)
+    gradients = effect.compare_gradients(model, batches, pgd, seed=0)
+    assert gradients["sign"].min() == 1
+    torch.testing.assert_close(gradients["cosine"], torch.ones(60, dtype=torch.float64), **EXACT64)
+    assert torch.equal(found["loss bfloat16"], found["loss float32"])
+    for name, (first, second) in effect.VARIANTS.items():
+        if name != "another start, all float32":
+            assert torch.equal(found[first], found[second]), name
+
+
+def test_command_writes_all_stages(run, script, tmp_path, monkeypatch, capsys):
+    effect = script("effect")
+    arguments = ["effect.py", str(run), "--early", str(run), "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    effect.main()
+    written = json.loads((tmp_path / "effect.json").read_text())
+    early, best, last = written["checkpoints"]
+    assert [part["stage"] for part in (early, best, last)] == ["early", "best", "last"]
+    assert (last["data"], last["trained"], last["seed"], last["epoch"]) == ("digits", "default", 0, 11)
+    assert early["pairs"] == last["pairs"]  # the same file
+    assert last["pairs"]["clean, bf16 evaluation"]["examples"] == 60
+
+    model, batches, pgd = problem(run)
+    found = effect.measure(model, batches, pgd, seed=0)
+    pairs = last["pairs"]["bf16 attack, float32 evaluation"]
+    assert pairs["first"] == int(found["float32 / float32"].sum())
+    assert pairs["second"] == int(found["bfloat16 / float32"].sum())
+    loss = found["loss bfloat16"] - found["loss float32"]
+    mean = last["means"]["loss bfloat16 - float32"]
+    assert mean["mean"] == pytest.approx(loss.mean().item(), rel=1e-6, abs=1e-9)
+    assert mean["se"] == pytest.approx(stats.sem(loss.numpy()), rel=1e-6)
+    shown = capsys.readouterr().out
+    assert "| digits, default, last | 60 |" in shown
+    share = 100 * pairs["first"] / 60
+    assert f" {share:.2f} ± {math.sqrt(share * (100 - share) / 60):.2f} |" in shown
+
+
+def test_a_run_without_checkpoints_is_named(script, tmp_path):
+    effect = script("effect")
+    write_runs(tmp_path, "default", REFERENCE)
+    with pytest.raises(UserError, match=r"best_on_test.ckpt: no such file; give a run"):
+        list(effect.checkpoints(find_runs(tmp_path), []))
+
+
+# ---------------------------------------------------------------------- the runs' definitions
+
+
+def test_real_images_compose():
+    cfg = compose("experiment=precision_cifar10", f"hydra.searchpath=[file://{EXPERIMENT}]", "execution=fast")
+    check(cfg)
+    assert cfg.trainer.precision == "bf16-mixed"
+    assert cfg.model.strides == [1, 2, 2, 2]
+    assert cfg.data.partial
+    assert cfg.trainer.max_epochs % cfg.trainer.check_val_every_n_epoch == 0  # the last epoch is evaluated
+
+
+def test_last_epoch_is_evaluated():
+    cfg = compose("experiment=precision")
+    assert cfg.trainer.max_epochs % cfg.trainer.check_val_every_n_epoch == 0
