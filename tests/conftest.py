@@ -1,4 +1,17 @@
+import logging
+
+import pytest
 import torch
 
 # Tiny networks gain nothing from threads, and lose much when another process wants the same cores.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def root_logger_as_before():
+    """A command run in this process leaves handlers behind, whose streams pytest closes."""
+    before = logging.root.handlers[:]
+    yield
+    for handler in logging.root.handlers[:]:
+        if handler not in before and type(handler).__module__ != "_pytest.logging":
+            logging.root.removeHandler(handler)
