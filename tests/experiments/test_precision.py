@@ -372,7 +372,7 @@ def test_real_images_compose():
     cfg = compose("experiment=precision_cifar10", f"hydra.searchpath=[file://{EXPERIMENT}]", "execution=fast")
     check(cfg)
     assert cfg.trainer.precision == "bf16-mixed"
-    assert cfg.model.strides == [1, 2, 2, 2]
+    assert cfg.model.strides == [2, 2, 2, 2]
     assert cfg.data.partial
     assert cfg.trainer.max_epochs % cfg.trainer.check_val_every_n_epoch == 0  # the last epoch is evaluated
 
