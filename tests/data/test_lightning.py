@@ -161,6 +161,6 @@ def test_settings_that_do_not_fit_the_devices():
         with pytest.raises(ConfigError, match=message):
             data.setup()
 
-    check("data.batch_size=42 is not divisible by 4 devices; choose 40", batch_size=42)
-    check("data.eval_batch_size=3 is not divisible by 4 devices; choose 4", eval_batch_size=3)
+    check("data.batch_size=3 is less than one image for each of 4 devices", batch_size=3)
+    check("data.eval_batch_size=3 is less than one image for each of 4 devices", eval_batch_size=3)
     check("data.batch_size=44 leaves 2 train images for 4 devices", batch_size=44)

@@ -7,7 +7,7 @@ from robustdyn.data.augmentation import Augmentation
 from robustdyn.data.datamodule import ImageDataModule
 from robustdyn.data.datasets import CIFAR10, CIFAR100, SVHN, Digits, ImageFiles
 from robustdyn.data.mixup import Mixup
-from robustdyn.data.tensors import Batch, ImageTensors, ShuffledBatches, TensorBatches
+from robustdyn.data.tensors import Batch, ImageTensors, Part, ShuffledBatches, TensorBatches
 
 __all__ = [
     "CIFAR10",
@@ -20,6 +20,7 @@ __all__ = [
     "ImageFiles",
     "ImageTensors",
     "Mixup",
+    "Part",
     "ShuffledBatches",
     "TensorBatches",
 ]

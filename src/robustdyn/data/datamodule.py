@@ -247,11 +247,8 @@ class ImageDataModule(LightningDataModule):
         """Every rank must get an image of every batch: an empty batch has no mean loss."""
         size: int = getattr(self, key)
         ranks = self._world_size
-        if size % ranks:
-            raise ConfigError(
-                f"data.{key}={size} is not divisible by {ranks} devices;"
-                f" choose {max(size // ranks, 1) * ranks}"
-            )
+        if size < ranks:
+            raise ConfigError(f"data.{key}={size} is less than one image for each of {ranks} devices")
         last = len(self._splits[split]) % size
         if 0 < last < ranks:
             raise ConfigError(

@@ -65,6 +65,15 @@ def share(count: int, rank: int, world_size: int) -> slice:
     return slice(rank * count // world_size, (rank + 1) * count // world_size)
 
 
+class Part(NamedTuple):
+    """What a rank has of a batch."""
+
+    places: slice
+    """In the whole batch."""
+    whole: int
+    """Images of the whole batch, over all ranks."""
+
+
 class TensorBatches:
     """A split in its own order, cut into batches; the last may be short. A rank gets its share of each.
 
@@ -94,6 +103,11 @@ class TensorBatches:
         order = torch.arange(len(self.data), device=self.data.labels.device)
         for batch in order.split(self.batch_size):
             yield self.data.batch(batch[self._share(batch)])
+
+    def part(self, number: int) -> Part:
+        """This rank's part of batch ``number`` of an epoch."""
+        whole = min(self.batch_size, len(self.data) - number * self.batch_size)
+        return Part(share(whole, self.rank, self.world_size), whole)
 
     def _share(self, batch: Tensor) -> slice:
         return share(len(batch), self.rank, self.world_size)

@@ -28,7 +28,11 @@ def build_callbacks(
         memory_mib=settings["memory_mib"],
         precision=settings["precision"],
         eigenpairs=build(cfg, "measure.eigenpairs"),
-        measurements={name: build(cfg, f"measure.measurements.{name}") for name in cfg.measure.measurements},
+        measurements={
+            name: build(cfg, f"measure.measurements.{name}")
+            for name, chosen in cfg.measure.measurements.items()
+            if chosen is not None
+        },
         records=records,
     )
     posterior = RecordPosterior(records, interpolation=settings["interpolation"])

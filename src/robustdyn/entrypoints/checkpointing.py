@@ -23,6 +23,7 @@ CHANGEABLE = (
     "data.eval_batch_size",
     "data.root",
     "decay_epochs",  # what reads it is compared
+    "decay_fractions",
     "logger",
     "measure.memory_mib",
     "name",

@@ -67,7 +67,7 @@ def _measured_rate(cfg: DictConfig) -> None:
     schedule = build(cfg, "schedule")
     if schedule.reads is None:
         return
-    names = cfg.measure.measurements
+    names = [name for name, chosen in cfg.measure.measurements.items() if chosen is not None]
     if not any(schedule.reads in build(cfg, f"measure.measurements.{name}").tables for name in names):
         raise ConfigError(
             f"{_choice(cfg, 'schedule')} follows the measured table {schedule.reads}, but "

@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,7 +44,7 @@ def register_resolvers() -> None:
     )
 
 
-def _at_fractions(length: int, *fractions: float) -> ListConfig:
+def _at_fractions(length: int, fractions: Sequence[float]) -> ListConfig:
     epochs = {int(length * fraction) for fraction in fractions}
     return ListConfig(sorted(epoch for epoch in epochs if epoch >= 1))
 

@@ -21,6 +21,7 @@ from robustdyn.entrypoints.config import build, check
 from robustdyn.entrypoints.environment import write_environment
 from robustdyn.entrypoints.log import IN_FILE_ONLY
 from robustdyn.entrypoints.loggers import build_loggers
+from robustdyn.entrypoints.processes import OneRun, batchnorm_plugins, run_in_ranks
 from robustdyn.entrypoints.publishing import Publisher
 from robustdyn.entrypoints.report import announce
 from robustdyn.entrypoints.requeue import slurm_callbacks, slurm_plugins
@@ -57,6 +58,8 @@ def _train(cfg: DictConfig) -> None:
     _quieten_lightning()
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     checkpoint = resume_from(cfg, run_dir)
+    if run_in_ranks(cfg):
+        return
     lightning.seed_everything(cfg.seed, verbose=False)
 
     data: ImageDataModule = build(cfg, "data")
@@ -71,12 +74,13 @@ def _train(cfg: DictConfig) -> None:
         cfg,
         "trainer",
         callbacks=[
+            OneRun(cfg, run_dir),
             *build_callbacks(cfg, data, records, run_dir),
             *slurm_callbacks(os.environ),
             publisher,
         ],
         logger=loggers,
-        plugins=[AtomicCheckpointIO(), *slurm_plugins(os.environ)],
+        plugins=[AtomicCheckpointIO(), *batchnorm_plugins(cfg), *slurm_plugins(os.environ)],
         default_root_dir=str(run_dir),
     )
     # deterministic kernels need no filled memory; filling every new tensor takes a tenth of a float32 step
@@ -134,13 +138,16 @@ def build_module(cfg: DictConfig, data: ImageDataModule) -> AdversarialTraining:
 
 def _quieten_lightning() -> None:
     """Its advice is about setups that are ours on purpose."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     for about in (
         ".*does not have many workers.*",
         ".*Checkpoint directory .* exists.*",
         ".*isinstance.treespec.*",
         ".*`srun` command is available.*",
         ".*could not find the monitored key.*",  # after an epoch without evaluation there is no candidate
+        ".*sync_dist=True.*",  # what is logged is the same on all ranks already
+        ".*bucket view strides.*",  # of 1x1 kernels, which DDP may copy
     ):
         warnings.filterwarnings("ignore", about)
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from robustdyn import streams
-from robustdyn.attacks import PGD
+from robustdyn.attacks import PGD, AttackLoss, summed_cross_entropy
+from robustdyn.data import Part, TensorBatches
 from robustdyn.errors import ConfigError
 from robustdyn.methods.execution import Execution, keep_layout
 from robustdyn.methods.metrics import RobustMetrics
@@ -71,7 +72,8 @@ class AdversarialTraining(lightning.LightningModule):
 
     Random numbers of the attack are a function of (seed, step) in training and of (seed, split, batch) in
     evaluation, so they do not depend on what else the run does and every epoch is evaluated from the same
-    random starts.
+    random starts. They are drawn for the whole batch before a rank takes its part, and the loss of a part
+    weighs by its examples: a data-parallel step is that of one process.
 
     Args:
         model: Network from images in [0, 1] to logits.
@@ -179,14 +181,17 @@ class AdversarialTraining(lightning.LightningModule):
 
         The epoch's training metrics are those at the unperturbed weights, whatever the perturbation.
         """
+        part = self._part(self.trainer.train_dataloader, batch_idx, batch)
         with self.execution.step(len(batch.images), training=True):
-            outcome = self._train_on(_Examples(self.execution.images(batch.images), batch.targets))
+            loss = self._train_on(_Examples(self.execution.images(batch.images), batch.targets), part)
         self._note_optimizer()
-        return outcome.loss + self.regularizer.penalty(self.model)
+        return loss + self.regularizer.penalty(self.model)
 
-    def _train_on(self, batch: _Examples) -> Outcome:
+    def _train_on(self, batch: _Examples, part: Part) -> Tensor:
+        """The loss whose gradient, averaged over ranks, is that of the whole batch's mean loss."""
+        weight = self.trainer.world_size * len(batch.images) / part.whole
         with self.stopwatch.section("attack"):
-            adversarial = self._attacked(batch)
+            adversarial = self._attacked(batch, part)
         if self.perturbation is None or self.current_epoch < self.perturbation.warmup_epochs:
             outcome = self._outcome(batch, adversarial)
             self._update("train", batch, outcome.robust_logits)
@@ -194,9 +199,9 @@ class AdversarialTraining(lightning.LightningModule):
             with frozen_statistics(self.model):
                 at_weights = self._outcome(batch, adversarial)
             self._update("train", batch, at_weights.robust_logits)
-            self.perturbation.apply(self.model, at_weights.loss, loss_scale=self._loss_scale())
+            self.perturbation.apply(self.model, weight * at_weights.loss, loss_scale=self._loss_scale())
             outcome = self._outcome(batch, adversarial)
-        return outcome
+        return weight * outcome.loss
 
     def on_after_backward(self) -> None:
         """Take the perturbation off, if the optimiser is to step at the unperturbed weights."""
@@ -212,10 +217,11 @@ class AdversarialTraining(lightning.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Clean and robust loss and error of one evaluation batch."""
         split = self.evaluation_splits[dataloader_idx]
+        part = self._part(self.trainer.val_dataloaders[dataloader_idx], batch_idx, batch)
         generator = self._generator(f"attack-{split}", batch_idx)
         with self.execution.step(len(batch.images), training=False):
             examples = _Examples(self.execution.images(batch.images), batch.targets)
-            adversarial = self.evaluation_attack.perturb(self.model, *examples, generator)
+            adversarial = self._perturbed(self.evaluation_attack, examples, part, generator)
             with torch.no_grad():
                 self._update(split, examples, self.model(adversarial))
         self._evaluated = True
@@ -266,18 +272,43 @@ class AdversarialTraining(lightning.LightningModule):
         batches = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
         return batches if math.isinf(batches) else math.ceil(batches)
 
-    def _attacked(self, batch: _Examples) -> Tensor:
+    def _part(self, loader: Any, number: int, batch: Batch) -> Part:
+        """Which part of batch ``number`` this rank has: all of it where it is the only one."""
+        if self.trainer.world_size == 1:
+            return Part(slice(None), len(batch.images))
+        assert isinstance(loader, TensorBatches)
+        part = loader.part(number)
+        assert part.places.stop - part.places.start == len(batch.images)
+        return part
+
+    def _attacked(self, batch: _Examples, part: Part) -> Tensor:
         """The adversarial images, made once per step; the batch's own images where there is no attack."""
         with torch.no_grad(), self.attack.mode(self.model):
             loss = self.objective.attack_loss(self.model, batch.images)
         if loss is None:
             return batch.images
-        adversarial = self.attack.perturb(
-            self.model, batch.images, batch.targets, self._generator("attack", self.global_step), loss
+        adversarial = self._perturbed(
+            self.attack, batch, part, self._generator("attack", self.global_step), loss
         )
         # half-precision copies of the weights that autocast made without gradient must not serve the descent
         torch.clear_autocast_cache()
         return adversarial
+
+    def _perturbed(
+        self,
+        attack: PGD,
+        batch: _Examples,
+        part: Part,
+        generator: torch.Generator,
+        loss: AttackLoss = summed_cross_entropy,
+    ) -> Tensor:
+        """As ``attack.perturb``, from the random starts that these images have in the whole batch."""
+        whole = batch.images
+        if part.whole > len(whole):
+            whole = batch.images.new_zeros((part.whole, *batch.images.shape[1:]))
+            whole[part.places] = batch.images
+        start = attack.start(whole, generator)[part.places]
+        return attack.climb(self.model, batch.images, batch.targets, start, loss)
 
     def _outcome(self, batch: _Examples, adversarial: Tensor) -> Outcome:
         return self.objective(self.model, batch.images, adversarial, batch.targets)
@@ -300,7 +331,7 @@ class AdversarialTraining(lightning.LightningModule):
         return metrics
 
     def _generator(self, stream: str, counter: int) -> torch.Generator:
-        return streams.generator(self.seed, stream, counter, self.global_rank, device=self.device)
+        return streams.generator(self.seed, stream, counter, 0, device=self.device)
 
     def _note_optimizer(self) -> None:
         # The scheduler moves on before any end-of-epoch hook runs: what the step used is known only here.

@@ -15,9 +15,11 @@ class _Averaging(WeightAveraging):
     """
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Put the average where the weights will be: they are moved only after this hook."""
+        """Put the average where the weights will be, as they will be: they are moved only after this hook."""
         self._device = trainer.strategy.root_device
         super().setup(trainer, pl_module, stage)
+        if self._average_model is not None:
+            trainer.precision_plugin.convert_module(self._average_model)
 
     def on_validation_epoch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule

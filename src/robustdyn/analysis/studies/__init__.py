@@ -1,0 +1,1 @@
+"""The studies, a module each; :func:`robustdyn.analysis.study.names` lists them."""
