@@ -212,7 +212,7 @@ class Limit:
             return (now(self._device) - started) / self._batches
 
     def _step(self, model: nn.Module) -> None:
-        with self._of.module.execution.step(len(self._images), training=True):
+        with self._of.module.execution.step(len(self._images), "train"):
             with (
                 torch.autocast(self._device.type, torch.bfloat16, enabled=self._half),
                 frozen_parameters(model),

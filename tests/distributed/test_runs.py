@@ -257,14 +257,15 @@ def test_what_a_user_can_mend_is_said_once(tmp_path):
 # ---------------------------------------------------------------------- other ways to start
 
 
-def test_torchrun_starts_the_ranks(tmp_path):
+def test_torchrun_starts_the_ranks_of_one_wandb_run(tmp_path):
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m")
     arguments = [a for a in SMALL if not a.startswith("measure.")]
     arguments += ["measure=none", "trainer=ddp_cpu", "trainer.max_epochs=1", f"hydra.run.dir={tmp_path}"]
-    done = run("robustdyn.entrypoints.train", *arguments, program=torchrun)
+    done = run("robustdyn.entrypoints.train", *arguments, "logger=wandb_offline", program=torchrun)
     assert done.returncode == 0, done.stderr[-3000:]
     assert [row["epoch"] for row in rows(tmp_path, "epochs")] == [0]
     assert json.loads((tmp_path / "environment.json").read_text())["devices"] == 2
+    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 1
 
 
 @pytest.mark.skipif(

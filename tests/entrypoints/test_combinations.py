@@ -13,6 +13,10 @@ from tests.runs import TINY, command, compose, rows
 TEN = "trainer.max_epochs=10"
 REFUSED = [
     (
+        ("trainer.precision=bf16-true",),
+        "trainer.precision=bf16-true holds the weights and the metrics in half precision; choose bf16-mixed",
+    ),
+    (
         ("schedule=wci", "~measure.measurements.weight_curvature"),
         "schedule WCIRate follows the measured table wci, but measure.measurements has nothing that measures "
         "it; keep measure.measurements.weight_curvature or choose another schedule",

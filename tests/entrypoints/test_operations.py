@@ -106,3 +106,12 @@ def test_a_full_disk_under_the_records_is_one_line(tmp_path, monkeypatch, capsys
     assert message.startswith("error: ")
     assert "records" in message
     assert "cannot write" in message
+
+
+def test_a_run_directory_that_cannot_be_made_is_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    assert command(monkeypatch, *RUN, f"hydra.run.dir={tmp_path}/file/run") == 1
+    line = last_line(capsys)
+    assert line.startswith("error: cannot make the run's folder: ")
+    assert str(tmp_path / "file") in line
+    assert "hydra.run.dir" in line

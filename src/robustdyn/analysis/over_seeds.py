@@ -14,7 +14,7 @@ LEVEL = 0.95
 def mean_with_interval(frame: pd.DataFrame, by: Sequence[str], column: str) -> pd.DataFrame:
     """Mean over the rows that share ``by``, and Student's 95 % interval of it.
 
-    The runs' seeds are taken for independent draws of one normal law. With a single seed there is no interval.
+    Seeds are taken for independent draws of one normal law. With a single seed there is no interval.
 
     Args:
         frame: One row for each seed and combination of ``by``; rows without a value are left out.
@@ -22,7 +22,7 @@ def mean_with_interval(frame: pd.DataFrame, by: Sequence[str], column: str) -> p
         column: What to average.
 
     Returns:
-        Columns ``by``, ``mean``, ``low``, ``high`` (missing with one seed) and ``seeds``, in the order of ``by``.
+        Columns ``by``, ``mean``, ``low``, ``high`` (missing with one seed) and ``seeds``, ordered by ``by``.
     """
     known = frame.dropna(subset=[column])
     found = (

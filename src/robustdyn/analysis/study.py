@@ -1,7 +1,7 @@
 """A study: runs in; the tables, figures and findings that answer its question out.
 
-Each module of :mod:`robustdyn.analysis.studies` is one study and has a ``STUDY``. A figure is drawn from one tidy
-table, which is written beside it, and from nothing else.
+Each module of :mod:`robustdyn.analysis.studies` is one study and has a ``STUDY``. A figure is drawn from one
+tidy table, which is written beside it, and from nothing else.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from robustdyn.analysis import style, studies
+from robustdyn.analysis import studies, style
 from robustdyn.errors import RecordError
 from robustdyn.records.reader import Run, find_runs
 

@@ -7,6 +7,9 @@ from robustdyn.entrypoints.config import build
 from robustdyn.errors import ConfigError
 from robustdyn.records.schema import EPOCHS
 
+HALF = ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16")
+"""Lightning's precisions in which the weights themselves are rounded."""
+
 
 def check_combinations(cfg: DictConfig) -> None:
     """Refuse combinations that cannot be.
@@ -14,6 +17,7 @@ def check_combinations(cfg: DictConfig) -> None:
     Raises:
         ConfigError: Names the keys and the remedy.
     """
+    _precision(cfg)
     _settings_of_nothing(cfg)
     _mixed_targets(cfg)
     _optimizer(cfg)
@@ -21,6 +25,15 @@ def check_combinations(cfg: DictConfig) -> None:
     _measured_rate(cfg)
     _averaging(cfg)
     _early_stopping(cfg)
+
+
+def _precision(cfg: DictConfig) -> None:
+    precision = str(cfg.trainer.precision)
+    if precision in HALF:
+        raise ConfigError(
+            f"trainer.precision={precision} holds the weights and the metrics in half precision; choose "
+            "bf16-mixed (execution=bf16)"
+        )
 
 
 def _settings_of_nothing(cfg: DictConfig) -> None:

@@ -26,16 +26,17 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn, cast
 
 import lightning
 import torch.distributed as dist
 from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import configure_log, setup_globals
+from lightning.fabric.plugins.environments.lsf import LSFEnvironment
+from lightning.fabric.plugins.environments.mpi import MPIEnvironment
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import TorchSyncBatchNorm
-from lightning.pytorch.plugins.environments import LSFEnvironment, MPIEnvironment
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -130,7 +131,9 @@ class Ranks:
         """
         with tempfile.TemporaryDirectory() as errors, ExitStack() as stack:
             # this process holds the store at which they meet: its port is taken before it is told to anybody
-            store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            store = dist.TCPStore(  # type: ignore[attr-defined]
+                "127.0.0.1", 0, is_master=True, wait_for_workers=False
+            )
             stack.callback(self._tidy_logs)
             try:
                 with self._signals_passed_on() as ended_by:
@@ -370,7 +373,7 @@ def _train_as_told(stdin: BinaryIO) -> None:
 
 
 def _whole(cfg: DictConfig, hydra: Mapping[str, Any]) -> DictConfig:
-    """The configuration of the run and of Hydra, whose values refer to it and have the types of its classes."""
+    """The run's configuration and Hydra's, whose values refer to it and have the types of its classes."""
     typed = OmegaConf.structured(HydraConf)
     OmegaConf.set_struct(typed, False)  # groups of defaults have keys there that are in no class
     settings: Any = OmegaConf.to_container(cfg, resolve=False)
@@ -387,7 +390,8 @@ def _end_with_parent() -> None:
 def _configure_logging() -> None:
     """As Hydra does for a job; warnings alone from ranks other than the first, which would repeat it."""
     if int(os.environ["RANK"]) == 0:
-        configure_log(HydraConfig.get().job_logging, HydraConfig.get().verbose)
+        settings = HydraConfig.get()
+        configure_log(cast(DictConfig, settings.job_logging), settings.verbose)
     else:
         logging.basicConfig(level=logging.WARNING)
     for chatty in ("fontTools", "matplotlib"):

@@ -12,7 +12,7 @@ examples:
   robustdyn-study correlation multirun/correlation         what the runs of that sweep say
   robustdyn-study dynamics run_a run_b --output somewhere
 
-`robustdyn-train experiment=NAME` makes the runs of the study NAME; experiments/NAME/README.md says what they cost.
+`robustdyn-train experiment=NAME` makes the runs of study NAME; experiments/NAME/README.md says at what cost.
 Writes into the output directory:
   findings.md  the numbers that answer the question
   tables/      CSV

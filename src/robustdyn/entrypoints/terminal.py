@@ -39,8 +39,9 @@ def run_app(task: Callable[[DictConfig], None], config_name: str) -> None:
         # data-parallel run starts, and that inherit both, that it was not the user who asked for it
         os.environ |= {"HYDRA_FULL_ERROR": "1", SHORT: "1"}
     app = hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=config_name)
+    started: list[bool] = []
     try:
-        app(_task_with_short_errors(task, short=short))()
+        app(_task_with_short_errors(task, started, short=short))()
     except (UserError, HydraException) as error:
         if isinstance(error, UserError):  # of the launcher: a job on a cluster that failed, say
             end_sweep()
@@ -52,6 +53,8 @@ def run_app(task: Callable[[DictConfig], None], config_name: str) -> None:
         sys.stderr.write("interrupted\n")
         sys.exit(INTERRUPTED)
     except Exception as error:
+        if isinstance(error, OSError) and short and not started and not sweeping():
+            _fail(f"cannot make the run's folder: {error}; choose another hydra.run.dir, or hydra.sweep.dir")
         # a launcher whose worker was killed, say: what the other runs did is there
         if not sweeping():
             raise
@@ -66,9 +69,10 @@ def run_app(task: Callable[[DictConfig], None], config_name: str) -> None:
 
 
 def _task_with_short_errors(
-    task: Callable[[DictConfig], None], *, short: bool
+    task: Callable[[DictConfig], None], started: list[bool], *, short: bool
 ) -> Callable[[DictConfig], None]:
     def run(cfg: DictConfig) -> None:
+        started.append(True)
         hydra_cfg = HydraConfig.get()
         try:
             if hydra_cfg.output_subdir is None:  # writes no run directory

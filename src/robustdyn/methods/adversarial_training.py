@@ -182,7 +182,7 @@ class AdversarialTraining(lightning.LightningModule):
         The epoch's training metrics are those at the unperturbed weights, whatever the perturbation.
         """
         part = self._part(self.trainer.train_dataloader, batch_idx, batch)
-        with self.execution.step(len(batch.images), training=True):
+        with self.execution.step(len(batch.images), "train"):
             loss = self._train_on(_Examples(self.execution.images(batch.images), batch.targets), part)
         self._note_optimizer()
         return loss + self.regularizer.penalty(self.model)
@@ -217,9 +217,11 @@ class AdversarialTraining(lightning.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Clean and robust loss and error of one evaluation batch."""
         split = self.evaluation_splits[dataloader_idx]
-        part = self._part(self.trainer.val_dataloaders[dataloader_idx], batch_idx, batch)
+        loaders = self.trainer.val_dataloaders
+        assert loaders is not None
+        part = self._part(loaders[dataloader_idx], batch_idx, batch)
         generator = self._generator(f"attack-{split}", batch_idx)
-        with self.execution.step(len(batch.images), training=False):
+        with self.execution.step(len(batch.images), split):
             examples = _Examples(self.execution.images(batch.images), batch.targets)
             adversarial = self._perturbed(self.evaluation_attack, examples, part, generator)
             with torch.no_grad():

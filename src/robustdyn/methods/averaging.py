@@ -20,6 +20,8 @@ class _Averaging(WeightAveraging):
         super().setup(trainer, pl_module, stage)
         if self._average_model is not None:
             trainer.precision_plugin.convert_module(self._average_model)
+            # read at every step, for which the processor would wait for a GPU
+            self._average_model.n_averaged = self._average_model.n_averaged.cpu()
 
     def on_validation_epoch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule

@@ -38,7 +38,7 @@ class Execution:
             raise ValueError(f"compile must be one of {', '.join(COMPILATIONS)}, got {compile}")
         self._layout = torch.channels_last if channels_last else torch.contiguous_format
         self._compile: Compilation = compile
-        self._largest: dict[bool, int] = {}
+        self._largest: dict[str, int] = {}
 
     def prepare(self, model: nn.Module) -> None:
         """Lay out the weights and arrange for compilation, which happens when the network is first used.
@@ -68,13 +68,16 @@ class Execution:
         """``images`` (B, C, H, W) in this layout; inputs of another number of dimensions as they are."""
         return images.contiguous(memory_format=self._layout) if images.dim() == 4 else images
 
-    def step(self, examples: int, *, training: bool) -> AbstractContextManager[object]:
-        """Scope of one training or evaluation step on so many ``examples``."""
+    def step(self, examples: int, split: str) -> AbstractContextManager[object]:
+        """Scope of one training or evaluation step on so many ``examples`` of ``split``.
+
+        What is compiled is compiled for a split's whole batches; a last short one runs uncompiled.
+        """
         if self._compile == "none":
             return nullcontext()
         torch.compiler.cudagraph_mark_step_begin()
-        self._largest[training] = max(examples, self._largest.get(training, 0))
-        return nullcontext() if examples == self._largest[training] else self.eager()
+        self._largest[split] = max(examples, self._largest.get(split, 0))
+        return nullcontext() if examples == self._largest[split] else self.eager()
 
     def eager(self) -> AbstractContextManager[object]:
         """Scope in which the network runs uncompiled, for products that differentiate twice."""
