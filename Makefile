@@ -11,7 +11,7 @@ READY := $(VENV)/.ready
 .PHONY: help setup demo test test-slow slurm-test lint format types docs bench wheel clean
 
 help: ## List the commands
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 setup: $(READY) ## Make the virtual environment with pinned versions
 
@@ -35,6 +35,10 @@ test-slow: $(READY) ## Run all tests, the minutes-long ones included
 slurm-test: $(READY) ## Test sweeps on a real SLURM on this machine, from Debian packages
 	@tests/slurm/packages.sh || true
 	@$(BIN)/python -m pytest -m slurm -rs tests/slurm
+
+reproduce-%: $(READY) ## One of the papers' figures or tables at small scale, e.g. reproduce-correlation; SET='scale=full ...'
+	@$(BIN)/robustdyn-train experiment=$* hydra/launcher=parallel $(SET)
+	@$(BIN)/robustdyn-study $* multirun/$*
 
 lint: $(READY) ## Check format and style
 	@$(BIN)/ruff format --check .

@@ -13,6 +13,10 @@ from tests.runs import TINY, command, compose, rows
 TEN = "trainer.max_epochs=10"
 REFUSED = [
     (
+        ("trainer.inference_mode=true",),
+        "trainer.inference_mode=true leaves the attacks of an evaluation without gradients; choose false",
+    ),
+    (
         ("trainer.precision=bf16-true",),
         "trainer.precision=bf16-true holds the weights and the metrics in half precision; choose bf16-mixed",
     ),

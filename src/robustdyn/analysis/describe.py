@@ -12,7 +12,7 @@ from robustdyn.records.reader import Run
 ENVIRONMENT = "environment.json"
 _NORMS = {"linf": "l∞", "l2": "l2"}
 _SECTIONS = {  # section -> heading and the settings worth a reader's first glance, in order
-    "data": ("data", ("train_size", "validation_size", "test_size", "batch_size")),
+    "data": ("data", ("batch_size",)),
     "model": ("model", ("width", "blocks", "strides")),
     "attack": ("attack", ()),
     "objective": ("objective", ("beta", "label_smoothing")),
@@ -33,6 +33,8 @@ def what_was_run(runs: Sequence[Run]) -> list[tuple[str, str]]:
     rows = [
         (heading, [_section(run, name, keys) for run in runs]) for name, (heading, keys) in _SECTIONS.items()
     ]
+    rows.insert(1, ("augmentation", [_augmentation(run.config.get("data")) for run in runs]))
+    rows.append(("execution", [_execution(run.config) for run in runs]))
     rows.append(("measured", [_measured(run.config.get("measure")) for run in runs]))
     rows.append(("epochs", [_value(run.config, "trainer", "max_epochs") for run in runs]))
     rows.append(("seeds", [format_value(run.config["seed"]) if "seed" in run.config else "" for run in runs]))
@@ -66,9 +68,10 @@ def _section(run: Run, name: str, keys: Sequence[str]) -> str:
         return "" if section is None else format_value(section)
     if name == "attack" and "eps_255" in section:
         return _attack(section)
+    images = _images(section) if name == "data" else []
     target = str(section.get("_target_", "")).rpartition(".")[2]
     picked = str(run.choices.get(name, section.get("name", target)))
-    said = [
+    said = images + [
         f"{key.replace('_', ' ')} {format_value(section[key])}"
         for key in keys
         if section.get(key) is not None
@@ -84,6 +87,64 @@ def _attack(section: Mapping[str, Any]) -> str:
     if "step_255" in section:
         parts.append(f"step {format_value(section['step_255'])}/255")
     return ", ".join(part for part in parts if part)
+
+
+def _images(section: Mapping[str, Any]) -> list[str]:
+    """``all training images``, ``540 test images``, ``10 classes``: what there is, wherever its files lie."""
+    said = []
+    for part, name in (("train", "training"), ("validation", "validation"), ("test", "test")):
+        key = f"{part}_size"
+        if key not in section or (part == "validation" and not section[key]):
+            continue  # none held out
+        size = section[key]
+        said.append(f"all {name} images" if size is None else f"{format_value(size)} {name} images")
+    if section.get("test_from_train"):
+        said.append("tested on images of the training file")
+    if section.get("partial"):
+        said.append("from an excerpt of the files")
+    if "num_classes" in section:
+        shape = [section.get(key) for key in ("channels", "image_size", "image_size")]
+        each = "×".join(map(format_value, shape)) if None not in shape else ""
+        said.append(f"{format_value(section['num_classes'])} classes{f' of {each}' if each else ''}")
+    return said
+
+
+def _augmentation(section: object) -> str:
+    """``crop padding 4 (reflect), flip``; ``none`` where nothing is changed."""
+    if not isinstance(section, Mapping) or not isinstance(section.get("augment"), Mapping):
+        return ""
+    augment, said = section["augment"], []
+    if augment.get("crop_padding"):
+        said.append(
+            f"crop padding {format_value(augment['crop_padding'])} ({augment.get('padding_mode', '?')})"
+        )
+    if augment.get("flip"):
+        said.append("flip")
+    if augment.get("cutout"):
+        said.append(f"cutout {format_value(augment['cutout'])}")
+    if section.get("mixup"):
+        said.append(f"mixup {format_value(section['mixup'])}")
+    return ", ".join(said) or "none"
+
+
+def _execution(config: Mapping[str, Any]) -> str:
+    """``32-true, not compiled, channels last, deterministic``: as far as the configuration says."""
+    section, trainer = (
+        part if isinstance(part, Mapping) else {} for part in (config.get("execution"), config.get("trainer"))
+    )
+    said = [f"precision {format_value(trainer['precision'])}"] if "precision" in trainer else []
+    if "compile" in section:
+        mode = format_value(section["compile"])
+        said.append("not compiled" if mode == "none" else f"compiled ({mode})")
+    if section.get("channels_last"):
+        said.append("channels last")
+    if config.get("deterministic"):
+        said.append("deterministic")
+    if "devices" in trainer and (trainer["devices"] != 1 or trainer.get("num_nodes", 1) != 1):
+        said.append(f"devices {format_value(trainer['devices'])}")
+        said += [f"nodes {format_value(n)}" for n in [trainer.get("num_nodes", 1)] if n != 1]
+        said += [format_value(trainer["strategy"])] if trainer.get("strategy") else []
+    return ", ".join(said)
 
 
 def _measured(section: object) -> str:

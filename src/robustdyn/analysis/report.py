@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import math
 import os
 import re
@@ -20,6 +21,15 @@ import robustdyn
 from robustdyn.analysis import style
 from robustdyn.analysis.describe import provenance, what_was_run
 from robustdyn.analysis.figures import FIGURES, FigureSpec
+from robustdyn.analysis.overview import (
+    TIMES,
+    Evaluations,
+    Overview,
+    curves,
+    evaluations,
+    overview,
+    times,
+)
 from robustdyn.analysis.statistics import (
     FINAL,
     SHOWN_METRICS,
@@ -31,11 +41,13 @@ from robustdyn.analysis.statistics import headline as headline
 from robustdyn.errors import RecordError
 from robustdyn.records import schema
 from robustdyn.records.labels import differences, format_value
-from robustdyn.records.progress import RunState, count, run_states
+from robustdyn.records.progress import RunState, run_states
 from robustdyn.records.reader import Run, combine, find_runs
 
 PAGE = "index.html"
+SCRIPT = "report.js"
 FINAL_AND_BEST = "final_and_best"
+EVALUATION = "evaluation"
 
 
 @dataclass(frozen=True)
@@ -102,19 +114,22 @@ def build_report(
         RecordError: No run is found, none has finished an epoch, a record is broken, or ``output`` cannot be
             written.
     """
-    runs, output = find_runs(paths), Path(output)
+    given = [Path(paths)] if isinstance(paths, str | os.PathLike) else [Path(path) for path in paths]
+    runs, output = find_runs(given), Path(output)
     frames = {name: combine(runs, name) for name in schema.TABLES}
     if frames["epochs"].empty:
         raise RecordError(
             f"{runs[0].path}: no run has finished an epoch; train first, or wait for the first epoch"
         )
-    summary = final_and_best(runs)
+    summary, page = final_and_best(runs), output / PAGE
+    shown = overview(runs, run_states(runs) if states is None else states, frames, summary, page, given)
+    evaluated = evaluations(runs, page)
     try:
-        tables = _write_tables({**frames, FINAL_AND_BEST: summary}, output / "tables")
+        tables = _write_tables(
+            {**frames, FINAL_AND_BEST: summary, EVALUATION: evaluated.table}, output / "tables"
+        )
         figures, skipped = _write_figures(frames, output / "figures")
-        page = output / PAGE
-        shown = run_states(runs) if states is None else states
-        page.write_text(_page(runs, frames, summary, figures, skipped, shown), encoding="utf-8")
+        page.write_text(_page(runs, frames, summary, figures, skipped, shown, evaluated), encoding="utf-8")
     except OSError as error:
         raise RecordError(
             f"{output}: cannot write the report ({error.strerror}); pick another --output"
@@ -172,7 +187,8 @@ def _page(
     summary: pd.DataFrame,
     figures: Sequence[_Drawn],
     skipped: Mapping[str, str],
-    states: Sequence[RunState],
+    shown: Overview,
+    evaluated: Evaluations,
 ) -> str:
     """The HTML page."""
     environment = jinja2.Environment(
@@ -183,6 +199,8 @@ def _page(
         undefined=jinja2.StrictUndefined,
     )
     environment.filters["symbols"] = _symbols
+    assert environment.loader is not None
+    script = environment.loader.get_source(environment, SCRIPT)[0]
     titles = {spec.name: spec.title for spec in FIGURES}
     differing = differences(runs)
     return environment.get_template("report.html.j2").render(
@@ -192,16 +210,28 @@ def _page(
         headlines=[_card(line) for line in headlines(runs)],
         columns=[schema.EPOCHS[name].shown for name in SHOWN_METRICS],
         rows=_final_rows(summary),
-        states=states,
-        counted=count(states),
+        shown=shown,
+        counted=", ".join(f"{n} {state}" for state, n in shown.counts.items()),
+        curves=curves(shown, frames),
+        script=Markup(script),
+        script_hash=_hash(script),
+        evaluated=evaluated,
+        timed=times(runs, frames["timing"]),
+        times=TIMES,
         figures=figures,
         skipped=[(titles[name], reason) for name, reason in skipped.items()],
         runs=runs,
         differing=[(key, [format_value(value) for value in values]) for key, values in differing.items()],
         configs=[_yaml(run.config) for run in runs],
         provenance=provenance(runs),
-        tables=[schema.TABLES[name] for name, frame in frames.items() if not frame.empty],
+        tables=[schema.TABLES[name] for name, frame in frames.items() if not frame.empty]
+        + ([] if evaluated.table.empty else [schema.EVALUATION]),
     )
+
+
+def _hash(script: str) -> str:
+    """What the page's policy calls its script by: no other one on it runs, whatever a name or an error holds."""
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
 
 
 def _title(runs: Sequence[Run]) -> str:

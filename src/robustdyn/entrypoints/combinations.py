@@ -17,7 +17,7 @@ def check_combinations(cfg: DictConfig) -> None:
     Raises:
         ConfigError: Names the keys and the remedy.
     """
-    _precision(cfg)
+    _trainer(cfg)
     _settings_of_nothing(cfg)
     _mixed_targets(cfg)
     _optimizer(cfg)
@@ -27,12 +27,16 @@ def check_combinations(cfg: DictConfig) -> None:
     _early_stopping(cfg)
 
 
-def _precision(cfg: DictConfig) -> None:
+def _trainer(cfg: DictConfig) -> None:
     precision = str(cfg.trainer.precision)
     if precision in HALF:
         raise ConfigError(
             f"trainer.precision={precision} holds the weights and the metrics in half precision; choose "
             "bf16-mixed (execution=bf16)"
+        )
+    if cfg.trainer.inference_mode:
+        raise ConfigError(
+            "trainer.inference_mode=true leaves the attacks of an evaluation without gradients; choose false"
         )
 
 
