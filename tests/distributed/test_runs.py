@@ -127,6 +127,8 @@ def test_every_row_is_recorded_once_and_is_that_of_one_process(sweeps, method):
                 elif isinstance(value, float):
                     # an epoch's losses and errors are sums in float32, a gap is the difference of two
                     exact = EXACT32 if table == "epochs" else EXACT64
+                    # eigenvectors are as exact as the solver's residual over the gap; rounding ends it
+                    exact = {"rtol": 1e-4, "atol": 1e-6} if table == "alignment" else exact
                     wanted_value = pytest.approx(value, rel=exact["rtol"], abs=exact["atol"])
                     assert ours[column] == wanted_value, (table, column)
                 else:

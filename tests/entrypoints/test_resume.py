@@ -98,37 +98,47 @@ def test_interrupted_within_and_between_epochs(variant, tmp_path, monkeypatch):
     assert_same_end(end_of(tmp_path / "again"), undisturbed)
 
 
-@pytest.mark.slow  # twenty starts of the real command
-@pytest.mark.timeout(900)
+@pytest.mark.slow  # thirty starts of the real command
+@pytest.mark.timeout(2400)
 def test_killed_at_twenty_random_instants(tmp_path):
     """SIGKILL; nothing is lost and nothing is there twice."""
     draws = random.Random(0)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    alone, killed = tmp_path / "alone", tmp_path / "killed"
 
     def start(run_dir):
         more = (f"hydra.run.dir={run_dir}", "trainer.max_epochs=12", "measure.epochs=every 2", OFTEN)
         line = [sys.executable, "-m", "robustdyn.entrypoints.train", *arguments("at", *more)]
         return subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
-    began = time.monotonic()
-    alone = start(tmp_path / "alone")
-    assert alone.wait(timeout=120) == 0
-    whole = time.monotonic() - began
+    def lines():
+        log = killed / "log.jsonl"
+        return log.read_text().count("\n") if log.exists() else 0
+
+    process = start(alone)
+    while not (alone / "log.jsonl").exists() or not (alone / "log.jsonl").read_text():
+        assert process.poll() is None, process.stderr.read().decode()
+        time.sleep(0.01)
+    began = time.monotonic()  # of what comes after the imports
+    assert process.wait(timeout=600) == 0
+    trained_for = time.monotonic() - began
+
     kills = 0
     while kills < 20:
-        process = start(tmp_path / "killed")
-        # from the imports to the last epoch; late kills are those that matter
-        time.sleep(whole * draws.uniform(0.3, 1.0) if kills else 0.1)
+        before, process = lines(), start(killed)
+        while lines() == before and process.poll() is None and kills:  # the first one dies while it imports
+            time.sleep(0.01)
+        time.sleep(draws.uniform(0, 0.7 * trained_for))
         process.send_signal(signal.SIGKILL)
         status = process.wait(timeout=60)
         assert status in (-signal.SIGKILL, 0), process.stderr.read().decode()
-        if status == 0 and kills < 15:  # it was done: again from the start, the kills count all the same
-            assert_same_end(end_of(tmp_path / "killed"), end_of(tmp_path / "alone"))
-            (tmp_path / "killed").rename(tmp_path / f"done after {kills}")
-        kills += 1
-    last = start(tmp_path / "killed")
-    assert last.wait(timeout=120) == 0, last.stderr.read().decode()
-    assert_same_end(end_of(tmp_path / "killed"), end_of(tmp_path / "alone"))
+        kills += status != 0
+        if status == 0:  # it was done before: the next kills are of a new run
+            assert_same_end(end_of(killed), end_of(alone))
+            killed.rename(tmp_path / f"done after {kills}")
+    last = start(killed)
+    assert last.wait(timeout=600) == 0, last.stderr.read().decode()
+    assert_same_end(end_of(killed), end_of(alone))
 
 
 def test_a_kill_while_writing_leaves_the_last_checkpoint(tmp_path, monkeypatch):
