@@ -25,7 +25,7 @@ def test_one_path_gets_its_report_inside(quick, run, capsys):
 
 
 def test_several_paths_report_here(quick, run, tmp_path, monkeypatch, capsys):
-    other = write_run(tmp_path / "other", seed=1, epochs=25, measured=())
+    other = write_run(tmp_path / "other", seed=1, epochs=25, measured=(), trainer__max_epochs=25)
     monkeypatch.chdir(tmp_path)
     assert main([str(run), str(other)]) == 0
     assert (tmp_path / "report" / "index.html").is_file()

@@ -6,6 +6,7 @@ Everything here is text and plain numbers for the page; how it looks is the temp
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shlex
@@ -30,10 +31,12 @@ from robustdyn.analysis.statistics import (
     format_number,
     of_run,
 )
+from robustdyn.errors import RecordError
 from robustdyn.records import schema
 from robustdyn.records.labels import SEED, distinguishing, flatten, format_value
 from robustdyn.records.progress import STATES, TRACEBACK, RunState
-from robustdyn.records.reader import Run, read_table
+from robustdyn.records.reader import Run
+from robustdyn.records.writer import RunRecords
 
 MULTIRUN = "multirun.yaml"
 EVALUATIONS = "evaluation"  # folder in a run directory, where robustdyn-evaluate writes
@@ -83,6 +86,7 @@ class RunRow:
         name: Its label; of a missing run its overrides.
         state: See :mod:`robustdyn.records.progress`.
         remark: The error, or how far it has come.
+        progress: How far it has come: ``3 of 40 epochs finished``.
         factors: Its value of each factor.
         numbers: See ``NUMBERS``; then the WCI.
         folder: Its directory; None if it is missing.
@@ -94,6 +98,7 @@ class RunRow:
     name: str
     state: str
     remark: str
+    progress: str
     factors: tuple[str, ...]
     numbers: tuple[Cell, ...]
     folder: Link | None
@@ -145,6 +150,19 @@ class Overview:
         """The states there are, and how many runs are in each."""
         numbers = Counter(row.state for row in self.rows)
         return {state: numbers[state] for state in STATES if numbers[state]}
+
+    @property
+    def counted(self) -> tuple[Run, ...]:
+        """The runs that means are taken over: those that are done, for a failed one's last epoch is no end.
+
+        All of them where none is done.
+        """
+        found = [(row.state, row.run) for row in self.rows if row.run is not None]
+        return tuple(run for state, run in found if state == "done") or tuple(run for _, run in found)
+
+    def size(self, factor: int, value: str) -> int:
+        """How many runs have a value of a factor."""
+        return sum(row.factors[factor] == value for row in self.rows)
 
     @property
     def undone(self) -> tuple[RunRow, ...]:
@@ -286,8 +304,11 @@ def _row(
 ) -> RunRow:
     if run is None:
         empty = (Cell("–"),) * (len(NUMBERS) + 1)
-        return RunRow(state.name, state.state, state.remark, factors, empty, None, (), None, None)
-    own = summary[summary["run"] == run.label].set_index("selection")
+        return RunRow(state.name, state.state, state.remark, "", factors, empty, None, (), None, None)
+    own = {
+        str(facts["selection"]): {str(key): value for key, value in facts.items()}
+        for facts in summary[summary["run"] == run.label].to_dict("records")
+    }
     numbers = [_metric(own, selection, column) for selection, column in NUMBERS]
     measured = of_run(frames["wci"], run.label).dropna(subset=["wci"])
     if measured.empty:
@@ -300,6 +321,7 @@ def _row(
         name=run.label,
         state=state.state,
         remark=state.remark,
+        progress=_finished(state) if state.state == "failed" else state.remark,
         factors=factors,
         numbers=tuple(numbers),
         folder=_link("folder", run.path, page),
@@ -309,13 +331,19 @@ def _row(
     )
 
 
-def _metric(own: pd.DataFrame, selection: str, name: str) -> Cell:
+def _finished(state: RunState) -> str:
+    """How far a failed run came: its remark is the error."""
+    return f"{state.epochs}{'' if state.planned is None else f' of {state.planned}'} epochs finished"
+
+
+def _metric(own: Mapping[str, Mapping[str, Any]], selection: str, name: str) -> Cell:
     column = schema.EPOCHS[name]
-    if selection not in own.index or pd.isna(own.loc[selection, name]):
+    facts = own.get(selection)
+    if facts is None or math.isnan(facts[name]):
         return Cell("–")
-    value = float(own.loc[selection, name]) * column.scale
-    text = f"{value:.2f}" if column.scale > 1 else format_number(value)
-    return Cell(text, value, f"epoch {int(own.loc[selection, 'epoch'])}")
+    value = float(facts[name]) * column.scale
+    text = f"{value:.2f}" if column.scale > 1 else f"{value:.3f}"
+    return Cell(text, value, f"epoch {facts['epoch']}")
 
 
 def _links(run: Run, page: Path) -> Iterable[Link]:
@@ -366,9 +394,9 @@ def curves(overview: Overview, frames: Mapping[str, pd.DataFrame]) -> dict[str, 
     """What the page's script draws from; JSON can hold it.
 
     Returns:
-        ``factors`` (key, name in the address, values, colours), ``rows`` (name, state, factors, decays, one for
-        each row of the table), ``colours`` of the rows, ``colour`` to start with, and ``panels``: title, unit,
-        decimals, and for each row its points ``[epochs, values]`` or null.
+        ``factors`` (key, name in the address, values, colours), ``rows`` of the table (name, state, factors,
+        decays), ``colours`` of the rows, ``colour`` to start with, and ``panels``: title, unit, and for each
+        row its points ``[epochs, values]`` or null.
     """
     factors = [
         {"key": f.key, "name": f.name, "values": f.values, "colours": list(style.colours(len(f.values)))}
@@ -424,12 +452,11 @@ def evaluations(runs: Sequence[Run], page: Path) -> Evaluations:
             settings = _json(folder / "settings.json")
             if not settings:
                 continue
-            rows = read_table(folder, "evaluation")
-            rows = rows[~rows["evaluator"].str.contains("/")] if not rows.empty else rows
+            rows = _recorded(folder, schema.EVALUATION)
             checks = _outside_the_ball(settings)
-            for name in rows["evaluator"]:
+            for name in _whole(rows)["evaluator"]:
                 attacks[name] = f"{name} (a check: should be 0)" if name in checks else name
-            found.append(_evaluation(run, folder, settings, rows, page))
+            found.append(_evaluation(run, folder, settings, _whole(rows), page))
             heads = {"run": run.label, "group": run.group, "checkpoint": folder.name}
             frames.append(rows.assign(**heads)[[*heads, *rows.columns]])
     filled = [frame for frame in frames if not frame.empty]
@@ -441,13 +468,35 @@ def evaluations(runs: Sequence[Run], page: Path) -> Evaluations:
     )
 
 
+def _recorded(folder: Path, table: schema.Table) -> pd.DataFrame:
+    """A table of an evaluation, which has no epochs; without a last line that a killed process left half."""
+    path = RunRecords(folder).path(table.name)
+    lines = [line for line in path.read_bytes().split(b"\n") if line.strip()] if path.is_file() else []
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise RecordError(
+                    f"{path}, line {number}: not a record; evaluate again into another directory, and "
+                    "delete this one"
+                ) from error
+    return pd.DataFrame(rows, columns=list(table.names))
+
+
+def _whole(rows: pd.DataFrame) -> pd.DataFrame:
+    """Without the attacks that an ensemble consists of."""
+    return rows[~rows["evaluator"].astype(str).str.contains("/")]
+
+
 def _evaluation(
     run: Run, folder: Path, settings: Mapping[str, Any], rows: pd.DataFrame, page: Path
 ) -> Evaluation:
     about = settings.get("evaluation", {})
     scale = schema.EVALUATION["accuracy"].scale
     found = zip(rows["evaluator"], rows["accuracy"] * scale, rows["accuracy_se"] * scale, strict=True)
-    told = read_table(folder, "warnings")
+    told = _recorded(folder, schema.WARNINGS)
     return Evaluation(
         run=run.label,
         link=_link(folder.name, folder, page),

@@ -7,7 +7,7 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,7 +139,7 @@ def build_report(
         tables=tuple(tables),
         figures=tuple(file for drawn in figures for file in drawn.files),
         skipped=skipped,
-        headline=tuple(headline(runs)),
+        headline=tuple(headline(shown.counted)),
     )
 
 
@@ -207,9 +207,9 @@ def _page(
         title=_title(runs),
         version=robustdyn.__version__,
         what=what_was_run(runs),
-        headlines=[_card(line) for line in headlines(runs)],
+        headlines=[_card(line) for line in headlines(shown.counted)],
         columns=[schema.EPOCHS[name].shown for name in SHOWN_METRICS],
-        rows=_final_rows(summary),
+        rows=_final_rows(summary, {run.label for run in shown.counted}),
         shown=shown,
         counted=", ".join(f"{n} {state}" for state, n in shown.counts.items()),
         curves=curves(shown, frames),
@@ -230,7 +230,7 @@ def _page(
 
 
 def _hash(script: str) -> str:
-    """What the page's policy calls its script by: no other one on it runs, whatever a name or an error holds."""
+    """What the page's policy knows its script by: no other one runs on it, whatever a name or error holds."""
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
 
 
@@ -254,17 +254,26 @@ def _card(line: Headline) -> dict[str, object]:
         }
         for change in line.changes
     ]
-    return {"name": line.name, "start": line.start, "rows": rows, "missing": line.missing}
+    sizes = {len(change.pairs) for change in line.changes}
+    seeds = f"{min(sizes)}" if len(sizes) == 1 else f"{min(sizes)} to {max(sizes)}" if sizes else ""
+    return {
+        "name": line.name,
+        "start": line.start,
+        "rows": rows,
+        "seeds": "" if sizes <= {1} else seeds,
+        "missing": line.missing,
+    }
 
 
-def _final_rows(summary: pd.DataFrame) -> list[_Row]:
-    """Rows of the final/best table: each run's selections, then means for groups of several runs."""
+def _final_rows(summary: pd.DataFrame, counted: Set[str]) -> list[_Row]:
+    """Rows of the final/best table: each run's selections, then means over those ``counted`` of a group."""
     rows = []
     for group, of_group in summary.groupby("group", sort=False):
         for run, own in of_group.groupby("run", sort=False):
             for i, (_, values) in enumerate(own.iterrows()):
                 cells = (str(values["epoch"]), *_metric_cells(values))
                 rows.append(_Row(str(run), len(own) if i == 0 else 0, str(values["selection"]), cells, False))
+        of_group = of_group[of_group["run"].isin(counted)]
         n = of_group["run"].nunique()
         if n > 1:
             means = of_group.groupby("selection", sort=False)[list(SHOWN_METRICS)].mean()

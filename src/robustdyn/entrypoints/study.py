@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from robustdyn.entrypoints.config import register_resolvers
 from robustdyn.entrypoints.status import status_of
 
 EPILOG = """\
@@ -26,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     paths: list[Path] = arguments.path
     output: Path = arguments.output or (paths[0] if len(paths) == 1 else Path()) / arguments.study
     from robustdyn.analysis.study import conduct  # the plotting libraries load slowly: not for --help
+
+    register_resolvers()  # which settings in the runs' configurations refer to
 
     def study() -> None:
         written = conduct(arguments.study, paths, output)

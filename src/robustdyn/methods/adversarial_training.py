@@ -26,6 +26,7 @@ from robustdyn.methods.regularizer import Regularizer
 from robustdyn.methods.schedules import Schedule
 from robustdyn.methods.stopwatch import Stopwatch
 from robustdyn.models.modes import frozen_statistics, mode
+from robustdyn.models.sync_batchnorm import share_buffers
 
 OptimizerFactory = Callable[[Iterable[Any]], torch.optim.Optimizer]
 """From parameter groups to an optimiser."""
@@ -175,6 +176,16 @@ class AdversarialTraining(lightning.LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed what draws from the global generators, dropout say, by seed, step and rank."""
         streams.seed_global(self.seed, "global", self.global_step, self.global_rank)
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """At an epoch's end all ranks take the first one's statistics: one network is measured."""
+        if self.trainer.world_size > 1 and self.trainer.is_last_batch:
+            share_buffers(self.model)
+
+    def on_validation_epoch_start(self) -> None:
+        """Likewise the statistics of the average that stands in for the weights."""
+        if self.trainer.world_size > 1:
+            share_buffers(self.model)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Attack, perturb the weights, then the objective there; clean metrics ride along without gradient.

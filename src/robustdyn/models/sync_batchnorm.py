@@ -23,6 +23,13 @@ def synchronize(model: nn.Module) -> None:
             module.forward = partial(_forward, module)  # type: ignore[method-assign]
 
 
+@torch.no_grad()
+def share_buffers(model: nn.Module) -> None:
+    """Every process takes the first one's buffers: its running statistics. A collective call."""
+    for buffer in model.buffers():
+        dist.broadcast(buffer, 0)
+
+
 def desynchronize(model: nn.Module) -> None:
     """Undo :func:`synchronize`."""
     for module in model.modules():

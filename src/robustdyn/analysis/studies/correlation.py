@@ -26,12 +26,14 @@ from robustdyn.analysis.plotting import Cast, finish, key, mark_decays
 from robustdyn.analysis.statistics import decay_epochs, of_run
 from robustdyn.analysis.study import Answer, Picture, Study
 from robustdyn.errors import RecordError
+from robustdyn.records.labels import SEED, differences, format_value
 from robustdyn.records.reader import Run, combine
 from robustdyn.records.schema import EPOCHS, WCI
 
 GAPS = ("robust_loss_gap", "robust_error_gap")
 DECAYED, ALL = "from the first decay on", "all"
 VALUES, CHANGES = "values", "changes"
+OPERATION = ("checkpoint", "nonfinite", "resume")  # sections that change no result
 MIN_SEEDS = 3
 MIN_EPOCHS = 4  # three changes, the fewest that a correlation says anything about
 SIGNIFICANT = 0.05
@@ -72,7 +74,7 @@ def pairs_of(runs: Sequence[Run]) -> pd.DataFrame:
         both = measured[["epoch", "wci", "wci_se"]].merge(
             own[["epoch", *GAPS]].dropna(), on="epoch", validate="one_to_one"
         )
-        both = both.assign(seed=run.config["seed"], decayed=both["epoch"] >= decays[0])
+        both = both.assign(seed=run.config[SEED], decayed=both["epoch"] >= decays[0])
         if both["decayed"].sum() < MIN_EPOCHS:
             raise RecordError(
                 f"{run.path}: WCI and gaps are both known at {both['decayed'].sum()} epochs since the first"
@@ -187,7 +189,7 @@ def spread(wci: pd.DataFrame) -> pd.DataFrame:
 def answer(runs: Sequence[Run]) -> Answer:
     """Tables, figures and findings; see the functions above."""
     pairs = pairs_of(runs)
-    seed_of = {run.label: run.config["seed"] for run in runs}
+    seed_of = {run.label: run.config[SEED] for run in runs}
     wci = combine(runs, "wci")
     wci = wci.assign(seed=wci["run"].map(seed_of))
     rates = _rates(combine(runs, "epochs"))
@@ -229,13 +231,13 @@ def draw_scatter(table: pd.DataFrame) -> Figure:
             _draw_line(ax, own[own["kind"] == "line"], EPOCHS[gap].scale)
             sign = "" if form == VALUES else "Δ "
             ax.set_xlabel(f"{sign}{WCI['wci'].shown}")
-            ax.set_ylabel(f"{sign}{EPOCHS[gap].shown}")
+            ax.set_ylabel(f"{sign}gap ({EPOCHS[gap].shown_unit})")
             name = EPOCHS[gap].label.capitalize()
-            ax.set_title(name if form == VALUES else f"{name}: change between measured epochs")
+            ax.set_title(name if form == VALUES else f"{name}: changes between epochs")
     grey = style.NEUTRAL
     handles: list[Line2D | Patch] = [key(f"seed {seed}", "", "o", colour_of[seed]) for seed in seeds]
     handles += [
-        key("before the first decay", "", "o", style.MARK, fillstyle="none"),
+        key("before, or across, the first decay", "", "o", style.MARK, fillstyle="none"),
         key("pooled line since the first decay", colour=grey),
         Patch(color=grey, alpha=0.15, label="95 %, clustered by seed"),
         Patch(color=grey, alpha=0.5, label="95 %, epochs as independent"),
@@ -300,15 +302,18 @@ def draw_spread(table: pd.DataFrame) -> Figure:
 
 
 def _check_settings(runs: Sequence[Run]) -> None:
-    groups = list(dict.fromkeys(run.group for run in runs))
-    if len(groups) > 1:
+    # not run.group: what each run has to itself follows from its seed there
+    other = {k: v for k, v in differences(runs).items() if k != SEED and k.split(".")[0] not in OPERATION}
+    if other:
+        name, values = next(iter(other.items()))
+        shown = ", ".join(dict.fromkeys(format_value(value) for value in values))
         raise RecordError(
-            f"runs differ in more than their seed ({'; '.join(groups[:3])}{'; ...' if groups[3:] else ''}):"
+            f"runs differ in more than their seed: {name} is {shown};"
             " give those of one setting, as several paths or by a shell pattern"
         )
     by_seed: dict[object, Run] = {}
     for run in runs:
-        seed = run.config.get("seed")
+        seed = run.config.get(SEED)
         if seed in by_seed:
             raise RecordError(f"{run.path}: seed {seed} is that of {by_seed[seed].path} too; leave one out")
         by_seed[seed] = run
@@ -366,7 +371,8 @@ def _scatter_table(pairs: pd.DataFrame) -> pd.DataFrame:
             parts.append(_line(used).assign(kind="line", **head))
     columns = ["kind", "form", "gap", "seed", "epoch", "in_line", "wci", "value"]
     bands = ["naive_low", "naive_high", "cluster_low", "cluster_high"]
-    return pd.concat(parts, ignore_index=True)[columns + bands]
+    types = {"seed": "Int64", "epoch": "Int64", "in_line": "boolean"}
+    return pd.concat(parts, ignore_index=True)[columns + bands].astype(types)
 
 
 def _line(sample: pd.DataFrame) -> pd.DataFrame:
@@ -383,7 +389,9 @@ def _line(sample: pd.DataFrame) -> pd.DataFrame:
 def _spread_table(wci: pd.DataFrame, spreads: pd.DataFrame, rates: pd.DataFrame) -> pd.DataFrame:
     single = wci.dropna(subset=["wci"])[["seed", "epoch", "wci"]].assign(kind="seed")
     over = rates.merge(spreads, on="epoch", how="left").assign(kind="over seeds")
-    return pd.concat([single, over], ignore_index=True)[["kind", *single.columns[:-1], *over.columns[1:-1]]]
+    columns = ["kind", "seed", "epoch", "wci", *over.columns[1:-1]]
+    both = pd.concat([single, over], ignore_index=True)[columns]
+    return both.astype({"seed": "Int64", "seeds": "Int64"})
 
 
 def _draw_points(ax: Axes, points: pd.DataFrame, colour_of: dict[Any, str], scale: float) -> None:
@@ -425,8 +433,8 @@ def _findings(
     seeds, since = pairs["seed"].nunique(), pairs[pairs["decayed"]]
     found = [
         f"{seeds} seeds, {len(pairs)} pairs of WCI and gap at epochs {_range(pairs['epoch'])}, of which"
-        f" {len(since)} from the first decay on (epochs {_range(since['epoch'])}). Slopes are in nats (loss) or"
-        " fractions of 1 (error) per unit of WCI; intervals are of 95 %."
+        f" {len(since)} from the first decay on (epochs {_range(since['epoch'])}). Slopes are in nats (loss)"
+        " or fractions of 1 (error) per unit of WCI; intervals are of 95 %."
     ]
     for gap in GAPS:
         name = EPOCHS[gap].label
@@ -469,8 +477,10 @@ def _findings(
             f" {100 * noise.median():.0f} % of it (median over epochs)."
         )
     found.append(
-        f"{seeds} clusters are few: the interval clustered by seed tends to be too short still; trust that of"
-        " the seeds' own slopes."
+        "The clustered interval says how the slope would vary with other seeds, not that a line fits:"
+        " where all seeds follow one bent curve it is even the shorter one. With"
+        f" {seeds} clusters it tends to be too short; that of the seeds' own slopes is not, and leaves"
+        " differences of level between seeds out."
     )
     return found
 

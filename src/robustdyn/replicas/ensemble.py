@@ -1,0 +1,434 @@
+"""Replicas: the same network trained on from one point with different mini-batches and attack noise.
+
+Shapes: R replicas of a chunk, P parameters, k directions, T steps, S recorded steps, B examples of a batch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.func import vmap
+from torch.nn import functional as F
+
+from robustdyn import streams
+from robustdyn.attacks import PGD, AttackLoss
+from robustdyn.methods.objectives.objective import Objective
+from robustdyn.methods.perturbations import WeightPerturbation
+from robustdyn.models.modes import mode
+from robustdyn.replicas.network import Engine, StackedNetwork
+from robustdyn.replicas.sampling import Sampling
+from robustdyn.replicas.updates import Update
+
+BatchNormMode = Literal["eval", "train"]
+Arrays = dict[str, NDArray[np.float64]]
+
+_SLAB = 2**16  # parameters that are copied to float64 at once
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Directions:
+    """What weights and gradients are projected on.
+
+    For momentum SGD both are the same orthonormal vectors u_i. Under a diagonal preconditioner D, with u_i
+    orthonormal in the coordinates y = D^{−1/2} θ, weights go with D^{−1/2} u_i and gradients with D^{1/2}
+    u_i.
+
+    Attributes:
+        positions: (P, k); x_i = positions_iᵀ (θ − θ_0).
+        forces: (P, k); g_i = forces_iᵀ g, and likewise the optimiser's buffer.
+    """
+
+    positions: Tensor
+    forces: Tensor
+
+    @property
+    def count(self) -> int:
+        """K."""
+        return self.positions.shape[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recorded:
+    """What is recorded and when, in steps taken; 0 is the start.
+
+    Attributes:
+        steps: S steps at which positions are recorded, strictly increasing, ≥ 0.
+        loss_steps: Steps at which the robust loss is measured as well, strictly increasing, ≥ 0.
+        loss_examples: Of the first so many training examples.
+
+    Raises:
+        ValueError: Steps that do not increase.
+    """
+
+    steps: tuple[int, ...]
+    loss_steps: tuple[int, ...]
+    loss_examples: int
+
+    def __post_init__(self) -> None:
+        for name, steps in (("steps", self.steps), ("loss_steps", self.loss_steps)):
+            if list(steps) != sorted(set(steps)) or (steps and steps[0] < 0):
+                raise ValueError(f"{name} must increase strictly from 0 on, got {list(steps)}")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Training:
+    """How every replica is trained.
+
+    A batch is attacked at the replica's weights, perturbed if so, and the optimiser steps on the objective:
+    the step of :class:`robustdyn.methods.AdversarialTraining`, without augmentation, warm-up or L1 penalty.
+    Random numbers of replica r at step t are a function of (seed, r, t).
+
+    Attributes:
+        images: Training examples (n, ...) in [0, 1], on the network's device.
+        targets: (n,) classes or (n, K) probabilities.
+        objective: What the attack climbs and the optimiser descends; a mean over examples of the batch, each
+            with a loss of its own.
+        attack: Makes the adversarial examples; always against running statistics where ``batchnorm`` is
+            ``"eval"``.
+        perturbation: Of the weights, for each replica its own at every step; None for none.
+        update: The optimiser's rule.
+        learning_rate: η of each step (T,).
+        sampling: How batches are drawn.
+        batchnorm: ``"eval"`` keeps the running statistics as they are and normalises with them: a
+            deterministic loss of each example. ``"train"`` normalises with each batch's own and moves them
+            as training does.
+        seed: Of all random numbers.
+
+    Raises:
+        ValueError: Settings that do not fit together.
+    """
+
+    images: Tensor
+    targets: Tensor
+    objective: Objective
+    attack: PGD
+    perturbation: WeightPerturbation | None
+    update: Update
+    learning_rate: Sequence[float]
+    sampling: Sampling
+    batchnorm: BatchNormMode
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.batchnorm not in get_args(BatchNormMode):
+            raise ValueError(f"batchnorm must be eval or train, got {self.batchnorm}")
+        if not len(self.images) == len(self.targets) == self.sampling.examples:
+            raise ValueError(
+                f"images, targets and sampling must be of as many examples, got {len(self.images)}, "
+                f"{len(self.targets)} and {self.sampling.examples}"
+            )
+        if any(not rate > 0 for rate in self.learning_rate):
+            raise ValueError("learning_rate must be positive at every step")
+
+
+class Ensemble:
+    """Trains chunks of replicas of one network and records them.
+
+    Args:
+        model: The common starting point θ_0; it is copied, never changed.
+        training: How.
+        directions: What is projected on.
+        recorded: What is recorded.
+        engine: How the replicas of a chunk pass.
+
+    Raises:
+        ValueError: Directions of another length than θ, recorded steps beyond the last, or Dropout in a
+            network that is to be trained in train mode.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        training: Training,
+        *,
+        directions: Directions,
+        recorded: Recorded,
+        engine: Engine,
+    ) -> None:
+        self.training, self.directions, self.recorded = training, directions, recorded
+        self.network = StackedNetwork(model, engine)
+        self.start = self.network.theta()
+        steps = len(training.learning_rate)
+        for name, when in (("steps", recorded.steps), ("loss_steps", recorded.loss_steps)):
+            if when and when[-1] > steps:
+                raise ValueError(f"{name} has {when[-1]}, but there are {steps} steps")
+        wanted = (self.network.numel, directions.count)
+        if directions.positions.shape != wanted or directions.forces.shape != wanted:
+            raise ValueError(f"directions must be {wanted}, got {tuple(directions.positions.shape)}")
+        if training.batchnorm == "train":
+            refuse_dropout(model)
+
+    def run(self, replicas: Sequence[int]) -> Arrays:
+        """Train some replicas from the start to the end.
+
+        Args:
+            replicas: Their numbers, R of them; what each does follows from its number, up to rounding that
+                may differ between chunks of different sizes.
+
+        Returns:
+            Float64 arrays, by name: ``position`` (R, S, k), x; ``buffer`` (R, S, k), the optimiser's buffer;
+            ``gradient`` (R, S, k), of the mini-batch loss without weight decay in the step that led there,
+            NaN at step 0; ``distance`` (R, S), ‖θ − θ_0‖; ``batch_loss`` (R, T), cross-entropy of each
+            adversarial batch in nats, where its gradient was taken; ``robust_loss`` and ``robust_error`` (R,
+            L) over the loss examples at the L loss steps.
+
+        Raises:
+            FloatingPointError: A replica's weights are not finite.
+        """
+        training, steps = self.training, len(self.training.learning_rate)
+        theta = self.start.expand(len(replicas), -1).clone()
+        statistics = self.network.statistics(len(replicas))
+        state = training.update.begin(theta)
+        record = _Record(len(replicas), self)
+        record.note(0, theta, training.update.buffer(state), None)
+        self._note_loss(record, 0, theta, statistics)
+        for step, rate in enumerate(training.learning_rate):
+            gradient, losses, moves = batch_gradients(
+                self.network, theta, statistics, training, replicas, step
+            )
+            record.batch_loss[:, step] = losses.double().cpu().numpy()
+            # the optimiser changes its gradient; a copy only where it is recorded
+            wanted = step + 1 in record.rows
+            kept = gradient.clone() if wanted else None
+            if moves is None or training.perturbation is None:
+                training.update.step(theta, gradient, state, rate, step)
+            elif training.perturbation.step_at == "perturbed":
+                theta.add_(moves)
+                training.update.step(theta, gradient, state, rate, step)
+                theta.sub_(moves)
+            else:
+                # as in training, where the weights return from w + v with the same rounding
+                theta.add_(moves).sub_(moves)
+                training.update.step(theta, gradient, state, rate, step)
+            if wanted:
+                record.note(step + 1, theta, training.update.buffer(state), kept)
+            self._note_loss(record, step + 1, theta, statistics)
+        finite = theta.isfinite().all(dim=1)
+        if not bool(finite.all()):
+            worst = [number for number, good in zip(replicas, finite.tolist(), strict=True) if not good]
+            raise FloatingPointError(f"replicas {worst} diverged within {steps} steps")
+        return record.arrays()
+
+    def _note_loss(self, record: "_Record", step: int, theta: Tensor, statistics: dict[str, Tensor]) -> None:
+        if step not in self.recorded.loss_steps:
+            return
+        column = self.recorded.loss_steps.index(step)
+        losses, errors = robust_loss(
+            self.network, theta, statistics, self.training, self.recorded.loss_examples
+        )
+        record.robust_loss[:, column] = losses.double().cpu().numpy()
+        record.robust_error[:, column] = errors.double().cpu().numpy()
+
+
+class _Record:
+    """The arrays of a chunk as they fill."""
+
+    def __init__(self, replicas: int, ensemble: Ensemble) -> None:
+        recorded, self.directions = ensemble.recorded, ensemble.directions
+        self.start = ensemble.start
+        self.rows = {step: row for row, step in enumerate(recorded.steps)}
+        shape = (replicas, len(recorded.steps), self.directions.count)
+        self.position, self.buffer, self.gradient = (np.full(shape, np.nan) for _ in range(3))
+        self.distance = np.full(shape[:2], np.nan)
+        self.batch_loss = np.full((replicas, len(ensemble.training.learning_rate)), np.nan)
+        self.robust_loss = np.full((replicas, len(recorded.loss_steps)), np.nan)
+        self.robust_error = self.robust_loss.copy()
+
+    def note(self, step: int, theta: Tensor, buffer: Tensor, gradient: Tensor | None) -> None:
+        row = self.rows.get(step)
+        if row is None:
+            return
+        moved = theta - self.start
+        self.position[:, row] = project(moved, self.directions.positions)
+        self.buffer[:, row] = project(buffer, self.directions.forces)
+        self.distance[:, row] = moved.double().norm(dim=1).cpu().numpy()
+        if gradient is not None:
+            self.gradient[:, row] = project(gradient, self.directions.forces)
+
+    def arrays(self) -> Arrays:
+        return {
+            name: getattr(self, name)
+            for name in (
+                "position",
+                "buffer",
+                "gradient",
+                "distance",
+                "batch_loss",
+                "robust_loss",
+                "robust_error",
+            )
+        }
+
+
+def batch_gradients(
+    network: StackedNetwork,
+    theta: Tensor,
+    statistics: dict[str, Tensor],
+    training: Training,
+    replicas: Sequence[int],
+    step: int,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The gradients that replicas' optimisers get in one step.
+
+    Args:
+        network: The stacked network.
+        theta: (R, P), weights; not changed.
+        statistics: Running statistics, moved in place where ``training.batchnorm`` is ``"train"``.
+        training: How.
+        replicas: R numbers.
+        step: Number of the step, from 0.
+
+    Returns:
+        Gradients (R, P) of the objective on each replica's batch, without weight decay, at the perturbed
+        weights where there is a perturbation; the objective's value (R,); the perturbation (R, P) or None.
+    """
+    which = [training.sampling.indices(training.seed, replica, step) for replica in replicas]
+    size = len(which[0])
+    chosen = torch.cat(which).to(training.images.device)
+    images, targets = training.images[chosen], training.targets[chosen]
+    trained = training.batchnorm == "train"
+    network.use(theta, statistics)
+    with mode(network, training=trained):
+        starts = [
+            training.attack.start(part, _draws(training, replica, step))
+            for part, replica in zip(images.split(size), replicas, strict=True)
+        ]
+        adversarial = attacked(network, training, images, targets, torch.cat(starts))
+        moves = None
+        if training.perturbation is not None:
+            # BatchNorm in train mode normalises with the batch here, too, but its statistics stay
+            aside = {name: value.clone() for name, value in statistics.items()} if trained else statistics
+            leaves = network.use(theta, aside, learn=True)
+            loss, _ = _losses(network, training, images, adversarial, targets, len(replicas))
+            moves = perturb(network, training.perturbation, leaves, torch.autograd.grad(loss, leaves))
+        at = theta if moves is None else theta + moves
+        leaves = network.use(at, statistics, learn=True)
+        loss, losses = _losses(network, training, images, adversarial, targets, len(replicas))
+        gradients = torch.autograd.grad(loss, leaves)
+    return network.flatten(gradients), losses, moves
+
+
+def attacked(
+    network: nn.Module, training: Training, images: Tensor, targets: Tensor, starts: Tensor
+) -> Tensor:
+    """Adversarial images of a batch (N, ...), as training makes them; the images where there is no attack."""
+    attack = training.attack
+    if training.batchnorm == "eval" and attack.batchnorm != "eval":
+        attack = _against_running_statistics(attack)
+    with torch.no_grad(), attack.mode(network):
+        loss: AttackLoss | None = training.objective.attack_loss(network, images)
+    return images if loss is None else attack.climb(network, images, targets, starts, loss)
+
+
+def perturb(
+    network: StackedNetwork,
+    perturbation: WeightPerturbation,
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+) -> Tensor:
+    """The moves v (R, P): each replica's own weight perturbation from its own gradients.
+
+    Args:
+        network: Names the tensors.
+        perturbation: Whose rule.
+        weights: (R, ...), one tensor per name.
+        gradients: Of the loss there.
+    """
+    present = dict(network.base.named_parameters())
+    moves = [torch.zeros_like(weight) for weight in weights]
+    moved = [i for i, name in enumerate(network.names) if perturbation.selects(name, present[name])]
+    if moved:
+        with torch.no_grad():
+            found = vmap(perturbation.direction)(
+                [weights[i].detach() for i in moved], [gradients[i] for i in moved]
+            )
+        for index, move in zip(moved, found, strict=True):
+            moves[index] = move
+    return network.flatten(moves)
+
+
+def robust_loss(
+    network: StackedNetwork, theta: Tensor, statistics: dict[str, Tensor], training: Training, examples: int
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy and error on the first training examples, attacked anew, from the same starts for all.
+
+    BatchNorm uses running statistics, whatever it does in training, and they stay.
+
+    Args:
+        network: The stacked network.
+        theta: (R, P).
+        statistics: Of the replicas.
+        training: Data, attack and seed.
+        examples: m ≥ 1.
+
+    Returns:
+        (R,) losses in nats and (R,) fractions misclassified.
+    """
+    attack = _against_running_statistics(training.attack)
+    draws = streams.generator(training.seed, "replica-loss", device=training.images.device)
+    images, targets = training.images[:examples], training.targets[:examples]
+    replicas = len(theta)
+    losses, errors = theta.new_zeros(replicas), theta.new_zeros(replicas)
+    network.use(theta, statistics)
+    size = training.sampling.batch_size
+    with mode(network, training=False):
+        for part, labels in zip(images.split(size), targets.split(size), strict=True):
+            many = part.repeat(replicas, *[1] * (part.dim() - 1))
+            start = attack.start(part, draws).repeat(replicas, *[1] * (part.dim() - 1))
+            wanted = labels.repeat(replicas, *[1] * (labels.dim() - 1))
+            adversarial = attack.climb(network, many, wanted, start)
+            with torch.no_grad():
+                logits = network(adversarial)
+                each = F.cross_entropy(logits, wanted, reduction="none")
+                classes = wanted if wanted.dim() == 1 else wanted.argmax(dim=1)
+                wrong = (logits.argmax(dim=1) != classes).to(losses)
+            losses += each.view(replicas, -1).sum(dim=1)
+            errors += wrong.view(replicas, -1).sum(dim=1)
+    return losses / len(images), errors / len(images)
+
+
+def project(rows: Tensor, directions: Tensor) -> NDArray[np.float64]:
+    """Inner products of rows (R, P) with directions (P, k), summed in float64: (R, k)."""
+    total = torch.zeros(len(rows), directions.shape[1], dtype=torch.float64, device=rows.device)
+    for start in range(0, rows.shape[1], _SLAB):
+        slab = slice(start, start + _SLAB)
+        total += rows[:, slab].double() @ directions[slab].double()
+    return total.cpu().numpy()
+
+
+def refuse_dropout(model: nn.Module) -> None:
+    """Raises ValueError if train mode would draw random numbers of the global generator."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+            raise ValueError(f"batchnorm=train would turn on Dropout in {name!r}; use batchnorm=eval")
+
+
+def _losses(
+    network: StackedNetwork,
+    training: Training,
+    images: Tensor,
+    adversarial: Tensor,
+    targets: Tensor,
+    replicas: int,
+) -> tuple[Tensor, Tensor]:
+    """The sum of the replicas' objectives, a scalar to differentiate, and each one's robust loss (R,)."""
+    outcome = training.objective(network, images, adversarial, targets)
+    logits = outcome.robust_logits
+    total = replicas * outcome.loss
+    if logits is None:  # the objective knows none: NaN says so
+        return total, torch.full((replicas,), float("nan"))
+    with torch.no_grad():
+        each = F.cross_entropy(logits, targets, reduction="none").view(replicas, -1).mean(dim=1)
+    return total, each
+
+
+def _against_running_statistics(attack: PGD) -> PGD:
+    return replace(attack, batchnorm="eval")
+
+
+def _draws(training: Training, replica: int, step: int) -> torch.Generator:
+    return streams.generator(training.seed, "replica-attack", replica, step, device=training.images.device)

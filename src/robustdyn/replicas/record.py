@@ -1,0 +1,226 @@
+"""The directory of an ensemble: settings, starting point, and one file for each finished chunk of replicas.
+
+``settings.json`` says what the numbers depend on; ``start.npz`` holds the starting point; ``chunks/*.npz``
+the replicas. Every file appears whole or not at all, so that a killed command, or several at work on parts
+of the ensemble, leave nothing that the next one could not go on with.
+"""
+
+import io
+import json
+import os
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+from numpy.typing import NDArray
+
+from robustdyn.errors import ConfigError, RecordError
+from robustdyn.records.writer import plain
+from robustdyn.replicas.ensemble import Arrays
+from robustdyn.replicas.start import StartingPoint
+
+SETTINGS, START, CHUNKS = "settings.json", "start.npz", "chunks"
+_ANOTHER = "choose another output=DIR, or delete this one"
+
+
+class EnsembleRecord:
+    """An ensemble's directory, written by any number of processes.
+
+    Args:
+        directory: Made if absent.
+        settings: What the numbers depend on; JSON can hold it. The number of replicas is no part of it: an
+            ensemble may grow.
+        provenance: Versions and the like, noted down with the first settings and never compared.
+        chunk: Replicas of a chunk.
+
+    Raises:
+        RecordError: The directory cannot be used, or holds an ensemble of other settings.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        settings: Mapping[str, object],
+        provenance: Mapping[str, object],
+        *,
+        chunk: int,
+    ) -> None:
+        self.directory, self.chunk = directory, chunk
+        try:
+            (directory / CHUNKS).mkdir(parents=True, exist_ok=True)
+            with FileLock(directory / ".lock"):
+                self._begin(plain({**settings, "chunk": chunk}), plain(provenance))
+        except OSError as error:
+            if isinstance(error, RecordError):
+                raise
+            raise _unwritable(directory, error) from error
+
+    def _begin(self, settings: dict[str, Any], provenance: dict[str, Any]) -> None:
+        path = self.directory / SETTINGS
+        if not path.exists():
+            if (self.directory / START).exists():
+                raise RecordError(f"{path}: missing beside an ensemble that is there; {_ANOTHER}")
+            text = json.dumps({"ensemble": settings, "provenance": provenance}, indent=1) + "\n"
+            _write(path, text.encode())
+            return
+        stored = _settings(self.directory)
+        if stored != settings:
+            keys = [k for k in dict.fromkeys([*stored, *settings]) if stored.get(k) != settings.get(k)]
+            changed = ", ".join(f"{k}={_short(stored.get(k))} (now {_short(settings.get(k))})" for k in keys)
+            raise RecordError(f"{self.directory}: holds an ensemble with {changed}; {_ANOTHER}")
+
+    def start(self, measure: Callable[[], StartingPoint], device: torch.device) -> StartingPoint:
+        """The recorded starting point; where there is none, ``measure`` is asked, by one process alone."""
+        path = self.directory / START
+        with FileLock(self.directory / ".start.lock"):
+            if not path.exists():
+                _write(path, _packed(measure().arrays()))
+            return StartingPoint.from_arrays(_unpacked(path), device)
+
+    def missing(self, replicas: int, *, shard: int = 0, shards: int = 1) -> Iterator[range]:
+        """Chunks among the first ``replicas`` that a shard has to run and are not there yet.
+
+        Whole chunks belong to a shard, so that no number depends on how many shards there are.
+
+        Raises:
+            ConfigError: ``replicas`` is no multiple of the chunk, or there is no such shard.
+        """
+        if replicas % self.chunk:
+            near = -(-replicas // self.chunk) * self.chunk
+            raise ConfigError(f"replicas={replicas} is no multiple of chunk={self.chunk}; choose {near}")
+        if not 0 <= shard < shards:
+            raise ConfigError(
+                f"shard={shard}/{shards} does not exist; choose 0/{shards} to {shards - 1}/{shards}"
+            )
+        for number in range(shard, replicas // self.chunk, shards):
+            first = number * self.chunk
+            if not self._chunk(first).exists():
+                yield range(first, first + self.chunk)
+
+    def add(self, replicas: range, arrays: Arrays) -> None:
+        """Write a finished chunk.
+
+        Raises:
+            RecordError: It cannot be written.
+        """
+        _write(self._chunk(replicas.start), _packed(arrays))
+
+    def _chunk(self, first: int) -> Path:
+        return self.directory / CHUNKS / f"{first:06d}.npz"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RecordedEnsemble:
+    """What a directory holds; see :meth:`robustdyn.replicas.Ensemble.run` for the arrays.
+
+    Attributes:
+        settings: What the numbers depend on, as in ``settings.json``.
+        start: The measured starting point.
+        replicas: (R,) numbers of the replicas that are there.
+        steps: (S,) recorded steps.
+        loss_steps: (L,).
+        learning_rate: (T,), η of each step.
+        position: (R, S, k), x_i = positions_iᵀ (θ − θ_0).
+        buffer: (R, S, k), the optimiser's buffer along the forces.
+        gradient: (R, S, k), of the mini-batch in the step that led there.
+        distance: (R, S), ‖θ − θ_0‖.
+        batch_loss: (R, T).
+        robust_loss: (R, L).
+        robust_error: (R, L).
+    """
+
+    settings: Mapping[str, Any]
+    start: StartingPoint
+    replicas: NDArray[np.int64]
+    steps: NDArray[np.int64]
+    loss_steps: NDArray[np.int64]
+    learning_rate: NDArray[np.float64]
+    position: NDArray[np.float64]
+    buffer: NDArray[np.float64]
+    gradient: NDArray[np.float64]
+    distance: NDArray[np.float64]
+    batch_loss: NDArray[np.float64]
+    robust_loss: NDArray[np.float64]
+    robust_error: NDArray[np.float64]
+
+
+def read_ensemble(directory: Path) -> RecordedEnsemble:
+    """All replicas in a directory that are finished.
+
+    Raises:
+        RecordError: There is none, or a file cannot be read.
+    """
+    settings = _settings(directory)
+    files = sorted((directory / CHUNKS).glob("*.npz"))
+    if not files:
+        raise RecordError(
+            f"{directory}: holds no finished replicas; run robustdyn-replicas output={directory}"
+        )
+    chunks = [_unpacked(path) for path in files]
+    arrays = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
+    firsts = [int(path.stem) for path in files]
+    try:
+        return RecordedEnsemble(
+            settings=settings,
+            start=StartingPoint.from_arrays(_unpacked(directory / START), torch.device("cpu")),
+            replicas=np.concatenate([np.arange(settings["chunk"]) + first for first in firsts]),
+            steps=np.array(settings["record.steps"], dtype=np.int64),
+            loss_steps=np.array(settings["record.loss_steps"], dtype=np.int64),
+            learning_rate=np.array(settings["learning_rate"], dtype=np.float64),
+            **arrays,
+        )
+    except (KeyError, TypeError) as error:
+        raise RecordError(
+            f"{directory}: not an ensemble of robustdyn-replicas ({error}); {_ANOTHER}"
+        ) from error
+
+
+def _settings(directory: Path) -> dict[str, Any]:
+    path = directory / SETTINGS
+    try:
+        stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["ensemble"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RecordError(f"{path}: cannot be read; {_ANOTHER}") from error
+    return stored
+
+
+def _packed(arrays: Mapping[str, Any]) -> bytes:
+    file = io.BytesIO()
+    np.savez(file, allow_pickle=False, **{name: np.asarray(value) for name, value in arrays.items()})
+    return file.getvalue()
+
+
+def _unpacked(path: Path) -> dict[str, Any]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise RecordError(f"{path}: cannot be read; delete it and run the command again") from error
+
+
+def _write(path: Path, content: bytes) -> None:
+    """In one atomic step."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> RecordError:
+    return RecordError(f"{path}: cannot write ({error.strerror}); free space or choose another output=DIR")
+
+
+def _short(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -1,0 +1,406 @@
+"""The common starting point, measured: all that a prediction of the replicas' distribution needs.
+
+Shapes: n training examples, P parameters, k directions, A attack draws, M mini-batches.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from robustdyn import streams
+from robustdyn.curvature import (
+    DiagonallyScaled,
+    EmpiricalRisk,
+    Hessian,
+    LinearOperator,
+    gradient_projections,
+    lanczos,
+)
+from robustdyn.curvature.empirical_risk import PerExampleLoss
+from robustdyn.methods.objectives import AdversarialCrossEntropy, CrossEntropy
+from robustdyn.models.modes import mode
+from robustdyn.replicas.ensemble import (
+    Directions,
+    Training,
+    attacked,
+    batch_gradients,
+    perturb,
+    project,
+    refuse_dropout,
+)
+from robustdyn.replicas.network import Engine, StackedNetwork
+from robustdyn.theory import minibatch_noise_factor
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartSettings:
+    """How the starting point is measured.
+
+    Attributes:
+        eigenvectors: Leading eigenvectors of the Hessian (algebraically largest) to follow, ≥ 1.
+        random_directions: Random directions, orthogonal to these and to each other, to follow as well, ≥ 0.
+        attack_draws: A, random starts of the attack for each example, ≥ 1; with 2 or more the attack's noise
+            is told from the examples'.
+        noise_batches: M, mini-batches drawn at the start as replicas draw theirs, whose gradients' covariance
+            holds for every method; 0 for none, else at least 2.
+        tolerance: Of an eigenpair's residual, relative to the largest eigenvalue.
+        max_products: Most Hessian products.
+        memory: Bytes for passes and graphs kept; see :class:`robustdyn.curvature.EmpiricalRisk`.
+
+    Raises:
+        ValueError: A setting outside its range.
+    """
+
+    eigenvectors: int
+    random_directions: int
+    attack_draws: int
+    noise_batches: int
+    tolerance: float
+    max_products: int
+    memory: int
+
+    def __post_init__(self) -> None:
+        for name, least in (("eigenvectors", 1), ("random_directions", 0), ("attack_draws", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.noise_batches < 0 or self.noise_batches == 1:
+            raise ValueError(f"noise_batches must be 0 or at least 2, got {self.noise_batches}")
+        if not 0 < self.tolerance < 1:
+            raise ValueError(f"tolerance must lie between 0 and 1, got {self.tolerance}")
+        if self.max_products < self.eigenvectors:
+            raise ValueError(f"max_products must be at least eigenvectors={self.eigenvectors}")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StartingPoint:
+    """The loss at θ_0 as the theory wants it. With a weight perturbation v: at θ_0 + v, v from the whole set.
+
+    Adversarial examples are made at θ_0 with the training attack and held fixed, A of each example. Units: θ
+    has none, losses are in nats. All arrays float64 but the directions.
+
+    Attributes:
+        directions: k of them, in the order eigenvectors, random ones.
+        eigenvalues: (k,), λ_i of the eigenvectors, and uᵀ H u of the random ones.
+        residuals: (k,), ‖H u_i − λ_i u_i‖ of the eigenvectors; NaN for the others.
+        converged: Whether all eigenpairs met the tolerance.
+        hessian: (k, k), H between the directions: the off-diagonal shows how far random ones are from
+            eigenvectors.
+        mean_gradient: (k,), of the loss without weight decay.
+        decay_gradient: (k,), of weight decay's term, ω θ_0; the pull on the mean is the sum of both.
+        example_covariance: C₁ (k, k), population covariance (denominator n) over examples of their mean
+            gradient over attack draws; NaN where an example has no gradient of its own (BatchNorm in train
+            mode).
+        attack_covariance: C_a (k, k), mean over examples of the covariance over attack draws; 0 with one
+            draw, when the attack's noise counts in the former.
+        noise: C (k, k), covariance of a full batch's gradient that follows, for independent batches.
+        sampled_gradients: (M, k), of mini-batches drawn and attacked, with v of their own, as a replica's.
+        loss: Mean adversarial loss at θ_0 (+ v).
+        curvature_has_decay: Whether weight decay is in ``eigenvalues`` and ``hessian``, so that the theory
+            is to be given 0: with a preconditioner, or not the same decay for all parameters.
+    """
+
+    directions: Directions
+    eigenvalues: Array
+    residuals: Array
+    converged: bool
+    hessian: Array
+    mean_gradient: Array
+    decay_gradient: Array
+    example_covariance: Array
+    attack_covariance: Array
+    noise: Array
+    sampled_gradients: Array
+    loss: float
+    curvature_has_decay: bool
+
+    @property
+    def sampled_noise(self) -> Array:
+        """C (k, k) from the M sampled gradients, denominator M − 1; relative standard errors √(2/M)."""
+        return np.atleast_2d(np.cov(self.sampled_gradients, rowvar=False))
+
+    def arrays(self) -> dict[str, Any]:
+        """What :meth:`from_arrays` takes back."""
+        plain = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "directions"}
+        return {
+            **plain,
+            "positions": self.directions.positions.cpu().numpy(),
+            "forces": self.directions.forces.cpu().numpy(),
+        }
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, Any], device: torch.device) -> "StartingPoint":
+        """A starting point from what :meth:`arrays` gave."""
+        rest: dict[str, Any] = {
+            name: np.asarray(value) for name, value in arrays.items() if name not in ("positions", "forces")
+        }
+        numbers: Any = {name: rest.pop(name).item() for name in ("converged", "loss", "curvature_has_decay")}
+        directions = Directions(
+            positions=torch.as_tensor(arrays["positions"], device=device),
+            forces=torch.as_tensor(arrays["forces"], device=device),
+        )
+        return cls(directions=directions, **numbers, **rest)
+
+
+def measure_start(
+    model: nn.Module,
+    training: Training,
+    settings: StartSettings,
+    *,
+    engine: Engine,
+    chunk: int,
+    preconditioner: Tensor | None = None,
+) -> StartingPoint:
+    """Measure the loss at the replicas' starting point.
+
+    Args:
+        model: The starting point; it is not changed.
+        training: How replicas will be trained; its update tells the weight decay.
+        settings: How to measure.
+        engine: How sampled mini-batches pass.
+        chunk: How many of them at a time.
+        preconditioner: d (P,) > 0, diagonal of D, of an optimiser that steps along D m; None for 1. The
+            eigenvectors are then those of D^{1/2} (H + ω) D^{1/2}; see :class:`Directions`.
+
+    Raises:
+        ValueError: A preconditioner that is not positive, or Dropout in train mode.
+    """
+    if preconditioner is not None and not bool((preconditioner > 0).all()):
+        raise ValueError("preconditioner must be positive")
+    if training.batchnorm == "train":
+        refuse_dropout(model)
+    network = StackedNetwork(model, engine)
+    theta = network.theta()[None]
+    statistics = network.statistics(1)
+    images, adversarial = _adversarial(network, theta, statistics, training, settings.attack_draws)
+    targets = training.targets.repeat(settings.attack_draws, *[1] * (training.targets.dim() - 1))
+    point = theta + _whole_set_perturbation(
+        network, theta, statistics, training, images, adversarial, targets
+    )
+    with mode(model, training=False):
+        risk = EmpiricalRisk(
+            model,
+            adversarial,
+            targets,
+            loss=_example_loss(training),
+            memory=None if training.batchnorm == "train" else settings.memory,
+            batchnorm=training.batchnorm,
+        ).at(point[0])
+        decay = training.update.weight_decay
+        inside = preconditioner is not None or isinstance(decay, Tensor)
+        operator: LinearOperator = _WithDecay(Hessian(risk), decay) if inside else Hessian(risk)
+        root = None if preconditioner is None else preconditioner.to(theta).sqrt()
+        if root is not None:
+            operator = DiagonallyScaled(operator, root)
+        top = lanczos(
+            operator,
+            settings.eigenvectors,
+            which="largest",
+            tol=settings.tolerance,
+            max_products=settings.max_products,
+            generator=streams.generator(training.seed, "replica-eigenvectors", device=risk.device),
+        )
+        vectors = _with_random(top.eigenvectors, settings.random_directions, training.seed)
+        curved = vectors.double().T @ (operator @ vectors).double()
+        directions = _directions(vectors, root)
+        gradient = project(risk.gradient()[None], directions.forces)[0]
+        between, within = _covariances(risk, directions, settings.attack_draws, training)
+    hessian = ((curved + curved.T) / 2).cpu().numpy()
+    residuals = np.full(len(hessian), np.nan)
+    residuals[: settings.eigenvectors] = top.residuals.numpy()
+    return StartingPoint(
+        directions=directions,
+        eigenvalues=np.diag(hessian).copy(),
+        residuals=residuals,
+        converged=top.all_converged,
+        hessian=hessian,
+        mean_gradient=gradient,
+        decay_gradient=project(theta * decay, directions.forces)[0],
+        example_covariance=between,
+        attack_covariance=within,
+        noise=_batch_noise(between, within, training),
+        sampled_gradients=sampled_gradients(
+            network, training, directions, batches=settings.noise_batches, chunk=chunk
+        ),
+        loss=risk.value(),
+        curvature_has_decay=inside,
+    )
+
+
+def sampled_gradients(
+    network: StackedNetwork, training: Training, directions: Directions, *, batches: int, chunk: int
+) -> Array:
+    """Gradients (M, k) at θ_0 of mini-batches as replicas' first ones, of other replicas than those trained.
+
+    Their mean and covariance need no assumption: they hold for weight perturbations, BatchNorm in train mode
+    and any sampling. Without replacement a batch is the first of an epoch.
+
+    Args:
+        network: At θ_0.
+        training: How.
+        directions: Projected on.
+        batches: M.
+        chunk: Batches at a time.
+    """
+    found = np.empty((batches, directions.count))
+    for first in range(0, batches, chunk):
+        numbers = range(first, min(first + chunk, batches))
+        theta = network.theta().expand(len(numbers), -1)
+        # negative numbers: no trained replica has these batches
+        gradients, _, _ = batch_gradients(
+            network, theta, network.statistics(len(numbers)), training, [-1 - number for number in numbers], 0
+        )
+        found[first : first + len(numbers)] = project(gradients, directions.forces)
+    return found
+
+
+def second_moment(network: StackedNetwork, training: Training, *, batches: int, chunk: int) -> Tensor:
+    """Mean square (P,) of the mini-batch gradient at θ_0 with weight decay: Adam's v̂, had it stayed there.
+
+    Args:
+        network: At θ_0.
+        training: How.
+        batches: M ≥ 1 mini-batches, others than those of replicas.
+        chunk: Batches at a time.
+    """
+    start = network.theta()
+    total = torch.zeros_like(start, dtype=torch.float64)
+    for first in range(0, batches, chunk):
+        numbers = range(first, min(first + chunk, batches))
+        gradients, _, _ = batch_gradients(
+            network,
+            start.expand(len(numbers), -1),
+            network.statistics(len(numbers)),
+            training,
+            [-1 - number for number in numbers],
+            0,
+        )
+        total += (gradients + training.update.weight_decay * start).double().square().sum(dim=0)
+    return (total / batches).to(start)
+
+
+class _WithDecay(LinearOperator):
+    """A + diag(ω)."""
+
+    def __init__(self, operator: LinearOperator, weight_decay: float | Tensor) -> None:
+        super().__init__(operator.shape[0], operator.dtype, operator.device)
+        self._operator, self._decay = operator, weight_decay
+
+    def _matvec(self, vector: Tensor) -> Tensor:
+        return self._operator.matvec(vector) + self._decay * vector
+
+
+def _adversarial(
+    network: StackedNetwork, theta: Tensor, statistics: dict[str, Tensor], training: Training, draws: int
+) -> tuple[Tensor, Tensor]:
+    """All training images, ``draws`` times over, and the same attacked at θ_0 from different starts."""
+    trained = training.batchnorm == "train"
+    aside = {name: value.clone() for name, value in statistics.items()}
+    network.use(theta, aside)
+    found = []
+    with mode(network, training=trained):
+        for draw in range(draws):
+            generator = streams.generator(
+                training.seed, "replica-start-attack", draw, device=training.images.device
+            )
+            starts = training.attack.start(training.images, generator)
+            # batches as large as training's; with BatchNorm in train mode their statistics matter
+            size = training.sampling.batch_size
+            parts = zip(
+                training.images.split(size), training.targets.split(size), starts.split(size), strict=True
+            )
+            found += [attacked(network, training, x, y, start) for x, y, start in parts]
+    return training.images.repeat(draws, *[1] * (training.images.dim() - 1)), torch.cat(found)
+
+
+def _whole_set_perturbation(
+    network: StackedNetwork,
+    theta: Tensor,
+    statistics: dict[str, Tensor],
+    training: Training,
+    images: Tensor,
+    adversarial: Tensor,
+    targets: Tensor,
+) -> Tensor:
+    """The move v (1, P) that follows from the gradient over all training examples."""
+    if training.perturbation is None:
+        return torch.zeros_like(theta)
+    trained = training.batchnorm == "train"
+    leaves = network.use(theta, {n: value.clone() for n, value in statistics.items()}, learn=True)
+    total = [torch.zeros_like(leaf) for leaf in leaves]
+    size = len(images) if trained else max(1, training.sampling.batch_size)
+    with mode(network, training=trained):
+        for x, a, y in zip(images.split(size), adversarial.split(size), targets.split(size), strict=True):
+            loss = training.objective(network, x, a, y).loss * (len(x) / len(images))
+            for part, gradient in zip(total, torch.autograd.grad(loss, leaves), strict=True):
+                part += gradient
+    return perturb(network, training.perturbation, leaves, total)
+
+
+def _example_loss(training: Training) -> PerExampleLoss:
+    """The objective's loss of each example as a function of the adversarial logits.
+
+    Raises:
+        ValueError: The objective needs more than these.
+    """
+    objective = training.objective
+    if not isinstance(objective, AdversarialCrossEntropy | CrossEntropy):
+        raise ValueError(
+            f"the Hessian of {type(objective).__name__} is not that of a loss of the logits alone; "
+            "choose adversarial or standard cross-entropy"
+        )
+    smoothing = objective._label_smoothing
+    return lambda logits, targets: F.cross_entropy(
+        logits, targets, label_smoothing=smoothing, reduction="none"
+    )
+
+
+def _with_random(vectors: Tensor, count: int, seed: int) -> Tensor:
+    """Orthonormal columns: the eigenvectors, then random ones."""
+    if count == 0:
+        return vectors
+    draws = streams.generator(seed, "replica-directions")
+    extra = torch.randn(len(vectors), count, generator=draws, dtype=torch.float64)
+    known = vectors.double().cpu()
+    for _ in range(2):  # twice is enough
+        extra -= known @ (known.T @ extra)
+    basis, _ = torch.linalg.qr(extra)
+    return torch.cat([vectors, basis.to(vectors)], dim=1)
+
+
+def _directions(vectors: Tensor, root: Tensor | None) -> Directions:
+    if root is None:
+        vectors = vectors.contiguous()
+        return Directions(positions=vectors, forces=vectors)
+    return Directions(positions=vectors / root[:, None], forces=vectors * root[:, None])
+
+
+def _covariances(
+    risk: EmpiricalRisk, directions: Directions, draws: int, training: Training
+) -> tuple[Array, Array]:
+    """C₁ and C_a, of the gradients projected."""
+    k = directions.count
+    if risk.batchnorm == "train" and risk.has_batchnorm:
+        return np.full((k, k), np.nan), np.full((k, k), np.nan)
+    rows = gradient_projections(risk, directions.forces).double().cpu().numpy().reshape(draws, -1, k)
+    means = rows.mean(axis=0)
+    centred = means - means.mean(axis=0)
+    between = centred.T @ centred / len(means)
+    if draws == 1:
+        return between, np.zeros((k, k))
+    spread = rows - means
+    within = np.einsum("ani,anj->ij", spread, spread) / (len(means) * (draws - 1))
+    # the means of a few draws still hold the attack's noise
+    return between - within / draws, within
+
+
+def _batch_noise(between: Array, within: Array, training: Training) -> Array:
+    sampling = training.sampling
+    factor = minibatch_noise_factor(sampling.examples, sampling.batch_size, replacement=sampling.replacement)
+    return factor * between + within / sampling.batch_size

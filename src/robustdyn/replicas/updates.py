@@ -1,0 +1,160 @@
+"""The optimisers' updates, for many replicas at once and exactly as PyTorch's.
+
+Shapes: R replicas, P parameters. Weight decay is PyTorch's, a term ω θ of the gradient, whether a number or
+one for each parameter (P,): with the same ω for all the effective Hessian is H + ω I.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+State = dict[str, Tensor]
+"""Tensors (R, P) by name."""
+
+
+class Update(Protocol):
+    """An optimiser's rule."""
+
+    @property
+    def weight_decay(self) -> float | Tensor:
+        """Its ω ≥ 0, a number or (P,)."""
+
+    def begin(self, theta: Tensor) -> State:
+        """The state before the first step of replicas at ``theta`` (R, P)."""
+
+    def step(self, theta: Tensor, gradient: Tensor, state: State, learning_rate: float, count: int) -> None:
+        """One step in place.
+
+        Args:
+            theta: (R, P), what the optimiser sees: perturbed weights, where it steps at these.
+            gradient: (R, P) of the loss without weight decay; not kept, it may be changed.
+            state: Changed in place.
+            learning_rate: η of this step.
+            count: Steps taken before, of this replica.
+        """
+
+    def buffer(self, state: State) -> Tensor:
+        """The vector v (R, P): the part of the state that moves the weights."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MomentumUpdate:
+    """v ← μ v + g + ω θ; θ ← θ − η v: ``torch.optim.SGD`` without Nesterov or dampening.
+
+    Attributes:
+        momentum: μ in [0, 1).
+        weight_decay: ω ≥ 0, a number or (P,).
+        initial_buffer: v before the first step (P,); None for zero.
+
+    Raises:
+        ValueError: A setting outside its range.
+    """
+
+    momentum: float
+    weight_decay: float | Tensor
+    initial_buffer: Tensor | None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must lie in [0, 1), got {self.momentum}")
+        _check_decay(self.weight_decay)
+
+    def begin(self, theta: Tensor) -> State:
+        """As :class:`Update`."""
+        return {"buffer": _start(self.initial_buffer, theta)}
+
+    def step(self, theta: Tensor, gradient: Tensor, state: State, learning_rate: float, count: int) -> None:
+        """As :class:`Update`; η enters the weights alone, so that (θ, v) runs on through a change of η."""
+        _add_decay(gradient, theta, self.weight_decay)
+        state["buffer"].mul_(self.momentum).add_(gradient)
+        theta.add_(state["buffer"], alpha=-learning_rate)
+
+    def buffer(self, state: State) -> Tensor:
+        """As :class:`Update`."""
+        return state["buffer"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AdamUpdate:
+    """``torch.optim.Adam``, or with ``frozen`` the same with its preconditioner D = diag(1/(√v̂ + ε)) held.
+
+    Frozen: m ← β₁ m + (1 − β₁)(g + ω θ); θ ← θ − η D m, without corrections of the bias. This is momentum SGD
+    in other coordinates, exactly (equation (27) of docs/theory.md); how far Adam itself is from that is what
+    replicas with and without it tell.
+
+    Attributes:
+        beta1: β₁ in [0, 1).
+        beta2: β₂ in [0, 1).
+        epsilon: ε ≥ 0.
+        weight_decay: ω ≥ 0, a number or (P,).
+        initial_buffer: m before the first step (P,); None for zero.
+        second_moment: v before the first step (P,) ≥ 0, as PyTorch keeps it (v̂ = v / (1 − β₂^count)); None
+            for zero.
+        initial_count: Steps taken before the first one, for the corrections of the bias.
+        frozen: Hold D at that of ``second_moment``, here taken for v̂.
+
+    Raises:
+        ValueError: A setting outside its range; frozen without second moment.
+    """
+
+    beta1: float
+    beta2: float
+    epsilon: float
+    weight_decay: float | Tensor
+    initial_buffer: Tensor | None
+    second_moment: Tensor | None
+    initial_count: int
+    frozen: bool
+
+    def __post_init__(self) -> None:
+        for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
+            if not 0 <= beta < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {beta}")
+        if not self.epsilon >= 0:
+            raise ValueError(f"epsilon must be at least 0, got {self.epsilon}")
+        if self.frozen and self.second_moment is None:
+            raise ValueError("frozen needs a second_moment to hold")
+        _check_decay(self.weight_decay)
+
+    def begin(self, theta: Tensor) -> State:
+        """As :class:`Update`."""
+        return {
+            "buffer": _start(self.initial_buffer, theta),
+            "second": _start(self.second_moment, theta),
+        }
+
+    def step(self, theta: Tensor, gradient: Tensor, state: State, learning_rate: float, count: int) -> None:
+        """As :class:`Update`."""
+        _add_decay(gradient, theta, self.weight_decay)
+        first, second = state["buffer"], state["second"]
+        first.lerp_(gradient, 1 - self.beta1)
+        if self.frozen:
+            theta.addcdiv_(first, second.sqrt().add_(self.epsilon), value=-learning_rate)
+            return
+        second.mul_(self.beta2).addcmul_(gradient, gradient, value=1 - self.beta2)
+        done = self.initial_count + count + 1
+        root = (1 - self.beta2**done) ** 0.5
+        scale = second.sqrt().div_(root).add_(self.epsilon)
+        theta.addcdiv_(first, scale, value=-learning_rate / (1 - self.beta1**done))
+
+    def buffer(self, state: State) -> Tensor:
+        """As :class:`Update`: m."""
+        return state["buffer"]
+
+
+def _start(initial: Tensor | None, theta: Tensor) -> Tensor:
+    return torch.zeros_like(theta) if initial is None else initial.to(theta).expand_as(theta).clone()
+
+
+def _add_decay(gradient: Tensor, theta: Tensor, weight_decay: float | Tensor) -> None:
+    if isinstance(weight_decay, Tensor):
+        gradient.addcmul_(theta, weight_decay)
+    elif weight_decay:
+        gradient.add_(theta, alpha=weight_decay)
+
+
+def _check_decay(weight_decay: float | Tensor) -> None:
+    if not bool((torch.as_tensor(weight_decay) >= 0).all()):
+        raise ValueError("weight_decay must be at least 0")
