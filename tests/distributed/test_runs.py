@@ -112,7 +112,7 @@ def test_the_weights_are_those_of_one_process(sweeps, method):
 
 
 # An epoch's losses and errors are sums in float32, a gap is the difference of two. Eigenvectors are as exact
-# as the solver's residual, 1e-6, over the gap between eigenvalues; rounding decides after which product it ends.
+# as the solver's residual, 1e-6, over the gap between eigenvalues; rounding decides where it ends.
 OF_EIGENVECTORS = {"rel": 1e-5, "abs": 1e-9}
 TOLERANCES = {
     "epochs": {"rel": EXACT32["rtol"], "abs": EXACT32["atol"]},

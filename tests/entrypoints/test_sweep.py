@@ -364,7 +364,8 @@ def test_the_report_says_where_every_run_stands(tmp_path, without_figures, capsy
     ]
     assert out[-1] == f"report: {folder / 'report' / 'index.html'}"
     page = (folder / "report" / "index.html").read_text()
-    shown = dict(re.findall(r'<th scope="row">([^<]*)</th><td class="pick">(?:<strong>)?(\w+)', page))
+    row = r'<th scope="row" data-value="([^"]*)">.*?</th><td class="pick" data-value="(\w+)"'
+    shown = dict(re.findall(row, page))
     assert {name: state for name, state in shown.items() if "seed" in name} == {
         "method=at seed=0": "done",
         "method=at seed=1": "done",

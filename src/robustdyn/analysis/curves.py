@@ -262,6 +262,8 @@ def seeds_said(table: pd.DataFrame) -> str:
 
 def intervals_said(table: pd.DataFrame) -> str:
     """What stands in brackets in findings drawn from this table."""
+    if table["seeds"].max() == 1:
+        return "One seed, so no intervals."
     return f"Means over {seeds_said(table)}; in brackets Student's 95 % interval."
 
 

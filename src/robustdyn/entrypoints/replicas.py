@@ -412,4 +412,8 @@ def _say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from robustdyn.entrypoints.replicas import (
+        main as command,
+    )  # by its name: a launcher's workers look for it there
+
+    command()

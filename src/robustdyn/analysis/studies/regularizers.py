@@ -55,8 +55,8 @@ def _index_and_gap(rows: pd.DataFrame) -> list[str]:
         low, high = own["pearson"].min(), own["pearson"].max()
         spread = f" (seeds: {low:.2f} to {high:.2f})" if len(own) > 1 else ""
         lines.append(
-            f"{panel} {level}: Pearson correlation of WCI and robust loss gap over epochs "
-            f"{own['pearson'].mean():.2f}{spread}."
+            f"{panel} {level}: Pearson correlation of WCI and robust loss gap over "
+            f"{own['epochs'].min()} epochs {own['pearson'].mean():.2f}{spread}."
         )
     ends = outcomes(rows)
     ends = ends[ends["outcome"].isin([GAP, "final WCI"])]
