@@ -16,16 +16,22 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 from tqdm import tqdm
-from yaml import YAMLError  # type: ignore[import-untyped]
 
 from robustdyn.data import ImageDataModule, ImageTensors
+from robustdyn.entrypoints.checkpoint import (
+    RUN_CONFIG,
+    checkpoint_of,
+    device_of,
+    load_config,
+    run_of,
+    type_name,
+)
 from robustdyn.entrypoints.config import COUNT, POSITIVE, WHOLE, Rule, build, check, config_dir
 from robustdyn.entrypoints.environment import processor
 from robustdyn.entrypoints.terminal import run_app
-from robustdyn.errors import ConfigError, DataFileError, RecordError
+from robustdyn.errors import ConfigError
 from robustdyn.evaluation import Ball, EvaluationRecord, Result, evaluate
 from robustdyn.models import load_weights
 from robustdyn.records.labels import flatten
@@ -34,7 +40,6 @@ from robustdyn.records.schema import EVALUATION
 NAME = "evaluate"
 OF_THE_RUN = ("data", "model", "attack")
 THREAT = ("norm", "eps_255")
-RUN_CONFIG = Path(".hydra", "config.yaml")
 RUN_CHOICES = Path(".hydra", "hydra.yaml")
 LINES_WITHOUT_TERMINAL = 60.0  # seconds between them
 
@@ -59,11 +64,11 @@ def evaluate_checkpoint(typed: DictConfig) -> None:
     Raises:
         UserError: The configuration, the checkpoint, the data or the record cannot be used.
     """
-    checkpoint = _checkpoint(typed)
-    run_dir = _run_of(checkpoint)
+    checkpoint = checkpoint_of(typed)
+    run_dir = run_of(checkpoint)
     cfg = _of_run(checkpoint, run_dir)
     _check(cfg)
-    device = _device(cfg.device)
+    device = device_of(cfg.device)
 
     evaluators = {name: build(cfg, f"evaluation.attacks.{name}") for name in cfg.evaluation.attacks}
     sanity = build(cfg, "evaluation.sanity")
@@ -177,7 +182,7 @@ def _of_run(checkpoint: Path, run_dir: Path | None) -> DictConfig:
                 "what it was trained on and which network it is, data=... model=..."
             )
         return _composed([], typed)
-    run = _load(run_dir / RUN_CONFIG)
+    run = load_config(run_dir / RUN_CONFIG)
     kept = [group for group in OF_THE_RUN if group not in typed.groups and group in run]
     cfg = _composed(
         [f"{group}={choice}" for group, choice in _choices(run_dir).items() if group in kept], typed
@@ -237,53 +242,13 @@ def _has(cfg: DictConfig, key: str) -> bool:
 def _choices(run_dir: Path) -> dict[str, str]:
     """The option of each group that the run was composed with, as far as there still is one."""
     path = run_dir / RUN_CHOICES
-    recorded = OmegaConf.select(_load(path), "hydra.runtime.choices") if path.is_file() else None
+    recorded = OmegaConf.select(load_config(path), "hydra.runtime.choices") if path.is_file() else None
     choices = {str(group): str(choice) for group, choice in (recorded or {}).items()}
     return {
         group: choice
         for group, choice in choices.items()
         if (config_dir() / group / f"{choice}.yaml").is_file()
     }
-
-
-def _load(path: Path) -> DictConfig:
-    try:
-        loaded = OmegaConf.load(path)
-    except (OSError, YAMLError, OmegaConfBaseException) as error:
-        reason = str(error).splitlines()[0]
-        raise RecordError(
-            f"{path}: cannot read ({reason}); restore it, or move the checkpoint away"
-        ) from error
-    if not isinstance(loaded, DictConfig):
-        raise RecordError(f"{path}: not a configuration; restore it, or move the checkpoint away")
-    return loaded
-
-
-def _checkpoint(cfg: DictConfig) -> Path:
-    if not cfg.checkpoint:
-        raise ConfigError("checkpoint is not given; say checkpoint=RUN/checkpoints/best_on_test.ckpt")
-    path = Path(str(cfg.checkpoint))
-    if path.is_dir():
-        found = sorted(path.glob("checkpoints/*.ckpt")) or sorted(path.glob("*.ckpt"))
-        such = f", such as {found[0]}" if found else ""
-        raise ConfigError(f"checkpoint={path} is a directory; give a file{such}")
-    if not path.is_file():
-        near = difflib.get_close_matches(
-            path.name, [p.name for p in path.parent.glob("*") if p.is_file()], n=3
-        )
-        remedy = f"did you mean {' or '.join(near)}?" if near else "check the path"
-        raise DataFileError(f"checkpoint={path}: no such file; {remedy}")
-    return path
-
-
-def _run_of(checkpoint: Path) -> Path | None:
-    """The run directory that the file lies in: its folder's parent, or its folder."""
-    for folder in (checkpoint.absolute().parent.parent, checkpoint.absolute().parent):
-        if (folder / RUN_CONFIG).is_file():
-            target = OmegaConf.select(_load(folder / RUN_CONFIG), "data._target_")
-            if str(target).startswith("robustdyn."):
-                return folder
-    return None
 
 
 def _check(cfg: DictConfig) -> None:
@@ -299,17 +264,6 @@ def _check(cfg: DictConfig) -> None:
         raise ConfigError(
             f"attack.eps_255={cfg.attack.eps_255} {POSITIVE.requirement}; evaluation=clean attacks nothing"
         )
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device={name} is not here; choose auto or cpu") from error
-    return device
 
 
 # ---------------------------------------------------------------------- what is evaluated
@@ -359,11 +313,6 @@ def _provenance(device: torch.device) -> dict[str, str]:
     versions = {name: version(name) for name in ("robustdyn", "torch", "pyautoattack")}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return {**versions, "device": name}
-
-
-def type_name(node: DictConfig) -> str:
-    """``CIFAR10`` for a node whose target is ``robustdyn.data.CIFAR10``."""
-    return str(node._target_).rpartition(".")[2]
 
 
 # ---------------------------------------------------------------------- the terminal

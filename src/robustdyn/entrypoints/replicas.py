@@ -17,6 +17,14 @@ from torch import Tensor, nn
 
 from robustdyn.data import ImageDataModule, ImageTensors
 from robustdyn.data.tensors import to_unit
+from robustdyn.entrypoints.checkpoint import (
+    RUN_CONFIG,
+    checkpoint_of,
+    device_of,
+    load_config,
+    run_of,
+    type_name,
+)
 from robustdyn.entrypoints.config import (
     COUNT,
     POSITIVE,
@@ -28,7 +36,6 @@ from robustdyn.entrypoints.config import (
     config_dir,
 )
 from robustdyn.entrypoints.environment import processor
-from robustdyn.entrypoints.evaluate import _checkpoint, _device, _load, _run_of, type_name
 from robustdyn.entrypoints.terminal import run_app
 from robustdyn.errors import ConfigError, RecordError
 from robustdyn.methods import Regularizer
@@ -87,14 +94,14 @@ def run_replicas(cfg: DictConfig) -> None:
     Raises:
         UserError: The configuration, the checkpoint, the data or the record cannot be used.
     """
-    checkpoint = _checkpoint(cfg)
-    run_dir = _run_of(checkpoint)
+    checkpoint = checkpoint_of(cfg)
+    run_dir = run_of(checkpoint)
     if run_dir is None:
         raise ConfigError(f"checkpoint={checkpoint} does not lie in a run directory; give a run's checkpoint")
     _check(cfg)
     shard, shards = _shard(cfg.shard)
     run = _run_config(cfg, run_dir)
-    device = _device(cfg.device)
+    device = device_of(cfg.device)
     problem = _problem(cfg, run, checkpoint, device)
     output = Path(cfg.output) if cfg.output else run_dir / "replicas" / checkpoint.stem
     record = EnsembleRecord(output, problem.settings, _provenance(cfg, device), chunk=cfg.chunk)
@@ -155,7 +162,7 @@ def _shard(typed: str | None) -> tuple[int, int]:
 
 def _run_config(cfg: DictConfig, run_dir: Path) -> DictConfig:
     """The run's configuration with what this command changes."""
-    run = _load(run_dir / ".hydra" / "config.yaml")
+    run = load_config(run_dir / RUN_CONFIG)
     for group in ("perturbation", "optimizer"):
         name = cfg.method[group]
         if name == "run":

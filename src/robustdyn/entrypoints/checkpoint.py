@@ -1,0 +1,85 @@
+"""The checkpoint that a command is given, the run it lies in, and where to compute."""
+
+import difflib
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
+
+from robustdyn.errors import ConfigError, DataFileError, RecordError
+
+RUN_CONFIG = Path(".hydra", "config.yaml")
+
+
+def checkpoint_of(cfg: DictConfig) -> Path:
+    """The file that ``checkpoint`` names.
+
+    Raises:
+        ConfigError: None is named, or a directory.
+        DataFileError: There is no such file.
+    """
+    if not cfg.checkpoint:
+        raise ConfigError("checkpoint is not given; say checkpoint=RUN/checkpoints/best_on_test.ckpt")
+    path = Path(str(cfg.checkpoint))
+    if path.is_dir():
+        found = sorted(path.glob("checkpoints/*.ckpt")) or sorted(path.glob("*.ckpt"))
+        such = f", such as {found[0]}" if found else ""
+        raise ConfigError(f"checkpoint={path} is a directory; give a file{such}")
+    if not path.is_file():
+        near = difflib.get_close_matches(
+            path.name, [p.name for p in path.parent.glob("*") if p.is_file()], n=3
+        )
+        remedy = f"did you mean {' or '.join(near)}?" if near else "check the path"
+        raise DataFileError(f"checkpoint={path}: no such file; {remedy}")
+    return path
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """The run directory that the file lies in: its folder's parent, or its folder."""
+    for folder in (checkpoint.absolute().parent.parent, checkpoint.absolute().parent):
+        if (folder / RUN_CONFIG).is_file():
+            target = OmegaConf.select(load_config(folder / RUN_CONFIG), "data._target_")
+            if str(target).startswith("robustdyn."):
+                return folder
+    return None
+
+
+def load_config(path: Path) -> DictConfig:
+    """A configuration that a run left.
+
+    Raises:
+        RecordError: It cannot be read.
+    """
+    try:
+        loaded = OmegaConf.load(path)
+    except (OSError, YAMLError, OmegaConfBaseException) as error:
+        reason = str(error).splitlines()[0]
+        raise RecordError(
+            f"{path}: cannot read ({reason}); restore it, or move the checkpoint away"
+        ) from error
+    if not isinstance(loaded, DictConfig):
+        raise RecordError(f"{path}: not a configuration; restore it, or move the checkpoint away")
+    return loaded
+
+
+def device_of(name: str) -> torch.device:
+    """The device of this name; ``auto``: a GPU if there is one.
+
+    Raises:
+        ConfigError: It is not here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device={name} is not here; choose auto or cpu") from error
+    return device
+
+
+def type_name(node: DictConfig) -> str:
+    """``CIFAR10`` for a node whose target is ``robustdyn.data.CIFAR10``."""
+    return str(node._target_).rpartition(".")[2]
