@@ -109,7 +109,9 @@ def test_correlation_can_be_negative_after_the_decay_only(tmp_path):
     rows = curves.values(
         find_runs(tmp_path), [curves.INDEX, curves.LOSS_GAP, curves.ERROR_GAP], lambda run: ""
     )
-    r = curves.correlations(rows).set_index(["quantity", "phase"])["pearson"]
+    found = curves.correlations(rows).set_index(["quantity", "phase"])
+    assert found["epochs"].to_list() == [8, 4, 8, 4]  # the decay's own epoch is after it
+    r = found["pearson"]
     assert r[curves.LOSS_GAP, "after the first decay"] == pytest.approx(-1)
     assert r[curves.LOSS_GAP, "all epochs"] == pytest.approx(np.corrcoef(np.sqrt(trace), gap)[0, 1])
 

@@ -123,19 +123,20 @@ def test_killed_at_twenty_random_instants(tmp_path):
     assert process.wait(timeout=600) == 0
     trained_for = time.monotonic() - began
 
-    kills = 0
+    kills = done = 0
     while kills < 20:
         before, process = lines(), start(killed)
         while lines() == before and process.poll() is None and kills:  # the first one dies while it imports
             time.sleep(0.01)
-        time.sleep(draws.uniform(0, 0.7 * trained_for))
+        time.sleep(draws.uniform(0, 0.5 * trained_for))
         process.send_signal(signal.SIGKILL)
         status = process.wait(timeout=60)
         assert status in (-signal.SIGKILL, 0), process.stderr.read().decode()
         kills += status != 0
         if status == 0:  # it was done before: the next kills are of a new run
             assert_same_end(end_of(killed), end_of(alone))
-            killed.rename(tmp_path / f"done after {kills}")
+            done += 1
+            killed.rename(tmp_path / f"done {done}")
     last = start(killed)
     assert last.wait(timeout=600) == 0, last.stderr.read().decode()
     assert_same_end(end_of(killed), end_of(alone))

@@ -80,11 +80,11 @@ def test_runs_without_measurement_are_refused(tmp_path):
 
 
 def test_the_preset_is_small_or_the_papers():
-    small = compose("experiment=wci_gap", "data=cifar10")
+    small = compose("experiment=wci_gap", "data.root=somewhere")
     assert (small.data.partial, small.measure.measurements.spectrum) == (True, None)
     assert (small.data.test_from_train, small.data.test_size) == (None, 400)
     svhn = compose("experiment=wci_gap", "data=svhn").data
     assert (svhn.test_from_train, svhn.test_size) == (219, 219)  # the excerpt has no test file
-    full = compose("experiment=wci_gap", "scale=full", "data=cifar10")
+    full = compose("experiment=wci_gap", "scale=full", "data.root=somewhere")
     assert (full.data.partial, full.data.train_size, full.data.test_from_train) == (False, None, None)
     assert (full.trainer.max_epochs, list(full.decay_epochs), full.model.width) == (200, [100, 150], 64)

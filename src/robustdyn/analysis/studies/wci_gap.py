@@ -18,8 +18,8 @@ from robustdyn.analysis.curves import (
     data_set,
     figure_of_curves,
     first_decay,
+    intervals_said,
     over_seeds,
-    seeds_said,
     values,
 )
 from robustdyn.analysis.over_seeds import mean_with_interval
@@ -132,9 +132,7 @@ def _told_factors(changes: pd.DataFrame) -> list[str]:
             f"{FACTORS[strongest]} moves more."
         )
     if lines:
-        lines.append(
-            f"Factors are geometric means over {seeds_said(changes)}; in brackets Student's 95 % interval."
-        )
+        lines.append(f"Factors' means are geometric. {intervals_said(changes)}")
     return lines
 
 
