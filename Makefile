@@ -6,6 +6,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# a process for each core, as tests compute with one thread; each takes half a gigabyte
+SPREAD := -n auto --maxprocesses 8 --dist loadfile
 READY := $(VENV)/.ready
 
 .PHONY: help setup demo test test-slow slurm-test lint format types docs bench wheel clean
@@ -27,10 +29,10 @@ demo: $(READY) ## Train on digits, two seeds, and open up robust overfitting in 
 	@$(BIN)/robustdyn-train experiment=demo
 
 test: $(READY) ## Run the tests
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest $(SPREAD)
 
 test-slow: $(READY) ## Run all tests, the minutes-long ones included
-	@$(BIN)/python -m pytest -m 'slow or not slow'
+	@$(BIN)/python -m pytest -m 'slow or not slow' $(SPREAD)
 
 slurm-test: $(READY) ## Test sweeps on a real SLURM on this machine, from Debian packages
 	@tests/slurm/packages.sh || true
