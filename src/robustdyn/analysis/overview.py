@@ -265,7 +265,20 @@ def _factor_values(
         ]
         if len(set(column)) > 1:
             table[key] = column
-    return table
+    return {key: column for key, column in table.items() if not _said_by_another(key, table)}
+
+
+def _said_by_another(key: str, table: Mapping[str, Sequence[str]]) -> bool:
+    """Whether another setting's value settles this one's, as the method does the milestones; not the seed's."""
+    for other, column in table.items():
+        if other in (key, SEED) or key == SEED:
+            continue
+        pairs = len(set(zip(column, table[key], strict=True)))
+        values, own = len(set(column)), len(set(table[key]))
+        # where either settles the other, the first one stays
+        if pairs == values and (own < values or list(table).index(other) < list(table).index(key)):
+            return True
+    return False
 
 
 def _overrides(texts: Iterable[str]) -> dict[str, str]:
