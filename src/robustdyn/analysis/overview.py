@@ -269,7 +269,7 @@ def _factor_values(
 
 
 def _said_by_another(key: str, table: Mapping[str, Sequence[str]]) -> bool:
-    """Whether another setting's value settles this one's, as the method does the milestones; not the seed's."""
+    """Whether another setting's value settles this one's, as a method its milestones; never the seed's."""
     for other, column in table.items():
         if other in (key, SEED) or key == SEED:
             continue
