@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from robustdyn.entrypoints.config import check
+from robustdyn.analysis.study import names
+from robustdyn.entrypoints.config import check, config_dir
 from tests.runs import compose
 
 ROOT = Path(__file__).parents[1]
@@ -43,7 +44,20 @@ def test_every_command_composes(arguments):
 
 @pytest.mark.parametrize("target", re.findall(r"(?m)^make (\w[\w-]*)", README))
 def test_every_make_target_exists(target):
+    verb, _, study = target.partition("-")
+    if verb == "reproduce":  # a pattern, of any study that has an experiment
+        assert study in names()
+        assert (config_dir() / "experiment" / f"{study}.yaml").is_file()
+        target = "reproduce-%"
     assert re.search(rf"(?m)^{target}:", (ROOT / "Makefile").read_text())
+
+
+@pytest.mark.parametrize("study", names())
+def test_every_study_has_its_runs_and_its_page(study):
+    assert (config_dir() / "experiment" / f"{study}.yaml").is_file()
+    page = (ROOT / "experiments" / study / "README.md").read_text()
+    assert f"robustdyn-study {study} " in page
+    assert f"`{study}`" in (ROOT / "docs" / "studies.md").read_text()
 
 
 @pytest.mark.parametrize("link", re.findall(r"\]\((?!http)([^)#]+)", README))
