@@ -4,6 +4,7 @@ import os
 import pickle
 import re
 import stat
+import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -125,6 +126,27 @@ def test_a_request_that_cannot_work_is_refused_before_it_is_queued(
     assert sweep(monkeypatch, tmp_path, override) == 1
     assert f"error: {message}" in capsys.readouterr().err
     assert not list(refusing.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("state", "command", "waits"),
+    [
+        ("PENDING", ["scontrol", "requeue", "7_1"], True),
+        ("COMPLETING", ["scontrol", "requeue", "7_1"], True),
+        ("RUNNING", ["scontrol", "requeue", "7_1"], False),
+        ("PENDING", ["make", "coffee"], False),
+    ],
+)
+def test_a_job_that_slurm_has_requeued_already_leaves_no_error(
+    state, command, waits, programs, tmp_path, monkeypatch
+):
+    """Preempted while it asks to be requeued before its time limit: SLURM refuses, and ends the process."""
+    program(programs, "squeue", f'echo "$@" > {tmp_path}/asked; echo {state}')
+    slept = []
+    monkeypatch.setattr(launcher.time, "sleep", slept.append)
+    launcher._leave_if_requeued(subprocess.CalledProcessError(1, command))
+    assert slept == [launcher.END_S] * waits
+    assert (tmp_path / "asked").exists() == (command[0] == "scontrol")
 
 
 def test_what_is_done_is_not_queued_again(refusing, tmp_path, monkeypatch):

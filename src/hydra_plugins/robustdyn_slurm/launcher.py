@@ -8,6 +8,8 @@ import copy
 import json
 import logging
 import re
+import subprocess
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,10 @@ FOR_EVERY_CLUSTER = {
 """What submitit knows for all kinds of clusters; SLURM's own parameters it wants with ``slurm_`` before."""
 
 JOB = re.compile(r"\d+(_\d+)?")
+
+REQUEUE = ["scontrol", "requeue"]
+END_S = 120.0
+"""Seconds within which SLURM ends the processes of a job that it has requeued; its KillWait is 30."""
 
 AT_LEAST_ONE = ("timeout_min", "nodes", "tasks_per_node", "array_parallelism")
 
@@ -97,7 +103,11 @@ class SlurmSweep(Launcher if SlurmLauncher is None else SlurmLauncher):  # type:
             ):  # else SLURM sees it; submitit itself leaves that way when it has requeued the job
                 raise RuntimeError("the run ended this process before it was done") from end
             raise
-        _ = ended.return_value  # raises what the run raised, which Hydra had put aside
+        try:
+            _ = ended.return_value  # raises what the run raised, which Hydra had put aside
+        except subprocess.CalledProcessError as refused:
+            _leave_if_requeued(refused)
+            raise
         return ended
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
@@ -172,6 +182,20 @@ class SlurmSweep(Launcher if SlurmLauncher is None else SlurmLauncher):  # type:
         if runs:
             log.info(f"{len(runs)} jobs submitted; their logs: {_jobs_folder(request)}")
         return dict(sorted(runs.items()))
+
+
+def _leave_if_requeued(refused: subprocess.CalledProcessError) -> None:
+    """Wait for SLURM to end this process, if it refused to requeue the job because it has done so already.
+
+    A job can be preempted between the warning of its time limit and submitit's request. An error left behind
+    would count as the end of a run that goes on.
+    """
+    if refused.cmd[:2] != REQUEUE:
+        return
+    state = ["squeue", "--noheader", "--jobs", refused.cmd[2], "--format", "%T"]
+    found = subprocess.run(state, capture_output=True, text=True, check=False)
+    if found.stdout.strip() in ("PENDING", "COMPLETING"):
+        time.sleep(END_S)
 
 
 def _request(cfg: DictConfig) -> dict[str, Any]:
