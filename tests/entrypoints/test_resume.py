@@ -185,6 +185,14 @@ def finished(tmp_path_factory):
     return run_dir
 
 
+def test_a_finished_run_says_so_and_stays_as_it_is(finished, monkeypatch, capsys):
+    records = {p.name: p.read_text() for p in (finished / "records").iterdir()}
+    again = arguments("at", f"hydra.run.dir={finished}", "trainer.max_epochs=2", *AT_ENDS)
+    assert command(monkeypatch, *again) == 0
+    assert "2 of 2 epochs were finished already" in capsys.readouterr().err
+    assert {p.name: p.read_text() for p in (finished / "records").iterdir()} == records
+
+
 def test_other_settings_are_refused_and_nothing_is_lost(finished, monkeypatch, capsys):
     hydra = {p.name: p.read_text() for p in (finished / ".hydra").iterdir()}
     records = {p.name: p.read_text() for p in (finished / "records").iterdir()}

@@ -114,21 +114,6 @@ def test_goes_on_where_it_stopped(finished, tmp_path, monkeypatch):
     assert all(torch.equal(value, weights(finished)[name]) for name, value in weights(tmp_path).items())
 
 
-def test_logs_every_table_to_wandb_offline(tmp_path, monkeypatch):
-    overrides = ("logger=wandb", "logger.wandb.offline=true", "trainer.max_epochs=1", "measure.epochs=0")
-    assert (
-        command(
-            monkeypatch, *TINY, *overrides, "-m", "seed=0,1", f"hydra.sweep.dir={tmp_path}", "report=false"
-        )
-        == 0
-    )
-    offline = sorted(tmp_path.glob("*/wandb/offline-run-*/*.wandb"))
-    assert len(offline) == 2  # one of its own for each run of the sweep
-    logged = offline[0].read_bytes()
-    for name in (b"test_robust_loss", b"wci/wci", b"bounds/dominant_terms_top_k", b"attack"):
-        assert name in logged
-
-
 def test_seeds_differ_and_zero_is_one(tmp_path, monkeypatch):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         arguments = (f"seed={seed}", "trainer.max_epochs=1", "measure.epochs=[]")

@@ -64,6 +64,12 @@ class RunProgress(ProgressBar):
         """Close the bar."""
         self._close()
 
+    def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Say so if there was nothing to train."""
+        if self._enabled and not self._started:
+            what = f"{trainer.current_epoch} of {trainer.max_epochs} epochs"
+            print(f"{self._label}: {what} were finished already", file=sys.stderr, flush=True)
+
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
