@@ -295,6 +295,6 @@ def test_a_tower_of_first_epochs_does_not_flatten_the_rest(one_frames):
     left, right = SPECS["robust_loss"].draw({**one_frames, "epochs": epochs}).axes
     for ax in (left, right):
         assert ax.get_ylim()[1] < 10
-        assert "first epochs reach 40" in texts(ax)
+        assert "first epochs reach 40.0" in texts(ax)
     untouched = SPECS["robust_loss"].draw(one_frames).axes[0]
     assert not [text for text in texts(untouched) if "first epochs" in text]

@@ -18,7 +18,11 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from robustdyn.analysis import style
-from robustdyn.analysis.over_seeds import draw_with_interval, mean_with_interval
+from robustdyn.analysis.over_seeds import (
+    draw_with_interval,
+    geometric_mean_with_interval,
+    mean_with_interval,
+)
 from robustdyn.analysis.plotting import (
     MARKED_POINTS,
     Cast,
@@ -123,12 +127,13 @@ def values(
     return pd.concat([frame for frame in frames if len(frame)], ignore_index=True)
 
 
-def over_seeds(rows: pd.DataFrame) -> pd.DataFrame:
+def over_seeds(rows: pd.DataFrame, *, geometric: bool = False) -> pd.DataFrame:
     """Mean and 95 % interval over seeds of :func:`values`, for each epoch.
 
     Epochs that some seeds lack (measured around decays, say) have fewer ``seeds``.
     """
-    return mean_with_interval(rows, [*CELL, "epoch"], "value")
+    mean = geometric_mean_with_interval if geometric else mean_with_interval
+    return mean(rows, [*CELL, "epoch"], "value")
 
 
 def outcomes(rows: pd.DataFrame) -> pd.DataFrame:
@@ -285,17 +290,18 @@ class Row:
 
 
 @style.styled
-def figure_of_curves(table: pd.DataFrame, title: str, rows: Sequence[Row]) -> Figure:
+def figure_of_curves(table: pd.DataFrame, title: str, rows: Sequence[Row], *, mean: str = "mean") -> Figure:
     """Curves of :func:`over_seeds`: a column of panels for each data set, or one row if there is one only.
 
-    Settings by colour, named at the lines' ends in the last column; decays marked.
+    Settings by colour, named at the lines' ends in the last column; decays marked. ``mean`` says which one
+    the table holds.
     """
     rows = [row for row in rows if (table["quantity"] == row.quantity).any()]
     panels = list(dict.fromkeys(table["panel"]))
     beside = len(panels) == 1
     shape = (1, len(rows)) if beside else (len(rows), len(panels))
     figure = style.new_figure(
-        f"{title} (mean of {seeds_said(table)})", 1.1 + (2.7 if beside else 2.1) * shape[0]
+        f"{title} ({mean} of {seeds_said(table)})", 1.1 + (2.7 if beside else 2.1) * shape[0]
     )
     axes = figure.subplots(*shape, squeeze=False)
     rates = table[table["quantity"] == RATE].rename(columns={"mean": RATE})

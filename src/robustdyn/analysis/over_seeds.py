@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from scipy import stats
@@ -33,6 +34,17 @@ def mean_with_interval(frame: pd.DataFrame, by: Sequence[str], column: str) -> p
     return found[list(by)].assign(
         mean=found["mean"], low=found["mean"] - half, high=found["mean"] + half, seeds=found["count"]
     )
+
+
+def geometric_mean_with_interval(frame: pd.DataFrame, by: Sequence[str], column: str) -> pd.DataFrame:
+    """As :func:`mean_with_interval`, of logarithms: for positive numbers that change by factors.
+
+    The interval is of one law of the logarithms and stays positive; rows that are not positive are left out.
+    """
+    logs = np.log(frame[column].where(frame[column] > 0))
+    found = mean_with_interval(frame.assign(**{column: logs}), by, column)
+    found[["mean", "low", "high"]] = np.exp(found[["mean", "low", "high"]])
+    return found
 
 
 def draw_with_interval(

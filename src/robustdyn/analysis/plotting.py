@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from robustdyn.analysis import style
-from robustdyn.analysis.statistics import decay_epochs
+from robustdyn.analysis.statistics import decay_epochs, format_number
 from robustdyn.records import schema
 
 ONE_RUN = "run"
@@ -231,7 +231,7 @@ def leave_out_transient(ax: Axes, epochs: pd.DataFrame, columns: Sequence[schema
         ax.text(
             0.99,
             0.97,
-            f"first epochs reach {highest:.2g}",
+            f"first epochs reach {format_number(highest)}",
             transform=ax.transAxes,
             ha="right",
             va="top",

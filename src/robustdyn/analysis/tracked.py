@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from robustdyn.analysis.over_seeds import mean_with_interval
+from robustdyn.analysis.over_seeds import geometric_mean_with_interval, mean_with_interval
 from robustdyn.analysis.statistics import decay_epochs, format_number
 from robustdyn.errors import RecordError
 from robustdyn.records.labels import SEED, distinguishing
@@ -259,11 +259,10 @@ def mean(frame: pd.DataFrame, by: Sequence[str], *, changes: bool = False) -> pd
     """
     keys = [*by, "quantity"]
     factor = frame["quantity"].map(lambda q: q in QUANTITIES and QUANTITIES[q].change == "factor")
-    logs = frame[factor].copy()
-    if not changes:
-        logs["value"] = np.log(logs["value"].where(logs["value"] > 0))
-    geometric = mean_with_interval(logs, keys, "value")
-    geometric[["mean", "low", "high"]] = np.exp(geometric[["mean", "low", "high"]])
+    logs = frame[factor]
+    geometric = geometric_mean_with_interval(
+        logs.assign(value=np.exp(logs["value"])) if changes else logs, keys, "value"
+    )
     return pd.concat([geometric, mean_with_interval(frame[~factor], keys, "value")], ignore_index=True)
 
 

@@ -75,6 +75,7 @@ def answer(runs: Sequence[Run]) -> Answer:
     runs = sorted(runs, key=lambda run: names.index(data_set(run)))
     rows = values(runs, [LOSS_GAP, ERROR_GAP, INDEX, NORM, TRACE, CEILING], setting=lambda run: "")
     curves, r, changes = over_seeds(rows), correlations(rows), factors(rows)
+    by_factors = over_seeds(rows[rows["quantity"].isin(["lr", INDEX, NORM, TRACE, CEILING])], geometric=True)
     gaps = [Row(LOSS_GAP, "robust loss gap"), Row(ERROR_GAP, "robust error gap"), Row(INDEX, "WCI")]
     apart = [
         Row(NORM, "‖W‖²_F", log=True),
@@ -89,8 +90,8 @@ def answer(runs: Sequence[Run]) -> Answer:
         ),
         Picture(
             "norm_and_trace",
-            curves[curves["quantity"].isin(["lr", CEILING, *(row.quantity for row in apart)])],
-            partial(figure_of_curves, title="The two factors of the WCI", rows=apart),
+            by_factors,
+            partial(figure_of_curves, title="The two factors of the WCI", rows=apart, mean="geometric mean"),
         ),
     ]
     tables = {"curves": curves, "correlations": r, "factors": changes}
