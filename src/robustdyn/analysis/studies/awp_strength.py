@@ -18,7 +18,7 @@ from scipy import stats
 
 from robustdyn.analysis import style
 from robustdyn.analysis.over_seeds import LEVEL
-from robustdyn.analysis.plotting import key
+from robustdyn.analysis.plotting import End, key, label_ends
 from robustdyn.analysis.study import Answer, Picture, Study
 from robustdyn.analysis.tracked import (
     BEFORE,
@@ -295,12 +295,15 @@ def _robustness(data: pd.DataFrame) -> Figure:
     figure = style.new_figure("Robustness against the strength of AWP", 3.8)
     axes = figure.subplots(1, 3)
     for ax, (quantity, unit) in zip(axes, ROBUSTNESS.items(), strict=True):
+        ends = []
         for moment, colour in ((BEST, style.PALETTE[2]), (END, style.PALETTE[1])):
             own = data[(data["moment"] == moment) & (data["quantity"] == quantity)]
             if not own.empty:
-                _against_gamma(
-                    ax, own.assign(value=own["value"] * QUANTITIES[quantity].scale), colour, moment
-                )
+                scaled = own.assign(value=own["value"] * QUANTITIES[quantity].scale)
+                _against_gamma(ax, scaled, colour)
+                last = scaled[scaled["seed"] == MEAN].sort_values("gamma").iloc[-1]
+                ends.append(End(float(last["gamma"]), float(last["value"]), moment, colour))
+        label_ends(ax, ends)
         ax.set_ylabel(unit)
         ax.set_xlabel("γ of AWP")
     _legend(figure, data, style.MARK)
@@ -329,17 +332,12 @@ def _together(data: pd.DataFrame, k: int) -> Figure:
     return figure
 
 
-def _against_gamma(ax: Axes, own: pd.DataFrame, colour: str, text: str = "") -> None:
-    """Single seeds as open circles, their means joined; named at the line's end."""
+def _against_gamma(ax: Axes, own: pd.DataFrame, colour: str) -> None:
+    """Single seeds as open circles, their means joined."""
     curve = own[own["seed"] == MEAN].sort_values("gamma")
     single = own[own["seed"] != MEAN]
     ax.plot(single["gamma"], single["value"], "o", color=colour, fillstyle="none", markersize=5, alpha=0.8)
     ax.plot(curve["gamma"], curve["value"], color=colour, marker="_", markersize=9)
-    if text and not curve.empty:
-        place = (curve["gamma"].iloc[-1], curve["value"].iloc[-1])
-        ax.annotate(
-            text, place, xytext=(8, 0), textcoords="offset points", color=colour, va="center", fontsize=9
-        )
     strengths = sorted(own["gamma"].unique())
     ax.set_xticks(strengths, [f"{gamma:g}" for gamma in strengths])
     ax.tick_params(axis="x", labelrotation=45)
