@@ -3,9 +3,6 @@
 All checks run in one pair of processes (tests/curvature/workers.py), which the tests below read.
 """
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +14,7 @@ from robustdyn.curvature import shard
 from tests.curvature import workers
 from tests.curvature.reference import random
 from tests.curvature.workers import PROCESSES, SPREADS, Results
+from tests.processes import run_processes
 from tests.tolerances import EXACT64
 
 ROOT = Path(__file__).parents[2]
@@ -27,34 +25,7 @@ LIMIT = 60  # seconds for both processes; they need ten
 def everybody(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
     """What each rank found."""
     out = tmp_path_factory.mktemp("processes")
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    logs = [(out / f"{rank}.log").open("w") for rank in range(PROCESSES)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.curvature.workers", str(rank), str(out / "store"), str(out)],
-            cwd=ROOT,
-            env=environment,
-            stdout=logs[rank],
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(PROCESSES)
-    ]
-    try:
-        for process in processes:
-            process.wait(timeout=LIMIT)
-    except subprocess.TimeoutExpired:
-        pass  # what was not written is missed below
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-        for log in logs:
-            log.close()
-    paths = [out / f"{rank}.pt" for rank in range(PROCESSES)]
-    if not all(path.exists() for path in paths):
-        words = "\n".join((out / f"{rank}.log").read_text()[-3000:] for rank in range(PROCESSES))
-        pytest.fail(f"the processes did not finish:\n{words}")
+    paths = run_processes("tests.curvature.workers", out, PROCESSES, LIMIT)
     return [torch.load(path, weights_only=False) for path in paths]
 
 

@@ -4,7 +4,6 @@ import datetime
 import functools
 import os
 import shutil
-import subprocess
 import sys
 import traceback
 from collections import Counter
@@ -28,6 +27,7 @@ from robustdyn.errors import ConfigError
 from robustdyn.measure.watch import StopOnNonFinite
 from robustdyn.methods import AdversarialTraining, Execution
 from robustdyn.methods.execution import keep_layout
+from tests.processes import run_processes
 from tests.runs import TINY, command, compose, rows
 from tests.tolerances import EXACT32, EXACT64
 
@@ -448,6 +448,7 @@ def main(rank, store, out):
                 "trainer.max_epochs=2",
                 devices=PROCESSES,
                 strategy="ddp",
+                sync_batchnorm=False,
             )
             assert trainer.world_size == PROCESSES
             found[method, execution] = {k: p.detach().clone() for k, p in module.model.named_parameters()}
@@ -458,40 +459,7 @@ def main(rank, store, out):
 def everybody(tmp_path_factory):
     """What each rank found."""
     out = tmp_path_factory.mktemp("processes")
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    logs = [(out / f"{rank}.log").open("w") for rank in range(PROCESSES)]
-
-    def environment(rank):
-        """As torchrun would set it, so that Lightning starts no processes of its own."""
-        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": PROCESSES, "LOCAL_WORLD_SIZE": PROCESSES}
-        numbers |= {"GROUP_RANK": 0, "TORCHELASTIC_RUN_ID": 0, "OMP_NUM_THREADS": 1}
-        return os.environ | {name: str(number) for name, number in numbers.items()} | {"PYTHONPATH": path}
-
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.methods.test_execution", str(rank), out / "store", out],
-            cwd=ROOT,
-            env=environment(rank),
-            stdout=logs[rank],
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(PROCESSES)
-    ]
-    try:
-        for process in processes:
-            process.wait(timeout=LIMIT)
-    except subprocess.TimeoutExpired:
-        pass  # what was not written is missed below
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-        for log in logs:
-            log.close()
-    paths = [out / f"{rank}.pt" for rank in range(PROCESSES)]
-    if not all(path.exists() for path in paths):
-        words = "\n".join((out / f"{rank}.log").read_text()[-3000:] for rank in range(PROCESSES))
-        pytest.fail(f"the processes did not finish:\n{words}")
+    paths = run_processes("tests.methods.test_execution", out, PROCESSES, LIMIT)
     return [torch.load(path, weights_only=True) for path in paths]
 
 

@@ -6,8 +6,6 @@ whose results the tests below read. Called without a group, the same functions m
 
 import copy
 import datetime
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from robustdyn.entrypoints.train import build_module
 from robustdyn.models.modes import frozen_statistics
 from tests.curvature.workers import counted
 from tests.methods.test_perturbations import PERTURBATIONS, buffers, problem, values
+from tests.processes import run_processes
 from tests.runs import TINY, compose
 from tests.tolerances import EXACT32, EXACT64
 
@@ -141,7 +140,8 @@ def trained(method, rank, *overrides, plain_network=False):
     module = build_module(cfg, data)
     if plain_network:  # BatchNorm's statistics would be those of each rank's share
         module.model = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.ReLU(), nn.Linear(12, 10))
-    settings = {} if rank is None else {"devices": PROCESSES, "strategy": "ddp"}
+    # statistics of each rank's own share, as without the plugin that robustdyn-train gives its trainer
+    settings = {} if rank is None else {"devices": PROCESSES, "strategy": "ddp", "sync_batchnorm": False}
     trainer = build(
         cfg, "trainer", logger=False, enable_checkpointing=False, enable_progress_bar=False, **settings
     )
@@ -188,47 +188,7 @@ pytestmark = pytest.mark.slow  # starts two processes
 def everybody(tmp_path_factory):
     """What each rank found."""
     out = tmp_path_factory.mktemp("processes")
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    logs = [(out / f"{rank}.log").open("w") for rank in range(PROCESSES)]
-
-    def environment(rank):
-        """As torchrun would set it, so that Lightning starts no processes of its own."""
-        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": PROCESSES, "LOCAL_WORLD_SIZE": PROCESSES}
-        numbers |= {"GROUP_RANK": 0, "TORCHELASTIC_RUN_ID": 0, "OMP_NUM_THREADS": 1}
-        return os.environ | {name: str(number) for name, number in numbers.items()} | {"PYTHONPATH": path}
-
-    processes = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "tests.methods.test_perturbation_processes",
-                str(rank),
-                out / "store",
-                out,
-            ],
-            cwd=ROOT,
-            env=environment(rank),
-            stdout=logs[rank],
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(PROCESSES)
-    ]
-    try:
-        for process in processes:
-            process.wait(timeout=LIMIT)
-    except subprocess.TimeoutExpired:
-        pass  # what was not written is missed below
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-        for log in logs:
-            log.close()
-    paths = [out / f"{rank}.pt" for rank in range(PROCESSES)]
-    if not all(path.exists() for path in paths):
-        words = "\n".join((out / f"{rank}.log").read_text()[-3000:] for rank in range(PROCESSES))
-        pytest.fail(f"the processes did not finish:\n{words}")
+    paths = run_processes("tests.methods.test_perturbation_processes", out, PROCESSES, LIMIT)
     return [torch.load(path, weights_only=True) for path in paths]
 
 

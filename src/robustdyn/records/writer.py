@@ -19,6 +19,7 @@ import pandas as pd
 
 from robustdyn.errors import RecordError
 from robustdyn.records import schema
+from robustdyn.records.files import replace_file
 from robustdyn.records.lines import decode, parse_lines
 
 RECORDS = "records"
@@ -264,15 +265,9 @@ def _mend_last_line(path: Path) -> None:
 
 def _replace(path: Path, text: str) -> None:
     """Write ``text`` to ``path`` in one atomic step."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        replace_file(path, text.encode())
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise _unwritable(path, error) from error
 
 

@@ -7,7 +7,6 @@ of the ensemble, leave nothing that the next one could not go on with.
 
 import io
 import json
-import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from robustdyn.errors import ConfigError, RecordError
+from robustdyn.records.files import replace_file
 from robustdyn.records.writer import plain
 from robustdyn.replicas.ensemble import Arrays
 from robustdyn.replicas.start import StartingPoint
@@ -205,15 +205,9 @@ def _unpacked(path: Path) -> dict[str, Any]:
 
 def _write(path: Path, content: bytes) -> None:
     """In one atomic step."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        replace_file(path, content)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise _unwritable(path, error) from error
 
 

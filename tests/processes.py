@@ -1,0 +1,51 @@
+"""Two or more processes of a test module: started, awaited, and what each of them left."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run_processes(module: str, out: Path, count: int, limit: float) -> list[Path]:
+    """Run ``python -m module RANK STORE OUT`` in ``count`` processes, numbered as torchrun would.
+
+    Returns:
+        ``OUT/RANK.pt`` of each, which it is to write; the test fails with their last words if one is missing.
+    """
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    common = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "GROUP_RANK": 0, "OMP_NUM_THREADS": 1}
+    common |= {"TORCHELASTIC_RUN_ID": 0}  # by this Lightning starts no processes of its own
+    logs = [(out / f"{rank}.log").open("w") for rank in range(count)]
+    processes = []
+    try:
+        for rank in range(count):
+            numbers = common | {"RANK": rank, "LOCAL_RANK": rank}
+            environment = os.environ | {name: str(number) for name, number in numbers.items()}
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", module, str(rank), str(out / "store"), str(out)],
+                    cwd=ROOT,
+                    env=environment | {"PYTHONPATH": path},
+                    stdout=logs[rank],
+                    stderr=subprocess.STDOUT,
+                )
+            )
+        for process in processes:
+            process.wait(timeout=limit)
+    except subprocess.TimeoutExpired:
+        pass  # what was not written is missed below
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+        for log in logs:
+            log.close()
+    paths = [out / f"{rank}.pt" for rank in range(count)]
+    if not all(path.exists() for path in paths):
+        words = "\n".join((out / f"{rank}.log").read_text()[-3000:] for rank in range(count))
+        pytest.fail(f"the processes did not finish:\n{words}")
+    return paths
