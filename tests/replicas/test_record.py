@@ -3,15 +3,21 @@ import pytest
 import torch
 
 from robustdyn.errors import ConfigError, RecordError
-from robustdyn.replicas import Directions, EnsembleRecord, StartingPoint, read_ensemble
+from robustdyn.replicas import Directions, EnsembleRecord, MeasuredPoint, read_ensemble
 
-SETTINGS = {"learning_rate": [0.1, 0.1], "record.steps": [0, 2], "record.loss_steps": [], "seed": 1}
+SETTINGS = {
+    "learning_rate": [0.1, 0.1],
+    "record.steps": [0, 2],
+    "record.loss_steps": [],
+    "record.mean_steps": [2],
+    "seed": 1,
+}
 
 
 def start():
     one = np.ones((1, 1))
     vectors = torch.ones(4, 1) / 2
-    return StartingPoint(
+    return MeasuredPoint(
         directions=Directions(positions=vectors, forces=vectors),
         eigenvalues=one[0],
         residuals=one[0],
@@ -23,6 +29,9 @@ def start():
         attack_covariance=one,
         noise=one,
         sampled_gradients=np.empty((0, 1)),
+        slopes=one,
+        slope_errors=one,
+        slope_distances=one[0],
         loss=0.5,
         curvature_has_decay=False,
     )
@@ -37,6 +46,7 @@ def arrays(replicas):
         "batch_loss": each,
         "robust_loss": np.empty((len(numbers), 0)),
         "robust_error": np.empty((len(numbers), 0)),
+        "mean_move": numbers.mean() * np.ones((1, 1, 4), dtype=np.float32),
     }
 
 

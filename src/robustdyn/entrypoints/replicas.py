@@ -1,5 +1,6 @@
 """``robustdyn-replicas``: an ensemble of replicas of a run's checkpoint."""
 
+import copy
 import hashlib
 import os
 import sys
@@ -42,16 +43,17 @@ from robustdyn.methods import Regularizer
 from robustdyn.models import load_weights
 from robustdyn.replicas import (
     AdamUpdate,
+    Directions,
     Ensemble,
     EnsembleRecord,
+    MeasuredPoint,
     MomentumUpdate,
+    PointSettings,
     Recorded,
     Sampling,
     StackedNetwork,
-    StartingPoint,
-    StartSettings,
     Training,
-    measure_start,
+    measure_point,
     second_moment,
 )
 from robustdyn.replicas.updates import Update
@@ -134,6 +136,13 @@ def run_replicas(cfg: DictConfig) -> None:
             f"learning_rate={problem.training.learning_rate[0]:g}: {error}; choose less"
         ) from error
     left = sum(1 for _ in record.missing(cfg.replicas))
+    if problem.recorded.mean_steps and not left:
+        _say("path        measuring curvature and noise along the replicas' mean")
+        record.path(
+            cfg.replicas,
+            problem.recorded.mean_steps,
+            lambda move: problem.measure_at(cfg, torch.from_numpy(move), start.directions),
+        )
     _say(f"ensemble: {output}" + (f" ({left} chunks are still missing)" if left else ""))
 
 
@@ -196,15 +205,32 @@ class _Problem:
     settings: Mapping[str, object]
     preconditioner: Tensor | None
 
-    def measure(self, cfg: DictConfig) -> StartingPoint:
+    def measure(self, cfg: DictConfig) -> MeasuredPoint:
         _say("start       measuring curvature and noise at the checkpoint")
-        return measure_start(
+        return measure_point(
             self.model,
             self.training,
             _start_settings(cfg),
             engine=cfg.engine,
             chunk=cfg.chunk,
             preconditioner=self.preconditioner,
+        )
+
+    def measure_at(self, cfg: DictConfig, move: Tensor, directions: Directions) -> MeasuredPoint:
+        """The point at θ_0 + ``move`` (P,), along the directions of the start."""
+        moved = copy.deepcopy(self.model)
+        learned = [p for p in moved.parameters() if p.requires_grad]
+        with torch.no_grad():
+            for p, part in zip(learned, move.to(learned[0]).split([p.numel() for p in learned]), strict=True):
+                p.add_(part.view_as(p))
+        return measure_point(
+            moved,
+            self.training,
+            _start_settings(cfg),
+            engine=cfg.engine,
+            chunk=cfg.chunk,
+            preconditioner=self.preconditioner,
+            directions=directions,
         )
 
 
@@ -231,6 +257,7 @@ def _problem(cfg: DictConfig, run: DictConfig, checkpoint: Path, device: torch.d
             steps=tuple(step for step in cfg.record.steps if step <= cfg.steps),
             loss_steps=tuple(step for step in cfg.record.loss_steps if step <= cfg.steps),
             loss_examples=min(cfg.record.loss_examples, len(split)),
+            mean_steps=tuple(step for step in cfg.record.mean_steps if step <= cfg.steps),
         )
         _start_settings(cfg)
 
@@ -258,10 +285,10 @@ def _problem(cfg: DictConfig, run: DictConfig, checkpoint: Path, device: torch.d
     return _Problem(model, trained, recorded, settings, preconditioner)
 
 
-def _start_settings(cfg: DictConfig) -> StartSettings:
+def _start_settings(cfg: DictConfig) -> PointSettings:
     try:
         given = {key: value for key, value in cfg.start.items() if key != "memory_mib"}
-        return StartSettings(memory=cfg.start.memory_mib * 2**20, **given)
+        return PointSettings(memory=cfg.start.memory_mib * 2**20, **given)
     except ValueError as error:
         raise ConfigError(f"start: {error}") from error
 
@@ -397,6 +424,7 @@ def _settings(
         "record.steps": list(recorded.steps),
         "record.loss_steps": list(recorded.loss_steps),
         "record.loss_examples": recorded.loss_examples,
+        "record.mean_steps": list(recorded.mean_steps),
         "start": {key: value for key, value in cfg.start.items() if key != "memory_mib"},
         "seed": cfg.seed,
     }

@@ -5,7 +5,7 @@ Knows torch, attacks, objectives and weight perturbations; no Hydra and no Light
     training = Training(images=..., targets=..., objective=..., attack=..., perturbation=None,
                         update=MomentumUpdate(momentum=0.9, weight_decay=5e-4, initial_buffer=None),
                         learning_rate=[0.005] * 500, sampling=Sampling(...), batchnorm="eval", seed=0)
-    start = measure_start(model, training, StartSettings(...), engine="vmapped", chunk=8)
+    start = measure_point(model, training, PointSettings(...), engine="vmapped", chunk=8)
     ensemble = Ensemble(model, training, directions=start.directions, recorded=Recorded(...),
     engine="vmapped") arrays = ensemble.run(range(8))
     covariance = np.cov(arrays["position"][:, -1], rowvar=False)
@@ -15,15 +15,15 @@ Knows torch, attacks, objectives and weight perturbations; no Hydra and no Light
 
 from robustdyn.replicas.ensemble import Directions, Ensemble, Recorded, Training
 from robustdyn.replicas.network import Engine, StackedNetwork
-from robustdyn.replicas.record import EnsembleRecord, RecordedEnsemble, read_ensemble
-from robustdyn.replicas.sampling import Sampling, positions_covariance
-from robustdyn.replicas.start import (
-    StartingPoint,
-    StartSettings,
-    measure_start,
+from robustdyn.replicas.point import (
+    MeasuredPoint,
+    PointSettings,
+    measure_point,
     sampled_gradients,
     second_moment,
 )
+from robustdyn.replicas.record import EnsembleRecord, RecordedEnsemble, read_ensemble
+from robustdyn.replicas.sampling import Sampling, positions_covariance
 from robustdyn.replicas.updates import AdamUpdate, MomentumUpdate, Update
 
 __all__ = [
@@ -32,16 +32,16 @@ __all__ = [
     "Engine",
     "Ensemble",
     "EnsembleRecord",
+    "MeasuredPoint",
     "MomentumUpdate",
+    "PointSettings",
     "Recorded",
     "RecordedEnsemble",
     "Sampling",
     "StackedNetwork",
-    "StartSettings",
-    "StartingPoint",
     "Training",
     "Update",
-    "measure_start",
+    "measure_point",
     "positions_covariance",
     "read_ensemble",
     "sampled_gradients",

@@ -5,7 +5,7 @@ Shapes: R replicas of a chunk, P parameters, k directions, T steps, S recorded s
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from robustdyn.replicas.sampling import Sampling
 from robustdyn.replicas.updates import Update
 
 BatchNormMode = Literal["eval", "train"]
-Arrays = dict[str, NDArray[np.float64]]
+Arrays = dict[str, NDArray[np.floating[Any]]]
 
 _SLAB = 2**16  # parameters that are copied to float64 at once
 
@@ -59,6 +59,8 @@ class Recorded:
         steps: S steps at which positions are recorded, strictly increasing, ≥ 0.
         loss_steps: Steps at which the robust loss is measured as well, strictly increasing, ≥ 0.
         loss_examples: Of the first so many training examples.
+        mean_steps: Steps at which the mean of the chunk's weights is kept, strictly increasing, ≥ 0: along it
+            curvature and noise can be measured again, and it is the centre of a measured posterior.
 
     Raises:
         ValueError: Steps that do not increase.
@@ -67,9 +69,11 @@ class Recorded:
     steps: tuple[int, ...]
     loss_steps: tuple[int, ...]
     loss_examples: int
+    mean_steps: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        for name, steps in (("steps", self.steps), ("loss_steps", self.loss_steps)):
+        for name in ("steps", "loss_steps", "mean_steps"):
+            steps = getattr(self, name)
             if list(steps) != sorted(set(steps)) or (steps and steps[0] < 0):
                 raise ValueError(f"{name} must increase strictly from 0 on, got {list(steps)}")
 
@@ -153,7 +157,8 @@ class Ensemble:
         self.network = StackedNetwork(model, engine)
         self.start = self.network.theta()
         steps = len(training.learning_rate)
-        for name, when in (("steps", recorded.steps), ("loss_steps", recorded.loss_steps)):
+        for name in ("steps", "loss_steps", "mean_steps"):
+            when = getattr(recorded, name)
             if when and when[-1] > steps:
                 raise ValueError(f"{name} has {when[-1]}, but there are {steps} steps")
         wanted = (self.network.numel, directions.count)
@@ -170,11 +175,12 @@ class Ensemble:
                 may differ between chunks of different sizes.
 
         Returns:
-            Float64 arrays, by name: ``position`` (R, S, k), x; ``buffer`` (R, S, k), the optimiser's buffer;
-            ``gradient`` (R, S, k), of the mini-batch loss without weight decay in the step that led there,
-            NaN at step 0; ``distance`` (R, S), ‖θ − θ_0‖; ``batch_loss`` (R, T), cross-entropy of each
-            adversarial batch in nats, where its gradient was taken; ``robust_loss`` and ``robust_error`` (R,
-            L) over the loss examples at the L loss steps.
+            Arrays, float64 but the last, by name: ``position`` (R, S, k), x; ``buffer`` (R, S, k), the
+            optimiser's buffer; ``gradient`` (R, S, k), of the mini-batch loss without weight decay in the
+            step that led there, NaN at step 0; ``distance`` (R, S), ‖θ − θ_0‖; ``batch_loss`` (R, T),
+            cross-entropy of each adversarial batch in nats, where its gradient was taken; ``robust_loss`` and ``robust_error`` (R,
+            L) over the loss examples at the L loss steps; ``mean_move`` (1, M, P) float32, mean over these R
+            replicas of θ − θ_0 at the M mean steps.
 
         Raises:
             FloatingPointError: A replica's weights are not finite.
@@ -185,6 +191,7 @@ class Ensemble:
         state = training.update.begin(theta)
         record = _Record(len(replicas), self)
         record.note(0, theta, training.update.buffer(state), None)
+        record.note_mean(0, theta)
         self._note_loss(record, 0, theta, statistics)
         for step, rate in enumerate(training.learning_rate):
             gradient, losses, moves = batch_gradients(
@@ -206,6 +213,7 @@ class Ensemble:
                 training.update.step(theta, gradient, state, rate, step)
             if wanted:
                 record.note(step + 1, theta, training.update.buffer(state), kept)
+            record.note_mean(step + 1, theta)
             self._note_loss(record, step + 1, theta, statistics)
         finite = theta.isfinite().all(dim=1)
         if not bool(finite.all()):
@@ -237,6 +245,13 @@ class _Record:
         self.batch_loss = np.full((replicas, len(ensemble.training.learning_rate)), np.nan)
         self.robust_loss = np.full((replicas, len(recorded.loss_steps)), np.nan)
         self.robust_error = self.robust_loss.copy()
+        self.mean_rows = {step: row for row, step in enumerate(recorded.mean_steps)}
+        self.mean_move = np.full((1, len(recorded.mean_steps), len(self.start)), np.nan, dtype=np.float32)
+
+    def note_mean(self, step: int, theta: Tensor) -> None:
+        row = self.mean_rows.get(step)
+        if row is not None:
+            self.mean_move[0, row] = (theta - self.start).double().mean(dim=0).cpu().numpy()
 
     def note(self, step: int, theta: Tensor, buffer: Tensor, gradient: Tensor | None) -> None:
         row = self.rows.get(step)
@@ -260,6 +275,7 @@ class _Record:
                 "batch_loss",
                 "robust_loss",
                 "robust_error",
+                "mean_move",
             )
         }
 

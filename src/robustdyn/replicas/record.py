@@ -1,14 +1,15 @@
 """The directory of an ensemble: settings, starting point, and one file for each finished chunk of replicas.
 
 ``settings.json`` says what the numbers depend on; ``start.npz`` holds the starting point; ``chunks/*.npz``
-the replicas. Every file appears whole or not at all, so that a killed command, or several at work on parts
-of the ensemble, leave nothing that the next one could not go on with.
+the replicas; ``path/*.npz`` what was measured at their mean. Every file appears whole or not at all, so that
+a killed command, or several at work on parts of the ensemble, leave nothing that the next one could not go on
+with.
 """
 
 import io
 import json
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,9 @@ from robustdyn.errors import ConfigError, RecordError
 from robustdyn.records.files import replace_file
 from robustdyn.records.writer import plain
 from robustdyn.replicas.ensemble import Arrays
-from robustdyn.replicas.start import StartingPoint
+from robustdyn.replicas.point import MeasuredPoint
 
-SETTINGS, START, CHUNKS = "settings.json", "start.npz", "chunks"
+SETTINGS, START, CHUNKS, PATH = "settings.json", "start.npz", "chunks", "path"
 _ANOTHER = "choose another output=DIR, or delete this one"
 
 
@@ -74,13 +75,35 @@ class EnsembleRecord:
             changed = ", ".join(f"{k}={_short(stored.get(k))} (now {_short(settings.get(k))})" for k in keys)
             raise RecordError(f"{self.directory}: holds an ensemble with {changed}; {_ANOTHER}")
 
-    def start(self, measure: Callable[[], StartingPoint], device: torch.device) -> StartingPoint:
+    def start(self, measure: Callable[[], MeasuredPoint], device: torch.device) -> MeasuredPoint:
         """The recorded starting point; where there is none, ``measure`` is asked, by one process alone."""
         path = self.directory / START
         with FileLock(self.directory / ".start.lock"):
             if not path.exists():
                 _write(path, _packed(measure().arrays()))
-            return StartingPoint.from_arrays(_unpacked(path), device)
+            return MeasuredPoint.from_arrays(_unpacked(path), device)
+
+    def path(
+        self, replicas: int, steps: Sequence[int], measure: Callable[[NDArray[np.float32]], MeasuredPoint]
+    ) -> None:
+        """Have the path of the first ``replicas``' mean measured where it is not yet.
+
+        Args:
+            replicas: All of them must be there.
+            steps: The mean steps.
+            measure: Asked for the point at a mean move (P,), by one process alone.
+        """
+        with FileLock(self.directory / ".path.lock"):
+            for row, step in enumerate(steps):
+                file = self.directory / PATH / f"{step:06d}-{replicas}.npz"
+                if file.exists():
+                    continue
+                file.parent.mkdir(exist_ok=True)
+                chunks = [self._chunk(first) for first in range(0, replicas, self.chunk)]
+                move = np.mean([_unpacked(chunk)["mean_move"][0, row] for chunk in chunks], axis=0)
+                point = measure(move.astype(np.float32)).arrays()
+                shared = ("positions", "forces")  # those of the start
+                _write(file, _packed({k: v for k, v in point.items() if k not in shared}))
 
     def missing(self, replicas: int, *, shard: int = 0, shards: int = 1) -> Iterator[range]:
         """Chunks among the first ``replicas`` that a shard has to run and are not there yet.
@@ -121,6 +144,8 @@ class RecordedEnsemble:
     Attributes:
         settings: What the numbers depend on, as in ``settings.json``.
         start: The measured starting point.
+        path_steps: (Q,), those of the mean steps at which the path was measured for all these replicas.
+        path: Q points at the mean of the replicas' weights, along the directions of the start.
         replicas: (R,) numbers of the replicas that are there.
         steps: (S,) recorded steps.
         loss_steps: (L,).
@@ -132,10 +157,14 @@ class RecordedEnsemble:
         batch_loss: (R, T).
         robust_loss: (R, L).
         robust_error: (R, L).
+        mean_steps: (M,).
+        mean_move: (M, P) float32, mean of θ − θ_0 over the replicas.
     """
 
     settings: Mapping[str, Any]
-    start: StartingPoint
+    start: MeasuredPoint
+    path_steps: NDArray[np.int64]
+    path: tuple[MeasuredPoint, ...]
     replicas: NDArray[np.int64]
     steps: NDArray[np.int64]
     loss_steps: NDArray[np.int64]
@@ -147,6 +176,8 @@ class RecordedEnsemble:
     batch_loss: NDArray[np.float64]
     robust_loss: NDArray[np.float64]
     robust_error: NDArray[np.float64]
+    mean_steps: NDArray[np.int64]
+    mean_move: NDArray[np.float32]
 
 
 def read_ensemble(directory: Path) -> RecordedEnsemble:
@@ -163,21 +194,32 @@ def read_ensemble(directory: Path) -> RecordedEnsemble:
         )
     chunks = [_unpacked(path) for path in files]
     arrays = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
+    arrays["mean_move"] = arrays["mean_move"].mean(axis=0)
     firsts = [int(path.stem) for path in files]
+    measured = sorted((directory / PATH).glob(f"*-{sum(len(c['distance']) for c in chunks)}.npz"))
     try:
+        start = _unpacked(directory / START)
+        shared = {name: start[name] for name in ("positions", "forces")}
         return RecordedEnsemble(
             settings=settings,
-            start=StartingPoint.from_arrays(_unpacked(directory / START), torch.device("cpu")),
+            start=_point(start),
+            path_steps=np.array([int(path.stem.partition("-")[0]) for path in measured], dtype=np.int64),
+            path=tuple(_point({**_unpacked(path), **shared}) for path in measured),
             replicas=np.concatenate([np.arange(settings["chunk"]) + first for first in firsts]),
             steps=np.array(settings["record.steps"], dtype=np.int64),
             loss_steps=np.array(settings["record.loss_steps"], dtype=np.int64),
             learning_rate=np.array(settings["learning_rate"], dtype=np.float64),
+            mean_steps=np.array(settings["record.mean_steps"], dtype=np.int64),
             **arrays,
         )
     except (KeyError, TypeError) as error:
         raise RecordError(
             f"{directory}: not an ensemble of robustdyn-replicas ({error}); {_ANOTHER}"
         ) from error
+
+
+def _point(arrays: dict[str, Any]) -> MeasuredPoint:
+    return MeasuredPoint.from_arrays(arrays, torch.device("cpu"))
 
 
 def _settings(directory: Path) -> dict[str, Any]:

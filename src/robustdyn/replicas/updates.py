@@ -10,6 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from robustdyn.theory import MomentumDynamics
+
 State = dict[str, Tensor]
 """Tensors (R, P) by name."""
 
@@ -37,6 +39,17 @@ class Update(Protocol):
 
     def buffer(self, state: State) -> Tensor:
         """The vector v (R, P): the part of the state that moves the weights."""
+
+    def dynamics(self, learning_rate: float, *, decay_inside: bool) -> MomentumDynamics:
+        """The rule as momentum SGD along :class:`robustdyn.replicas.Directions`.
+
+        Args:
+            learning_rate: η of a step.
+            decay_inside: Whether the curvature holds weight decay already, so that ω is 0 here.
+
+        Raises:
+            ValueError: ω is not one number and ``decay_inside`` is not said.
+        """
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -74,6 +87,11 @@ class MomentumUpdate:
     def buffer(self, state: State) -> Tensor:
         """As :class:`Update`."""
         return state["buffer"]
+
+    def dynamics(self, learning_rate: float, *, decay_inside: bool) -> MomentumDynamics:
+        """As :class:`Update`: η, μ, ω as they are."""
+        decay = _one_decay(self.weight_decay, decay_inside)
+        return MomentumDynamics(learning_rate, self.momentum, decay)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -142,6 +160,19 @@ class AdamUpdate:
     def buffer(self, state: State) -> Tensor:
         """As :class:`Update`: m."""
         return state["buffer"]
+
+    def dynamics(self, learning_rate: float, *, decay_inside: bool) -> MomentumDynamics:
+        """As :class:`Update`: η (1 − β₁) and β₁, equation (27) of docs/theory.md."""
+        decay = _one_decay(self.weight_decay, decay_inside)
+        return MomentumDynamics(learning_rate * (1 - self.beta1), self.beta1, decay)
+
+
+def _one_decay(weight_decay: float | Tensor, inside: bool) -> float:
+    if inside:
+        return 0.0
+    if isinstance(weight_decay, Tensor):
+        raise ValueError("weight decay differs between parameters; put it into the curvature")
+    return weight_decay
 
 
 def _start(initial: Tensor | None, theta: Tensor) -> Tensor:

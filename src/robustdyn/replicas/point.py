@@ -1,6 +1,7 @@
-"""The common starting point, measured: all that a prediction of the replicas' distribution needs.
+"""The loss at one point, measured: all that a prediction of the replicas' distribution needs.
 
-Shapes: n training examples, P parameters, k directions, A attack draws, M mini-batches.
+That point is the replicas' common start, or one on the path of their mean. Shapes: n training examples, P
+parameters, k directions, A attack draws, M mini-batches.
 """
 
 from dataclasses import dataclass
@@ -34,14 +35,14 @@ from robustdyn.replicas.ensemble import (
     refuse_dropout,
 )
 from robustdyn.replicas.network import Engine, StackedNetwork
-from robustdyn.theory import minibatch_noise_factor
+from robustdyn.theory import MeasuredSpectrum, minibatch_noise_factor, propagate
 
 Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
-class StartSettings:
-    """How the starting point is measured.
+class PointSettings:
+    """How a point is measured.
 
     Attributes:
         eigenvectors: Leading eigenvectors of the Hessian (algebraically largest) to follow, ≥ 1.
@@ -50,6 +51,10 @@ class StartSettings:
             is told from the examples'.
         noise_batches: M, mini-batches drawn at the start as replicas draw theirs, whose gradients' covariance
             holds for every method; 0 for none, else at least 2.
+        slope_batches: Mini-batches over which the slopes of their gradients are averaged; 0 for none, else at
+            least 2.
+        slope_distance: How far the two points of a slope lie from the middle, in standard deviations that the
+            theory predicts there, > 0.
         tolerance: Of an eigenpair's residual, relative to the largest eigenvalue.
         max_products: Most Hessian products.
         memory: Bytes for passes and graphs kept; see :class:`robustdyn.curvature.EmpiricalRisk`.
@@ -62,6 +67,8 @@ class StartSettings:
     random_directions: int
     attack_draws: int
     noise_batches: int
+    slope_batches: int
+    slope_distance: float
     tolerance: float
     max_products: int
     memory: int
@@ -70,8 +77,11 @@ class StartSettings:
         for name, least in (("eigenvectors", 1), ("random_directions", 0), ("attack_draws", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if self.noise_batches < 0 or self.noise_batches == 1:
-            raise ValueError(f"noise_batches must be 0 or at least 2, got {self.noise_batches}")
+        for name in ("noise_batches", "slope_batches"):
+            if getattr(self, name) < 0 or getattr(self, name) == 1:
+                raise ValueError(f"{name} must be 0 or at least 2, got {getattr(self, name)}")
+        if not self.slope_distance > 0:
+            raise ValueError(f"slope_distance must be positive, got {self.slope_distance}")
         if not 0 < self.tolerance < 1:
             raise ValueError(f"tolerance must lie between 0 and 1, got {self.tolerance}")
         if self.max_products < self.eigenvectors:
@@ -79,11 +89,12 @@ class StartSettings:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class StartingPoint:
-    """The loss at θ_0 as the theory wants it. With a weight perturbation v: at θ_0 + v, v from the whole set.
+class MeasuredPoint:
+    """The loss at θ as the theory wants it. With a weight perturbation v: at θ + v, v from the whole set.
 
-    Adversarial examples are made at θ_0 with the training attack and held fixed, A of each example. Units: θ
-    has none, losses are in nats. All arrays float64 but the directions.
+    Adversarial examples are made at θ with the training attack and held fixed, A of each example, but for
+    what is sampled: ``sampled_gradients`` and ``slopes``. Units: θ has none, losses are in nats. All arrays
+    float64 but the directions.
 
     Attributes:
         directions: k of them, in the order eigenvectors, random ones.
@@ -93,7 +104,7 @@ class StartingPoint:
         hessian: (k, k), H between the directions: the off-diagonal shows how far random ones are from
             eigenvectors.
         mean_gradient: (k,), of the loss without weight decay.
-        decay_gradient: (k,), of weight decay's term, ω θ_0; the pull on the mean is the sum of both.
+        decay_gradient: (k,), of weight decay's term, ω θ; the pull on the mean is the sum of both.
         example_covariance: C₁ (k, k), population covariance (denominator n) over examples of their mean
             gradient over attack draws; NaN where an example has no gradient of its own (BatchNorm in train
             mode).
@@ -101,7 +112,13 @@ class StartingPoint:
             draw, when the attack's noise counts in the former.
         noise: C (k, k), covariance of a full batch's gradient that follows, for independent batches.
         sampled_gradients: (M, k), of mini-batches drawn and attacked, with v of their own, as a replica's.
-        loss: Mean adversarial loss at θ_0 (+ v).
+        slopes: J (k, k), ∂g_i/∂x_j of the mean mini-batch gradient g that the optimiser gets, without weight
+            decay: adversarial examples and weight perturbation follow the weights, as they do in training. H
+            leaves out how the maximiser moves; for the gradient of a maximum J is its Hessian. By central
+            differences, the same M batches and starts of the attack at both ends; NaN without batches.
+        slope_errors: (k, k), standard errors of these over batches.
+        slope_distances: (k,), from the middle to either end.
+        loss: Mean adversarial loss at θ (+ v).
         curvature_has_decay: Whether weight decay is in ``eigenvalues`` and ``hessian``, so that the theory
             is to be given 0: with a preconditioner, or not the same decay for all parameters.
     """
@@ -117,6 +134,9 @@ class StartingPoint:
     attack_covariance: Array
     noise: Array
     sampled_gradients: Array
+    slopes: Array
+    slope_errors: Array
+    slope_distances: Array
     loss: float
     curvature_has_decay: bool
 
@@ -135,7 +155,7 @@ class StartingPoint:
         }
 
     @classmethod
-    def from_arrays(cls, arrays: dict[str, Any], device: torch.device) -> "StartingPoint":
+    def from_arrays(cls, arrays: dict[str, Any], device: torch.device) -> "MeasuredPoint":
         """A starting point from what :meth:`arrays` gave."""
         rest: dict[str, Any] = {
             name: np.asarray(value) for name, value in arrays.items() if name not in ("positions", "forces")
@@ -148,25 +168,27 @@ class StartingPoint:
         return cls(directions=directions, **numbers, **rest)
 
 
-def measure_start(
+def measure_point(
     model: nn.Module,
     training: Training,
-    settings: StartSettings,
+    settings: PointSettings,
     *,
     engine: Engine,
     chunk: int,
     preconditioner: Tensor | None = None,
-) -> StartingPoint:
-    """Measure the loss at the replicas' starting point.
+    directions: Directions | None = None,
+) -> MeasuredPoint:
+    """Measure the loss at a point.
 
     Args:
-        model: The starting point; it is not changed.
-        training: How replicas will be trained; its update tells the weight decay.
+        model: The point; it is not changed.
+        training: How replicas are trained; its update tells the weight decay.
         settings: How to measure.
         engine: How sampled mini-batches pass.
         chunk: How many of them at a time.
         preconditioner: d (P,) > 0, diagonal of D, of an optimiser that steps along D m; None for 1. The
             eigenvectors are then those of D^{1/2} (H + ω) D^{1/2}; see :class:`Directions`.
+        directions: Measure along these, those of the start, instead of the eigenvectors here.
 
     Raises:
         ValueError: A preconditioner that is not positive, or Dropout in train mode.
@@ -198,36 +220,51 @@ def measure_start(
         root = None if preconditioner is None else preconditioner.to(theta).sqrt()
         if root is not None:
             operator = DiagonallyScaled(operator, root)
-        top = lanczos(
-            operator,
-            settings.eigenvectors,
-            which="largest",
-            tol=settings.tolerance,
-            max_products=settings.max_products,
-            generator=streams.generator(training.seed, "replica-eigenvectors", device=risk.device),
-        )
-        vectors = _with_random(top.eigenvectors, settings.random_directions, training.seed)
+        converged, residuals = True, np.empty(0)
+        if directions is None:
+            top = lanczos(
+                operator,
+                settings.eigenvectors,
+                which="largest",
+                tol=settings.tolerance,
+                max_products=settings.max_products,
+                generator=streams.generator(training.seed, "replica-eigenvectors", device=risk.device),
+            )
+            converged, residuals = top.all_converged, top.residuals.numpy()
+            vectors = _with_random(top.eigenvectors, settings.random_directions, training.seed)
+            directions = _directions(vectors, root)
+        else:
+            vectors = directions.positions if root is None else directions.positions * root[:, None]
         curved = vectors.double().T @ (operator @ vectors).double()
-        directions = _directions(vectors, root)
         gradient = project(risk.gradient()[None], directions.forces)[0]
         between, within = _covariances(risk, directions, settings.attack_draws, training)
     hessian = ((curved + curved.T) / 2).cpu().numpy()
-    residuals = np.full(len(hessian), np.nan)
-    residuals[: settings.eigenvectors] = top.residuals.numpy()
-    return StartingPoint(
+    noise = _batch_noise(between, within, training)
+    sampled = sampled_gradients(network, training, directions, batches=settings.noise_batches, chunk=chunk)
+    distances = np.full(len(hessian), np.nan)
+    if settings.slope_batches:
+        known = np.cov(sampled, rowvar=False) if len(sampled) else noise
+        distances = settings.slope_distance * _deviations(
+            np.diag(hessian), np.diag(np.atleast_2d(known)), training, decay_inside=inside
+        )
+    slopes, errors = gradient_slopes(
+        network, training, directions, distances, batches=settings.slope_batches, chunk=chunk
+    )
+    return MeasuredPoint(
         directions=directions,
         eigenvalues=np.diag(hessian).copy(),
-        residuals=residuals,
-        converged=top.all_converged,
+        residuals=np.concatenate([residuals, np.full(len(hessian) - len(residuals), np.nan)]),
+        converged=converged,
         hessian=hessian,
         mean_gradient=gradient,
         decay_gradient=project(theta * decay, directions.forces)[0],
         example_covariance=between,
         attack_covariance=within,
-        noise=_batch_noise(between, within, training),
-        sampled_gradients=sampled_gradients(
-            network, training, directions, batches=settings.noise_batches, chunk=chunk
-        ),
+        noise=noise,
+        sampled_gradients=sampled,
+        slopes=slopes,
+        slope_errors=errors,
+        slope_distances=distances,
         loss=risk.value(),
         curvature_has_decay=inside,
     )
@@ -258,6 +295,81 @@ def sampled_gradients(
         )
         found[first : first + len(numbers)] = project(gradients, directions.forces)
     return found
+
+
+def gradient_slopes(
+    network: StackedNetwork,
+    training: Training,
+    directions: Directions,
+    distances: Array,
+    *,
+    batches: int,
+    chunk: int,
+) -> tuple[Array, Array]:
+    """How the mean mini-batch gradient changes along directions, with the attack and all else made anew.
+
+    Central differences between x_j = ± h_j, with the same batches and starts of the attack at both ends, so
+    that the sampling noise of a batch largely cancels. They see the loss on the scale h, over which the kinks
+    of ReLU and of the attack's signs average out.
+
+    Args:
+        network: At θ.
+        training: How.
+        directions: k of them.
+        distances: h (k,) > 0; not read without batches.
+        batches: M ≥ 2, or 0 for none; others than those of replicas.
+        chunk: Networks at a time.
+
+    Returns:
+        J_ij = ∂g_i/∂x_j (k, k) and its standard errors over batches; NaN for no batches.
+    """
+    k = directions.count
+    if not batches:
+        return np.full((k, k), np.nan), np.full((k, k), np.nan)
+    start = network.theta()
+    found = np.empty((batches, k, k))  # batch, moved along, seen along
+    ends = [(j, sign) for j in range(k) for sign in (1.0, -1.0)]
+    for number in range(batches):
+        seen = np.empty((len(ends), k))
+        for first in range(0, len(ends), chunk):
+            some = ends[first : first + chunk]
+            # along the forces D^{1/2} u a unit of x is D^{1/2} y; the same as positions where D = 1
+            moves = torch.stack([directions.forces[:, j] * (sign * distances[j]) for j, sign in some])
+            gradients, _, _ = batch_gradients(
+                network,
+                start + moves.to(start),
+                network.statistics(len(some)),
+                training,
+                [-1 - number] * len(some),
+                0,
+            )
+            seen[first : first + len(some)] = project(gradients, directions.forces)
+        found[number] = (seen[0::2] - seen[1::2]) / (2 * distances[:, None])
+    jacobian = found.transpose(0, 2, 1)
+    return jacobian.mean(axis=0), jacobian.std(axis=0, ddof=1) / np.sqrt(batches)
+
+
+def _deviations(eigenvalues: Array, noise: Array, training: Training, *, decay_inside: bool) -> Array:
+    """Standard deviations (k,) that the theory predicts at the end or, if sooner, once stationary.
+
+    Raises:
+        ValueError: A direction without noise has none.
+    """
+    dynamics = training.update.dynamics(training.learning_rate[0], decay_inside=decay_inside)
+    if not (noise > 0).all():
+        raise ValueError("slope_batches must be 0: along some direction batches have no noise to scale by")
+    # a distance is wanted along directions, too, that have no stationary law
+    tame = np.clip(eigenvalues, 0.0, 0.9 * dynamics.stable_eigenvalues[1])
+    spectrum = MeasuredSpectrum(np.array([0]), tame[None], noise[None], "piecewise_constant")
+    steps = np.arange(len(training.learning_rate) + 1)
+    law = propagate(
+        spectrum,
+        np.full(len(training.learning_rate), dynamics.learning_rate),
+        momentum=dynamics.momentum,
+        weight_decay=dynamics.weight_decay,
+        record_steps=steps,
+    )
+    return np.asarray(np.sqrt(law.variance[1:].max(axis=0)))
 
 
 def second_moment(network: StackedNetwork, training: Training, *, batches: int, chunk: int) -> Tensor:

@@ -5,8 +5,9 @@ from torch.func import functional_call, hessian, jacrev
 from torch.nn import functional as F
 
 from robustdyn.methods import AWP, TRADES
-from robustdyn.replicas import StackedNetwork, StartingPoint, StartSettings, measure_start
-from robustdyn.replicas.start import second_moment
+from robustdyn.replicas import MeasuredPoint, PointSettings, StackedNetwork, measure_point
+from robustdyn.replicas.ensemble import batch_gradients
+from robustdyn.replicas.point import gradient_slopes, second_moment
 from robustdyn.theory import minibatch_noise_factor
 from tests.replicas.problems import EXAMPLES, attack, momentum, network, sampling, training
 from tests.tolerances import EXACT64, MC_SIGMAS
@@ -20,15 +21,17 @@ def settings(**changes):
         "random_directions": 2,
         "attack_draws": 1,
         "noise_batches": 0,
+        "slope_batches": 0,
+        "slope_distance": 1.0,
         "tolerance": 1e-9,
         "max_products": 300,
         "memory": 2**24,
     }
-    return StartSettings(**(given | changes))
+    return PointSettings(**(given | changes))
 
 
 def measure(problem, preconditioner=None, chunk=4, model=None, **changes):
-    return measure_start(
+    return measure_point(
         network() if model is None else model,
         problem,
         settings(**changes),
@@ -73,7 +76,7 @@ def test_the_start_is_what_dense_matrices_say():
     assert found.loss == pytest.approx(float(losses(theta).mean()), rel=1e-12)
     assert found.converged
     assert not found.curvature_has_decay
-    again = StartingPoint.from_arrays(found.arrays(), torch.device("cpu"))
+    again = MeasuredPoint.from_arrays(found.arrays(), torch.device("cpu"))
     for name, value in found.arrays().items():
         np.testing.assert_array_equal(value, again.arrays()[name])
 
@@ -153,3 +156,52 @@ def test_what_cannot_be_measured_is_refused():
         settings(max_products=2)
     with pytest.raises(ValueError, match="the Hessian of TRADES"):
         measure(training(objective=TRADES(beta=6.0, label_smoothing=0.0)))
+
+
+def test_slopes_of_a_fixed_attack_are_the_hessian_of_the_batches():
+    """Whole batches attacked with nothing: the slope of the gradient is H, kinks aside."""
+    still = training(attack=attack(eps=0.0, random_start="none"), sampling=sampling(batch_size=EXAMPLES))
+    found = measure(still)
+    # close by: both ends lie between the same kinks
+    slopes, errors = gradient_slopes(
+        StackedNetwork(network(), "vmapped"), still, found.directions, np.full(5, 1e-6), batches=2, chunk=4
+    )
+    np.testing.assert_allclose(slopes, found.hessian, rtol=1e-5, atol=1e-6 * found.eigenvalues[0])
+    np.testing.assert_allclose(errors, 0, atol=1e-6)  # all batches are the same examples
+    with pytest.raises(ValueError, match="no noise"):
+        measure(still, slope_batches=2)
+
+
+def test_slopes_see_the_attack_and_the_perturbation_move():
+    """Against batch gradients taken one by one at both ends, with AWP and a random start."""
+    problem = training(perturbation=AWP(gamma=0.05, warmup_epochs=0))
+    found = measure(problem, slope_batches=3, chunk=4, random_directions=0)
+    net = StackedNetwork(network(), "looped")
+    theta, u = net.theta(), found.directions.positions
+    each = []
+    for batch in (-1, -2, -3):
+        slopes = np.empty((3, 3))
+        for j, h in enumerate(found.slope_distances):
+            ends = [
+                batch_gradients(
+                    net, (theta + sign * h * u[:, j])[None], net.statistics(1), problem, [batch], 0
+                )
+                for sign in (1, -1)
+            ]
+            slopes[:, j] = ((ends[0][0] - ends[1][0]) @ u).numpy()[0] / (2 * h)
+        each.append(slopes)
+    np.testing.assert_allclose(found.slopes, np.mean(each, axis=0), rtol=1e-7, atol=1e-9)
+    errors = np.std(each, axis=0, ddof=1) / np.sqrt(3)
+    np.testing.assert_allclose(found.slope_errors, errors, rtol=1e-6, atol=1e-9)
+    assert np.abs(found.slopes - found.hessian).max() > 1e-3 * found.eigenvalues[0]
+
+
+def test_a_point_is_measured_along_given_directions():
+    problem = training(attack=STILL)
+    start = measure(problem)
+    again = measure_point(
+        network(), problem, settings(), engine="vmapped", chunk=4, directions=start.directions
+    )
+    for name in ("eigenvalues", "hessian", "noise", "mean_gradient"):
+        np.testing.assert_allclose(getattr(again, name), getattr(start, name), rtol=1e-12, atol=1e-14)
+    assert np.isnan(again.residuals).all()
