@@ -34,6 +34,7 @@ def test_every_experiment_composes_and_passes_its_checks(experiment):
             "averaging",
             "method",
             "measure",
+            "ensemble",
             "trainer",
             "logger",
         )

@@ -153,12 +153,12 @@ def test_adam_replicas_of_an_sgd_run(checkpoint, tmp_path, monkeypatch, frozen):
         (["shard=2/2"], "shard=2/2 must be I/N with 0 <= I < N"),
         (["engine=fast"], "engine=fast must be vmapped or looped"),
         (["method.perturbation=nothing"], "method.perturbation=nothing is not known; choose run, awp"),
-        (["method.optimizer=adamw"], "replicas know SGD and Adam, not torch.optim.AdamW"),
+        (["method.optimizer=adamw"], "replicas know SGD and Adam, not AdamW"),
         (["+run.optimizer.nesterov=true"], "replicas know SGD without Nesterov"),
-        (["sampling.batch_size=81"], "batch_size must lie in [1, 80]"),
-        (["start.attack_draws=0"], "start: attack_draws must be at least 1"),
-        (["method.optimizer=adam", "initial_state=checkpoint"], "holds no state of Adam"),
-        (["+run.regularizer.l1=1e-6"], "regularizer.l1 of the run is not 0"),
+        (["sampling.batch_size=81"], "sampling.batch_size must lie in [1, 80]"),
+        (["start.attack_draws=0"], "start.attack_draws must be at least 1"),
+        (["method.optimizer=adam", "initial_state=checkpoint"], "the optimiser holds no exp_avg"),
+        (["+run.regularizer.l1=1e-6"], "regularizer.l1=1e-06 of the run is not 0"),
     ],
 )
 def test_mistakes_are_one_line(trained, tmp_path_factory, monkeypatch, capsys, arguments, message):

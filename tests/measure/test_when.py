@@ -17,6 +17,7 @@ def epochs(spec, max_epochs=20, decays=(8, 15)):
         ("around decays 1", [7, 8, 9, 14, 15, 16, 19]),
         (["every 10", "around decays 0", 2], [0, 2, 8, 10, 15, 19]),
         ([], []),
+        (["last", 2], [2, 19]),
     ],
 )
 def test_reads_every_form(spec, expected):
@@ -25,6 +26,14 @@ def test_reads_every_form(spec, expected):
 
 def test_around_decays_stays_inside_the_run():
     assert epochs("around decays 3", max_epochs=10, decays=(1, 9)) == [0, 1, 2, 3, 4, 6, 7, 8, 9]
+
+
+def test_other_specs_have_their_own_name_and_no_last_epoch_unless_they_say_so():
+    run = {"max_epochs": 20, "decay_epochs": (8,), "key": "other.epochs", "always_last": False}
+    assert measured_epochs(["around decays 0", 2], **run) == {2, 8}
+    assert measured_epochs("last", **run) == {19}
+    with pytest.raises(ConfigError, match=r"^other\.epochs: epoch 20 is outside the run's epochs"):
+        measured_epochs(20, **run)
 
 
 @pytest.mark.parametrize(

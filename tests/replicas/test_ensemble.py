@@ -13,9 +13,8 @@ from robustdyn.replicas import (
     MomentumUpdate,
     Recorded,
     Sampling,
-    positions_covariance,
 )
-from robustdyn.theory import MeasuredSpectrum, propagate
+from robustdyn.theory import MeasuredDrift, MeasuredSpectrum, propagate, propagate_coupled
 from tests.replicas.problems import (
     EXAMPLES,
     Quadratic,
@@ -262,16 +261,22 @@ def test_a_quadratic_loss_has_the_predicted_covariance(replacement):
 
     gradients = (-z * lam).numpy()  # at θ = 0
     noise = np.cov(gradients, rowvar=False, bias=True)
-    expected = positions_covariance(
-        list(recorded.steps),
-        lam.numpy(),
-        noise,
-        np.zeros((k, k)),
-        drawn,
+    drift = MeasuredDrift(
+        step=[0],
+        slope=np.diag(lam.numpy())[None],
+        example_noise=noise[None],
+        attack_noise=np.zeros((1, k, k)),
+        gradient=gradients.mean(axis=0),
+        interpolation="piecewise_constant",
+    )
+    expected = propagate_coupled(
+        drift,
         rates,
+        sampling=drawn.batches(len(rates)),
         momentum=mu,
         weight_decay=omega,
-    )
+        record_steps=recorded.steps,
+    ).position_covariance
     if replacement:
         spectrum = MeasuredSpectrum(
             np.array([0]),
@@ -302,18 +307,24 @@ def test_a_quadratic_loss_has_the_predicted_covariance(replacement):
 def test_shuffled_epochs_are_quieter_than_independent_batches():
     """Along a slow direction an epoch's noise cancels: the formula for independent batches is far off."""
     settings = {"examples": 100, "batch_size": 10, "drop_last": False}
-    slow, one = np.array([0.01]), np.ones((1, 1))
+    one, steps = np.ones((1, 1, 1)), 200
+    drift = MeasuredDrift(
+        step=[0],
+        slope=0.01 * one,
+        example_noise=one,
+        attack_noise=0 * one,
+        gradient=[0.0],
+        interpolation="piecewise_constant",
+    )
     shuffled, independent = (
-        positions_covariance(
-            [200],
-            slow,
-            one,
-            0 * one,
-            Sampling(replacement=replacement, **settings),
-            np.full(200, 0.01),
+        propagate_coupled(
+            drift,
+            np.full(steps, 0.01),
+            sampling=Sampling(replacement=replacement, **settings).batches(steps),
             momentum=0.0,
             weight_decay=0.0,
-        )[0, 0, 0]
+            record_steps=[steps],
+        ).variance[0, 0]
         for replacement in (False, True)
     )
     assert shuffled < 1e-3 * independent

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from robustdyn.data import ImageDataModule
 from robustdyn.entrypoints.checkpointing import BestCheckpoint, LastCheckpoint
 from robustdyn.entrypoints.config import build
+from robustdyn.entrypoints.ensembles import ensemble_callbacks
 from robustdyn.entrypoints.progress import RunProgress
 from robustdyn.measure import Measure, RecordEpochs, RecordPosterior, RecordTiming, StopOnNonFinite
 from robustdyn.records import RunRecords
@@ -36,7 +37,8 @@ def build_callbacks(
         records=records,
     )
     posterior = RecordPosterior(records, interpolation=settings["interpolation"])
-    callbacks: list[Callback] = [RecordEpochs(records), measure, posterior, RecordTiming(records)]
+    callbacks: list[Callback] = [RecordEpochs(records), measure, *ensemble_callbacks(cfg, run_dir)]
+    callbacks += [posterior, RecordTiming(records)]
     callbacks.append(StopOnNonFinite(run_dir, every_steps=cfg.nonfinite.every_steps))
     callbacks += [c for c in (build(cfg, "averaging"), build(cfg, "stopping")) if c is not None]
     folder = run_dir / "checkpoints"

@@ -24,6 +24,7 @@ CHANGEABLE = (
     "data.root",
     "decay_epochs",  # what reads it is compared
     "decay_fractions",
+    "ensemble",  # what is there of one refuses other settings itself
     "logger",
     "measure.memory_mib",
     "name",

@@ -18,6 +18,7 @@ from robustdyn.entrypoints.checkpointing import AtomicCheckpointIO, resume_from
 from robustdyn.entrypoints.cluster import check_slurm
 from robustdyn.entrypoints.combinations import check_combinations
 from robustdyn.entrypoints.config import build, check
+from robustdyn.entrypoints.ensembles import check_ensemble
 from robustdyn.entrypoints.environment import write_environment
 from robustdyn.entrypoints.log import IN_FILE_ONLY
 from robustdyn.entrypoints.loggers import build_loggers
@@ -54,6 +55,7 @@ def train(cfg: DictConfig) -> None:
 def _train(cfg: DictConfig) -> None:
     check(cfg)
     check_combinations(cfg)
+    check_ensemble(cfg)
     check_slurm(cfg, os.environ)
     _quieten_lightning()
     run_dir = Path(HydraConfig.get().runtime.output_dir)

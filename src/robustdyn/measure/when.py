@@ -7,19 +7,28 @@ from robustdyn.errors import ConfigError
 
 EpochSpec = int | str | Sequence["int | str"]
 
-_SYNTAX = "use 'every N', 'around decays N', epoch numbers, or a list of these"
+_SYNTAX = "use 'every N', 'around decays N', 'last', epoch numbers, or a list of these"
 
 
-def measured_epochs(spec: EpochSpec, *, max_epochs: int, decay_epochs: Sequence[int]) -> frozenset[int]:
-    """The epochs after which to measure, counted from 0; the last epoch is always one unless spec is empty.
+def measured_epochs(
+    spec: EpochSpec,
+    *,
+    max_epochs: int,
+    decay_epochs: Sequence[int],
+    key: str = "measure.epochs",
+    always_last: bool = True,
+) -> frozenset[int]:
+    """The epochs after which to measure, counted from 0.
 
     ``every N`` is 0, N, 2N, ...; ``around decays N`` is every epoch from N before to N after the first epoch
-    of each decay; a list is the union of its items.
+    of each decay; ``last`` is the run's last one; a list is the union of its items.
 
     Args:
         spec: As in ``measure.epochs``.
         max_epochs: Length of the run.
         decay_epochs: First epochs with a lower rate.
+        key: Of the spec, for errors.
+        always_last: Whether the last epoch is one in any case, unless the spec is empty.
 
     Raises:
         ConfigError: A spec that cannot be read, or an epoch outside the run.
@@ -27,24 +36,26 @@ def measured_epochs(spec: EpochSpec, *, max_epochs: int, decay_epochs: Sequence[
     items = [spec] if isinstance(spec, int | str) else list(spec)
     if not items:
         return frozenset()
-    chosen = {max_epochs - 1}
+    chosen = {max_epochs - 1} if always_last else set()
     for item in items:
-        chosen |= _one(item, max_epochs, decay_epochs)
+        chosen |= _one(item, max_epochs, decay_epochs, key)
     return frozenset(chosen)
 
 
-def _one(item: int | str, max_epochs: int, decay_epochs: Sequence[int]) -> set[int]:
+def _one(item: int | str, max_epochs: int, decay_epochs: Sequence[int], key: str) -> set[int]:
     if isinstance(item, int) and not isinstance(item, bool):
         if not 0 <= item < max_epochs:
-            raise ConfigError(f"measure.epochs: epoch {item} is outside the run's epochs 0..{max_epochs - 1}")
+            raise ConfigError(f"{key}: epoch {item} is outside the run's epochs 0..{max_epochs - 1}")
         return {item}
     text = str(item).strip()
+    if text == "last":
+        return {max_epochs - 1}
     if match := re.fullmatch(r"every (\d+)", text):
         if int(match[1]) < 1:
-            raise ConfigError("measure.epochs: 'every N' needs N of at least 1")
+            raise ConfigError(f"{key}: 'every N' needs N of at least 1")
         return set(range(0, max_epochs, int(match[1])))
     if match := re.fullmatch(r"around decays (\d+)", text):
         reach = int(match[1])
         around = {decay + shift for decay in decay_epochs for shift in range(-reach, reach + 1)}
         return around & set(range(max_epochs))
-    raise ConfigError(f"measure.epochs={item} cannot be read; {_SYNTAX}")
+    raise ConfigError(f"{key}={item} cannot be read; {_SYNTAX}")

@@ -7,23 +7,29 @@ Knows torch, attacks, objectives and weight perturbations; no Hydra and no Light
                         learning_rate=[0.005] * 500, sampling=Sampling(...), batchnorm="eval", seed=0)
     start = measure_point(model, training, PointSettings(...), engine="vmapped", chunk=8)
     ensemble = Ensemble(model, training, directions=start.directions, recorded=Recorded(...),
-    engine="vmapped") arrays = ensemble.run(range(8))
+                        engine="vmapped")
+    arrays = ensemble.run(range(8))
     covariance = np.cov(arrays["position"][:, -1], rowvar=False)
 
-``robustdyn-replicas`` does this for a run's checkpoint, in chunks that are written as they finish.
+:class:`EnsembleRun` does this from a training as it stands, in chunks that are written as they finish. It is
+behind ``robustdyn-replicas``, which starts at a run's checkpoint, and the callback of ``robustdyn-train``.
 """
 
-from robustdyn.replicas.ensemble import Directions, Ensemble, Recorded, Training
+from robustdyn.replicas.ensemble import Directions, Ensemble, Recorded, Training, loss_around
+from robustdyn.replicas.expansion import Lines, RobustLoss, measure_lines
 from robustdyn.replicas.network import Engine, StackedNetwork
 from robustdyn.replicas.point import (
     MeasuredPoint,
     PointSettings,
+    line_units,
     measure_point,
+    predicted_deviations,
     sampled_gradients,
     second_moment,
 )
 from robustdyn.replicas.record import EnsembleRecord, RecordedEnsemble, read_ensemble
-from robustdyn.replicas.sampling import Sampling, positions_covariance
+from robustdyn.replicas.run import EnsembleRun, EnsembleSettings, TrainingState, fingerprint
+from robustdyn.replicas.sampling import Sampling
 from robustdyn.replicas.updates import AdamUpdate, MomentumUpdate, Update
 
 __all__ = [
@@ -32,17 +38,26 @@ __all__ = [
     "Engine",
     "Ensemble",
     "EnsembleRecord",
+    "EnsembleRun",
+    "EnsembleSettings",
+    "Lines",
     "MeasuredPoint",
     "MomentumUpdate",
     "PointSettings",
     "Recorded",
     "RecordedEnsemble",
+    "RobustLoss",
     "Sampling",
     "StackedNetwork",
     "Training",
+    "TrainingState",
     "Update",
+    "fingerprint",
+    "line_units",
+    "loss_around",
+    "measure_lines",
     "measure_point",
-    "positions_covariance",
+    "predicted_deviations",
     "read_ensemble",
     "sampled_gradients",
     "second_moment",

@@ -16,17 +16,19 @@ from torch.nn import functional as F
 
 from robustdyn import streams
 from robustdyn.attacks import PGD, AttackLoss
+from robustdyn.curvature.empirical_risk import cross_entropy
 from robustdyn.methods.objectives.objective import Objective
 from robustdyn.methods.perturbations import WeightPerturbation
 from robustdyn.models.modes import mode
-from robustdyn.replicas.network import Engine, StackedNetwork
+from robustdyn.replicas.expansion import RobustLoss
+from robustdyn.replicas.network import Engine, StackedNetwork, project
 from robustdyn.replicas.sampling import Sampling
 from robustdyn.replicas.updates import Update
 
 BatchNormMode = Literal["eval", "train"]
 Arrays = dict[str, NDArray[np.floating[Any]]]
 
-_SLAB = 2**16  # parameters that are copied to float64 at once
+EXPANDED = ("anew_loss", "held_loss", "linear_loss", "expanded_loss", "outside")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -61,21 +63,31 @@ class Recorded:
         loss_examples: Of the first so many training examples.
         mean_steps: Steps at which the mean of the chunk's weights is kept, strictly increasing, ≥ 0: along it
             curvature and noise can be measured again, and it is the centre of a measured posterior.
+        loss_draws: Random starts of the attack for each of them, ≥ 1; the losses are means over these.
+        expansion: Whether at the loss steps the robust loss is also measured on the adversarial examples of
+            θ_0, and expanded around it.
 
     Raises:
-        ValueError: Steps that do not increase.
+        ValueError: Steps that do not increase, no draw, or an expansion where positions are not recorded.
     """
 
     steps: tuple[int, ...]
     loss_steps: tuple[int, ...]
     loss_examples: int
     mean_steps: tuple[int, ...]
+    loss_draws: int = 1
+    expansion: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "loss_steps", "mean_steps"):
             steps = getattr(self, name)
             if list(steps) != sorted(set(steps)) or (steps and steps[0] < 0):
                 raise ValueError(f"{name} must increase strictly from 0 on, got {list(steps)}")
+        if self.loss_draws < 1:
+            raise ValueError(f"loss_draws must be at least 1, got {self.loss_draws}")
+        lacking = sorted(set(self.loss_steps) - set(self.steps))
+        if self.expansion and lacking:
+            raise ValueError(f"steps must hold all loss_steps for an expansion; add {lacking}")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -156,6 +168,7 @@ class Ensemble:
         self.training, self.directions, self.recorded = training, directions, recorded
         self.network = StackedNetwork(model, engine)
         self.start = self.network.theta()
+        self.loss = loss_around(self.network, training, recorded.loss_examples, recorded.loss_draws)
         steps = len(training.learning_rate)
         for name in ("steps", "loss_steps", "mean_steps"):
             when = getattr(recorded, name)
@@ -175,12 +188,17 @@ class Ensemble:
                 may differ between chunks of different sizes.
 
         Returns:
-            Arrays, float64 but the last, by name: ``position`` (R, S, k), x; ``buffer`` (R, S, k), the
+            Arrays, float64 but ``mean_move``, by name: ``position`` (R, S, k), x; ``buffer`` (R, S, k), the
             optimiser's buffer; ``gradient`` (R, S, k), of the mini-batch loss without weight decay in the
             step that led there, NaN at step 0; ``distance`` (R, S), ‖θ − θ_0‖; ``batch_loss`` (R, T),
-            cross-entropy of each adversarial batch in nats, where its gradient was taken; ``robust_loss`` and ``robust_error`` (R,
-            L) over the loss examples at the L loss steps; ``mean_move`` (1, M, P) float32, mean over these R
-            replicas of θ − θ_0 at the M mean steps.
+            cross-entropy of each adversarial batch in nats, where its gradient was taken; ``robust_loss``
+            and ``robust_error`` (R, L) over the loss examples at the L loss steps, made adversarial anew;
+            ``mean_move`` (1, M, P) float32, mean over these R replicas of θ − θ_0 at the M mean steps. With
+            an expansion also ``anew_loss`` (R, L, A), robust loss of each of A draws, and, (R, L) each:
+            ``held_loss``, robust loss on the adversarial examples of θ_0;
+            ``linear_loss``, L_0 + g·Δ of it with Δ = θ − θ_0; ``expanded_loss``, L_0 + g·Δ + Δᵀ H Δ / 2;
+            ``outside``, norm of what of Δ the directions do not span. Where BatchNorm is in train mode the
+            losses are at a replica's own running statistics, and an expansion in θ does not see these move.
 
         Raises:
             FloatingPointError: A replica's weights are not finite.
@@ -225,11 +243,20 @@ class Ensemble:
         if step not in self.recorded.loss_steps:
             return
         column = self.recorded.loss_steps.index(step)
-        losses, errors = robust_loss(
-            self.network, theta, statistics, self.training, self.recorded.loss_examples
-        )
-        record.robust_loss[:, column] = losses.double().cpu().numpy()
-        record.robust_error[:, column] = errors.double().cpu().numpy()
+        losses, errors = self.loss.anew(theta, statistics)
+        record.losses["robust_loss"][:, column] = losses.mean(dim=1).cpu().numpy()
+        record.losses["robust_error"][:, column] = errors.cpu().numpy()
+        if not self.recorded.expansion:
+            return
+        moves = theta - self.start
+        linear, expanded = self.loss.expanded(moves)
+        record.losses["anew_loss"][:, column] = losses.cpu().numpy()
+        held, _ = self.loss.held(theta, statistics)
+        record.losses["held_loss"][:, column] = held.mean(dim=1).cpu().numpy()
+        record.losses["linear_loss"][:, column] = linear
+        record.losses["expanded_loss"][:, column] = expanded
+        spanned = (moves @ self.directions.positions) @ self.directions.forces.T
+        record.losses["outside"][:, column] = (moves - spanned).double().norm(dim=1).cpu().numpy()
 
 
 class _Record:
@@ -243,8 +270,12 @@ class _Record:
         self.position, self.buffer, self.gradient = (np.full(shape, np.nan) for _ in range(3))
         self.distance = np.full(shape[:2], np.nan)
         self.batch_loss = np.full((replicas, len(ensemble.training.learning_rate)), np.nan)
-        self.robust_loss = np.full((replicas, len(recorded.loss_steps)), np.nan)
-        self.robust_error = self.robust_loss.copy()
+        names = ("robust_loss", "robust_error", *(EXPANDED if recorded.expansion else ()))
+        self.losses = {name: np.full((replicas, len(recorded.loss_steps)), np.nan) for name in names}
+        if recorded.expansion:
+            self.losses["anew_loss"] = np.full(
+                (*self.losses["robust_loss"].shape, recorded.loss_draws), np.nan
+            )
         self.mean_rows = {step: row for row, step in enumerate(recorded.mean_steps)}
         self.mean_move = np.full((1, len(recorded.mean_steps), len(self.start)), np.nan, dtype=np.float32)
 
@@ -265,19 +296,8 @@ class _Record:
             self.gradient[:, row] = project(gradient, self.directions.forces)
 
     def arrays(self) -> Arrays:
-        return {
-            name: getattr(self, name)
-            for name in (
-                "position",
-                "buffer",
-                "gradient",
-                "distance",
-                "batch_loss",
-                "robust_loss",
-                "robust_error",
-                "mean_move",
-            )
-        }
+        names = ("position", "buffer", "gradient", "distance", "batch_loss", "mean_move")
+        return {**{name: getattr(self, name) for name in names}, **self.losses}
 
 
 def batch_gradients(
@@ -367,53 +387,27 @@ def perturb(
     return network.flatten(moves)
 
 
-def robust_loss(
-    network: StackedNetwork, theta: Tensor, statistics: dict[str, Tensor], training: Training, examples: int
-) -> tuple[Tensor, Tensor]:
-    """Cross-entropy and error on the first training examples, attacked anew, from the same starts for all.
+def loss_around(network: StackedNetwork, training: Training, examples: int, draws: int) -> RobustLoss:
+    """Cross-entropy on the first training examples, made adversarial by training's attack on cross-entropy.
 
-    BatchNorm uses running statistics, whatever it does in training, and they stay.
+    Whatever the objective and BatchNorm's mode in training: the loss that evaluation sees.
 
     Args:
-        network: The stacked network.
-        theta: (R, P).
-        statistics: Of the replicas.
+        network: Of θ_0.
         training: Data, attack and seed.
         examples: m ≥ 1.
-
-    Returns:
-        (R,) losses in nats and (R,) fractions misclassified.
+        draws: A ≥ 1, random starts of the attack for each.
     """
-    attack = _against_running_statistics(training.attack)
-    draws = streams.generator(training.seed, "replica-loss", device=training.images.device)
-    images, targets = training.images[:examples], training.targets[:examples]
-    replicas = len(theta)
-    losses, errors = theta.new_zeros(replicas), theta.new_zeros(replicas)
-    network.use(theta, statistics)
-    size = training.sampling.batch_size
-    with mode(network, training=False):
-        for part, labels in zip(images.split(size), targets.split(size), strict=True):
-            many = part.repeat(replicas, *[1] * (part.dim() - 1))
-            start = attack.start(part, draws).repeat(replicas, *[1] * (part.dim() - 1))
-            wanted = labels.repeat(replicas, *[1] * (labels.dim() - 1))
-            adversarial = attack.climb(network, many, wanted, start)
-            with torch.no_grad():
-                logits = network(adversarial)
-                each = F.cross_entropy(logits, wanted, reduction="none")
-                classes = wanted if wanted.dim() == 1 else wanted.argmax(dim=1)
-                wrong = (logits.argmax(dim=1) != classes).to(losses)
-            losses += each.view(replicas, -1).sum(dim=1)
-            errors += wrong.view(replicas, -1).sum(dim=1)
-    return losses / len(images), errors / len(images)
-
-
-def project(rows: Tensor, directions: Tensor) -> NDArray[np.float64]:
-    """Inner products of rows (R, P) with directions (P, k), summed in float64: (R, k)."""
-    total = torch.zeros(len(rows), directions.shape[1], dtype=torch.float64, device=rows.device)
-    for start in range(0, rows.shape[1], _SLAB):
-        slab = slice(start, start + _SLAB)
-        total += rows[:, slab].double() @ directions[slab].double()
-    return total.cpu().numpy()
+    return RobustLoss(
+        network,
+        training.images[:examples],
+        training.targets[:examples],
+        cross_entropy,
+        training.attack,
+        draws=draws,
+        batch_size=training.sampling.batch_size,
+        seed=training.seed,
+    )
 
 
 def refuse_dropout(model: nn.Module) -> None:

@@ -8,13 +8,17 @@ import copy
 from collections.abc import Sequence
 from typing import Literal, get_args
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
 Engine = Literal["vmapped", "looped"]
 """Whether replicas pass together (``torch.func.vmap``; convolutions become grouped ones) or one by one."""
+
+_SLAB = 2**16  # parameters that are copied to float64 at once
 
 
 class StackedNetwork(nn.Module):
@@ -117,6 +121,15 @@ class StackedNetwork(nn.Module):
         everything = {**self._fixed, **parameters}
         outputs: Tensor = functional_call(self.base, (everything, buffers), (inputs,))
         return outputs
+
+
+def project(rows: Tensor, directions: Tensor) -> NDArray[np.float64]:
+    """Inner products of rows (R, P) with directions (P, k), summed in float64: (R, k)."""
+    total = torch.zeros(len(rows), directions.shape[1], dtype=torch.float64, device=rows.device)
+    for start in range(0, rows.shape[1], _SLAB):
+        slab = slice(start, start + _SLAB)
+        total += rows[:, slab].double() @ directions[slab].double()
+    return total.cpu().numpy()
 
 
 class _AffineNorm(nn.Module):

@@ -31,10 +31,9 @@ from robustdyn.replicas.ensemble import (
     attacked,
     batch_gradients,
     perturb,
-    project,
     refuse_dropout,
 )
-from robustdyn.replicas.network import Engine, StackedNetwork
+from robustdyn.replicas.network import Engine, StackedNetwork, project
 from robustdyn.theory import MeasuredSpectrum, minibatch_noise_factor, propagate
 
 Array = NDArray[np.float64]
@@ -210,7 +209,7 @@ def measure_point(
             model,
             adversarial,
             targets,
-            loss=_example_loss(training),
+            loss=example_loss(training),
             memory=None if training.batchnorm == "train" else settings.memory,
             batchnorm=training.batchnorm,
         ).at(point[0])
@@ -349,6 +348,34 @@ def gradient_slopes(
     return jacobian.mean(axis=0), jacobian.std(axis=0, ddof=1) / np.sqrt(batches)
 
 
+def predicted_deviations(point: MeasuredPoint, training: Training) -> Array:
+    """Standard deviations (k,) along the directions that the theory predicts for replicas from this point.
+
+    With H's curvature and the noise of sampled mini-batches, of the examples where there are none; at the
+    first rate throughout, the largest over the steps.
+
+    Raises:
+        ValueError: A direction without noise has none.
+    """
+    noise = point.sampled_noise if len(point.sampled_gradients) else point.noise
+    return _deviations(point.eigenvalues, np.diag(noise), training, decay_inside=point.curvature_has_decay)
+
+
+def line_units(point: MeasuredPoint, training: Training) -> Array:
+    """Units (k,) in which to measure how far along the directions the loss is quadratic.
+
+    The predicted deviation σ, but √P σ along random directions: there one deviation is nothing, and replicas
+    move along all P of them at once, by a norm of √P σ if all are alike.
+
+    Raises:
+        ValueError: As :func:`predicted_deviations`.
+    """
+    random = np.isnan(point.residuals)
+    units = predicted_deviations(point, training)
+    units[random] *= np.sqrt(point.directions.positions.shape[0])
+    return units
+
+
 def _deviations(eigenvalues: Array, noise: Array, training: Training, *, decay_inside: bool) -> Array:
     """Standard deviations (k,) that the theory predicts at the end or, if sooner, once stationary.
 
@@ -455,7 +482,7 @@ def _whole_set_perturbation(
     return perturb(network, training.perturbation, leaves, total)
 
 
-def _example_loss(training: Training) -> PerExampleLoss:
+def example_loss(training: Training) -> PerExampleLoss:
     """The objective's loss of each example as a function of the adversarial logits.
 
     Raises:

@@ -1,9 +1,9 @@
 """The directory of an ensemble: settings, starting point, and one file for each finished chunk of replicas.
 
-``settings.json`` says what the numbers depend on; ``start.npz`` holds the starting point; ``chunks/*.npz``
-the replicas; ``path/*.npz`` what was measured at their mean. Every file appears whole or not at all, so that
-a killed command, or several at work on parts of the ensemble, leave nothing that the next one could not go on
-with.
+``settings.json`` says what the numbers depend on; ``start.npz`` holds the starting point; ``lines.npz`` the
+loss along the directions; ``chunks/*.npz`` the replicas; ``path/*.npz`` what was measured at their mean.
+Every file appears whole or not at all, so that a killed command, or several at work on parts of the ensemble,
+leave nothing that the next one could not go on with.
 """
 
 import io
@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 from robustdyn.errors import ConfigError, RecordError
 from robustdyn.records.files import replace_file
 from robustdyn.records.writer import plain
-from robustdyn.replicas.ensemble import Arrays
+from robustdyn.replicas.ensemble import EXPANDED, Arrays
+from robustdyn.replicas.expansion import Lines
 from robustdyn.replicas.point import MeasuredPoint
 
-SETTINGS, START, CHUNKS, PATH = "settings.json", "start.npz", "chunks", "path"
+SETTINGS, START, LINES, CHUNKS, PATH = "settings.json", "start.npz", "lines.npz", "chunks", "path"
 _ANOTHER = "choose another output=DIR, or delete this one"
 
 
@@ -105,6 +106,14 @@ class EnsembleRecord:
                 shared = ("positions", "forces")  # those of the start
                 _write(file, _packed({k: v for k, v in point.items() if k not in shared}))
 
+    def lines(self, measure: Callable[[], Lines]) -> Lines:
+        """The recorded loss along the directions; where there is none, ``measure`` is asked, by one alone."""
+        path = self.directory / LINES
+        with FileLock(self.directory / ".lines.lock"):
+            if not path.exists():
+                _write(path, _packed(measure().arrays()))
+            return Lines.from_arrays(_unpacked(path))
+
     def missing(self, replicas: int, *, shard: int = 0, shards: int = 1) -> Iterator[range]:
         """Chunks among the first ``replicas`` that a shard has to run and are not there yet.
 
@@ -146,6 +155,7 @@ class RecordedEnsemble:
         start: The measured starting point.
         path_steps: (Q,), those of the mean steps at which the path was measured for all these replicas.
         path: Q points at the mean of the replicas' weights, along the directions of the start.
+        lines: The loss along the directions; None where it was not measured.
         replicas: (R,) numbers of the replicas that are there.
         steps: (S,) recorded steps.
         loss_steps: (L,).
@@ -159,12 +169,18 @@ class RecordedEnsemble:
         robust_error: (R, L).
         mean_steps: (M,).
         mean_move: (M, P) float32, mean of θ − θ_0 over the replicas.
+        anew_loss: (R, L, A), robust loss of each draw; None, as the next four, without an expansion.
+        held_loss: (R, L), on the adversarial examples of θ_0.
+        linear_loss: (R, L), its expansion to first order.
+        expanded_loss: (R, L), to second order.
+        outside: (R, L), norm of what of θ − θ_0 the directions do not span.
     """
 
     settings: Mapping[str, Any]
     start: MeasuredPoint
     path_steps: NDArray[np.int64]
     path: tuple[MeasuredPoint, ...]
+    lines: Lines | None = None
     replicas: NDArray[np.int64]
     steps: NDArray[np.int64]
     loss_steps: NDArray[np.int64]
@@ -178,6 +194,11 @@ class RecordedEnsemble:
     robust_error: NDArray[np.float64]
     mean_steps: NDArray[np.int64]
     mean_move: NDArray[np.float32]
+    anew_loss: NDArray[np.float64] | None = None
+    held_loss: NDArray[np.float64] | None = None
+    linear_loss: NDArray[np.float64] | None = None
+    expanded_loss: NDArray[np.float64] | None = None
+    outside: NDArray[np.float64] | None = None
 
 
 def read_ensemble(directory: Path) -> RecordedEnsemble:
@@ -193,7 +214,8 @@ def read_ensemble(directory: Path) -> RecordedEnsemble:
             f"{directory}: holds no finished replicas; run robustdyn-replicas output={directory}"
         )
     chunks = [_unpacked(path) for path in files]
-    arrays = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
+    arrays: dict[str, Any] = dict.fromkeys(EXPANDED)
+    arrays |= {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
     arrays["mean_move"] = arrays["mean_move"].mean(axis=0)
     firsts = [int(path.stem) for path in files]
     measured = sorted((directory / PATH).glob(f"*-{sum(len(c['distance']) for c in chunks)}.npz"))
@@ -205,6 +227,7 @@ def read_ensemble(directory: Path) -> RecordedEnsemble:
             start=_point(start),
             path_steps=np.array([int(path.stem.partition("-")[0]) for path in measured], dtype=np.int64),
             path=tuple(_point({**_unpacked(path), **shared}) for path in measured),
+            lines=Lines.from_arrays(_unpacked(lines)) if (lines := directory / LINES).exists() else None,
             replicas=np.concatenate([np.arange(settings["chunk"]) + first for first in firsts]),
             steps=np.array(settings["record.steps"], dtype=np.int64),
             loss_steps=np.array(settings["record.loss_steps"], dtype=np.int64),

@@ -11,7 +11,23 @@ from robustdyn.theory.bounds import (
     dominant_terms,
     gaussian_kl,
 )
-from robustdyn.theory.certificate import RiskCertificate, binary_kl, binary_kl_upper, risk_certificate
+from robustdyn.theory.certificate import (
+    RiskCertificate,
+    SubspaceKL,
+    binary_kl,
+    binary_kl_upper,
+    risk_certificate,
+    subspace_kl,
+)
+from robustdyn.theory.coupled import BatchSampling, MeasuredDrift, propagate_coupled
+from robustdyn.theory.misalignment import (
+    CovarianceTerms,
+    bound_terms_under_rotation,
+    correlated_noise,
+    covariance_terms,
+    largest_total_correlation,
+    rotated_noise,
+)
 from robustdyn.theory.momentum import MomentumDynamics, is_stable, regularised_minimum
 from robustdyn.theory.noise import minibatch_noise_factor
 from robustdyn.theory.preconditioned import (
@@ -44,39 +60,50 @@ from robustdyn.theory.weight_curvature_index import (
 )
 
 __all__ = [
+    "BatchSampling",
     "CatoniBound",
+    "CovarianceTerms",
     "DecayTransient",
     "DominantTerms",
     "GaussianKL",
+    "MeasuredDrift",
     "MeasuredSpectrum",
     "MomentumDynamics",
     "PosteriorTrajectory",
     "RiskCertificate",
+    "SubspaceKL",
     "WeightCurvatureIndex",
     "WhitenedProblem",
     "adam_dynamics",
     "adam_scale",
     "binary_kl",
     "binary_kl_upper",
+    "bound_terms_under_rotation",
     "catoni_bound",
+    "correlated_noise",
     "covariance_after",
+    "covariance_terms",
     "curvature_term_per_noise",
     "decay_transient",
     "dominant_terms",
     "gaussian_kl",
     "is_stable",
+    "largest_total_correlation",
     "mean_after",
     "minibatch_noise_factor",
     "optimal_layer_variance",
     "preconditioned_covariance",
     "propagate",
+    "propagate_coupled",
     "regularised_minimum",
     "risk_certificate",
+    "rotated_noise",
     "slow_mode_variance",
     "stationary_block_covariance",
     "stationary_covariance",
     "stationary_state_covariance",
     "stationary_variance",
+    "subspace_kl",
     "total_correlation",
     "weight_curvature_index",
     "whiten",

@@ -12,7 +12,18 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import rel_entr
 
-from robustdyn.theory._validation import Array, count, finite, first_offender, non_negative, probability
+from robustdyn.theory._validation import (
+    Array,
+    count,
+    covariance_matrix,
+    finite,
+    first_offender,
+    non_negative,
+    positive,
+    probability,
+)
+from robustdyn.theory.bounds import gaussian_kl
+from robustdyn.theory.stationary import total_correlation
 
 _HALVINGS = 64  # of an interval of length <= 1: down to half an ulp
 
@@ -69,13 +80,84 @@ def binary_kl_upper(q: ArrayLike, budget: ArrayLike) -> Array:
 
 
 @dataclass(frozen=True)
+class SubspaceKL:
+    """KL(Q‖P) over all d parameters of a Q that has a shape of its own in k directions only; all in nats.
+
+    Attributes:
+        mean: ‖μ − θ_P‖² / (2σ_P²).
+        variances: Trace and log-determinant of the k variances along the directions, correlations left out.
+        total_correlation: TC ≥ 0, the price of correlations between the directions.
+        complement: Trace and log-determinant of the d − k other dimensions.
+    """
+
+    mean: float
+    variances: float
+    total_correlation: float
+    complement: float
+
+    @property
+    def total(self) -> float:
+        """KL(Q‖P) ≥ 0."""
+        return self.mean + self.variances + self.total_correlation + self.complement
+
+
+def subspace_kl(
+    covariance: ArrayLike,
+    *,
+    complement_variance: float,
+    parameters: int,
+    distance_sq: float,
+    prior_variance: float,
+) -> SubspaceKL:
+    """KL(N(μ, U Σ Uᵀ + σ²(I − U Uᵀ)) ‖ N(θ_P, σ_P² I)) by parts, from equation (31) of docs/theory.md.
+
+    U (d, k) has orthonormal columns; which ones does not matter, as P is isotropic.
+
+    Args:
+        covariance: Σ (k, k), positive definite.
+        complement_variance: σ² > 0, of each of the d − k dimensions that U leaves.
+        parameters: d ≥ k.
+        distance_sq: ‖μ − θ_P‖² ≥ 0 in all d dimensions.
+        prior_variance: σ_P² > 0.
+
+    Returns:
+        The four parts.
+
+    Raises:
+        ValueError: A value outside its range, or Σ singular, as of fewer replicas than directions.
+
+    Source: textbook; the split is ours.
+    """
+    sigma = covariance_matrix("covariance", covariance)
+    variances = positive("diagonal of covariance", np.diag(sigma))
+    others = count("parameters", parameters, minimum=len(sigma)) - len(sigma)
+    prior = float(positive("prior_variance", prior_variance))
+    excess = float(positive("complement_variance", complement_variance)) / prior - 1
+    correlated = total_correlation(sigma)
+    if not math.isfinite(correlated):
+        raise ValueError("covariance is singular; it takes more replicas than directions")
+    shape = gaussian_kl(
+        variances,
+        distance_sq=distance_sq,
+        prior_variance=prior,
+        total_correlation=correlated,
+    )
+    return SubspaceKL(
+        mean=shape.mean,
+        variances=shape.trace + shape.log_determinant,
+        total_correlation=shape.total_correlation,
+        complement=0.5 * others * (excess - math.log1p(excess)),
+    )
+
+
+@dataclass(frozen=True)
 class RiskCertificate:
     """A bound on the robust 0-1 risk of θ ~ Q, and the steps to it.
 
     Attributes:
         risk_bound: E_Q R is at most this with probability ≥ 1 − α − α_sampling.
         empirical_upper: Upper limit of E_Q of the empirical error, from the sampled weights.
-        sampled_error: Mean error of the sampled weights on S.
+        sampled_error: Mean of the sampled errors.
         kl: KL(Q‖P), nats.
         n: Examples of S, those the prior has seen left out.
         samples: Weights drawn from Q.
@@ -99,7 +181,9 @@ def risk_certificate(
     """Maurer's bound on top of a sampled empirical risk, equations (36) and (37) of docs/theory.md.
 
     Args:
-        sampled_errors: (m,) in [0, 1], robust 0-1 error on all of S of weights drawn independently from Q.
+        sampled_errors: (m,) in [0, 1], robust 0-1 error of weights drawn independently from Q, each on all of
+            S or on examples of S that are drawn uniformly for these weights alone: all that is used is that
+            they are independent and that their mean is the empirical error of Q.
         kl: KL(Q‖P) ≥ 0 over all parameters, nats.
         n: Examples in S, at least 8 (Maurer's condition), those the prior has seen left out.
         alpha: In (0, 1), for the draw of S.

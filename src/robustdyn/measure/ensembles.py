@@ -1,0 +1,146 @@
+"""Ensembles of replicas at set epochs of a training; what an ensemble is, is in replicas/."""
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch.optim.lr_scheduler import LambdaLR
+
+from robustdyn.data import ImageDataModule
+from robustdyn.errors import ConfigError, TrainingError
+from robustdyn.measure.when import EpochSpec, measured_epochs
+from robustdyn.methods import AdversarialTraining
+from robustdyn.replicas import EnsembleRun, EnsembleSettings, TrainingState, fingerprint
+
+_log = logging.getLogger(__name__)
+
+KEY = "ensemble"
+
+
+class RunEnsembles(Callback):
+    """Trains many replicas on from where the training is at the end of set epochs.
+
+    They start from the weights that are trained, not from an average of them, with the running statistics and
+    the optimiser's state of that moment, and see training images that are neither augmented nor mixed.
+    Nothing of the training moves. Chunks are shared out among the ranks; all wait until the last is there. A
+    run that was killed meanwhile trains up to that epoch's end again and then runs the chunks that are
+    missing.
+
+    Place it behind what a learning-rate rule reads and before what records the epoch's time.
+
+    Args:
+        epochs: When; see :func:`robustdyn.measure.when.measured_epochs`, here without the last epoch unless
+            it is said.
+        settings: Of every ensemble; its ``prefix`` is ``"ensemble."``.
+        description: How the training is configured; see :class:`robustdyn.replicas.TrainingState`.
+        provenance: What to note down about computing on a device.
+        folder: The ensemble after N epochs lies in ``epoch_N`` of it, four digits at least.
+    """
+
+    def __init__(
+        self,
+        *,
+        epochs: EpochSpec,
+        settings: EnsembleSettings,
+        description: Mapping[str, object],
+        provenance: Callable[[torch.device], Mapping[str, object]],
+        folder: Path,
+    ) -> None:
+        self._spec = epochs
+        self._settings = settings
+        self._description = description
+        self._provenance = provenance
+        self._folder = folder
+        self._epochs: frozenset[int] = frozenset()
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Settle the epochs and see that there can be ensembles, before long work starts.
+
+        Raises:
+            ConfigError: There cannot.
+        """
+        assert isinstance(pl_module, AdversarialTraining)
+        max_epochs = int(trainer.max_epochs or 0)
+        schedule = pl_module.schedule
+        self._epochs = measured_epochs(
+            self._spec,
+            max_epochs=max_epochs,
+            decay_epochs=schedule.decay_epochs(max_epochs),
+            key=f"{KEY}.epochs",
+            always_last=False,
+        )
+        if not self._epochs:
+            return
+        EnsembleRun(self._settings, self._state(trainer, pl_module, next_rate=1.0))
+        if self._settings.learning_rate is None and not schedule.factor(max(self._epochs) + 1) > 0:
+            raise ConfigError(
+                f"{KEY}.learning_rate=null is the rate of the next step, which is 0 after epoch "
+                f"{max(self._epochs)}; choose a rate"
+            )
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Run the ensemble, or what is missing of it, if this epoch is one of those set.
+
+        Raises:
+            ConfigError: Replicas diverged, or the run's folder is not the same for all ranks.
+            TrainingError: Out of memory.
+        """
+        assert isinstance(pl_module, AdversarialTraining)
+        epoch = trainer.current_epoch
+        if epoch not in self._epochs:
+            return
+        directory = self._folder / f"epoch_{epoch + 1:04d}"
+        when = {"epoch": epoch, "step": trainer.global_step}
+        with pl_module.stopwatch.section("measurement"), pl_module.execution.eager():
+            try:
+                ensemble = EnsembleRun(
+                    self._settings, self._state(trainer, pl_module, next_rate=_next_rate(pl_module))
+                )
+                left = ensemble.run(
+                    directory,
+                    {**self._provenance(pl_module.device), **when},
+                    shard=trainer.global_rank,
+                    shards=trainer.world_size,
+                    say=lambda line: _log.info(line, extra=when),
+                    wait=trainer.strategy.barrier,
+                )
+            except torch.OutOfMemoryError as error:
+                raise TrainingError(
+                    f"out of memory in the ensemble after epoch {epoch}: {str(error).splitlines()[0]} "
+                    f"lower {KEY}.start.memory_mib, or {KEY}.chunk and delete {directory}, and run the same "
+                    "command again to go on"
+                ) from error
+        if left:
+            raise ConfigError(
+                f"{directory}: {left} chunks of other devices are not here; put hydra.run.dir on a file "
+                "system that all devices share"
+            )
+
+    def _state(
+        self, trainer: lightning.Trainer, module: AdversarialTraining, *, next_rate: float
+    ) -> TrainingState:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(data, ImageDataModule)
+        return TrainingState(
+            model=module.model,
+            optimizer=trainer.optimizers[0],
+            next_rate=next_rate,
+            images=data.split("train"),
+            batch_size=data.batch_size,
+            objective=module.objective,
+            attack=module.attack,
+            perturbation=module.perturbation,
+            identity=fingerprint(module.model, trainer.optimizers[0]),
+            description=self._description,
+        )
+
+
+def _next_rate(module: AdversarialTraining) -> float:
+    """As the next epoch will set it, after what this one measured."""
+    scheduler = module.lr_schedulers()
+    assert isinstance(scheduler, LambdaLR)
+    return float(scheduler.base_lrs[0] * scheduler.lr_lambdas[0](scheduler.last_epoch))

@@ -1,0 +1,250 @@
+"""What the theory says of an ensemble: the laws that its measured replicas are compared with.
+
+No law has a free parameter: curvature, noise and gradient are measured at the replicas' start, or along
+the path of their mean. Shapes: S recorded steps, T steps in all, k directions.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robustdyn.replicas.point import MeasuredPoint
+from robustdyn.replicas.record import RecordedEnsemble
+from robustdyn.replicas.sampling import Sampling
+from robustdyn.theory import (
+    MeasuredDrift,
+    MomentumDynamics,
+    is_stable,
+    propagate_coupled,
+    stationary_variance,
+)
+
+Array = NDArray[np.float64]
+
+STATIONARY, SLOW_MODE = "stationary", "slow_mode"
+EXACT, EXACT_PATH = "exact", "exact_path"
+REFRESHED, REFRESHED_PATH = "refreshed", "refreshed_path"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Law:
+    """A predicted distribution of x at the recorded steps.
+
+    Attributes:
+        name: Which: ``stationary``, σ² at the current rate; ``slow_mode``, the papers' early-phase form,
+            joined together at every change of the rate; ``exact``, the time-resolved law with the Hessian at
+            fixed adversarial examples; ``refreshed``, the same with the slopes of the gradient whose attack
+            is made anew. ``_path``: with what was measured along the replicas' mean, which no one knows
+            before the replicas have run.
+        mean: (S, k).
+        covariance: (S, k, k). The first two know the variances alone: NaN off the diagonal, and on it where
+            there is no stationary law.
+    """
+
+    name: str
+    mean: Array
+    covariance: Array
+
+    @property
+    def variance(self) -> Array:
+        """(S, k)."""
+        return np.asarray(np.einsum("sii->si", self.covariance))
+
+
+def momentum_dynamics(ensemble: RecordedEnsemble) -> tuple[MomentumDynamics, float]:
+    """The optimiser as momentum SGD along the ensemble's directions, at a rate of 1; the rate's factor.
+
+    Under Adam μ = β₁ and the rate counts 1 − β₁ times, equation (27) of docs/theory.md.
+
+    Raises:
+        KeyError: Settings of another kind.
+    """
+    optimizer: Mapping[str, Any] = ensemble.settings["optimizer"]
+    decay = 0.0 if ensemble.start.curvature_has_decay else float(optimizer["weight_decay"])
+    if "betas" in optimizer:
+        beta = float(optimizer["betas"][0])
+        return MomentumDynamics(1.0, beta, decay), 1 - beta
+    return MomentumDynamics(1.0, float(optimizer["momentum"]), decay), 1.0
+
+
+def sampling_of(ensemble: RecordedEnsemble) -> Sampling:
+    """How its batches were drawn."""
+    settings = ensemble.settings
+    return Sampling(
+        examples=settings["examples"],
+        batch_size=settings["sampling.batch_size"],
+        replacement=settings["sampling.replacement"],
+        drop_last=settings["sampling.drop_last"],
+    )
+
+
+def example_noise(ensemble: RecordedEnsemble, point: MeasuredPoint) -> tuple[Array, Array]:
+    """(C₁, C_a) (k, k) of a point: from every example where it has a gradient, else from sampled batches.
+
+    With a weight perturbation, which follows a batch, or BatchNorm in train mode, only sampled batches have
+    the noise that replicas get. Drawn without replacement, they do not tell C₁ from C_a; all counts as C₁.
+    """
+    sampling = sampling_of(ensemble)
+    perturbed = ensemble.settings.get("perturbation") is not None
+    if not perturbed and np.isfinite(point.example_covariance).all():
+        return point.example_covariance, point.attack_covariance
+    n, size = sampling.examples, sampling.batch_size
+    per_batch = 1 / size if sampling.replacement or n == size else (n - size) / (size * (n - 1))
+    return point.sampled_noise / per_batch, np.zeros_like(point.noise)
+
+
+def predicted_laws(ensemble: RecordedEnsemble) -> dict[str, Law]:
+    """All laws that what was measured allows, by name.
+
+    ``refreshed`` needs slopes, those along the path a path.
+
+    Raises:
+        KeyError: Settings of another kind.
+    """
+    start = ensemble.start
+    laws = {law.name: law for law in (_stationary(ensemble), _slow_mode(ensemble))}
+    steps, points = [0], [start]
+    if ensemble.path:
+        steps = [0, *(int(step) for step in ensemble.path_steps if step > 0)]
+        points += [p for step, p in zip(ensemble.path_steps, ensemble.path, strict=True) if step > 0]
+    for name, along, slope in (
+        (EXACT, EXACT_PATH, lambda p: p.hessian),
+        (REFRESHED, REFRESHED_PATH, lambda p: p.slopes),
+    ):
+        if not np.isfinite(slope(start)).all():
+            continue
+        laws[name] = _coupled(ensemble, name, [0], [start], slope)
+        if len(points) > 1:
+            laws[along] = _coupled(ensemble, along, steps, points, slope)
+    return laws
+
+
+def refreshed_with_error(ensemble: RecordedEnsemble, *, draws: int, seed: int) -> Array:
+    """Variances (draws, S, k) of the ``refreshed`` law with its slopes drawn within their standard errors.
+
+    Their spread is the error of the prediction that comes from measuring slopes on a few batches.
+    """
+    generator = np.random.default_rng(seed)
+    start = ensemble.start
+    found = []
+    for _ in range(draws):
+        slopes = start.slopes + start.slope_errors * generator.standard_normal(start.slopes.shape)
+        drawn = replace(start, slopes=slopes)
+        found.append(_coupled(ensemble, REFRESHED, [0], [drawn], lambda p: p.slopes).variance)
+    return np.stack(found)
+
+
+def _coupled(
+    ensemble: RecordedEnsemble,
+    name: str,
+    steps: Sequence[int],
+    points: Sequence[MeasuredPoint],
+    slope: Callable[[MeasuredPoint], Array],
+) -> Law:
+    unit, factor = momentum_dynamics(ensemble)
+    noise = [example_noise(ensemble, point) for point in points]
+    start = ensemble.start
+    drift = MeasuredDrift(
+        step=np.array(steps),
+        slope=np.stack([slope(point) for point in points]),
+        example_noise=np.stack([examples for examples, _ in noise]),
+        attack_noise=np.stack([attack for _, attack in noise]),
+        gradient=_gradient(ensemble),
+        interpolation="linear",
+    )
+    begin = np.zeros((start.directions.count, 2))
+    begin[:, 1] = _buffer(ensemble)
+    law = propagate_coupled(
+        drift,
+        ensemble.learning_rate * factor,
+        sampling=sampling_of(ensemble).batches(len(ensemble.learning_rate)),
+        momentum=unit.momentum,
+        weight_decay=unit.weight_decay,
+        record_steps=ensemble.steps,
+        initial_mean=begin,
+    )
+    return Law(name=name, mean=law.position, covariance=law.position_covariance)
+
+
+def _gradient(ensemble: RecordedEnsemble) -> Array:
+    """Mean gradient at the start, weight decay's part included."""
+    start = ensemble.start
+    if ensemble.settings.get("perturbation") is None:
+        return start.mean_gradient + start.decay_gradient
+    # a batch's perturbation is not the whole set's
+    return np.asarray(start.sampled_gradients.mean(axis=0) + start.decay_gradient)
+
+
+def _buffer(ensemble: RecordedEnsemble) -> Array:
+    """The buffer v at the start (k,), the same for all replicas; of Adam m / (1 − β₁)."""
+    _, factor = momentum_dynamics(ensemble)
+    if 0 not in ensemble.steps:
+        return np.zeros(ensemble.start.directions.count)
+    held: Array = ensemble.buffer[0, list(ensemble.steps).index(0)] / factor
+    return held
+
+
+def _variances(ensemble: RecordedEnsemble) -> Array:
+    """γ (k,) of a full batch."""
+    sampling = sampling_of(ensemble)
+    examples, attack = example_noise(ensemble, ensemble.start)
+    n, size = sampling.examples, sampling.batch_size
+    # the papers' formulas know independent batches
+    share = 1 / size if sampling.replacement or n == 1 else (n - size) / (size * (n - 1))
+    return np.asarray(np.diag(examples) * share + np.diag(attack) / size)
+
+
+def _limits(ensemble: RecordedEnsemble) -> tuple[Array, Array, Array]:
+    """σ_∞² and ρ² of each step's rate (T, k), NaN without a stationary law; the minimum x* (k,)."""
+    unit, factor = momentum_dynamics(ensemble)
+    lam, gamma = ensemble.start.eigenvalues, _variances(ensemble)
+    limits = np.full((len(ensemble.learning_rate), len(lam)), np.nan)
+    shrink = limits.copy()
+    rates, which = np.unique(ensemble.learning_rate * factor, return_inverse=True)
+    for number, rate in enumerate(rates):
+        now = replace(unit, learning_rate=float(rate))
+        ok = is_stable(lam, learning_rate=rate, momentum=now.momentum, weight_decay=now.weight_decay)
+        rows = np.ix_(which == number, ok)
+        if not ok.any():
+            continue
+        limits[rows] = stationary_variance(
+            lam[ok],
+            gamma[ok],
+            learning_rate=rate,
+            momentum=now.momentum,
+            weight_decay=now.weight_decay,
+        )
+        shrink[rows] = now.spectral_radius(lam[ok]) ** 2
+    with np.errstate(divide="ignore"):
+        minimum = -_gradient(ensemble) / (lam + unit.weight_decay)
+    return limits, shrink, minimum
+
+
+def _diagonal(name: str, mean: Array, variance: Array) -> Law:
+    covariance = np.full((*variance.shape, variance.shape[1]), np.nan)
+    np.einsum("sii->si", covariance)[:] = variance
+    return Law(name=name, mean=mean, covariance=covariance)
+
+
+def _stationary(ensemble: RecordedEnsemble) -> Law:
+    limits, _, minimum = _limits(ensemble)
+    # after t updates: what the last of them strives for
+    variance = limits[np.maximum(ensemble.steps - 1, 0)]
+    return _diagonal(STATIONARY, np.broadcast_to(minimum, variance.shape), variance)
+
+
+def _slow_mode(ensemble: RecordedEnsemble) -> Law:
+    limits, shrink, minimum = _limits(ensemble)
+    variance, kept = np.zeros(limits.shape[1]), {}
+    share, shares = np.ones(limits.shape[1]), {}
+    for step in range(len(limits) + 1):
+        kept[step], shares[step] = variance, share
+        if step < len(limits):
+            variance = limits[step] + shrink[step] * (variance - limits[step])
+            share = share * np.sqrt(shrink[step])
+    steps = ensemble.steps.tolist()
+    mean = minimum * (1 - np.stack([shares[step] for step in steps]))
+    return _diagonal(SLOW_MODE, mean, np.stack([kept[step] for step in steps]))

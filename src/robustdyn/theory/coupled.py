@@ -1,0 +1,192 @@
+"""The law of momentum SGD where curvature couples directions and batches of an epoch are correlated.
+
+:func:`robustdyn.theory.propagate` follows eigenvectors of a symmetric Hessian. The slope of the gradient that
+an adversarially trained network gets is not that: the attack moves with the weights, the slope J need be
+neither diagonal in the Hessian's eigenbasis nor symmetric. Shapes: T measurements, k directions, N steps, S
+recorded steps.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from robustdyn.theory._validation import (
+    Array,
+    IntArray,
+    count,
+    covariance_matrix,
+    finite,
+    momentum_range,
+    non_negative,
+    positive,
+    vector,
+)
+from robustdyn.theory.trajectory import PosteriorTrajectory
+
+
+@dataclass(frozen=True, eq=False)
+class MeasuredDrift:
+    """Slopes, noise and gradient along fixed directions, known at some steps and interpolated between them.
+
+    Attributes:
+        step: (T,) whole numbers, strictly increasing. A measurement at step s describes the weights that
+            update number s (counted from 0) starts from.
+        slope: J (T, k, k), ∂g_i/∂x_j of the mean gradient without weight decay; of any sign and symmetry.
+        example_noise: C₁ (T, k, k), population covariance (denominator n) over examples of the gradient, mean
+            over starts of the attack.
+        attack_noise: C_a (T, k, k), mean over examples of the covariance over starts of the attack.
+        gradient: g (k,), mean gradient at x = 0, weight decay's part included.
+        interpolation: ``"piecewise_constant"`` holds the last measurement, ``"linear"`` draws straight lines
+            entry by entry, which keeps covariances positive. Both hold the ends outside the measured steps.
+
+    Raises:
+        ValueError: Shapes that disagree, unordered steps, noise that is no covariance.
+    """
+
+    step: IntArray
+    slope: Array
+    example_noise: Array
+    attack_noise: Array
+    gradient: Array
+    interpolation: Literal["piecewise_constant", "linear"]
+
+    def __post_init__(self) -> None:
+        step = vector("step", non_negative("step", self.step))
+        if not (np.diff(step) > 0).all() or (step != np.rint(step)).any():
+            raise ValueError(f"step is {step.tolist()}; it must be whole numbers, strictly increasing")
+        slope = finite("slope", self.slope)
+        if slope.ndim != 3 or slope.shape[0] != step.size or slope.shape[1] != slope.shape[2]:
+            raise ValueError(f"slope has shape {slope.shape}; it must be ({step.size}, k, k)")
+        if self.interpolation not in ("piecewise_constant", "linear"):
+            raise ValueError(
+                f"interpolation is {self.interpolation!r}; it must be 'piecewise_constant' or 'linear'"
+            )
+        object.__setattr__(self, "step", step.astype(np.int64))
+        object.__setattr__(self, "slope", slope)
+        for name in ("example_noise", "attack_noise"):
+            noise = finite(name, getattr(self, name))
+            if noise.shape != slope.shape:
+                raise ValueError(f"{name} has shape {noise.shape}; it must be {slope.shape}")
+            # an estimate of one part may have negative eigenvalues; their sum must not
+            object.__setattr__(self, name, (noise + noise.transpose(0, 2, 1)) / 2)
+        for part in self.example_noise + self.attack_noise:
+            covariance_matrix("example_noise + attack_noise", part)
+        gradient = finite("gradient", self.gradient)
+        object.__setattr__(self, "gradient", vector("gradient", gradient, slope.shape[1]))
+
+    def at(self, step: int) -> tuple[Array, Array, Array]:
+        """(J, C₁, C_a), each (k, k), of an update."""
+        right = int(np.searchsorted(self.step, step, side="right"))
+        left = max(right - 1, 0)
+        values = (self.slope, self.example_noise, self.attack_noise)
+        if self.interpolation == "piecewise_constant" or right in (0, self.step.size):
+            return values[0][left], values[1][left], values[2][left]
+        share = (step - self.step[left]) / (self.step[right] - self.step[left])
+        first, second, third = (v[left] + share * (v[right] - v[left]) for v in values)
+        return first, second, third
+
+
+@dataclass(frozen=True, eq=False)
+class BatchSampling:
+    """How batches are drawn.
+
+    Attributes:
+        examples: n.
+        sizes: B (N,), examples in the batch of each step.
+        epoch: Steps of an epoch, within which no example comes twice; None for batches drawn with
+            replacement, which are independent.
+
+    Raises:
+        ValueError: No examples, or a size or an epoch that is not positive.
+    """
+
+    examples: int
+    sizes: IntArray
+    epoch: int | None
+
+    def __post_init__(self) -> None:
+        count("examples", self.examples)
+        positive("sizes", self.sizes)
+        if self.epoch is not None:
+            count("epoch", self.epoch)
+
+
+def propagate_coupled(
+    drift: MeasuredDrift,
+    learning_rate: ArrayLike,
+    *,
+    sampling: BatchSampling,
+    momentum: float,
+    weight_decay: float,
+    record_steps: ArrayLike,
+    initial_mean: ArrayLike | None = None,
+) -> PosteriorTrajectory:
+    """The exact law of (x, v) from one point, for any slope and either sampling.
+
+    With s = (x, v), A_t = [[1 − η(J + ω), −ημ], [J + ω, μ]] and b = (−η, 1) in blocks,
+
+        m ← A m + b g,    S ← A S Aᵀ + b V bᵀ,    Cov s = S − E
+
+    where V = C₁ / B + C_a / B and E = 0 with replacement. Without, two batches of an epoch have covariance
+    −C₁ / (n − 1), so that V = n C₁ / ((n − 1) B) + C_a / B, and E is the sum over epochs of G C₁ Gᵀ / (n −
+    1), G the response of s to one noise vector in all steps of an epoch.
+
+    Args:
+        drift: J, C₁, C_a and g.
+        learning_rate: η (N,) > 0, the rate each update used.
+        sampling: How batches are drawn.
+        momentum: μ in [0, 1).
+        weight_decay: ω ≥ 0.
+        record_steps: (S,) steps in [0, N], increasing, at which to report.
+        initial_mean: (k, 2), x and v of the point; default 0.
+
+    Returns:
+        Mean (S, k, 2) and covariance (S, k, k, 2, 2).
+
+    Raises:
+        ValueError: Invalid hyperparameter, or shapes that disagree.
+
+    Source: ours, equations (25a) to (25c) of docs/theory.md; sampling without replacement: Cochran, Sampling
+    Techniques (1977), section 2.5.
+    """
+    rates = vector("learning_rate", positive("learning_rate", learning_rate))
+    sizes = vector("sizes", np.asarray(sampling.sizes), rates.size)
+    mu, omega = float(momentum_range(momentum)), float(non_negative("weight_decay", weight_decay))
+    record = np.atleast_1d(finite("record_steps", record_steps)).astype(np.int64)
+    if (np.diff(record) <= 0).any() or record[0] < 0 or record[-1] > rates.size:
+        raise ValueError(f"record_steps is {record.tolist()}; they must increase within 0 to {rates.size}")
+    k, n, epoch = drift.slope.shape[1], sampling.examples, sampling.epoch
+    unit, none = np.eye(k), np.zeros((2 * k, 2 * k))
+    covariance, repaid, response = none, none, np.zeros((2 * k, k))
+    start = np.zeros((k, 2)) if initial_mean is None else finite("initial_mean", initial_mean)
+    if start.shape != (k, 2):
+        raise ValueError(f"initial_mean has shape {start.shape}; it must be ({k}, 2)")
+    mean = start.T.reshape(-1)
+    wanted, means, covariances = set(record.tolist()), [], []
+    for step in range(int(record[-1]) + 1):
+        if step in wanted:
+            means.append(mean.reshape(2, k).T)
+            examples = drift.at(max(step - 1, 0))[1]
+            open_epoch = response @ examples @ response.T / (n - 1) if n > 1 else none
+            now = covariance - repaid - (none if epoch is None else open_epoch)
+            covariances.append(now.reshape(2, k, 2, k).transpose(1, 3, 0, 2))
+        if step == record[-1]:
+            break
+        eta, (slope, examples, attack) = rates[step], drift.at(step)
+        pull = slope + omega * unit
+        move = np.block([[unit - eta * pull, -eta * mu * unit], [pull, mu * unit]])
+        kick = np.concatenate([-eta * unit, unit])
+        noise = examples + attack
+        if epoch is not None:
+            # a single example leaves nothing to draw
+            noise = examples * n / (n - 1) + attack if n > 1 else attack
+            repaid, response = move @ repaid @ move.T, move @ response + kick
+        mean = move @ mean + kick @ drift.gradient
+        covariance = move @ covariance @ move.T + kick @ noise @ kick.T / sizes[step]
+        if epoch is not None and (step + 1) % epoch == 0:
+            if n > 1:
+                repaid = repaid + response @ examples @ response.T / (n - 1)
+            response = np.zeros((2 * k, k))
+    return PosteriorTrajectory(step=record, mean=np.stack(means), covariance=np.stack(covariances))

@@ -1,0 +1,186 @@
+import numpy as np
+import pytest
+
+from robustdyn.replicas.agreement import agreement
+from robustdyn.replicas.prediction import Law, predicted_laws, refreshed_with_error
+from robustdyn.theory import (
+    MeasuredSpectrum,
+    MomentumDynamics,
+    propagate,
+    slow_mode_variance,
+    stationary_variance,
+)
+from tests.replicas.ensembles import BATCH, EXAMPLES, MU, OMEGA, point, recorded, simulate
+from tests.tolerances import EXACT64
+
+LAM = np.array([20.0, 8.0, 3.0, 1.0])
+RATES = np.array([0.01] * 60 + [0.001] * 40)
+STEPS = [0, 1, 10, 59, 60, 61, 70, 100]
+ROTATED = np.array([[24.0, 3.0, 0.0, 0.0], [1.0, 12.0, 0.5, 0.0], [0.0, 1.0, 5.0, 0.3], [0.0, 0.0, 0.2, 2.0]])
+GRADIENT = np.array([0.3, -0.1, 0.05, 0.02])
+
+
+def noise(scale=1.0):
+    """C₁ with correlations."""
+    correlation = np.full((4, 4), 0.3) + 0.7 * np.eye(4)
+    deviation = np.sqrt(0.6 * LAM * scale)
+    return correlation * np.outer(deviation, deviation)
+
+
+def ensemble(position=None, **changes):
+    start = changes.pop("start", None) or point(np.diag(LAM), noise(), GRADIENT, slopes=ROTATED)
+    position = np.zeros((5, len(STEPS), 4)) if position is None else position
+    return recorded(start, position, STEPS, RATES, **changes)
+
+
+def test_laws_of_the_hessian_are_those_of_the_theory():
+    laws = predicted_laws(ensemble())
+    assert list(laws) == ["stationary", "slow_mode", "exact", "refreshed"]
+    gamma = np.diag(noise()) / BATCH
+    spectrum = MeasuredSpectrum(
+        np.array([0]), LAM[None], noise()[None] / BATCH, "piecewise_constant", gradient=GRADIENT[None]
+    )
+    law = propagate(spectrum, RATES, momentum=MU, weight_decay=OMEGA, record_steps=STEPS)
+    np.testing.assert_allclose(laws["exact"].covariance, law.position_covariance, **EXACT64)
+    np.testing.assert_allclose(laws["exact"].mean, law.position, **EXACT64)
+
+    def stationary(rate):
+        return stationary_variance(LAM, gamma, learning_rate=rate, momentum=MU, weight_decay=OMEGA)
+
+    for row, rate in ((1, 0.01), (4, 0.01), (5, 0.001), (7, 0.001)):  # step 60 still had the first rate
+        np.testing.assert_allclose(laws["stationary"].variance[row], stationary(rate), **EXACT64)
+    before, after = (MomentumDynamics(rate, MU, OMEGA) for rate in (0.01, 0.001))
+    slow = np.zeros(4)
+    rise = stationary(0.01) * (1 - before.spectral_radius(LAM) ** (2 * 60))
+    np.testing.assert_allclose(laws["slow_mode"].variance[4], rise, **EXACT64)
+    slow = slow_mode_variance([10], rise, LAM, gamma, after)[0]
+    np.testing.assert_allclose(laws["slow_mode"].variance[6], slow, **EXACT64)
+    assert np.isnan(laws["slow_mode"].covariance[3, 0, 1])
+
+
+def test_the_path_replaces_what_was_measured_at_the_start():
+    """With the same numbers along the path nothing changes; with other slopes it does, and only there."""
+    start = point(np.diag(LAM), noise(), GRADIENT, slopes=ROTATED)
+    same = predicted_laws(ensemble(start=start, path=[start, start], path_steps=[30, 60]))
+    np.testing.assert_allclose(same["refreshed_path"].covariance, same["refreshed"].covariance, **EXACT64)
+    steeper = point(np.diag(LAM), noise(4.0), GRADIENT, slopes=ROTATED)
+    moved = predicted_laws(ensemble(start=start, path=[start, steeper], path_steps=[59, 60]))
+    np.testing.assert_allclose(moved["refreshed_path"].variance[:4], moved["refreshed"].variance[:4])
+    assert (moved["refreshed_path"].variance[6] > moved["refreshed"].variance[6]).all()
+
+
+def test_a_perturbed_ensemble_uses_sampled_batches():
+    draws = np.random.default_rng(0)
+    sampled = draws.multivariate_normal([1.0, 0, 0, 0], noise() / BATCH, size=64)
+    start = point(np.diag(LAM), 100 * noise(), GRADIENT, slopes=ROTATED, sampled=sampled)
+    laws = predicted_laws(ensemble(start=start, perturbation={"_target_": "AWP"}))
+    spectrum = MeasuredSpectrum(
+        np.array([0]),
+        LAM[None],
+        np.cov(sampled, rowvar=False)[None],
+        "piecewise_constant",
+        gradient=sampled.mean(axis=0)[None],
+    )
+    law = propagate(spectrum, RATES, momentum=MU, weight_decay=OMEGA, record_steps=STEPS)
+    np.testing.assert_allclose(laws["exact"].covariance, law.position_covariance, **EXACT64)
+    np.testing.assert_allclose(laws["exact"].mean, law.position, **EXACT64)
+    # without replacement the factor that turns a batch's noise into an example's is another, and undone
+    shuffled = predicted_laws(
+        ensemble(start=start, perturbation={"_target_": "AWP"}, **{"sampling.replacement": False})
+    )
+    assert EXAMPLES % BATCH  # the last batch of an epoch is short
+    np.testing.assert_allclose(shuffled["exact"].variance[1], laws["exact"].variance[1], rtol=1e-9)
+
+
+def test_adam_is_momentum_sgd_with_another_rate():
+    optimizer = {"_target_": "torch.optim.Adam", "betas": [MU, 0.999], "weight_decay": OMEGA}
+    adam = recorded(
+        point(np.diag(LAM), noise(), GRADIENT),
+        np.zeros((5, len(STEPS), 4)),
+        STEPS,
+        RATES * 10,
+        optimizer=optimizer,
+    )
+    found, expected = predicted_laws(adam), predicted_laws(ensemble())
+    for name in ("stationary", "slow_mode", "exact"):
+        np.testing.assert_allclose(found[name].variance, expected[name].variance, **EXACT64)
+    assert "refreshed" not in found  # no slopes were measured
+
+
+def test_directions_without_a_stationary_law_have_none():
+    start = point(np.diag([5.0, -1.0, 500.0, 0.5]), noise(), GRADIENT)  # negative; beyond 2 (1 + μ) / η
+    laws = predicted_laws(ensemble(start=start))
+    assert np.isnan(laws["stationary"].variance[:5, 1:3]).all()
+    assert np.isfinite(laws["stationary"].variance[:, [0, 3]]).all()
+    assert np.isfinite(laws["exact"].variance).all()
+
+
+def test_the_error_of_slopes_is_carried_through():
+    """One direction, stationary: σ² ∝ 1/λ to leading order, so that 5 % of λ are 5 % of σ²."""
+    start = point([[2.0]], np.array([[1.0]]), [0.0], slopes=[[2.0]], errors=0.1)
+    lone = recorded(start, np.zeros((5, 1, 1)), [3000], np.full(3000, 1e-3))
+    found = refreshed_with_error(lone, draws=100, seed=0)[:, 0, 0]
+    assert found.std() / found.mean() == pytest.approx(0.05, rel=0.25)  # a deviation of 100 draws: 7 %
+
+
+@pytest.fixture(scope="module")
+def replicas():
+    return simulate(ROTATED, noise() / BATCH, GRADIENT, RATES, STEPS, replicas=400, seed=1)[0]
+
+
+def compared(replicas, name, **changes):
+    law = predicted_laws(ensemble(replicas))[name]
+    return agreement(replicas, law, **({"confidence": 0.95, "resamples": 200, "seed": 0} | changes))
+
+
+def test_the_right_law_agrees(replicas):
+    found = compared(replicas, "refreshed")
+    rows = slice(1, None)
+    assert np.isnan(found.geometric_mean[0])  # nothing has moved at step 0
+    assert (found.directions[rows] == 4).all()
+    error = np.sqrt(2 / 399 / 4)  # of four independent log-variances; correlated ones have up to twice that
+    assert (np.abs(np.log(found.geometric_mean[rows])) < 4 * 2 * error).all()
+    assert (found.geometric_low < found.geometric_high)[rows].all()
+    # 28 intervals of 95 %, correlated in time
+    inside = (found.low < found.predicted) & (found.predicted < found.high)
+    assert inside[rows].mean() > 0.75
+    assert (np.abs(found.offset[rows]) < 5 * found.offset_error).all()
+    assert (found.correlation_misfit[rows] < 4).all()
+    assert (found.commuting_misfit[rows] > 20).any()
+    surprise = (found.total_correlation - found.total_correlation_expected) / found.total_correlation_spread
+    assert (np.abs(surprise[rows]) < 5).all()
+    assert (found.total_correlation_commuting < found.total_correlation)[rows].all()
+
+
+def test_the_wrong_law_does_not(replicas):
+    found = compared(replicas, "exact")
+    assert (found.geometric_high[3:] < 0.95).all()  # held back more than the Hessian says
+    stationary = compared(replicas, "stationary")
+    assert stationary.geometric_mean[5] > 3  # right after the decay
+    assert np.isnan(stationary.correlation_misfit).all()
+
+
+def test_statistics_of_known_samples():
+    """Independent Gaussian replicas of the law itself: intervals have their confidence, the ratio no bias."""
+    draws = np.random.default_rng(3)
+    k, few = 6, 8
+    law = Law(name="known", mean=np.zeros((1, k)), covariance=np.diag(np.arange(1.0, k + 1))[None])
+    ratios, inside, covered = [], [], []
+    for seed in range(300):
+        x = draws.standard_normal((few, 1, k)) * np.sqrt(np.arange(1.0, k + 1))
+        found = agreement(x, law, confidence=0.9, resamples=100, seed=seed)
+        ratios.append(np.log(found.geometric_mean[0]))
+        inside.append((found.low < found.predicted) & (found.predicted < found.high))
+        covered.append(found.geometric_low[0] < 1 < found.geometric_high[0])
+    assert np.mean(ratios) == pytest.approx(0, abs=4 * np.std(ratios) / np.sqrt(300))
+    assert np.mean(inside) == pytest.approx(0.9, abs=4 * np.sqrt(0.09 / 1800))
+    # the bootstrap of eight replicas is known to be narrow
+    assert 0.7 < np.mean(covered) <= 1
+
+
+def test_too_few_replicas_are_refused(replicas):
+    law = predicted_laws(ensemble())["exact"]
+    with pytest.raises(ValueError, match="at least 3"):
+        agreement(replicas[:2], law, confidence=0.95, resamples=10, seed=0)
+    with pytest.raises(ValueError, match="the law"):
+        agreement(replicas[:, 1:], law, confidence=0.95, resamples=10, seed=0)

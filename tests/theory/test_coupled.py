@@ -1,0 +1,170 @@
+import numpy as np
+import pytest
+from scipy.linalg import solve_discrete_lyapunov
+
+from robustdyn.theory import (
+    BatchSampling,
+    MeasuredDrift,
+    MeasuredSpectrum,
+    propagate,
+    propagate_coupled,
+)
+from tests.tolerances import EXACT64
+
+MU, OMEGA = 0.9, 5e-3
+RATES = np.array([0.05] * 30 + [0.005] * 20)
+
+
+def some_matrices(k=3, seed=0):
+    draws = np.random.default_rng(seed)
+    slope = draws.normal(size=(k, k)) * 0.3 + np.diag([4.0, 2.0, 0.5][:k])
+    examples, attack = (a @ a.T for a in draws.normal(size=(2, k, k)))
+    return slope, examples, 0.2 * attack, draws.normal(size=k)
+
+
+def drift_of(slope, examples, attack, gradient, step=(0,), interpolation="piecewise_constant"):
+    lead = (len(step), *np.shape(slope)[-2:])
+    return MeasuredDrift(
+        step=np.array(step),
+        slope=np.broadcast_to(slope, lead),
+        example_noise=np.broadcast_to(examples, lead),
+        attack_noise=np.broadcast_to(attack, lead),
+        gradient=gradient,
+        interpolation=interpolation,
+    )
+
+
+def law(drift, sampling, steps, rates=RATES):
+    return propagate_coupled(
+        drift, rates, sampling=sampling, momentum=MU, weight_decay=OMEGA, record_steps=steps
+    )
+
+
+def independent(size=8, n=40, steps=50):
+    return BatchSampling(examples=n, sizes=np.full(steps, size), epoch=None)
+
+
+def test_uncoupled_directions_are_those_of_propagate():
+    _, examples, attack, gradient = some_matrices()
+    lam, steps = np.array([4.0, 1.0, -0.1]), [0, 1, 7, 30, 31, 50]
+    begin = np.array([[0.1, 2.0], [0.0, -1.0], [0.3, 0.0]])
+    found = propagate_coupled(
+        drift_of(np.diag(lam), examples, attack, gradient),
+        RATES,
+        sampling=independent(),
+        momentum=MU,
+        weight_decay=OMEGA,
+        record_steps=steps,
+        initial_mean=begin,
+    )
+    spectrum = MeasuredSpectrum(
+        np.array([0]),
+        lam[None],
+        ((examples + attack) / 8)[None],
+        "piecewise_constant",
+        gradient=gradient[None],
+    )
+    expected = propagate(
+        spectrum, RATES, momentum=MU, weight_decay=OMEGA, record_steps=steps, initial_mean=begin
+    )
+    np.testing.assert_allclose(found.mean, expected.mean, **EXACT64)
+    np.testing.assert_allclose(found.covariance, expected.covariance, **EXACT64)
+
+
+def test_the_limit_solves_the_lyapunov_equation():
+    slope, examples, attack, gradient = some_matrices()
+    assert np.abs(slope - slope.T).max() > 0.1  # not symmetric
+    steps = 4000  # ρ^4000 < 1e-16
+    found = law(
+        drift_of(slope, examples, attack, gradient), independent(steps=steps), [steps], np.full(steps, 0.05)
+    )
+    pull, unit = slope + OMEGA * np.eye(3), np.eye(3)
+    move = np.block([[unit - 0.05 * pull, -0.05 * MU * unit], [pull, MU * unit]])
+    kick = np.concatenate([-0.05 * unit, unit])
+    expected = solve_discrete_lyapunov(move, kick @ ((examples + attack) / 8) @ kick.T)
+    blocks = expected.reshape(2, 3, 2, 3).transpose(1, 3, 0, 2)
+    np.testing.assert_allclose(found.covariance[0], blocks, rtol=1e-9)
+    np.testing.assert_allclose(found.position[0], -np.linalg.solve(pull, gradient), rtol=1e-9)
+
+
+@pytest.mark.parametrize("last", [1, 5, 6, 17, 50])
+def test_shuffled_epochs_against_the_covariance_of_all_noise_vectors(last):
+    """37 examples in batches of 8, the last of 5: all noise vectors written out in one large matrix."""
+    slope, examples, attack, gradient = some_matrices()
+    n, epoch = 37, 5
+    sizes = np.array([8, 8, 8, 8, 5] * 10)
+    found = law(
+        drift_of(slope, examples, attack, gradient),
+        BatchSampling(examples=n, sizes=sizes, epoch=epoch),
+        [last],
+    )
+    noise = np.zeros((last, 3, last, 3))
+    for s in range(last):
+        for t in range(last):
+            if s == t:
+                size = sizes[s]
+                noise[s, :, t] = examples * (n - size) / (size * (n - 1)) + attack / size
+            elif s // epoch == t // epoch:
+                noise[s, :, t] = -examples / (n - 1)
+    # ∂(x, v)_last / ∂ξ_t by running the recursion from each kick
+    response = np.zeros((6, last, 3))
+    pull = slope + OMEGA * np.eye(3)
+    for t in range(last):
+        for j in range(3):
+            x, v = np.zeros(3), np.zeros(3)
+            for s in range(t, last):
+                v = MU * v + pull @ x + (np.eye(3)[j] if s == t else 0)
+                x = x - RATES[s] * v
+            response[:, t, j] = np.concatenate([x, v])
+    flat = response.reshape(6, -1)
+    expected = flat @ noise.reshape(3 * last, 3 * last) @ flat.T
+    blocks = expected.reshape(2, 3, 2, 3).transpose(1, 3, 0, 2)
+    np.testing.assert_allclose(found.covariance[0], blocks, rtol=1e-9, atol=1e-12)
+
+
+def test_an_epoch_of_one_batch_has_the_attacks_noise_alone():
+    slope, examples, attack, gradient = some_matrices()
+    whole = BatchSampling(examples=8, sizes=np.full(len(RATES), 8), epoch=1)
+    found = law(drift_of(slope, examples, attack, gradient), whole, [3, 40])
+    expected = law(drift_of(slope, 0 * examples, attack, gradient), independent(), [3, 40])
+    np.testing.assert_allclose(found.covariance, expected.covariance, rtol=1e-9, atol=1e-12)
+
+
+def test_straight_lines_between_measurements():
+    slope, examples, attack, gradient = some_matrices()
+    drift = drift_of(
+        np.stack([slope, 3 * slope]), examples, attack, gradient, step=(10, 20), interpolation="linear"
+    )
+    for step, factor in ((0, 1.0), (10, 1.0), (13, 1.6), (20, 3.0), (40, 3.0)):
+        np.testing.assert_allclose(drift.at(step)[0], factor * slope, **EXACT64)
+    held = drift_of(np.stack([slope, 3 * slope]), examples, attack, gradient, step=(10, 20))
+    np.testing.assert_array_equal(held.at(19)[0], slope)
+    np.testing.assert_array_equal(held.at(20)[0], 3 * slope)
+
+
+def test_what_cannot_be_is_named():
+    slope, examples, attack, gradient = some_matrices()
+    with pytest.raises(ValueError, match="step is"):
+        drift_of(slope, examples, attack, gradient, step=(3, 3))
+    with pytest.raises(ValueError, match=r"slope has shape \(1, 3, 2\)"):
+        drift_of(slope[:, :2], examples[:, :2], attack[:, :2], gradient)
+    with pytest.raises(ValueError, match="example_noise has shape"):
+        MeasuredDrift(
+            step=[0],
+            slope=slope[None],
+            example_noise=examples[None, :2, :2],
+            attack_noise=attack[None],
+            gradient=gradient,
+            interpolation="linear",
+        )
+    with pytest.raises(ValueError, match=r"example_noise \+ attack_noise"):
+        drift_of(slope, -examples, 0 * attack, gradient)
+    with pytest.raises(ValueError, match="interpolation is 'cubic'"):
+        drift_of(slope, examples, attack, gradient, interpolation="cubic")
+    good = drift_of(slope, examples, attack, gradient)
+    with pytest.raises(ValueError, match="record_steps"):
+        law(good, independent(), [51])
+    with pytest.raises(ValueError, match="sizes"):
+        law(good, independent(steps=3), [1])
+    with pytest.raises(ValueError, match="epoch"):
+        BatchSampling(examples=4, sizes=np.ones(3), epoch=0)
