@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -180,3 +181,15 @@ def test_a_file_outside_a_run_is_refused(checkpoint, tmp_path, monkeypatch, caps
     shutil.copy(checkpoint.partition("=")[2], elsewhere)
     assert replicate(monkeypatch, f"checkpoint={elsewhere}", *SMALL) == 1
     assert "does not lie in a run directory" in capsys.readouterr().err
+
+
+def test_the_loss_is_expanded_on_request(checkpoint, monkeypatch, capsys):
+    asked = ("output=expanded", "expansion.multiples=[0.5,1]", "record.loss_draws=2")
+    assert replicate(monkeypatch, checkpoint, *SMALL, *asked) == 0
+    found = read_ensemble(Path("expanded"))
+    assert found.lines is not None
+    assert found.anew_loss.shape == (4, 1, 2)
+    assert np.isfinite(found.expanded_loss).all()
+    capsys.readouterr()
+    assert replicate(monkeypatch, checkpoint, *SMALL, "expansion.multiples=[1,0.5]") == 1
+    assert "expansion.multiples" in capsys.readouterr().err

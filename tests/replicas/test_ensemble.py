@@ -28,7 +28,14 @@ from tests.replicas.problems import (
 )
 from tests.tolerances import EXACT64
 
-EVERY = Recorded(steps=tuple(range(8)), loss_steps=(0, 7), loss_examples=EXAMPLES, mean_steps=())
+EVERY = Recorded(
+    steps=tuple(range(8)),
+    loss_steps=(0, 7),
+    loss_examples=EXAMPLES,
+    mean_steps=(),
+    loss_draws=1,
+    expansion=False,
+)
 SETTINGS = {
     "at": {},
     "replacement": {"sampling": sampling(replacement=True)},
@@ -189,11 +196,16 @@ def test_what_cannot_work_is_refused():
     with pytest.raises(ValueError, match="learning_rate must be positive"):
         training(learning_rate=[0.1, 0.0])
     with pytest.raises(ValueError, match="steps has 9, but there are 7"):
-        ensemble(training(), recorded=Recorded(steps=(9,), loss_steps=(), loss_examples=1, mean_steps=()))
+        ensemble(
+            training(),
+            recorded=Recorded(
+                steps=(9,), loss_steps=(), loss_examples=1, mean_steps=(), loss_draws=1, expansion=False
+            ),
+        )
     with pytest.raises(ValueError, match="directions must be"):
         ensemble(training(), along=Directions(positions=torch.zeros(3, 1), forces=torch.zeros(3, 1)))
     with pytest.raises(ValueError, match="steps must increase"):
-        Recorded(steps=(3, 1), loss_steps=(), loss_examples=1, mean_steps=())
+        Recorded(steps=(3, 1), loss_steps=(), loss_examples=1, mean_steps=(), loss_draws=1, expansion=False)
     with pytest.raises(ValueError, match=r"batch_size must lie in \[1, 10\]"):
         sampling(batch_size=11)
     with pytest.raises(ValueError, match="frozen needs"):
@@ -211,7 +223,7 @@ def test_what_cannot_work_is_refused():
     with pytest.raises(ValueError, match="Dropout in '1'"):
         ensemble(training(batchnorm="train"), model=model)
     diverging = training(learning_rate=[1e200] * 3)
-    nothing = Recorded(steps=(), loss_steps=(), loss_examples=1, mean_steps=())
+    nothing = Recorded(steps=(), loss_steps=(), loss_examples=1, mean_steps=(), loss_draws=1, expansion=False)
     with pytest.raises(FloatingPointError, match="diverged within 3 steps"):
         ensemble(diverging, recorded=nothing).run([0, 1])
 
@@ -251,7 +263,14 @@ def test_a_quadratic_loss_has_the_predicted_covariance(replacement):
         sampling=drawn,
     )
     unit = torch.eye(k, dtype=torch.float64)
-    recorded = Recorded(steps=(1, 3, 10, 40, 43, 60), loss_steps=(), loss_examples=1, mean_steps=())
+    recorded = Recorded(
+        steps=(1, 3, 10, 40, 43, 60),
+        loss_steps=(),
+        loss_examples=1,
+        mean_steps=(),
+        loss_draws=1,
+        expansion=False,
+    )
     found = ensemble(
         problem,
         recorded=recorded,

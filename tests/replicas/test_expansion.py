@@ -241,7 +241,9 @@ def test_replicas_are_expanded_in_all_of_weight_space(engine):
         model,
         problem,
         directions=directions(model),
-        recorded=Recorded(steps=(4,), loss_steps=(4,), loss_examples=EXAMPLES, mean_steps=()),
+        recorded=Recorded(
+            steps=(4,), loss_steps=(4,), loss_examples=EXAMPLES, mean_steps=(), loss_draws=1, expansion=False
+        ),
         engine=engine,
     ).run([3])
     assert "held_loss" not in without
@@ -262,9 +264,11 @@ def test_targets_may_be_probabilities():
 
 def test_what_cannot_be_expanded_is_refused():
     with pytest.raises(ValueError, match=r"steps must hold all loss_steps for an expansion; add \[2\]"):
-        Recorded(steps=(0, 1), loss_steps=(0, 2), loss_examples=1, mean_steps=(), expansion=True)
+        Recorded(
+            steps=(0, 1), loss_steps=(0, 2), loss_examples=1, mean_steps=(), loss_draws=1, expansion=True
+        )
     with pytest.raises(ValueError, match="loss_draws must be at least 1"):
-        Recorded(steps=(), loss_steps=(), loss_examples=1, mean_steps=(), loss_draws=0)
+        Recorded(steps=(), loss_steps=(), loss_examples=1, mean_steps=(), loss_draws=0, expansion=False)
     for multiples in ((), (0.0, 1.0), (2.0, 1.0)):
         with pytest.raises(ValueError, match="multiples must increase strictly from above 0"):
             lines_of(smooth(), training(), deviations=(0.1,), multiples=multiples)

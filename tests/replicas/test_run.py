@@ -74,8 +74,16 @@ def settings(**changes):
         "batch_size": 4,
         "replacement": False,
         "drop_last": False,
-        "recorded": Recorded(steps=(0, 1, 2, 3), loss_steps=(), loss_examples=99, mean_steps=(3,)),
+        "recorded": Recorded(
+            steps=(0, 1, 2, 3),
+            loss_steps=(),
+            loss_examples=99,
+            mean_steps=(3,),
+            loss_draws=1,
+            expansion=False,
+        ),
         "start": PointSettings(memory=2**20, **point),
+        "multiples": (),
         "prefix": "here.",
     }
     return EnsembleSettings(**(chosen | changes))

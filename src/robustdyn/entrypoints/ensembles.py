@@ -51,6 +51,15 @@ RULES: Mapping[str, Rule] = {
     "record.loss_steps": STEPS,
     "record.mean_steps": STEPS,
     "record.loss_examples": COUNT,
+    "record.loss_draws": COUNT,
+    "expansion.multiples": Rule(
+        lambda v: (
+            isinstance(v, list | ListConfig)
+            and all(POSITIVE.holds(distance) for distance in v)
+            and list(v) == sorted(set(v))
+        ),
+        "must be a list of positive numbers that increase, or []",
+    ),
     "start.memory_mib": COUNT,
 }
 
@@ -75,7 +84,12 @@ def ensemble_settings(cfg: DictConfig, prefix: str = "") -> EnsembleSettings:
             name: tuple(step for step in chosen.record[name] if step <= steps)
             for name in ("steps", "loss_steps", "mean_steps")
         }
-        recorded = Recorded(loss_examples=chosen.record.loss_examples, **when)
+        recorded = Recorded(
+            loss_examples=chosen.record.loss_examples,
+            loss_draws=chosen.record.loss_draws,
+            expansion=len(chosen.expansion.multiples) > 0,
+            **when,
+        )
     with _naming(prefix):
         return EnsembleSettings(
             replicas=chosen.replicas,
@@ -92,6 +106,7 @@ def ensemble_settings(cfg: DictConfig, prefix: str = "") -> EnsembleSettings:
             drop_last=chosen.sampling.drop_last,
             recorded=recorded,
             start=start,
+            multiples=tuple(float(distance) for distance in chosen.expansion.multiples),
             prefix=prefix,
         )
 

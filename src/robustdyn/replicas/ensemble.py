@@ -75,8 +75,8 @@ class Recorded:
     loss_steps: tuple[int, ...]
     loss_examples: int
     mean_steps: tuple[int, ...]
-    loss_draws: int = 1
-    expansion: bool = False
+    loss_draws: int
+    expansion: bool
 
     def __post_init__(self) -> None:
         for name in ("steps", "loss_steps", "mean_steps"):

@@ -28,6 +28,7 @@ from robustdyn.replicas.ensemble import (
     Training,
     refuse_dropout,
 )
+from robustdyn.replicas.expansion import measure_lines
 from robustdyn.replicas.network import Engine, StackedNetwork
 from robustdyn.replicas.optimizer import (
     InitialState,
@@ -37,7 +38,14 @@ from robustdyn.replicas.optimizer import (
     read_update,
     weight_decay,
 )
-from robustdyn.replicas.point import MeasuredPoint, PointSettings, example_loss, measure_point, second_moment
+from robustdyn.replicas.point import (
+    MeasuredPoint,
+    PointSettings,
+    example_loss,
+    line_units,
+    measure_point,
+    second_moment,
+)
 from robustdyn.replicas.record import EnsembleRecord
 from robustdyn.replicas.sampling import Sampling
 from robustdyn.replicas.updates import MomentumUpdate
@@ -62,6 +70,8 @@ class EnsembleSettings:
         drop_last: Likewise.
         recorded: What is recorded; no more loss examples are used than there are.
         start: How the start is measured, and the path of the mean.
+        multiples: Distances at which the loss is measured along the directions, in predicted standard
+            deviations; empty for no expansion.
         prefix: Of the names of these settings in errors, e.g. ``"ensemble."``.
 
     Raises:
@@ -82,6 +92,7 @@ class EnsembleSettings:
     drop_last: bool
     recorded: Recorded
     start: PointSettings
+    multiples: tuple[float, ...]
     prefix: str
 
     def __post_init__(self) -> None:
@@ -186,6 +197,8 @@ class EnsembleRun:
             "record.steps": list(self._recorded.steps),
             "record.loss_steps": list(self._recorded.loss_steps),
             "record.loss_examples": self._recorded.loss_examples,
+            "record.loss_draws": self._recorded.loss_draws,
+            "expansion.multiples": list(chosen.multiples),
             "record.mean_steps": list(self._recorded.mean_steps),
             "start": start,
             "seed": chosen.seed,
@@ -259,6 +272,17 @@ class EnsembleRun:
             recorded=self._recorded,
             engine=settings.engine,
         )
+        if settings.multiples:
+            say("lines       measuring the loss along the directions")
+            record.lines(
+                lambda: measure_lines(
+                    ensemble.loss,
+                    start.directions.forces,
+                    line_units(start, training),
+                    multiples=settings.multiples,
+                    chunk=settings.chunk,
+                )
+            )
         for number, replicas in enumerate(todo, start=1):
             began = time.perf_counter()
             try:
