@@ -121,9 +121,9 @@ def test_what_runs_lack_is_said(tmp_path):
     with pytest.raises(RecordError, match="needs measured WCI; train with measure=index"):
         curves.values(runs, [curves.INDEX], by_train_size)
     assert not curves.values(runs, QUANTITIES, by_train_size, optional=[curves.INDEX]).empty
-    with pytest.raises(RecordError, match=r"one setting on digits differ in data\.train_size"):
+    with pytest.raises(RecordError, match=r"one setting on digits differ in more than .*: data\.train_size"):
         curves.values(runs, QUANTITIES, lambda run: "")
-    with pytest.raises(RecordError, match="the same run as"):
+    with pytest.raises(RecordError, match=r"seed 0 of 300 on digits is that of .* too"):
         curves.values([*runs, *runs], QUANTITIES, by_train_size)
     write_curves(tmp_path / "b", lr=FALLING[:4], test=TEST[:4], train=TRAIN[:4], seed=1)
     with pytest.raises(RecordError, match="b: ends after epoch 3, others after 5"):
@@ -153,12 +153,40 @@ def test_the_figure_of_curves_draws_its_table(tmp_path):
 
 
 def test_the_figure_of_outcomes_draws_its_table(tmp_path):
-    table = curves.summary(curves.outcomes(curves.values(write(tmp_path), QUANTITIES, by_train_size)))
-    figure = curves.figure_of_outcomes(table, "Title")
-    error = figure.axes[0]
+    found = curves.outcomes(curves.values(write(tmp_path), QUANTITIES, by_train_size))
+    table = curves.with_seeds(curves.summary(found), found)
+    error = curves.figure_of_outcomes(table, "Title").axes[0]
     labels = [label.get_text() for label in error.get_yticklabels()]
-    best, final = error.lines
-    for line, outcome in ((best, "best robust error"), (final, "final robust error")):
-        own = table[table["outcome"] == outcome].set_index("setting")["mean"] * 100
-        drawn = pd.Series(line.get_xdata(), [labels[round(y)] for y in line.get_ydata()])
-        pd.testing.assert_series_equal(drawn, own, check_names=False, check_index_type=False)
+    best, of_best, final, of_final = error.lines
+    for means, seeds, outcome in (
+        (best, of_best, "best robust error"),
+        (final, of_final, "final robust error"),
+    ):
+        for line, own in (
+            (means, table[table["seed"].isna()]),
+            (seeds, found.rename(columns={"value": "mean"})),
+        ):
+            wanted = own[own["outcome"] == outcome].set_index("setting")["mean"] * 100
+            drawn = pd.Series(line.get_xdata(), [labels[round(y)] for y in line.get_ydata()])
+            pd.testing.assert_series_equal(drawn, wanted, check_names=False, check_index_type=False)
+    assert len(of_best.get_xdata()) == 6  # three seeds of two settings
+
+
+def test_axes_end_where_a_quantity_does(tmp_path):
+    """Errors of 1 and 99 % have Student's interval from −573 to 673 %."""
+    for seed, error in enumerate((0.01, 0.99)):
+        write_curves(
+            tmp_path / str(seed), lr=[0.1] * 3, test=[error] * 3, train=[0.5] * 3, seed=seed,
+            norm=[1.0] * 3, trace=[1.0 + 9 * seed] * 3,
+        )  # fmt: skip
+    quantities = [curves.ERROR, curves.ERROR_GAP, curves.INDEX]
+    rows = curves.values(find_runs(tmp_path), quantities, lambda run: "all")
+    found = curves.outcomes(rows)
+    outcomes = curves.figure_of_outcomes(curves.with_seeds(curves.summary(found), found), "Title")
+    over = curves.figure_of_curves(curves.over_seeds(rows), "Title", [curves.Row(q, q) for q in quantities])
+    ranges = [ax.get_xlim() for ax in outcomes.axes], [ax.get_ylim() for ax in over.axes]
+    for error, gap, index in ranges:
+        assert error == (0, 100)
+        assert gap[0] < -100
+        assert gap[1] > 100
+        assert index[0] == 0

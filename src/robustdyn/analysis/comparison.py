@@ -6,18 +6,19 @@ read: errors in per cent.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from robustdyn.analysis import style
+from robustdyn.analysis.alike import require_repetitions
 from robustdyn.analysis.over_seeds import draw_with_interval, mean_with_interval
 from robustdyn.analysis.plotting import End, key
 from robustdyn.analysis.statistics import BEST_ON_TEST, FINAL, final_and_best, of_run
 from robustdyn.errors import RecordError
-from robustdyn.records.labels import SEED, differences
+from robustdyn.records.labels import SEED
 from robustdyn.records.reader import Run, combine
 from robustdyn.records.schema import EPOCHS, Column
 
@@ -26,22 +27,6 @@ BEST, DIFFERENCE = "best", "final − best"
 MOMENTS = (BEST, FINAL, DIFFERENCE)
 BANDS = 5  # more curves than this, and their intervals hide one another
 KEY = ["setting", "metric", "moment"]
-
-
-def check_alike(runs: Sequence[Run], but: Collection[str]) -> None:
-    """Refuse runs that differ in more than the seed and the given settings or sections of them.
-
-    Raises:
-        RecordError: They do.
-    """
-    # not labels.distinguishing: what differs together with a schedule would count as implied by it
-    other = [
-        key for key in differences(runs) if not any(f"{key}.".startswith(f"{free}.") for free in (SEED, *but))
-    ]
-    if other:
-        raise RecordError(
-            f"{runs[0].path} and others differ also in {', '.join(other)}; give the runs of one sweep"
-        )
 
 
 def check_complete(runs: Sequence[Run]) -> None:
@@ -76,19 +61,14 @@ def best_and_final(runs: Sequence[Run], settings: Mapping[str, str]) -> pd.DataF
         ``setting``, ``seed``, ``metric``, ``unit``, ``moment``, ``value``; settings in order.
 
     Raises:
-        RecordError: Two runs of one setting have the same seed.
+        RecordError: Runs of one setting differ in more than their seed, or have the same.
     """
+    require_repetitions(runs, lambda run: settings[run.label])
     seeds = {run.label: int(run.config[SEED]) for run in runs}
     wide = final_and_best(runs).replace({"selection": {BEST_ON_TEST: BEST}})
     long = wide.melt(["run", "selection"], list(METRICS), "metric", "value")
     long["setting"], long["seed"] = long["run"].map(settings), long["run"].map(seeds)
     long["value"] *= long["metric"].map({name: EPOCHS[name].scale for name in METRICS})
-    twice = long[long.duplicated(["setting", "seed", "selection", "metric"])]
-    if len(twice):
-        first = twice.iloc[0]
-        raise RecordError(
-            f"{runs[0].path} and others: two runs of {first['setting']}, seed {first['seed']}; give each once"
-        )
     found = long.pivot(index=["setting", "seed", "metric"], columns="selection", values="value")
     found[DIFFERENCE] = found[FINAL] - found[BEST]
     tidy = found[list(MOMENTS)].melt(ignore_index=False, var_name="moment").reset_index()

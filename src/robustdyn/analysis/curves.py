@@ -15,10 +15,13 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation
 from scipy import stats
 
 from robustdyn.analysis import style
+from robustdyn.analysis.alike import require_repetitions
 from robustdyn.analysis.over_seeds import (
+    LEVEL,
     draw_with_interval,
     geometric_mean_with_interval,
     mean_with_interval,
@@ -37,16 +40,18 @@ from robustdyn.analysis.plotting import (
 from robustdyn.analysis.statistics import decay_epochs, format_number
 from robustdyn.analysis.study import Answer, Picture
 from robustdyn.errors import RecordError
-from robustdyn.records.labels import SEED, differences
+from robustdyn.records.labels import SEED
 from robustdyn.records.reader import Run, read_table
 from robustdyn.records.schema import EPOCHS, WCI, Column
 
 LOSS_GAP, ERROR_GAP, INDEX, RATE = "robust_loss_gap", "robust_error_gap", "wci", "lr"
+NORM, TRACE = "weight_norm_sq", "hessian_trace"
 LOSS, ERROR, TRAIN_ERROR = "test_robust_loss", "test_robust_error", "train_robust_error"
 COLUMNS: dict[str, Column] = {column.name: column for column in (*WCI.columns, *EPOCHS.columns)}
 CELL = ["panel", "setting", "quantity"]
 DATA_SETS = {"CIFAR10": "CIFAR-10", "CIFAR100": "CIFAR-100", "SVHN": "SVHN", "Digits": "digits"}
 BEST, FINAL, RISE = "best", "final", "rise"
+FINAL_GAP, FINAL_INDEX = "final robust loss gap", "final WCI"
 OUTCOMES: dict[str, tuple[str, str]] = {
     "best robust error": (ERROR, BEST),
     "final robust error": (ERROR, FINAL),
@@ -55,8 +60,10 @@ OUTCOMES: dict[str, tuple[str, str]] = {
     "final robust loss": (LOSS, FINAL),
     "rise of the robust loss": (LOSS, RISE),
     "final robust error gap": (ERROR_GAP, FINAL),
-    "final robust loss gap": (LOSS_GAP, FINAL),
-    "final WCI": (INDEX, FINAL),
+    FINAL_GAP: (LOSS_GAP, FINAL),
+    FINAL_INDEX: (INDEX, FINAL),
+    "final squared weight norm": (NORM, FINAL),
+    "final Hessian trace": (TRACE, FINAL),
 }
 """What a run comes to: the lowest value over its epochs, the last one, and last less lowest."""
 
@@ -64,8 +71,8 @@ TOLD = (
     "best robust error",
     "final robust error",
     "rise of the robust loss",
-    "final robust loss gap",
-    "final WCI",
+    FINAL_GAP,
+    FINAL_INDEX,
 )
 TOLD_APART = (
     "best robust error",
@@ -75,6 +82,8 @@ TOLD_APART = (
 )
 
 BOUNDS = ("mean", "low", "high")
+CEILINGS = {ERROR: 100.0, LOSS: np.inf, INDEX: np.inf}
+"""The most that these can be as shown; the least is 0. Student's interval may reach beyond, axes do not."""
 
 
 def data_set(run: Run) -> str:
@@ -103,10 +112,10 @@ def values(
         ``panel``, ``setting``, ``seed``, ``epoch``, ``quantity``, ``value``; the learning rate always.
 
     Raises:
-        RecordError: A quantity was not recorded, runs of one setting differ in more than their seed, or a
-            run is shorter than the others of its panel.
+        RecordError: A quantity was not recorded, runs of one setting differ in more than their seed or have
+            the same, or a run is shorter than the others of its panel.
     """
-    _check_settings(runs, setting, panel)
+    require_repetitions(runs, lambda run: f"{setting(run) or 'one setting'} on {panel(run)}")
     frames: list[pd.DataFrame] = []
     ends = [_last_epoch(run) for run in runs]
     for run, last in zip(runs, ends, strict=True):
@@ -208,6 +217,27 @@ def correlations(rows: pd.DataFrame) -> pd.DataFrame:
                     found.append((panel, setting, seed, gap, phase, len(pairs), r, rank))
     names = ["panel", "setting", SEED, "quantity", "phase", "epochs", "pearson", "spearman"]
     return pd.DataFrame(found, columns=names)
+
+
+def told_ends(found: pd.DataFrame) -> list[str]:
+    """Whether the WCI and the robust loss gap of :func:`outcomes` go together among runs at their ends.
+
+    One finding for each panel with more than three runs that have both.
+    """
+    lines = []
+    ends = found[found["outcome"].isin([FINAL_GAP, FINAL_INDEX])]
+    for panel, own in ends.groupby("panel", sort=False):
+        wide = own.pivot(index=["setting", SEED], columns="outcome", values="value")
+        pairs = wide.reindex(columns=[FINAL_INDEX, FINAL_GAP]).dropna()
+        if len(pairs) > 3 and (pairs.nunique() > 1).all():
+            r = stats.pearsonr(pairs[FINAL_INDEX], pairs[FINAL_GAP])
+            low, high = r.confidence_interval(LEVEL)
+            lines.append(
+                f"{panel}, over {len(pairs)} runs at their ends: Pearson correlation of WCI and robust loss "
+                f"gap {r.statistic:.2f} [{low:.2f}, {high:.2f}], p = {r.pvalue:.2g}, runs taken for "
+                "independent."
+            )
+    return lines
 
 
 def first_decay(rows: pd.DataFrame) -> int | None:
@@ -318,16 +348,27 @@ def figure_of_curves(table: pd.DataFrame, title: str, rows: Sequence[Row], *, me
             if not beside:
                 ax.set_ylabel(ax.get_ylabel() if i == 0 else "")
                 ax.set_xlabel("epoch" if j == len(rows) - 1 else "")
-            mark_decays([ax], rates[rates["panel"] == panel], cast)
+            _mark_decays(ax, rates[rates["panel"] == panel], cast)
             if (j if beside else i) == shape[1] - 1 and not cast.alone:
                 label_ends(ax, ends)
     keys = [key("95 % interval of the mean", linewidth=7, alpha=0.3)] if table["seeds"].max() > 1 else []
+    if any(line.get_linestyle() == ":" for ax in axes.flat for line in ax.lines):
+        keys.append(key("decay of the rate, by colour", ":"))
     if any(row.dashed for row in rows):
         solid, dashed = next((row.quantity, row.dashed) for row in rows if row.dashed)
         keys += [key(COLUMNS[solid].label), key(COLUMNS[dashed].label, "--")]
     if keys:
         figure.legend(handles=keys, loc="outside lower center", ncols=len(keys))
     return figure
+
+
+def _mark_decays(ax: Axes, rates: pd.DataFrame, cast: Cast) -> None:
+    """Decays, without the rate that follows where it is not one for all settings."""
+    mark_decays([ax], rates, cast)
+    several = rates.groupby("epoch")[RATE].nunique() > 1
+    for label in ax.texts:
+        if isinstance(label, Annotation) and several.get(label.xy[0], False):
+            label.set_text("decay")
 
 
 def _draw_row(ax: Axes, table: pd.DataFrame, row: Row, cast: Cast, alone: str) -> list[End]:
@@ -350,33 +391,56 @@ def _draw_row(ax: Axes, table: pd.DataFrame, row: Row, cast: Cast, alone: str) -
     else:
         wide = table.pivot(index=["setting", "epoch"], columns="quantity", values="mean").reset_index()
         leave_out_transient(ax, wide, [COLUMNS[name] for name in quantities])
+    if row.quantity in CEILINGS and not row.log:
+        low, high = ax.get_ylim()
+        ax.set_ylim(max(0.0, low), min(CEILINGS[row.quantity], high))
     return ends
+
+
+def with_seeds(table: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame:
+    """:func:`summary` and, with their ``seed``, each run's own :func:`outcomes` as ``mean``."""
+    both = pd.concat([table, found.rename(columns={"value": "mean"})], ignore_index=True)
+    return both[[*table.columns, SEED]]
 
 
 @style.styled
 def figure_of_outcomes(table: pd.DataFrame, title: str) -> Figure:
-    """:func:`summary` by setting: best and final test error and loss, final gaps and WCI.
+    """:func:`with_seeds` by setting: best and final test error and loss, final gaps and WCI.
 
-    A row of panels for each data set; intervals as bars.
+    A row of panels for each data set; intervals as bars, single seeds as small points.
     """
-    panels, settings = list(dict.fromkeys(table["panel"])), list(dict.fromkeys(table["setting"]))
-    shown = [q for q in (ERROR, LOSS, ERROR_GAP, LOSS_GAP, INDEX) if (table["quantity"] == q).any()]
+    means, single = table[table[SEED].isna()], table[table[SEED].notna()]
+    panels, settings = list(dict.fromkeys(means["panel"])), list(dict.fromkeys(means["setting"]))
+    shown = [q for q in (ERROR, LOSS, ERROR_GAP, LOSS_GAP, INDEX) if (means["quantity"] == q).any()]
+    several = means["seeds"].max() > 1
     height = 1.1 + (0.8 + 0.3 * len(settings)) * len(panels)
-    figure = style.new_figure(f"{title} (mean of {seeds_said(table)})", height)
+    figure = style.new_figure(f"{title} (mean of {seeds_said(means)})", height)
     axes = figure.subplots(len(panels), len(shown), squeeze=False, sharey=True, sharex="col")
     for i, panel in enumerate(panels):
         for j, quantity in enumerate(shown):
             ax, column = axes[i, j], COLUMNS[quantity]
-            own = table[(table["panel"] == panel) & (table["quantity"] == quantity)]
+            of_panel = [
+                rows[(rows["panel"] == panel) & (rows["quantity"] == quantity)] for rows in (means, single)
+            ]
+            both = of_panel[0]["outcome"].nunique() > 1
             for how, fill, shift in ((BEST, "none", 0.13), (FINAL, "full", -0.13)):
-                part = own[own["outcome"].map(lambda outcome, how=how: OUTCOMES[outcome][1] == how)]
-                if (own["outcome"].nunique() == 1) or part.empty:
-                    shift = 0.0
-                place = [len(settings) - 1 - settings.index(setting) + shift for setting in part["setting"]]
-                mean, low, high = (part[name].to_numpy(dtype=float) * column.scale for name in BOUNDS)
+                own, seeds = (
+                    rows[rows["outcome"].map(lambda o, how=how: OUTCOMES[o][1] == how)] for rows in of_panel
+                )
+                rank = {name: len(settings) - 1 - k + shift * both for k, name in enumerate(settings)}
+                place = own["setting"].map(rank).to_numpy(dtype=float)
+                mean, low, high = (own[name].to_numpy(dtype=float) * column.scale for name in BOUNDS)
                 colour = style.PALETTE[0] if how == FINAL else style.PALETTE[1]
                 ax.hlines(place, low, high, color=colour, linewidth=1.2)
                 ax.plot(mean, place, linestyle="", marker="o", markersize=5, fillstyle=fill, color=colour)
+                if several:
+                    ax.plot(
+                        seeds["mean"] * column.scale, seeds["setting"].map(rank), linestyle="", marker="|",
+                        markersize=6, markeredgewidth=1.0, color=style.MARK, zorder=3,
+                    )  # fmt: skip
+            if quantity in CEILINGS:
+                low, high = ax.get_xlim()
+                ax.set_xlim(max(0.0, low), min(CEILINGS[quantity], high))
             ax.set_yticks(range(len(settings)), settings[::-1])
             ax.set_ylim(-0.6, len(settings) - 0.4)
             label = column.label.removeprefix("test ")
@@ -389,8 +453,8 @@ def figure_of_outcomes(table: pd.DataFrame, title: str) -> Figure:
         key("final epoch", "", "o", style.PALETTE[0], markersize=5),
         key("best epoch, picked on the test set", "", "o", style.PALETTE[1], markersize=5, fillstyle="none"),
     ]
-    if table["seeds"].max() > 1:
-        keys.append(key("95 % interval of the mean"))
+    if several:
+        keys += [key("95 % interval of the mean"), key("single seeds", "", "|", markersize=6)]
     figure.legend(handles=keys, loc="outside lower center", ncols=len(keys))
     return figure
 
@@ -416,19 +480,18 @@ def compared(
         RecordError: As :func:`values`.
     """
     quantities = [TRAIN_ERROR, ERROR, LOSS, ERROR_GAP, LOSS_GAP]
-    rows = values(runs, quantities, setting, optional=[INDEX])
+    rows = values(runs, quantities, setting, optional=[INDEX, NORM, TRACE])
     curves, found = over_seeds(rows), outcomes(rows)
     table, differences = summary(found), against(found, baseline)
     panels = [Row(ERROR, "robust error", TRAIN_ERROR), Row(LOSS_GAP, "robust loss gap"), Row(INDEX, "WCI")]
-    drawn = curves["quantity"].isin([RATE, TRAIN_ERROR, *(row.quantity for row in panels)])
     told_of_each = [*told(table, TOLD), *told_differences(differences, TOLD_APART)]
     return Answer(
-        tables={"curves": curves, "outcomes": table, "differences": differences},
+        tables={"outcomes": table, "differences": differences},
         pictures=[
-            Picture("learning_curves", curves[drawn], partial(figure_of_curves, title=title, rows=panels)),
-            Picture("outcomes", table, partial(figure_of_outcomes, title=title)),
+            Picture("learning_curves", curves, partial(figure_of_curves, title=title, rows=panels)),
+            Picture("outcomes", with_seeds(table, found), partial(figure_of_outcomes, title=title)),
         ],
-        findings=[*findings(rows), *told_of_each, intervals_said(table)],
+        findings=[*findings(rows), *told_ends(found), *told_of_each, intervals_said(table)],
     )
 
 
@@ -442,27 +505,6 @@ def _last_epoch(run: Run) -> int:
     if epochs.empty:
         raise RecordError(f"{run.path}: no finished epoch; finish the run or leave it out")
     return int(epochs.max())
-
-
-def _check_settings(runs: Sequence[Run], setting: Callable[[Run], str], panel: Callable[[Run], str]) -> None:
-    """Runs of one setting are repetitions with different seeds, or their mean says nothing."""
-    cells: dict[tuple[str, str], list[Run]] = {}
-    for run in runs:
-        cells.setdefault((panel(run), setting(run)), []).append(run)
-    for (where, level), members in cells.items():
-        others = [name for name in differences(members) if name != SEED]
-        if others:
-            raise RecordError(
-                f"runs of {level or 'one setting'} on {where} differ in {', '.join(others)}; give runs that "
-                "differ in their seed and in what the study compares only"
-            )
-        seen: dict[object, Run] = {}
-        for run in members:
-            if run.config[SEED] in seen:
-                raise RecordError(
-                    f"{run.path}: the same run as {seen[run.config[SEED]].path}; give one of them"
-                )
-            seen[run.config[SEED]] = run
 
 
 def _lacks(quantity: str) -> str:

@@ -6,7 +6,7 @@ quantities change by factors: their means over seeds are geometric, their interv
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +16,6 @@ import pandas as pd
 from robustdyn.analysis.over_seeds import geometric_mean_with_interval, mean_with_interval
 from robustdyn.analysis.statistics import decay_epochs, format_number
 from robustdyn.errors import RecordError
-from robustdyn.records.labels import SEED, distinguishing
 from robustdyn.records.reader import Run, read_table
 
 Change = Literal["factor", "difference"]
@@ -97,25 +96,6 @@ QUANTITIES: Mapping[str, Quantity] = {
     **{name: Quantity(f"{q.label}, {{k}} tracked directions", q.change) for name, q in _ALIGNMENT.items()},
     **_ROBUSTNESS,
 }
-
-
-def require_alike(runs: Sequence[Run], but_for: Iterable[str]) -> None:
-    """Refuse runs that differ in other settings than the seed and those of the config groups ``but_for``.
-
-    Raises:
-        RecordError: They do, or two have all settings in common.
-    """
-    allowed = {SEED, *but_for}
-    differing = distinguishing(runs)
-    others = [key for key in differing if key.partition(".")[0] not in allowed]
-    if others:
-        raise RecordError(f"runs differ in {', '.join(others)} as well; give those of one setting")
-    seen: dict[tuple[str, ...], Run] = {}
-    for i, run in enumerate(runs):
-        settings = tuple(str(values[i]) for values in differing.values())
-        if settings in seen:
-            raise RecordError(f"{run.path}: same settings as {seen[settings].path}; leave one out")
-        seen[settings] = run
 
 
 def tracked_directions(runs: Sequence[Run]) -> int:

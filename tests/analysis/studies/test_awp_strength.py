@@ -131,5 +131,5 @@ def test_two_strengths_show_no_trend(tmp_path):
 def test_runs_of_several_settings_are_refused(tmp_path):
     for size in (100, 200):
         write_run(tmp_path / str(size), "awp", data__train_size=size)
-    with pytest.raises(RecordError, match=r"runs differ in data.train_size as well"):
+    with pytest.raises(RecordError, match=r"their seed, perturbation: data\.train_size \(100, 200\)"):
         STUDY.answer(find_runs(tmp_path))

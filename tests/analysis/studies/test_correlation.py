@@ -324,7 +324,7 @@ def test_the_study_writes_its_files(sweep, tmp_path):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"data__train_size": 200}, "differ in more than their seed: data.train_size is 300, 200;"),
+        ({"data__train_size": 200}, r"runs differ in more than their seed: data\.train_size \(300, 200\);"),
         ({"seed": 0}, "seed 0 is that of .*run0 too"),
         ({"unmeasured": True}, "run2: no measured WCI; train with measure=index"),
         ({"rate": lambda epoch: 0.1}, "run2: no decay of the learning rate"),

@@ -30,8 +30,13 @@ def test_settings_are_the_epochs_of_the_first_decay(tmp_path):
         "lr",
         "train_robust_error",
         "test_robust_error",
+        "test_robust_loss",
+        "robust_error_gap",
         "robust_loss_gap",
     }
+    figure = answer.pictures[0].draw(answer.pictures[0].data)
+    assert "decay of the rate, by colour" in {text.get_text() for text in figure.legends[0].get_texts()}
+    assert figure.axes[0].get_ylim()[1] <= 100  # per cent, whatever the interval of two seeds
 
 
 def test_a_run_without_a_decay_is_refused(tmp_path):

@@ -25,6 +25,9 @@ def test_settings_are_rates_before_and_after_the_decay(tmp_path):
     table = answer.tables["outcomes"]
     final = table[table["outcome"] == "final robust error"].set_index("setting")["mean"]
     assert final.to_dict() == pytest.approx({f"{b:g} → {a:g}": error for (b, a), error in FINAL.items()})
+    figure = answer.pictures[0].draw(answer.pictures[0].data)
+    assert {text.get_text() for ax in figure.axes for text in ax.texts if "η" in text.get_text()} == set()
+    assert [text.get_text() for text in figure.axes[0].texts].count("decay") == 1  # to four different rates
     findings = "\n".join(answer.findings)
     assert (
         "digits, lowest best robust error: 0.1 → 0.01 (40.5 %); "

@@ -42,6 +42,8 @@ def test_settings_are_named_by_what_regularises(answered):
     assert table["setting"].iloc[0] == "none"
     final = table[table["outcome"] == "final robust loss gap"].set_index("setting")["mean"]
     assert final.to_dict() == pytest.approx(dict(zip(SETTINGS, (1.6, 1.2, 0.8, 0.4), strict=True)))
+    norm = table[table["outcome"] == "final squared weight norm"]["mean"]
+    assert norm.to_list() == [1.0] * 4
     assert set(answered.tables["differences"]["baseline"]) == {"none"}
 
 

@@ -1,8 +1,16 @@
 import numpy as np
+import pandas as pd
 import pytest
 
 from robustdyn.analysis import study
-from robustdyn.analysis.studies.schedules import STUDY, draw_best_and_final, draw_cost, draw_curves
+from robustdyn.analysis.studies.schedules import (
+    STUDY,
+    cost,
+    draw_best_and_final,
+    draw_cost,
+    draw_curves,
+    of_training,
+)
 from robustdyn.errors import RecordError
 from robustdyn.records import find_runs
 from tests.analysis.studies.rates import error, interval, write_fixed_rate, write_wci_rate
@@ -74,6 +82,21 @@ def test_costs(answer):
     parts = table[WCI][["training", "evaluation", "measurement"]].sum()
     assert parts == pytest.approx(table[WCI, "all"], rel=EXACT)
 
+    own = answer.tables["cost_of_training"].set_index(["setting", "quantity"])["mean"]
+    assert own[WCI, "training"] == pytest.approx(100, rel=EXACT)
+    assert own[WCI, "measurement"] == pytest.approx(100 * 90 / (390 - 40 - 90), rel=EXACT)  # seconds in all
+    assert own["piecewise", "all"] == pytest.approx(100 * 390 / (390 - 40), rel=EXACT)
+    assert set(answer.tables["cost_of_training"]["unit"]) == {"%"}
+
+
+def test_a_loaded_machine_slows_the_parts_alike():
+    times = pd.DataFrame(
+        {"setting": "cosine", "seed": [0, 1], "training": [4.0, 12.0], "evaluation": [1.0, 3.0]}
+    ).assign(measurement=0.0, all=[5.0, 15.0])
+    table = cost(of_training(times), ["cosine"], "%").set_index("quantity")
+    assert table.loc["all", ["mean", "low", "high"]].to_list() == [125, 125, 125]
+    assert table.loc["evaluation", "mean"] == 25
+
 
 def test_figures_show_their_tables_and_nothing_else(answer):
     pictures = {picture.name: picture for picture in answer.pictures}
@@ -92,7 +115,7 @@ def test_figures_show_their_tables_and_nothing_else(answer):
         assert drawn == set(own[["mean", "low", "high"]].to_numpy().ravel())
 
     table = pictures["learning_curves"].data
-    metrics = ("lr", "test_robust_error", "test_clean_error")
+    metrics = ("test_robust_error", "test_clean_error", "lr")
     for ax, metric in zip(draw_curves(table).axes, metrics, strict=True):
         own = table[table["metric"] == metric]
         drawn = [tuple(p) for line in ax.lines for p in zip(*map(list, line.get_data()), strict=True)]
@@ -132,8 +155,8 @@ def test_one_seed_and_no_times(tmp_path):
     [
         ("unheard_of", {}, "schedule unheard_of is none of"),
         ("linear", {"epochs": 30}, "evaluated up to epoch 30 of 40"),
-        ("linear", {"model__width": 8}, "differ also in .*width"),
-        ("piecewise", {}, "two runs of piecewise, seed 0"),
+        ("linear", {"model__width": 8}, r"their seed, schedule, optimizer\.lr: model\.width"),
+        ("piecewise", {}, "x: seed 0 of piecewise is that of .*piecewise too"),
     ],
 )
 def test_what_cannot_be_studied(tmp_path, choice, settings, message):

@@ -179,7 +179,7 @@ def test_many_thresholds_are_lines_without_bands(tmp_path):
     [
         (
             lambda path: write_fixed_rate(path / "x", "cosine", 0, slope=0),
-            "needs runs of schedule=wci|differ also",
+            "their seed, schedule.threshold: schedule._target_",
         ),
         (
             lambda path: write_wci_rate(path / "x", 20, 0, slope=0, epochs=30),
@@ -190,8 +190,11 @@ def test_many_thresholds_are_lines_without_bands(tmp_path):
             "2 evaluated epochs from the decay",
         ),
         (lambda path: write_wci_rate(path / "x", 20, 0, slope=0, epochs=START), "never decayed"),
-        (lambda path: write_wci_rate(path / "x", 10, 0, slope=0), "two runs of τ = 10, seed 0"),
-        (lambda path: write_wci_rate(path / "x", 20, 0, slope=0, model__width=8), "differ also in .*width"),
+        (lambda path: write_wci_rate(path / "x", 10, 0, slope=0), "x: seed 0 of τ = 10 is that of .*10 too"),
+        (
+            lambda path: write_wci_rate(path / "x", 20, 0, slope=0, model__width=8),
+            r"their seed, schedule\.threshold: model\.width",
+        ),
     ],
     ids=["schedule", "unfinished", "few evaluations", "no decay", "twice", "more differs"],
 )

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from robustdyn.analysis import style
+from robustdyn.analysis.alike import require_alike, require_repetitions
 from robustdyn.analysis.over_seeds import LEVEL
 from robustdyn.analysis.plotting import End, key, label_ends
 from robustdyn.analysis.study import Answer, Picture, Study
@@ -33,7 +34,6 @@ from robustdyn.analysis.tracked import (
     moments,
     number,
     over_epochs,
-    require_alike,
     tracked_directions,
 )
 from robustdyn.errors import RecordError
@@ -61,7 +61,8 @@ def answer(runs: Sequence[Run]) -> Answer:
         RecordError: The runs differ in more than γ and seed, have fewer than three strengths, or lack what is
         compared.
     """
-    require_alike(runs, ("method", "perturbation"))
+    require_alike(runs, ["perturbation"])
+    require_repetitions(runs, lambda run: f"γ = {gamma_of(run):g}")
     k = tracked_directions(runs)
     points = pd.concat([_points(run) for run in runs], ignore_index=True)
     strengths = sorted(points["gamma"].unique())

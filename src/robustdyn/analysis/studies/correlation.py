@@ -21,19 +21,19 @@ from statsmodels.regression.linear_model import OLS  # type: ignore[import-untyp
 from statsmodels.tools.tools import add_constant  # type: ignore[import-untyped]
 
 from robustdyn.analysis import style
+from robustdyn.analysis.alike import require_repetitions
 from robustdyn.analysis.over_seeds import LEVEL, draw_with_interval, mean_with_interval
 from robustdyn.analysis.plotting import Cast, finish, key, mark_decays
 from robustdyn.analysis.statistics import decay_epochs, of_run
 from robustdyn.analysis.study import Answer, Picture, Study
 from robustdyn.errors import RecordError
-from robustdyn.records.labels import SEED, differences, format_value
+from robustdyn.records.labels import SEED
 from robustdyn.records.reader import Run, combine
 from robustdyn.records.schema import EPOCHS, WCI
 
 GAPS = ("robust_loss_gap", "robust_error_gap")
 DECAYED, ALL = "from the first decay on", "all"
 VALUES, CHANGES = "values", "changes"
-OPERATION = ("checkpoint", "nonfinite", "resume")  # sections that change no result
 MIN_SEEDS = 3
 MIN_EPOCHS = 4  # three changes, the fewest that a correlation says anything about
 SIGNIFICANT = 0.05
@@ -58,7 +58,12 @@ def pairs_of(runs: Sequence[Run]) -> pd.DataFrame:
         RecordError: Fewer than three seeds, runs that differ in more, a seed given twice, or a run without
             decay or with fewer than four such epochs since.
     """
-    _check_settings(runs)
+    require_repetitions(runs)
+    if len(runs) < MIN_SEEDS:
+        raise RecordError(
+            f"{runs[0].path}: {len(runs)} seeds, at least {MIN_SEEDS} are needed;"
+            " robustdyn-train experiment=correlation trains six"
+        )
     epochs, wci = combine(runs, "epochs"), combine(runs, "wci")
     parts = []
     for run in runs:
@@ -299,29 +304,6 @@ def draw_spread(table: pd.DataFrame) -> Figure:
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=4)
     return figure
-
-
-def _check_settings(runs: Sequence[Run]) -> None:
-    # not run.group: what each run has to itself follows from its seed there
-    other = {k: v for k, v in differences(runs).items() if k != SEED and k.split(".")[0] not in OPERATION}
-    if other:
-        name, values = next(iter(other.items()))
-        shown = ", ".join(dict.fromkeys(format_value(value) for value in values))
-        raise RecordError(
-            f"runs differ in more than their seed: {name} is {shown};"
-            " give those of one setting, as several paths or by a shell pattern"
-        )
-    by_seed: dict[object, Run] = {}
-    for run in runs:
-        seed = run.config.get(SEED)
-        if seed in by_seed:
-            raise RecordError(f"{run.path}: seed {seed} is that of {by_seed[seed].path} too; leave one out")
-        by_seed[seed] = run
-    if len(runs) < MIN_SEEDS:
-        raise RecordError(
-            f"{runs[0].path}: {len(runs)} seeds, at least {MIN_SEEDS} are needed;"
-            " robustdyn-train experiment=correlation trains six"
-        )
 
 
 def _samples(pairs: pd.DataFrame) -> Iterator[tuple[dict[str, str], pd.DataFrame]]:

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from robustdyn.analysis import style
+from robustdyn.analysis.alike import require_alike, require_repetitions
 from robustdyn.analysis.over_seeds import draw_with_interval
 from robustdyn.analysis.plotting import Cast, End, finish, key, label_ends, log_axis, mark_decays
 from robustdyn.analysis.statistics import format_number
@@ -37,14 +38,12 @@ from robustdyn.analysis.tracked import (
     moments,
     number,
     over_epochs,
-    require_alike,
     told,
     tracked_directions,
 )
-from robustdyn.errors import RecordError
 from robustdyn.records.reader import Run
 
-MAY_DIFFER = ("method", "objective", "perturbation", "schedule", "averaging")
+MAY_DIFFER = ("objective", "perturbation", "schedule", "averaging", "attack.train", "measure.inputs")
 ABOVE_NULL = 2.0  # spreads of the null: beyond, sampling noise alone is an unlikely reason
 
 LOSSES = ("test_robust_loss", "robust_loss_gap")
@@ -71,10 +70,7 @@ def answer(runs: Sequence[Run]) -> Answer:
         RecordError: The runs differ in more than method and seed, or lack what is compared.
     """
     require_alike(runs, MAY_DIFFER)
-    named = pd.Series([(method_of(run), run.config.get("seed")) for run in runs])
-    if named.duplicated().any():
-        method, seed = named[named.duplicated()].iloc[0]
-        raise RecordError(f"several runs of {method}, seed {seed}; give one of each")
+    require_repetitions(runs, method_of)
     k = tracked_directions(runs)
     every, at = [], []
     for run in runs:

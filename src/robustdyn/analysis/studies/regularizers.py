@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pandas as pd
-from scipy import stats
 
 from robustdyn.analysis.curves import (
     INDEX,
@@ -13,15 +12,12 @@ from robustdyn.analysis.curves import (
     compared,
     correlations,
     data_set,
-    outcomes,
 )
 from robustdyn.analysis.study import Answer, Study
-from robustdyn.records.labels import SEED
 from robustdyn.records.reader import Run
 
 PLAIN_DECAY = 5e-4  # both papers' weight decay
 NONE = "none"
-GAP = "final robust loss gap"
 
 
 def setting(run: Run) -> str:
@@ -45,7 +41,7 @@ def answer(runs: Sequence[Run]) -> Answer:
 
 
 def _index_and_gap(rows: pd.DataFrame) -> list[str]:
-    """Whether WCI and gap go together within runs, and among them at their ends."""
+    """Whether WCI and gap go together within runs."""
     if not (rows["quantity"] == INDEX).any():
         return ["Without measured WCI (measure=index) nothing is said about it."]
     lines = []
@@ -58,18 +54,6 @@ def _index_and_gap(rows: pd.DataFrame) -> list[str]:
             f"{panel} {level}: Pearson correlation of WCI and robust loss gap over "
             f"{own['epochs'].min()} epochs {own['pearson'].mean():.2f}{spread}."
         )
-    ends = outcomes(rows)
-    ends = ends[ends["outcome"].isin([GAP, "final WCI"])]
-    for panel, own in ends.groupby("panel", sort=False):
-        wide = own.pivot(index=["setting", SEED], columns="outcome", values="value").dropna()
-        if len(wide) > 3:
-            found = stats.pearsonr(wide["final WCI"], wide[GAP])
-            low, high = found.confidence_interval(0.95)
-            lines.append(
-                f"{panel!s}, over {len(wide)} runs at their ends: Pearson correlation of WCI and robust loss "
-                f"gap {found.statistic:.2f} [{low:.2f}, {high:.2f}], p = {found.pvalue:.2g}, runs taken for "
-                "independent."
-            )
     return lines
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import pandas as pd
 from matplotlib.figure import Figure
 
 from robustdyn.analysis import comparison, style
+from robustdyn.analysis.alike import require_alike
 from robustdyn.analysis.comparison import (
     DIFFERENCE,
     draw_over_epochs,
@@ -36,10 +38,11 @@ NAMES = {
 }
 WCI_RATE = "WCI-LR"
 MAY_DIFFER = ("schedule", "optimizer.lr")  # one-cycle has a higher peak
-CURVES = ("lr", "test_robust_error", "test_clean_error")
+CURVES = ("test_robust_error", "test_clean_error", "lr")
 TRAINING, EVALUATION, MEASUREMENT = "training", "evaluation", "measurement"
 PARTS = {name: name if name in (EVALUATION, MEASUREMENT) else TRAINING for name in TIMED}
-SETTLED = 0.25  # of the run: a barely trained network's errors would flatten the curves
+SETTLED = 0.4  # of the run: a barely trained network's errors would flatten the curves
+NEGLIGIBLE = 1e-3  # of the highest rate: curves of lower ones are cut
 
 
 def settings_of(runs: Sequence[Run]) -> dict[str, str]:
@@ -48,7 +51,7 @@ def settings_of(runs: Sequence[Run]) -> dict[str, str]:
     Raises:
         RecordError: A schedule is not known, runs differ in more, or there is no WCI rate to compare.
     """
-    comparison.check_alike(runs, MAY_DIFFER)
+    require_alike(runs, MAY_DIFFER)
     names = {}
     for run in runs:
         choice = run.choices.get("schedule", "")
@@ -96,12 +99,23 @@ def seconds(runs: Sequence[Run], settings: Mapping[str, str]) -> pd.DataFrame:
     return pd.DataFrame(found, columns=[*columns, "measurement_share"])
 
 
-def cost(times: pd.DataFrame, order: Sequence[str]) -> pd.DataFrame:
-    """Mean and interval over seeds of each column of :func:`seconds`, as ``quantity``."""
+def of_training(times: pd.DataFrame) -> pd.DataFrame:
+    """The epochs of :func:`seconds` in per cent of their run's own training, which slows down with the rest.
+
+    Returns:
+        ``setting``, ``seed``, the parts and ``all``.
+    """
+    names = [*dict.fromkeys(PARTS.values()), "all"]
+    shares = 100 * times[names].div(times[TRAINING], axis=0)
+    return pd.concat([times[["setting", "seed"]], shares], axis=1)
+
+
+def cost(times: pd.DataFrame, order: Sequence[str], unit: str = "s") -> pd.DataFrame:
+    """Mean and interval over seeds of each column of :func:`seconds` or its like, as ``quantity``."""
     long = times.drop(columns="seed").melt("setting", var_name="quantity")
     found = mean_with_interval(long, ["setting", "quantity"], "value")
     found = found.sort_values("setting", key=lambda names: names.map(list(order).index), kind="stable")
-    return found.assign(unit=found["quantity"].map({"measurement_share": "%"}).fillna("s")).reset_index(
+    return found.assign(unit=found["quantity"].map({"measurement_share": "%"}).fillna(unit)).reset_index(
         drop=True
     )
 
@@ -129,8 +143,12 @@ def answer(runs: Sequence[Run]) -> Answer:
     times = seconds(runs, settings)
     if len(times):
         tables["cost"] = cost(times, order)
-        pictures.append(Picture("cost", tables["cost"], draw_cost))
-    findings = [*_compared(means, differences, reference), *_costs(tables.get("cost"), reference)]
+        tables["cost_of_training"] = cost(of_training(times), order, "%")
+        pictures.append(Picture("cost", tables["cost_of_training"], draw_cost))
+    findings = [
+        *_compared(means, differences, reference),
+        *_costs(tables.get("cost"), tables.get("cost_of_training"), reference),
+    ]
     return Answer(tables, pictures, findings)
 
 
@@ -138,8 +156,8 @@ def answer(runs: Sequence[Run]) -> Answer:
 def draw_best_and_final(means: pd.DataFrame) -> Figure:
     """The paper's table 1 as rows of points."""
     panels = {
-        "test_robust_error": "Robust",
-        "test_clean_error": "Standard",
+        "test_robust_error": "Robust error",
+        "test_clean_error": "Clean error",
         "robust_error_gap": "Gap in error",
         "robust_loss_gap": "Gap in loss",
     }
@@ -149,31 +167,33 @@ def draw_best_and_final(means: pd.DataFrame) -> Figure:
 
 @style.styled
 def draw_curves(over_epochs: pd.DataFrame) -> Figure:
-    """The rates, and what they lead to (the paper's figure 9 b)."""
+    """What the rates lead to, and the rates, whose curves end apart (the paper's figure 9 b)."""
     colours = _colours(over_epochs)
     figure = style.new_figure(f"Learning curves ({of_seeds(over_epochs, colours)})", 3.6)
     axes = figure.subplots(1, len(CURVES))
-    for ax, name, title in zip(axes, CURVES, ("Rate", "Robust", "Standard"), strict=True):
+    for ax, name, title in zip(axes, CURVES, ("Robust error", "Clean error", "Rate"), strict=True):
         own = over_epochs[over_epochs["metric"] == name]
         draw_over_epochs(ax, own, colours, bands=name != "lr")
         finish(ax, title, EPOCHS[name].shown)
         if name == "lr":
             log_axis(ax)
+            lowest = max(ax.get_ylim()[0], NEGLIGIBLE * own["mean"].max())
+            ax.set_ylim(bottom=lowest)
+            label_ends(ax, [replace(end, y=max(end.y, 1.5 * lowest)) for end in ends_of(own, colours)])
             continue
         settled = own.loc[own["epoch"] >= SETTLED * (own["epoch"].max() + 1), ["mean", "high"]]
         limit = 1.05 * settled.max(axis=None)
+        ax.set_ylim(bottom=max(0.0, 0.9 * own["mean"].min()))
         if own["mean"].max() > limit:
             ax.set_ylim(top=limit)
             said_top = f"first epochs reach {own['mean'].max():.0f} %"
             ax.text(0.99, 0.98, said_top, transform=ax.transAxes, ha="right", va="top", fontsize=8)
-        if name == CURVES[-1]:
-            label_ends(ax, ends_of(own, colours))
     return figure
 
 
 @style.styled
 def draw_cost(costs: pd.DataFrame) -> Figure:
-    """Seconds per epoch by what took them (the paper's table 2)."""
+    """Time per epoch by what took it (the paper's table 2), in per cent of the run's own training."""
     order = list(dict.fromkeys(costs["setting"]))
     figure = style.new_figure(
         f"Time per epoch, mean over the run ({seeds_named(costs)})", 1.4 + 0.36 * len(order)
@@ -193,7 +213,7 @@ def draw_cost(costs: pd.DataFrame) -> Figure:
             ax.plot([row["low"], row["high"]], [y, y], color=style.NEUTRAL, linewidth=1.2)
     ax.set_yticks(range(len(order)), list(reversed(order)))
     ax.set_xlim(left=0)
-    ax.set_xlabel("seconds per epoch; black: 95 % interval of the sum")
+    ax.set_xlabel("% of the run's own training; black: 95 % interval of the sum")
     ax.grid(visible=False, axis="y")
     figure.legend(loc="outside lower center", ncols=3)
     return figure
@@ -217,7 +237,7 @@ def _compared(means: pd.DataFrame, differences: pd.DataFrame, reference: str) ->
             f"robust error best {said(picked(means, setting, robust.name, 'best'), robust)} %, final "
             f"{said(picked(means, setting, robust.name), robust)} %, difference "
             f"{said(picked(means, setting, robust.name, DIFFERENCE), robust)}",
-            f"standard error final {said(picked(means, setting, clean.name), clean)} %",
+            f"clean error final {said(picked(means, setting, clean.name), clean)} %",
             f"robust loss gap final "
             f"{said(picked(means, setting, 'robust_loss_gap'), EPOCHS['robust_loss_gap'])} nats",
         ]
@@ -239,30 +259,29 @@ def _interval(row: pd.Series) -> str:
     return "" if pd.isna(row["low"]) else f" [{row['low']:+.1f}, {row['high']:+.1f}]"
 
 
-def _costs(costs: pd.DataFrame | None, reference: str) -> list[str]:
-    if costs is None:
+def _costs(costs: pd.DataFrame | None, shares: pd.DataFrame | None, reference: str) -> list[str]:
+    if costs is None or shares is None:
         return ["Cost: not recorded in these runs (table timing)."]
     mean = costs.set_index(["setting", "quantity"])["mean"]
+    relative = shares.set_index(["setting", "quantity"])["mean"]
+    names = list(dict.fromkeys(costs["setting"]))
     whole, measuring = mean[reference, "all"], mean[reference, MEASUREMENT]
-    others = [
-        f"{setting} {mean[setting, 'all']:.3g} s"
-        for setting in costs["setting"].unique()
-        if setting != reference
-    ]
-    testing = ", ".join(
-        f"{setting} {mean[setting, 'one_evaluation']:.3g} s"
-        for setting in costs["setting"].unique()
-        if (setting, "one_evaluation") in mean.index
-    )
     one = mean.get((reference, "one_measurement"))
     measured = (
         f"{one:.3g} s for each measurement" if one is not None else "nothing measured after the first epoch"
     )
+    by_setting = ", ".join(f"{name} {relative[name, 'all']:.0f} %" for name in names)
+    seconds_each = ", ".join(f"{name} {mean[name, 'all']:.3g} s" for name in names)
+    evaluating = ", ".join(
+        f"{name} {mean[name, 'one_evaluation']:.3g} s"
+        for name in names
+        if (name, "one_evaluation") in mean.index
+    )
     return [
         f"Cost of {reference}: {whole:.3g} s an epoch, mean over the run, of which measuring takes "
-        f"{mean[reference, 'measurement_share']:.0f} % ({measured}); without it {whole - measuring:.3g} s. "
-        f"The others: {', '.join(others)}. Times are of the machine as loaded as it was.",
-        f"One evaluation of the test set: {testing}.",
+        f"{mean[reference, 'measurement_share']:.0f} % ({measured}); without it {whole - measuring:.3g} s.",
+        f"An epoch takes, of its run's own training: {by_setting}. In seconds, on the machine as loaded as "
+        f"it was, {seconds_each}; one evaluation of the test set: {evaluating}.",
         "Memory: not recorded.",
     ]
 

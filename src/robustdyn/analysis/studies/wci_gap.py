@@ -13,6 +13,8 @@ from robustdyn.analysis.curves import (
     ERROR_GAP,
     INDEX,
     LOSS_GAP,
+    NORM,
+    TRACE,
     Row,
     correlations,
     data_set,
@@ -27,7 +29,7 @@ from robustdyn.analysis.study import Answer, Picture, Study
 from robustdyn.records.labels import SEED
 from robustdyn.records.reader import Run
 
-NORM, TRACE, CEILING = "weight_norm_sq", "hessian_trace", "cauchy_schwarz_bound"
+CEILING = "cauchy_schwarz_bound"
 BEFORE, AFTER = "before the first decay", "after it"
 ORDER = ("CIFAR-10", "CIFAR-100", "SVHN", "digits")
 GAPS = {LOSS_GAP: "robust loss gap", ERROR_GAP: "robust error gap"}

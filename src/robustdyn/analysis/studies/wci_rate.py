@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from robustdyn.analysis import comparison, style
+from robustdyn.analysis.alike import require_alike
 from robustdyn.analysis.comparison import (
     DIFFERENCE,
     draw_over_epochs,
@@ -124,7 +125,7 @@ def trends(runs: Sequence[Run], settings: Mapping[str, str], start: int) -> pd.D
 
 def answer(runs: Sequence[Run]) -> Answer:
     """Best and final of each threshold, the trend since the decay, and rate and index over epochs."""
-    comparison.check_alike(runs, ["schedule.threshold"])
+    require_alike(runs, ["schedule.threshold"])
     damped = damping(runs)
     comparison.check_complete(runs)
     settings = settings_of(runs, damped)
