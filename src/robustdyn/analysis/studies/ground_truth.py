@@ -129,7 +129,7 @@ def answer(runs: Sequence[Run]) -> Answer:
         Picture("mean", steps[steps["step"] >= 1].reset_index(drop=True), _mean_figure),
     ]
     for name in ensembles:
-        rows = directions[directions["ensemble"] == name].reset_index(drop=True)
+        rows = _shown(directions[directions["ensemble"] == name])
         pictures.append(Picture(f"variance_{_slug(name)}", rows, partial(_variance_figure, name=name)))
     if not (path.empty and replicas.empty):
         both = pd.concat([path.assign(source="path"), replicas.assign(source="replicas")], ignore_index=True)
@@ -144,7 +144,6 @@ def answer(runs: Sequence[Run]) -> Answer:
         tables={
             "ensembles": described,
             "agreement": steps,
-            "directions": directions,
             "along_the_path": path,
             "at_the_replicas": replicas,
             **tables,
@@ -331,6 +330,15 @@ def _slope_and_noise(x: np.ndarray, g: np.ndarray, slopes: np.ndarray, gamma: np
     return np.array([(x * g).sum() / expected, _geometric((rest**2).sum(axis=0) / (len(x) - 1) / gamma)])
 
 
+def _shown(directions: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a few directions, spread evenly over the logarithm of their rank."""
+    last = int(directions["direction"].max())
+    chosen = np.unique(np.rint(np.geomspace(1, last, min(SHOWN, last))).astype(int))
+    laws = directions["law"].isin([STATIONARY, SLOW_MODE, EXACT, REFRESHED])
+    rows: pd.DataFrame = directions[laws & directions["direction"].isin(chosen)]
+    return rows.reset_index(drop=True)
+
+
 def _ends(directions: pd.DataFrame, described: pd.DataFrame) -> pd.DataFrame:
     """The rows of the last step before the decay, and of the last of all."""
     parts = []
@@ -472,7 +480,7 @@ class _Steps:
                 linestyle=(0, (4, 3)),
                 zorder=1,
             )
-            ax.set_xlabel(f"optimiser step; after {self.decay} from there")
+            ax.set_xlabel(f"optimiser step, + after {self.decay}")
         ax.set_xticks(self.place(ticks), texts)
         ax.set_xlim(-0.05, float(self.place([self.last])[0]) + 0.05)
 
@@ -539,8 +547,7 @@ def _ratio_figure(data: pd.DataFrame) -> Figure:
 @style.styled
 def _variance_figure(data: pd.DataFrame, name: str) -> Figure:
     figure = style.new_figure(f"Variance of the weights along Hessian eigenvectors: {name}", 6.4)
-    last, axis = int(data["direction"].max()), _Steps(data)
-    chosen = np.unique(np.rint(np.geomspace(1, last, min(SHOWN, last))).astype(int))
+    axis, chosen = _Steps(data), sorted(data["direction"].unique())
     axes = figure.subplots(2, -(-len(chosen) // 2), squeeze=False, sharex=True).ravel()
     for ax in axes[len(chosen) :]:
         ax.set_visible(False)
