@@ -39,9 +39,14 @@ def command(monkeypatch, *arguments: str) -> int:
     """Run ``robustdyn-train`` with these arguments in this process; its exit status."""
     from robustdyn.entrypoints.train import main
 
-    monkeypatch.setattr(sys, "argv", ["robustdyn-train", *arguments])
+    return invoke(main, monkeypatch, *arguments)
+
+
+def invoke(entry, monkeypatch, *arguments) -> int:
+    """Run a Hydra command with these arguments in this process; its exit status."""
+    monkeypatch.setattr(sys, "argv", ["robustdyn", *map(str, arguments)])
     try:
-        main()
+        entry()
     except SystemExit as end:
         return int(end.code or 0)
     return 0

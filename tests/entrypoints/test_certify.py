@@ -2,7 +2,6 @@ import hashlib
 import json
 import math
 import shutil
-import sys
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from robustdyn.entrypoints.certify import _difference, main
 from robustdyn.entrypoints.config import build
 from robustdyn.entrypoints.replicas import main as replicas
 from robustdyn.replicas import read_ensemble
-from tests.runs import TINY, command, compose
+from tests.runs import TINY, command, compose, invoke
 
 ARGUMENTS = (
     *(
@@ -59,16 +58,6 @@ SMALL = (
     "test.examples=8",
 )
 MORE = f"+run.data.train_size={WHOLE}"
-
-
-def invoke(entry, monkeypatch, *arguments):
-    """Run a command with these arguments in this process; its exit status."""
-    monkeypatch.setattr(sys, "argv", ["robustdyn", *map(str, arguments)])
-    try:
-        entry()
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
 
 
 @pytest.fixture(scope="module")

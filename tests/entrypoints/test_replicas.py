@@ -12,7 +12,7 @@ import torch
 
 from robustdyn.entrypoints.replicas import main
 from robustdyn.replicas import read_ensemble
-from tests.runs import TINY, command
+from tests.runs import TINY, command, invoke
 
 SHORT = ("trainer.max_epochs=1", "measure=none", "report=false", "schedule=constant", "data.batch_size=20")
 TRAINED = [o for o in TINY if not o.startswith(("measure.", "schedule.", "trainer.max_epochs"))]
@@ -33,12 +33,7 @@ SMALL = (
 
 def replicate(monkeypatch, *arguments):
     """Run ``robustdyn-replicas`` with these arguments in this process; its exit status."""
-    monkeypatch.setattr(sys, "argv", ["robustdyn-replicas", *map(str, arguments)])
-    try:
-        main()
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
+    return invoke(main, monkeypatch, *arguments)
 
 
 @pytest.fixture(scope="module")

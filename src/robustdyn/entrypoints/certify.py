@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
 from robustdyn.attacks import PGD
@@ -24,13 +23,14 @@ from robustdyn.data import ImageDataModule, ImageTensors
 from robustdyn.data.tensors import to_unit
 from robustdyn.entrypoints.checkpoint import (
     RUN_CONFIG,
+    changed_run,
     checkpoint_of,
     device_of,
     load_config,
-    run_of,
+    required_run_of,
     type_name,
 )
-from robustdyn.entrypoints.config import COUNT, NON_NEGATIVE, POSITIVE, WHOLE, Rule, build, check
+from robustdyn.entrypoints.config import COUNT, NON_NEGATIVE, POSITIVE, WHOLE, Rule, build, check_rules
 from robustdyn.entrypoints.environment import processor
 from robustdyn.entrypoints.terminal import run_app
 from robustdyn.errors import ConfigError, RecordError
@@ -98,9 +98,7 @@ def run_certify(cfg: DictConfig) -> None:
         UserError: The configuration, the checkpoint, the data or the ensemble cannot be used.
     """
     checkpoint = checkpoint_of(cfg)
-    run_dir = run_of(checkpoint)
-    if run_dir is None:
-        raise ConfigError(f"checkpoint={checkpoint} does not lie in a run directory; give a run's checkpoint")
+    run_dir = required_run_of(checkpoint)
     _check(cfg)
     folder = Path(cfg.replicas) if cfg.replicas else run_dir / "replicas" / checkpoint.stem
     output = Path(cfg.output) if cfg.output else run_dir / "certificate" / f"{checkpoint.stem}.json"
@@ -167,10 +165,7 @@ def report(result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _check(cfg: DictConfig) -> None:
-    for key, rule in RULES.items():
-        value = OmegaConf.select(cfg, key)
-        if not rule.holds(value):
-            raise ConfigError(f"{key}={value} {rule.requirement}")
+    check_rules(cfg, RULES)
     if cfg.alpha + cfg.alpha_sampling >= 1:
         raise ConfigError(
             f"alpha={cfg.alpha} and alpha_sampling={cfg.alpha_sampling} must add up to less than 1"
@@ -257,12 +252,7 @@ def _examples(
         UserError: The ensemble's examples are not those, or leave none that the prior has not seen.
     """
     run = load_config(run_dir / RUN_CONFIG)
-    try:
-        changed = OmegaConf.merge(run, cfg.run)
-        assert isinstance(changed, DictConfig)
-        check(changed)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"run: {' '.join(str(error).split())}") from error
+    changed = changed_run(run, cfg.run)
     seen, trained, test = _split(run, "train"), _split(changed, "train"), _split(changed, "test")
     if _fingerprint(trained) != images:
         raise ConfigError(

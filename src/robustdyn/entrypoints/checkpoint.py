@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
+from robustdyn.entrypoints.config import check
 from robustdyn.errors import ConfigError, DataFileError, RecordError
 
 RUN_CONFIG = Path(".hydra", "config.yaml")
@@ -44,6 +45,33 @@ def run_of(checkpoint: Path) -> Path | None:
             if str(target).startswith("robustdyn."):
                 return folder
     return None
+
+
+def required_run_of(checkpoint: Path) -> Path:
+    """As :func:`run_of`.
+
+    Raises:
+        ConfigError: The file lies in no run directory.
+    """
+    run_dir = run_of(checkpoint)
+    if run_dir is None:
+        raise ConfigError(f"checkpoint={checkpoint} does not lie in a run directory; give a run's checkpoint")
+    return run_dir
+
+
+def changed_run(run: DictConfig, changes: DictConfig) -> DictConfig:
+    """A run's configuration with the changes that a command was given under ``run``.
+
+    Raises:
+        ConfigError: They do not fit it, or make a value that cannot be.
+    """
+    try:
+        changed = OmegaConf.merge(run, changes)
+        assert isinstance(changed, DictConfig)
+        check(changed)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"run: {' '.join(str(error).split())}") from error
+    return changed
 
 
 def load_config(path: Path) -> DictConfig:

@@ -129,6 +129,23 @@ RULES: Mapping[str, Rule] = {
 }
 
 
+def check_rules(cfg: DictConfig, rules: Mapping[str, Rule], prefix: str = "") -> None:
+    """Refuse values that cannot be, of settings that must all be there.
+
+    Args:
+        cfg: The configuration.
+        rules: By key.
+        prefix: Of every key, e.g. ``"ensemble."``.
+
+    Raises:
+        ConfigError: Names the key, the value and what is admissible.
+    """
+    for key, rule in rules.items():
+        value = OmegaConf.select(cfg, f"{prefix}{key}")
+        if not rule.holds(value):
+            raise ConfigError(f"{prefix}{key}={value} {rule.requirement}")
+
+
 def check(cfg: DictConfig) -> None:
     """Refuse values no run can use, before anything is read or built.
 

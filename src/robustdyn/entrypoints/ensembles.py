@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from robustdyn.entrypoints.checkpoint import type_name
-from robustdyn.entrypoints.config import COUNT, POSITIVE, SWITCH, WHOLE, Rule, build
+from robustdyn.entrypoints.config import COUNT, POSITIVE, SWITCH, WHOLE, Rule, build, check_rules
 from robustdyn.entrypoints.environment import processor
 from robustdyn.errors import ConfigError
 from robustdyn.measure import RunEnsembles
@@ -70,10 +70,7 @@ def ensemble_settings(cfg: DictConfig, prefix: str = "") -> EnsembleSettings:
     Raises:
         ConfigError: A value that cannot be, by its key.
     """
-    for key, rule in RULES.items():
-        value = OmegaConf.select(cfg, f"{prefix}{key}")
-        if not rule.holds(value):
-            raise ConfigError(f"{prefix}{key}={value} {rule.requirement}")
+    check_rules(cfg, RULES, prefix)
     chosen = OmegaConf.select(cfg, prefix.rstrip(".")) if prefix else cfg
     steps, schedule = chosen.steps, build(cfg, f"{prefix}schedule")
     with _naming(f"{prefix}start."):

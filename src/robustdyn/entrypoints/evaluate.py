@@ -28,7 +28,7 @@ from robustdyn.entrypoints.checkpoint import (
     run_of,
     type_name,
 )
-from robustdyn.entrypoints.config import COUNT, POSITIVE, WHOLE, Rule, build, check, config_dir
+from robustdyn.entrypoints.config import COUNT, POSITIVE, WHOLE, Rule, build, check, check_rules, config_dir
 from robustdyn.entrypoints.environment import processor
 from robustdyn.entrypoints.terminal import run_app
 from robustdyn.errors import ConfigError
@@ -253,10 +253,7 @@ def _choices(run_dir: Path) -> dict[str, str]:
 
 def _check(cfg: DictConfig) -> None:
     check(cfg)
-    for key, rule in RULES.items():
-        value = OmegaConf.select(cfg, key)
-        if not rule.holds(value):
-            raise ConfigError(f"{key}={value} {rule.requirement}")
+    check_rules(cfg, RULES)
     examples = cfg.evaluation.examples
     if examples is not None and not COUNT.holds(examples):
         raise ConfigError(f"evaluation.examples={examples} {COUNT.requirement}, or null for all")

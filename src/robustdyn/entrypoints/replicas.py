@@ -8,18 +8,18 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
 from robustdyn.data import ImageDataModule
 from robustdyn.entrypoints.checkpoint import (
     RUN_CONFIG,
+    changed_run,
     checkpoint_of,
     device_of,
     load_config,
-    run_of,
+    required_run_of,
 )
-from robustdyn.entrypoints.config import build, check, config_dir
+from robustdyn.entrypoints.config import build, config_dir
 from robustdyn.entrypoints.ensembles import check_run, description, ensemble_settings, provenance
 from robustdyn.entrypoints.terminal import run_app
 from robustdyn.errors import ConfigError, RecordError
@@ -42,9 +42,7 @@ def run_replicas(cfg: DictConfig) -> None:
         UserError: The configuration, the checkpoint, the data or the record cannot be used.
     """
     checkpoint = checkpoint_of(cfg)
-    run_dir = run_of(checkpoint)
-    if run_dir is None:
-        raise ConfigError(f"checkpoint={checkpoint} does not lie in a run directory; give a run's checkpoint")
+    run_dir = required_run_of(checkpoint)
     settings = ensemble_settings(cfg)
     shard, shards = _shard(cfg.shard)
     run = _run_config(cfg, run_dir)
@@ -81,12 +79,7 @@ def _run_config(cfg: DictConfig, run_dir: Path) -> DictConfig:
             known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
             raise ConfigError(f"method.{group}={name} is not known; choose run, {known}")
         run[group] = OmegaConf.load(path)
-    try:
-        changed = OmegaConf.merge(run, cfg.run)
-        assert isinstance(changed, DictConfig)
-        check(changed)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"run: {' '.join(str(error).split())}") from error
+    changed = changed_run(run, cfg.run)
     check_run(changed, "say +run.regularizer.l1=0")
     return changed
 

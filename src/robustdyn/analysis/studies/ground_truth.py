@@ -206,7 +206,7 @@ def _steps(name: str, ensemble: RecordedEnsemble, found: Mapping[str, Agreement]
                     "geometric_mean": seen.geometric_mean[row],
                     "low": seen.geometric_low[row],
                     "high": seen.geometric_high[row],
-                    "prediction_error": errors[row] if law in (REFRESHED, REFRESHED_PATH) else np.nan,
+                    "prediction_error": errors[row] if law == REFRESHED else np.nan,
                     "rms_offset": _rms(seen.offset[row]) if usable else np.nan,
                     "rms_move": _rms(seen.move[row]) if usable else np.nan,
                     "rms_offset_of_chance": seen.offset_error,
