@@ -207,6 +207,8 @@ def read_ensemble(directory: Path) -> RecordedEnsemble:
     Raises:
         RecordError: There is none, or a file cannot be read.
     """
+    if not (directory / SETTINGS).exists():
+        raise RecordError(f"{directory}: no ensemble; make it with robustdyn-replicas output={directory}")
     settings = _settings(directory)
     files = sorted((directory / CHUNKS).glob("*.npz"))
     if not files:
