@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from robustdyn.replicas.agreement import agreement
-from robustdyn.replicas.prediction import Law, predicted_laws, refreshed_with_error
+from robustdyn.replicas.prediction import Law, predicted_laws, refreshed_with_error, seen_by_replicas
 from robustdyn.theory import (
     MeasuredSpectrum,
     MomentumDynamics,
@@ -16,6 +16,7 @@ from tests.tolerances import EXACT64
 LAM = np.array([20.0, 8.0, 3.0, 1.0])
 RATES = np.array([0.01] * 60 + [0.001] * 40)
 STEPS = [0, 1, 10, 59, 60, 61, 70, 100]
+WITH_PAIRS = [0, 1, 9, 10, 59, 60, 61, 69, 70, 99, 100]
 ROTATED = np.array([[24.0, 3.0, 0.0, 0.0], [1.0, 12.0, 0.5, 0.0], [0.0, 1.0, 5.0, 0.3], [0.0, 0.0, 0.2, 2.0]])
 GRADIENT = np.array([0.3, -0.1, 0.05, 0.02])
 
@@ -158,6 +159,41 @@ def test_the_wrong_law_does_not(replicas):
     stationary = compared(replicas, "stationary")
     assert stationary.geometric_mean[5] > 3  # right after the decay
     assert np.isnan(stationary.correlation_misfit).all()
+
+
+def test_replicas_that_see_other_slopes_and_noise_say_so():
+    """Their gradients have 0.6 of the start's slope and twice its noise: the law with both of these is right."""
+    x, g = simulate(
+        0.6 * ROTATED, 2 * noise() / BATCH, GRADIENT, RATES, WITH_PAIRS, replicas=400, seed=5
+    )
+    start = point(np.diag(LAM), noise(), GRADIENT, slopes=ROTATED)
+    seen = recorded(start, x, WITH_PAIRS, RATES, gradient=g)
+    own = seen_by_replicas(seen)
+    assert own.step.tolist() == [10, 60, 61, 70, 100]
+    # 0.4 of J x is taken for noise, which is small beside the noise
+    assert (np.abs(own.noise - 2) < 5 * own.noise_error).all()
+    assert (np.abs(own.slope - 0.6) < 5 * own.slope_error).all()
+    assert (own.noise_error < 0.12).all()
+    assert (own.slope_error < 0.2).all()
+
+    laws = predicted_laws(seen)
+    late = [WITH_PAIRS.index(step) for step in (59, 60, 70, 100)]  # from steps 0 to 9 it is between the two
+    found, wrong = (
+        agreement(x, laws[name], confidence=0.95, resamples=100, seed=0).geometric_mean[late]
+        for name in ("refreshed_own", "refreshed")
+    )
+    assert (np.abs(np.log(found)) < 0.2).all()  # 2 standard errors of 0.07 of the ratio and 0.07 of the slopes
+    assert (wrong > 2).all()
+
+
+def test_gradients_in_a_row_are_needed():
+    assert seen_by_replicas(ensemble()) is None  # no gradients recorded
+    x, g = simulate(ROTATED, noise() / BATCH, GRADIENT, RATES, WITH_PAIRS, replicas=20, seed=5)
+    start = point(np.diag(LAM), noise(), GRADIENT, slopes=ROTATED)
+    shuffled = recorded(start, x, WITH_PAIRS, RATES, gradient=g, **{"sampling.replacement": False})
+    assert seen_by_replicas(shuffled) is None
+    without = point(np.diag(LAM), noise(), GRADIENT)
+    assert seen_by_replicas(recorded(without, x, WITH_PAIRS, RATES, gradient=g)) is None
 
 
 def test_statistics_of_known_samples():
