@@ -180,11 +180,13 @@ def test_a_killed_run_goes_on_with_what_is_missing(runs, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_finished_run_may_get_another_ensemble_when_it_goes_on(runs, tmp_path):
+def test_a_finished_run_may_get_another_ensemble_when_it_goes_on(runs, tmp_path, capsys):
     """Ensembles change nothing that training computes: no setting of theirs needs resume=changed."""
     arguments = (*METHODS["at"], f"hydra.run.dir={tmp_path}")
     assert train(tmp_path, *arguments, "trainer.max_epochs=1") == 0
+    capsys.readouterr()
     assert train(tmp_path, *arguments, *ENSEMBLE) == 0
+    assert ": replicas    0 to " in capsys.readouterr().err  # it takes long: one wants to see that it goes on
     assert same_ensembles(
         tmp_path / "replicas" / "epoch_0002", runs / "at" / "with" / "replicas" / "epoch_0002"
     )

@@ -29,6 +29,12 @@ class RunProgress(ProgressBar):
         self._started = 0.0
         self._first_epoch = 0
 
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """A line between those of the epochs, of what takes long within one."""
+        if self._enabled:
+            tqdm.write(f"{self._label}: {' '.join(map(str, args))}", file=sys.stderr)
+            sys.stderr.flush()
+
     def disable(self) -> None:
         """Lightning calls this on every rank but the first."""
         self._enabled = False

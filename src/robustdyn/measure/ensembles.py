@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ class RunEnsembles(Callback):
                     {**self._provenance(pl_module.device), **when},
                     shard=trainer.global_rank,
                     shards=trainer.world_size,
-                    say=lambda line: _log.info(line, extra=when),
+                    say=partial(_say, trainer, when),
                     wait=trainer.strategy.barrier,
                 )
             except torch.OutOfMemoryError as error:
@@ -137,6 +138,14 @@ class RunEnsembles(Callback):
             identity=fingerprint(module.model, trainer.optimizers[0]),
             description=self._description,
         )
+
+
+def _say(trainer: lightning.Trainer, when: Mapping[str, int], line: str) -> None:
+    """To the run's log and, since an ensemble takes long, beside the progress of the epochs."""
+    _log.info(line, extra=when)
+    progress = trainer.progress_bar_callback
+    if progress is not None:
+        progress.print(line)
 
 
 def _next_rate(module: AdversarialTraining) -> float:
