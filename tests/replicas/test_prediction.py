@@ -162,10 +162,8 @@ def test_the_wrong_law_does_not(replicas):
 
 
 def test_replicas_that_see_other_slopes_and_noise_say_so():
-    """Their gradients have 0.6 of the start's slope and twice its noise: the law with both of these is right."""
-    x, g = simulate(
-        0.6 * ROTATED, 2 * noise() / BATCH, GRADIENT, RATES, WITH_PAIRS, replicas=400, seed=5
-    )
+    """Their gradients have 0.6 of the start's slope and twice its noise."""
+    x, g = simulate(0.6 * ROTATED, 2 * noise() / BATCH, GRADIENT, RATES, WITH_PAIRS, replicas=400, seed=5)
     start = point(np.diag(LAM), noise(), GRADIENT, slopes=ROTATED)
     seen = recorded(start, x, WITH_PAIRS, RATES, gradient=g)
     own = seen_by_replicas(seen)
@@ -175,15 +173,6 @@ def test_replicas_that_see_other_slopes_and_noise_say_so():
     assert (np.abs(own.slope - 0.6) < 5 * own.slope_error).all()
     assert (own.noise_error < 0.12).all()
     assert (own.slope_error < 0.2).all()
-
-    laws = predicted_laws(seen)
-    late = [WITH_PAIRS.index(step) for step in (59, 60, 70, 100)]  # from steps 0 to 9 it is between the two
-    found, wrong = (
-        agreement(x, laws[name], confidence=0.95, resamples=100, seed=0).geometric_mean[late]
-        for name in ("refreshed_own", "refreshed")
-    )
-    assert (np.abs(np.log(found)) < 0.2).all()  # 2 standard errors of 0.07 of the ratio and 0.07 of the slopes
-    assert (wrong > 2).all()
 
 
 def test_gradients_in_a_row_are_needed():

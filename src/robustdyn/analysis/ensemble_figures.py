@@ -18,7 +18,6 @@ from robustdyn.replicas.prediction import (
     EXACT,
     EXACT_PATH,
     REFRESHED,
-    REFRESHED_OWN,
     REFRESHED_PATH,
     SLOW_MODE,
     STATIONARY,
@@ -34,7 +33,6 @@ NAMES = {
     REFRESHED: "exact, attack made anew",
     EXACT_PATH: "attack held fixed, along the mean's path",
     REFRESHED_PATH: "attack made anew, along the mean's path",
-    REFRESHED_OWN: "attack made anew, slope and noise of the replicas' own gradients",
 }
 COLOURS = {
     STATIONARY: style.PALETTE[3],
@@ -43,9 +41,8 @@ COLOURS = {
     REFRESHED: style.PALETTE[1],
     EXACT_PATH: style.PALETTE[0],
     REFRESHED_PATH: style.PALETTE[1],
-    REFRESHED_OWN: "#000000",
 }
-LINES = {EXACT_PATH: ":", REFRESHED_PATH: ":", REFRESHED_OWN: "-"}
+LINES = {EXACT_PATH: ":", REFRESHED_PATH: ":"}
 SHORT = {STATIONARY: "stationary", SLOW_MODE: "slow mode", EXACT: "held fixed", REFRESHED: "made anew"}
 
 

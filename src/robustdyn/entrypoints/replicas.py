@@ -47,7 +47,7 @@ def run_replicas(cfg: DictConfig) -> None:
     shard, shards = _shard(cfg.shard)
     run = _run_config(cfg, run_dir)
     device = device_of(cfg.device)
-    ensemble = EnsembleRun(settings, _state(run, checkpoint, device))
+    ensemble = EnsembleRun(settings, training_state(run, checkpoint, device))
     output = Path(cfg.output) if cfg.output else run_dir / "replicas" / checkpoint.stem
     noted = provenance(settings.engine, device)
     left = ensemble.run(output, noted, shard=shard, shards=shards, say=_say, wait=None)
@@ -84,7 +84,7 @@ def _run_config(cfg: DictConfig, run_dir: Path) -> DictConfig:
     return changed
 
 
-def _state(run: DictConfig, checkpoint: Path, device: torch.device) -> TrainingState:
+def training_state(run: DictConfig, checkpoint: Path, device: torch.device) -> TrainingState:
     """The training as the checkpoint has it."""
     model: nn.Module = build(run, "model")
     load_weights(model, checkpoint, layout="robustdyn")

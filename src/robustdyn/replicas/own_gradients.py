@@ -20,7 +20,8 @@ class OwnGradients:
         slope: (M,), Σ_i cov(g_i, x_i) over Σ_i (J Σ)_ii with J of the start and the measured Σ: by how much
             the gradient that pulls replicas back differs from the linear one.
         slope_error: (M,), standard error by the jackknife over replicas.
-        noise: (M,), geometric mean over directions of the variance of g − J x over a batch's at the start.
+        noise: (M,), geometric mean over directions of the variance of g − J x over a batch's at the start; it
+            counts what the mean gradient at x differs from J x, too.
         noise_error: (M,), likewise.
     """
 

@@ -1,8 +1,7 @@
 """What the theory says of an ensemble: the laws that its measured replicas are compared with.
 
-No law has a free parameter: curvature, noise and gradient are measured at the replicas' start. Laws with what
-was measured later, along the path of their mean or by the replicas themselves, are no predictions; they tell
-why these fail. Shapes: S recorded steps, T steps in all, k directions.
+No law has a free parameter: curvature, noise and gradient are measured at the replicas' start, or along
+the path of their mean. Shapes: S recorded steps, T steps in all, k directions.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +28,6 @@ Array = NDArray[np.float64]
 STATIONARY, SLOW_MODE = "stationary", "slow_mode"
 EXACT, EXACT_PATH = "exact", "exact_path"
 REFRESHED, REFRESHED_PATH = "refreshed", "refreshed_path"
-REFRESHED_OWN = "refreshed_own"
 
 SETTLED = 10  # steps; before, replicas have hardly parted
 
@@ -42,9 +40,8 @@ class Law:
         name: Which: ``stationary``, σ² at the current rate; ``slow_mode``, the papers' early-phase form,
             joined together at every change of the rate; ``exact``, the time-resolved law with the Hessian at
             fixed adversarial examples; ``refreshed``, the same with the slopes of the gradient whose attack
-            is made anew. ``_path``: with what was measured along the replicas' mean; ``refreshed_own``: with
-            the start's slopes and noise times what the replicas' own gradients show of them, both of which no
-            one knows before the replicas have run.
+            is made anew. ``_path``: with what was measured along the replicas' mean, which no one knows
+            before the replicas have run.
         mean: (S, k).
         covariance: (S, k, k). The first two know the variances alone: NaN off the diagonal, and on it where
             there is no stationary law.
@@ -105,8 +102,7 @@ def example_noise(ensemble: RecordedEnsemble, point: MeasuredPoint) -> tuple[Arr
 def predicted_laws(ensemble: RecordedEnsemble) -> dict[str, Law]:
     """All laws that what was measured allows, by name.
 
-    ``refreshed`` needs slopes, those along the path a path, and ``refreshed_own`` batches with replacement
-    and two recorded steps in a row.
+    ``refreshed`` needs slopes, those along the path a path.
 
     Raises:
         KeyError: Settings of another kind.
@@ -126,13 +122,6 @@ def predicted_laws(ensemble: RecordedEnsemble) -> dict[str, Law]:
         laws[name] = _coupled(ensemble, name, [0], [start], slope)
         if len(points) > 1:
             laws[along] = _coupled(ensemble, along, steps, points, slope)
-    own = seen_by_replicas(ensemble)
-    if own is not None:
-        # the gradient of update t − 1 is what brings a replica to step t
-        points = [_scaled(start, s, n) for s, n in zip(own.slope, own.noise, strict=True)]
-        laws[REFRESHED_OWN] = _coupled(
-            ensemble, REFRESHED_OWN, [0, *(own.step - 1)], [start, *points], lambda p: p.slopes
-        )
     return laws
 
 
@@ -154,16 +143,6 @@ def seen_by_replicas(ensemble: RecordedEnsemble) -> OwnGradients | None:
         settled=SETTLED,
     )
     return found if len(found.step) else None
-
-
-def _scaled(point: MeasuredPoint, slope: float, noise: float) -> MeasuredPoint:
-    return replace(
-        point,
-        slopes=slope * point.slopes,
-        example_covariance=noise * point.example_covariance,
-        attack_covariance=noise * point.attack_covariance,
-        sampled_gradients=np.sqrt(noise) * point.sampled_gradients,
-    )
 
 
 def refreshed_with_error(ensemble: RecordedEnsemble, *, draws: int, seed: int) -> Array:

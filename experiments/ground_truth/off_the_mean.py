@@ -1,0 +1,237 @@
+"""Where replicas are: slope and noise of the gradient at the start, at the replicas' mean and at replicas.
+
+    python experiments/ground_truth/off_the_mean.py RUN/replicas/NAME --step 200 --output FOLDER
+
+Repeats the first replicas of an ensemble of momentum SGD up to a step, and measures there along the
+ensemble's directions: the slopes J of the gradient whose attack is made anew, and the noise of mini-batches
+at fixed weights. The law of the ensemble is then propagated with each of the three in place of the start's
+(from the start's at step 0 in a straight line to these at the step), which tells what the prediction from
+the start lacks: the mean's motion, or the replicas' distance from it. Writes ``NAME_STEP.csv`` and prints it.
+"""
+
+import argparse
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from robustdyn.data.tensors import to_unit
+from robustdyn.entrypoints.checkpoint import RUN_CONFIG, load_config
+from robustdyn.entrypoints.replicas import training_state
+from robustdyn.replicas import (
+    Ensemble,
+    MeasuredPoint,
+    MomentumUpdate,
+    Recorded,
+    RecordedEnsemble,
+    Sampling,
+    StackedNetwork,
+    Training,
+    TrainingState,
+    read_ensemble,
+    sampled_gradients,
+)
+from robustdyn.replicas.agreement import agreement
+from robustdyn.replicas.point import gradient_slopes
+from robustdyn.replicas.prediction import REFRESHED_PATH, predicted_laws
+
+Array = NDArray[np.float64]
+
+
+def training_of(ensemble: RecordedEnsemble, state: TrainingState, steps: int) -> Training:
+    """How the ensemble's replicas trained.
+
+    Raises:
+        SystemExit: Not by momentum SGD from a buffer of zeros, with running statistics held.
+    """
+    said = ensemble.settings
+    if "betas" in said["optimizer"] or said["initial_state"] != "zero" or said["batchnorm"] != "eval":
+        raise SystemExit("give an ensemble of momentum SGD with initial_state=zero and batchnorm=eval")
+    return Training(
+        images=to_unit(state.images.images).to(next(state.model.parameters()).dtype),
+        targets=state.images.labels,
+        objective=state.objective,
+        attack=state.attack,
+        perturbation=state.perturbation,
+        update=MomentumUpdate(
+            momentum=said["optimizer"]["momentum"],
+            weight_decay=said["optimizer"]["weight_decay"],
+            initial_buffer=None,
+        ),
+        learning_rate=said["learning_rate"][:steps],
+        sampling=Sampling(
+            examples=said["examples"],
+            batch_size=said["sampling.batch_size"],
+            replacement=said["sampling.replacement"],
+            drop_last=said["sampling.drop_last"],
+        ),
+        batchnorm="eval",
+        seed=said["seed"],
+    )
+
+
+def moved(model: nn.Module, move: NDArray[np.float32]) -> nn.Module:
+    """A copy at θ_0 + move (P,)."""
+    copied = copy.deepcopy(model)
+    learned = [p for p in copied.parameters() if p.requires_grad]
+    parts = torch.from_numpy(move).split([p.numel() for p in learned])
+    with torch.no_grad():
+        for p, part in zip(learned, parts, strict=True):
+            p.add_(part.view_as(p))
+    return copied
+
+
+def measured(
+    models: Sequence[nn.Module], training: Training, start: MeasuredPoint, batches: int
+) -> dict[str, Array]:
+    """At each of N networks slopes (N, k, k) and noise (N, k, k) of mini-batches at these weights."""
+    slopes, noise = [], []
+    for number, model in enumerate(models):
+        network = StackedNetwork(model, "vmapped")
+        own = replace(training, seed=training.seed + 1000 + number)  # other batches at every network
+        found, _ = gradient_slopes(
+            network, own, start.directions, start.slope_distances, batches=batches, chunk=16
+        )
+        slopes.append(found)
+        sampled = sampled_gradients(network, own, start.directions, batches=8 * batches, chunk=16)
+        noise.append(np.cov(sampled, rowvar=False))
+    return {"slopes": np.stack(slopes), "noise": np.stack(noise)}
+
+
+def summary(found: dict[str, Array], start: dict[str, Array], variance: Array) -> dict[str, float]:
+    """Slope and noise relative to the start's, with standard errors over the networks measured."""
+    weight = variance / variance.sum()
+    slope = np.einsum("nii,i->n", found["slopes"], weight)
+    base = np.einsum("nii,i->n", start["slopes"], weight)
+    gamma = np.log(np.einsum("nii->ni", found["noise"]))
+    first = np.log(np.einsum("nii->ni", start["noise"]))
+    n, m = len(slope), len(base)
+    noise = np.exp(gamma.mean() - first.mean())
+
+    def relative(values: Array) -> float:
+        return float(values.std(ddof=1) / np.sqrt(len(values)) / abs(values.mean()))
+
+    def log_error(values: Array) -> float:
+        return float(values.mean(axis=1).std(ddof=1) / np.sqrt(len(values)))
+
+    ratio = slope.mean() / base.mean()
+    return {
+        "networks": n,
+        "trace": float(np.einsum("nii->n", found["slopes"]).mean()),
+        "slope": ratio,
+        "slope_error": ratio * float(np.hypot(relative(slope), relative(base) if m > 1 else 0)),
+        "noise": noise,
+        "noise_error": noise * float(np.hypot(log_error(gamma), log_error(first))),
+    }
+
+
+def law_ratio(
+    ensemble: RecordedEnsemble, found: dict[str, Array], base: dict[str, Array], step: int
+) -> Array:
+    """(geometric mean of measured / predicted, its interval) at the step, with slopes and noise as found.
+
+    The start's noise is better known than that of the few batches here: it is scaled, direction by direction.
+    """
+    start, size = ensemble.start, ensemble.settings["sampling.batch_size"]
+    plain = ensemble.settings.get("perturbation") is None
+    first = (start.example_covariance + start.attack_covariance) / size if plain else start.sampled_noise
+    gamma, known = (np.einsum("nii->ni", part["noise"]).mean(axis=0) for part in (found, base))
+    scale = np.sqrt(gamma / known)
+    noise = first * np.outer(scale, scale)
+    root = np.linalg.cholesky(noise)
+    count = 4 * len(noise)
+    draws = np.random.default_rng(0).standard_normal((count, len(noise)))
+    draws -= draws.mean(axis=0)
+    # so that their covariance is that noise exactly
+    white = np.linalg.solve(np.linalg.cholesky(np.cov(draws, rowvar=False)), draws.T).T
+    point = replace(
+        start,
+        slopes=found["slopes"].mean(axis=0),
+        example_covariance=noise * size,
+        attack_covariance=np.zeros_like(noise),
+        sampled_gradients=start.sampled_gradients.mean(axis=0) + white @ root.T
+        if len(start.sampled_gradients)
+        else start.sampled_gradients,
+    )
+    begin = replace(start, slopes=base["slopes"].mean(axis=0))
+    path = replace(ensemble, start=begin, path_steps=np.array([step]), path=(point,))
+    law = predicted_laws(path)[REFRESHED_PATH]
+    seen = agreement(ensemble.position, law, confidence=0.95, resamples=500, seed=0)
+    row = ensemble.steps.tolist().index(step)
+    return np.array([seen.geometric_mean[row], seen.geometric_low[row], seen.geometric_high[row]])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("ensemble", type=Path, help="RUN/replicas/NAME, of RUN/checkpoints/last.ckpt")
+    parser.add_argument("--step", type=int, required=True, help="one of the ensemble's recorded steps")
+    parser.add_argument("--replicas", type=int, default=8)
+    parser.add_argument("--batches", type=int, default=8, help="for slopes, at every replica; ≥ 2")
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args()
+    ensemble, run = read_ensemble(args.ensemble), args.ensemble.parent.parent
+    if args.step not in ensemble.steps or args.step == 0:
+        raise SystemExit(f"--step={args.step} was not recorded; choose one of {ensemble.steps.tolist()}")
+    if len(ensemble.replicas) < args.replicas:
+        raise SystemExit(f"--replicas={args.replicas} exceeds the ensemble's {len(ensemble.replicas)}")
+    device = torch.device("cpu")
+    checkpoint = run / "checkpoints" / "last.ckpt"
+    state = training_state(load_config(run / RUN_CONFIG), checkpoint, device)
+    training = training_of(ensemble, state, args.step)
+    recorded = Recorded(
+        steps=(args.step,),
+        loss_steps=(args.step,),
+        loss_examples=len(state.images),
+        mean_steps=(args.step,),
+        loss_draws=1,
+        expansion=False,
+    )
+    start = ensemble.start
+    repeated = Ensemble(
+        state.model, training, directions=start.directions, recorded=recorded, engine="vmapped"
+    )
+    row = ensemble.steps.tolist().index(args.step)
+    moves, losses = [], []
+    for number in range(args.replicas):
+        arrays = repeated.run([number])  # alone, so that the mean it keeps is its own
+        moves.append(arrays["mean_move"][0, 0])
+        losses.append(arrays["robust_loss"][0, 0])
+        away = np.abs(arrays["position"][0, 0] - ensemble.position[number, row]).max()
+        scale = np.abs(ensemble.position[:, row]).max()
+        print(f"replica {number}: loss {losses[-1]:.4f}, off the record by {away / scale:.1e} of the largest")
+    mean = np.mean(moves, axis=0)
+    networks = args.replicas
+    rows, base = [], measured([state.model] * networks, training, start, args.batches)
+    variance = ensemble.position[:, row].var(axis=0, ddof=1)
+    places = {
+        "start": base,
+        "mean": measured([moved(state.model, mean)] * networks, training, start, args.batches),
+        "replicas": measured([moved(state.model, move) for move in moves], training, start, args.batches),
+    }
+    for place, found in places.items():
+        ratio, low, high = law_ratio(ensemble, found, base, args.step)
+        about = summary(found, base, variance)
+        rows.append({"place": place, **about, "measured_over_law": ratio, "low": low, "high": high})
+    table = pd.DataFrame(rows)
+    table.insert(0, "step", args.step)
+    table.insert(0, "learning_rate", training.learning_rate[-1])
+    table.insert(0, "ensemble", f"{run.name}/{args.ensemble.name}")
+    table["distance_from_mean"] = np.linalg.norm(np.array(moves) - mean, axis=1).mean()
+    table["distance_in_directions"] = np.sqrt(variance.sum())
+    args.output.mkdir(parents=True, exist_ok=True)
+    path = args.output / f"{args.ensemble.name}_{args.step}.csv"
+    table.to_csv(path, index=False, float_format="%.5g")
+    print(table.to_string(index=False))
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()
