@@ -79,6 +79,30 @@ def test_what_drifts_is_told_from_what_replicas_see(answer):
     assert (own["noise_error"] < 0.12).all()
 
 
+def test_labels_tell_apart_what_differs(tmp_path):
+    run = run_directory(tmp_path / "run")
+    start = point(np.diag(LAM), NOISE, np.zeros(3))
+    cosine = 0.01 * np.cos(np.linspace(0, 1, 20))
+    rates = {
+        "a": np.full(20, 0.01),
+        "b": np.full(30, 0.01),
+        "c": np.full(20, 0.02),
+        "d": cosine,
+        "e": np.minimum(cosine, cosine[::-1]),
+        "f": np.full(20, 0.01),
+    }
+    for name, rate in rates.items():
+        write(run / "replicas" / name, recorded(start, np.zeros((5, 2, 3)), [0, 1], rate))
+    assert list(ground_truth.find_ensembles(find_runs(run))) == [
+        "Digits, AT, first rate 0.01, steps 20",
+        "Digits, AT, first rate 0.01, steps 30",
+        "Digits, AT, first rate 0.02, steps 20",
+        "Digits, AT, rate falls smoothly",
+        "Digits, AT, rate rises and falls",
+        "Digits, AT, first rate 0.01, steps 20 (run f)",
+    ]
+
+
 def test_everything_is_written(runs, tmp_path):
     written = conduct("ground_truth", runs, tmp_path)
     said = written.findings.read_text(encoding="utf-8")

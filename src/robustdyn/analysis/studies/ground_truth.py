@@ -6,7 +6,7 @@ posterior variances and do not measure them. Replicas of one checkpoint do: ``ro
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -46,6 +46,12 @@ MANY = 4  # changes of the rate from which on a schedule counts as smooth
 SHOWN = 6  # directions in the figure of variances
 SEEN = ["ensemble", "step", "learning_rate", "slope", "slope_error", "noise", "noise_error"]
 
+# by what ensembles of one kind are told apart, where they differ
+TOLD_APART: tuple[tuple[str, Callable[[RecordedEnsemble], float]], ...] = (
+    ("first rate", lambda e: float(e.learning_rate[0])),
+    ("steps", lambda e: len(e.learning_rate)),
+)
+
 
 def label_of(settings: Mapping[str, Any]) -> str:
     """``CIFAR10, AWP``: data, method, and what is unusual about an ensemble."""
@@ -77,16 +83,19 @@ def find_ensembles(runs: Sequence[Run]) -> dict[str, RecordedEnsemble]:
     Raises:
         RecordError: There is none, or one cannot be read.
     """
+    read = [
+        (run, settings.parent.name, read_ensemble(settings.parent))
+        for run in runs
+        for settings in sorted((run.path / "replicas").glob("*/settings.json"))
+    ]
     found: dict[str, RecordedEnsemble] = {}
-    for run in runs:
-        for settings in sorted((run.path / "replicas").glob("*/settings.json")):
-            ensemble = read_ensemble(settings.parent)
-            name = label_of(ensemble.settings)
-            if name in found:
-                name += f", first rate {ensemble.learning_rate[0]:g}"
-            if name in found:
-                name = f"{name} ({run.label} {settings.parent.name})"
-            found[name] = ensemble
+    for run, folder, ensemble in read:
+        name = base = label_of(ensemble.settings)
+        alike = [other for _, _, other in read if label_of(other.settings) == base]
+        for text, value in TOLD_APART:
+            if len({value(other) for other in alike}) > 1:
+                name += f", {text} {value(ensemble):g}"
+        found[f"{name} ({run.label} {folder})" if name in found else name] = ensemble
     if not found:
         raise RecordError(
             f"{', '.join(str(run.path) for run in runs)}: no ensemble of replicas; make one with "
