@@ -240,6 +240,7 @@ def callback_of(configured, tmp_path):
         trainer = SimpleNamespace(max_epochs=EPOCHS, datamodule=data, optimizers=[optimizer])
         trainer.current_epoch = trainer.global_step = trainer.global_rank = 0
         trainer.world_size, trainer.strategy = 1, SimpleNamespace(barrier=None)
+        trainer.progress_bar_callback = None
         return callback, trainer, module
 
     return made
@@ -269,6 +270,11 @@ def test_wrong_runs_are_refused_when_composed(configured):
     cfg = configured()
     cfg.ensemble = {"chunk": 2}
     with pytest.raises(ConfigError, match=r"^ensemble\.chunk is set but ensemble=none takes no settings"):
+        check_ensemble(cfg)
+    cfg = compose("experiment=ground_truth", "ensemble=none")
+    with pytest.raises(
+        ConfigError, match=r"ensemble=none takes no settings; .* ensemble\.epochs=\[\] to run none"
+    ):
         check_ensemble(cfg)
     cfg = compose(*TRAINED)
     check_ensemble(cfg)

@@ -146,10 +146,12 @@ def check_ensemble(cfg: DictConfig) -> None:
     settings = cfg[GROUP]
     if not settings:
         return
-    if "epochs" not in settings:
+    if (
+        "epochs" not in settings or "engine" not in settings
+    ):  # the command line may take away a preset's group
         raise ConfigError(
             f"{GROUP}.{next(iter(settings))} is set but {GROUP}=none takes no settings; choose "
-            f"{GROUP}=default, or leave the settings out"
+            f"{GROUP}=default, and {GROUP}.epochs=[] to run none, or leave the settings out"
         )
     ensemble_settings(cfg, f"{GROUP}.")
     check_run(cfg, f"choose 0, or {GROUP}=none")
