@@ -299,6 +299,9 @@ def test_units_are_predicted_deviations():
     )
     # the largest over the steps: momentum overshoots the stationary law a little at first
     np.testing.assert_allclose(found[:2] ** 2, variance[:2], rtol=0.05)
+    # the largest rate tells, at whatever rate replicas begin
+    warmed = training(learning_rate=[1e-6] + [0.01] * 4999, sampling=sampling(replacement=True))
+    np.testing.assert_array_equal(predicted_deviations(point, warmed), found)
     units = line_units(point, problem)
     np.testing.assert_array_equal(units[:2], found[:2])
     assert units[2] == pytest.approx(found[2] * np.sqrt(len(flat(model))), rel=1e-12)

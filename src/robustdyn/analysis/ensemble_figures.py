@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from robustdyn.analysis import style
-from robustdyn.analysis.plotting import End, key, label_ends
+from robustdyn.analysis.plotting import End, key, label_ends, log_axis
 from robustdyn.analysis.statistics import DECAY
 from robustdyn.replicas.prediction import (
     EXACT,
@@ -24,6 +24,7 @@ from robustdyn.replicas.prediction import (
 )
 
 GOAL = (0.9, 1.11)  # of a geometric mean that counts as agreement
+FLOOR = 0.02  # of a ratio to the start, below which the drift's axis does not go
 GAP = 0.25  # decades between what precedes a decay and what follows
 
 NAMES = {
@@ -43,6 +44,7 @@ COLOURS = {
     REFRESHED_PATH: style.PALETTE[1],
 }
 LINES = {EXACT_PATH: ":", REFRESHED_PATH: ":"}
+DRAWN = (STATIONARY, SLOW_MODE, EXACT, REFRESHED, REFRESHED_PATH)  # beside single variances
 SHORT = {STATIONARY: "stationary", SLOW_MODE: "slow mode", EXACT: "held fixed", REFRESHED: "made anew"}
 
 
@@ -140,7 +142,7 @@ def draw_ratio(data: pd.DataFrame) -> Figure:
                     alpha=0.15,
                     linewidth=0,
                 )
-        _ratio_axis(ax, (0.2, 8.0))
+        _ratio_axis(ax, (0.15, 8.0))
         axis.dress(ax)
         ax.set_title(name)
         ax.set_ylabel("geometric mean over directions")
@@ -170,11 +172,16 @@ def draw_variances(data: pd.DataFrame, name: str) -> Figure:
         places = axis.place(seen["step"])
         ax.fill_between(places, seen["low"], seen["high"], color="#000000", alpha=0.13, linewidth=0)
         ax.plot(places, seen["measured"], color="#000000", marker="o", markersize=3, linewidth=0)
-        for law in (STATIONARY, SLOW_MODE, EXACT, REFRESHED):
+        for law in DRAWN:
             line = own[own["law"] == law].dropna(subset=["predicted"])
             look = "steps-post" if law == STATIONARY else "default"
             ax.plot(
-                axis.place(line["step"]), line["predicted"], color=COLOURS[law], linewidth=1.5, drawstyle=look
+                axis.place(line["step"]),
+                line["predicted"],
+                color=COLOURS[law],
+                linestyle=LINES.get(law, "-"),
+                linewidth=1.5,
+                drawstyle=look,
             )
         low, high = seen["low"].min(), seen["high"].max()
         ax.set_yscale("log")
@@ -184,11 +191,11 @@ def draw_variances(data: pd.DataFrame, name: str) -> Figure:
         ax.set_ylabel("variance σ²")
     handles = [key("measured, 95 % interval", "", "o", "#000000")]
     handles += [
-        key(NAMES[law], colour=COLOURS[law])
-        for law in (STATIONARY, SLOW_MODE, EXACT, REFRESHED)
+        key(NAMES[law], LINES.get(law, "-"), colour=COLOURS[law])
+        for law in DRAWN
         if (data["law"] == law).any()
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=5)
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
     return figure
 
 
@@ -277,6 +284,9 @@ def draw_drift(data: pd.DataFrame) -> Figure:
     figure = style.new_figure(
         "What drifts while replicas train, relative to the start", 0.9 + 2.7 * -(-len(names) // 2)
     )
+    values = data[["curvature", "slope", "noise"]].to_numpy(dtype=float)
+    values = values[values > FLOOR]  # an estimate may be negative
+    limits = (min(0.5, values.min() / 1.3), max(2.0, 1.3 * values.max()))
     looks = {"curvature": style.PALETTE[0], "slope": style.PALETTE[1], "noise": style.PALETTE[2]}
     for ax, name in zip(_grid(figure, len(names), sharey=True), names, strict=True):
         own = data[data["ensemble"] == name]
@@ -284,7 +294,10 @@ def draw_drift(data: pd.DataFrame) -> Figure:
         ax.axhline(1, color=style.MARK, linewidth=0.8)
         path = own[own["source"] == "path"].sort_values("step")
         for column, colour in looks.items():
-            ax.plot(axis.place(path["step"]), path[column], color=colour, marker="o", markersize=3)
+            # between these nothing was measured
+            ax.plot(
+                axis.place(path["step"]), path[column], color=colour, marker="o", markersize=4, linewidth=0.8
+            )
         seen = own[own["source"] == "replicas"].sort_values("step")
         for column in ("slope", "noise"):
             ax.errorbar(
@@ -298,6 +311,8 @@ def draw_drift(data: pd.DataFrame) -> Figure:
                 color=looks[column],
             )
         axis.dress(ax)
+        ax.set_ylim(*limits)
+        log_axis(ax)
         ax.set_title(name)
         ax.set_ylabel("relative to the start")
     handles = [

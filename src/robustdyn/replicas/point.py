@@ -352,7 +352,7 @@ def predicted_deviations(point: MeasuredPoint, training: Training) -> Array:
     """Standard deviations (k,) along the directions that the theory predicts for replicas from this point.
 
     With H's curvature and the noise of sampled mini-batches, of the examples where there are none; at the
-    first rate throughout, the largest over the steps.
+    largest rate throughout, the largest over the steps.
 
     Raises:
         ValueError: A direction without noise has none.
@@ -382,7 +382,8 @@ def _deviations(eigenvalues: Array, noise: Array, training: Training, *, decay_i
     Raises:
         ValueError: A direction without noise has none.
     """
-    dynamics = training.update.dynamics(training.learning_rate[0], decay_inside=decay_inside)
+    # a schedule may begin with next to no rate
+    dynamics = training.update.dynamics(max(training.learning_rate), decay_inside=decay_inside)
     if not (noise > 0).all():
         raise ValueError("slope_batches must be 0: along some direction batches have no noise to scale by")
     # a distance is wanted along directions, too, that have no stationary law

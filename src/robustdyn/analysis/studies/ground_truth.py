@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from robustdyn.analysis.ensemble_figures import (
+    DRAWN,
     GOAL,
     NAMES,
     draw_drift,
@@ -32,8 +33,6 @@ from robustdyn.replicas.prediction import (
     EXACT,
     REFRESHED,
     SETTLED,
-    SLOW_MODE,
-    STATIONARY,
     example_noise,
     predicted_laws,
     refreshed_with_error,
@@ -301,7 +300,7 @@ def _shown(directions: pd.DataFrame) -> pd.DataFrame:
     """The rows of a few directions, spread evenly over the logarithm of their rank."""
     last = int(directions["direction"].max())
     chosen = np.unique(np.rint(np.geomspace(1, last, min(SHOWN, last))).astype(int))
-    laws = directions["law"].isin([STATIONARY, SLOW_MODE, EXACT, REFRESHED])
+    laws = directions["law"].isin(DRAWN)
     rows: pd.DataFrame = directions[laws & directions["direction"].isin(chosen)]
     return rows.reset_index(drop=True)
 
