@@ -324,3 +324,48 @@ def draw_drift(data: pd.DataFrame) -> Figure:
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=3)
     return figure
+
+
+@style.styled
+def draw_memory(data: pd.DataFrame) -> Figure:
+    """What replicas remember of earlier steps at the decay and at the end, a panel for each ensemble.
+
+    Args:
+        data: Table ``memory``.
+    """
+    names = list(dict.fromkeys(data["ensemble"]))
+    figure = style.new_figure(
+        "Correlation of replicas' places with those at an earlier step", 0.9 + 2.7 * -(-len(names) // 2)
+    )
+    for ax, name in zip(_grid(figure, len(names), sharey=True), names, strict=True):
+        own = data[data["ensemble"] == name]
+        axis = _Steps(own)
+        ax.axhline(0, color=style.MARK, linewidth=0.8)
+        for (reference, rows), colour in zip(
+            own.groupby("reference", sort=True), style.PALETTE, strict=False
+        ):
+            rows = rows.sort_values("step")
+            places = axis.place(rows["step"])
+            ax.errorbar(
+                places,
+                rows["correlation"],
+                yerr=2 * rows["error"],
+                fmt="o-",
+                markersize=3,
+                linewidth=1.2,
+                elinewidth=0.8,
+                color=colour,
+                label=f"at step {reference}",
+            )
+            ax.plot(places, rows["expected"], color=colour, linestyle=":", linewidth=1.3)
+        axis.dress(ax)
+        ax.legend(loc="upper left")
+        ax.set_title(name)
+        ax.set_ylabel("mean correlation")
+    handles = [
+        key("measured, ± 2 s.e.", marker="o", colour=style.MARK),
+        key("what the slopes would leave", ":", colour=style.MARK),
+        key("learning rate falls", "--"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+    return figure

@@ -114,6 +114,7 @@ def test_everything_is_written(runs, tmp_path):
         "ratio_by_eigenvalue",
         "mean",
         "drift",
+        "memory",
         "variance_digits_at",
         "variance_digits_awp",
     ):

@@ -19,6 +19,7 @@ from robustdyn.analysis.ensemble_figures import (
     NAMES,
     draw_drift,
     draw_mean,
+    draw_memory,
     draw_ratio,
     draw_ratio_by_eigenvalue,
     draw_variances,
@@ -29,6 +30,7 @@ from robustdyn.analysis.study import Answer, Picture, Study
 from robustdyn.errors import RecordError
 from robustdyn.records.reader import Run
 from robustdyn.replicas.agreement import Agreement, agreement
+from robustdyn.replicas.memory import memory
 from robustdyn.replicas.prediction import (
     EXACT,
     REFRESHED,
@@ -36,13 +38,16 @@ from robustdyn.replicas.prediction import (
     example_noise,
     predicted_laws,
     refreshed_with_error,
+    sampling_of,
     seen_by_replicas,
 )
 from robustdyn.replicas.record import RecordedEnsemble, read_ensemble
 
 CONFIDENCE, RESAMPLES, DRAWS = 0.95, 1000, 40
+FORGOTTEN = 0.1  # a correlation that counts as none
 MANY = 4  # changes of the rate from which on a schedule counts as smooth
 SHOWN = 6  # directions in the figure of variances
+REMEMBERED = ["ensemble", "reference", "step", "learning_rate", "correlation", "error", "expected"]
 SEEN = ["ensemble", "step", "learning_rate", "slope", "slope_error", "noise", "noise_error"]
 
 # by what ensembles of one kind are told apart, where they differ
@@ -120,6 +125,7 @@ def answer(runs: Sequence[Run]) -> Answer:
     path = pd.concat([_path(name, e) for name, e in ensembles.items()], ignore_index=True)
     replicas = pd.concat([_seen_at_replicas(name, e) for name, e in ensembles.items()], ignore_index=True)
     described = pd.DataFrame([_described(name, e) for name, e in ensembles.items()])
+    remembered = pd.concat([_memory(name, e) for name, e in ensembles.items()], ignore_index=True)
     pictures = [
         Picture("ratio", steps[steps["step"] >= 1].reset_index(drop=True), draw_ratio),
         Picture("ratio_by_eigenvalue", _ends(directions, described), draw_ratio_by_eigenvalue),
@@ -131,9 +137,11 @@ def answer(runs: Sequence[Run]) -> Answer:
     if not (path.empty and replicas.empty):
         both = pd.concat([path.assign(source="path"), replicas.assign(source="replicas")], ignore_index=True)
         pictures.append(Picture("drift", both, draw_drift))
+    if not remembered.empty:
+        pictures.append(Picture("memory", remembered, draw_memory))
     expanded = {name: e for name, e in ensembles.items() if e.lines is not None}
     tables = expansion_tables(expanded) if expanded else {}
-    findings = _findings(described, steps, path, replicas)
+    findings = _findings(described, steps, path, replicas, remembered)
     if expanded:
         pictures.append(Picture("expansion", tables["expansion_means"], draw_expansion))
         findings += expansion_findings(tables)
@@ -143,6 +151,7 @@ def answer(runs: Sequence[Run]) -> Answer:
             "agreement": steps,
             "along_the_path": path,
             "at_the_replicas": replicas,
+            "memory": remembered,
             **tables,
         },
         pictures=pictures,
@@ -296,6 +305,33 @@ def _seen_at_replicas(name: str, ensemble: RecordedEnsemble) -> pd.DataFrame:
     )
 
 
+def _memory(name: str, ensemble: RecordedEnsemble) -> pd.DataFrame:
+    """One row per recorded step before the decay or the end: what replicas remember of it there."""
+    sampled = sampling_of(ensemble).replacement
+    if not (sampled and np.isfinite(ensemble.start.slopes).all()):
+        return pd.DataFrame(columns=REMEMBERED)
+    steps = ensemble.steps.tolist()
+    decay = _described(name, ensemble)["decay_step"]
+    references = [s for s in (decay, steps[-1]) if isinstance(s, int) and s in steps]
+    return pd.concat(
+        [
+            pd.DataFrame(
+                {
+                    "ensemble": name,
+                    "reference": found.reference,
+                    "step": found.step,
+                    "learning_rate": ensemble.learning_rate[found.step - 1],
+                    "correlation": found.correlation,
+                    "error": found.error,
+                    "expected": found.expected,
+                }
+            )
+            for found in (memory(ensemble, reference) for reference in references)
+        ],
+        ignore_index=True,
+    )
+
+
 def _shown(directions: pd.DataFrame) -> pd.DataFrame:
     """The rows of a few directions, spread evenly over the logarithm of their rank."""
     last = int(directions["direction"].max())
@@ -326,7 +362,11 @@ def _ends(directions: pd.DataFrame, described: pd.DataFrame) -> pd.DataFrame:
 
 
 def _findings(
-    described: pd.DataFrame, steps: pd.DataFrame, path: pd.DataFrame, replicas: pd.DataFrame
+    described: pd.DataFrame,
+    steps: pd.DataFrame,
+    path: pd.DataFrame,
+    replicas: pd.DataFrame,
+    remembered: pd.DataFrame,
 ) -> list[str]:
     said = []
     for about in described.to_dict("records"):
@@ -352,7 +392,21 @@ def _findings(
                 f"{name}, from the replicas' own gradients: noise × {mean:.2f} over all recorded pairs of "
                 f"steps, × {late['noise']:.2f} ± {late['noise_error']:.2f} at the last."
             )
+        own = remembered[remembered["ensemble"] == name]
+        said += [_said_of_memory(name, rows) for _, rows in own.groupby("reference", sort=True)]
     return said
+
+
+def _said_of_memory(name: str, rows: pd.DataFrame) -> str:
+    """Of the latest step of which the slopes leave next to nothing."""
+    reference = rows["reference"].iloc[0]
+    forgotten = rows[rows["expected"].abs() < FORGOTTEN]
+    row = rows.iloc[0] if forgotten.empty else forgotten.iloc[-1]
+    return (
+        f"{name}, memory: where replicas are at step {reference} has a correlation of "
+        f"{row['correlation']:.2f} ± {row['error']:.2f} (mean over directions) with where they were at step {row['step']}; their slopes "
+        f"would leave {row['expected']:.2f}."
+    )
 
 
 def _said_of(about: Mapping[Any, Any]) -> str:

@@ -1,0 +1,87 @@
+"""How much of where replicas are they owe to where they were: their memory, measured and predicted.
+
+A linear system forgets: displacements decay with its slopes. Replicas that strive for places of their own, as
+when slow directions that are not tracked hold them apart, do not; their spread then is not the noise's.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robustdyn.replicas.prediction import momentum_dynamics, sampling_of
+from robustdyn.replicas.record import RecordedEnsemble
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Memory:
+    """Correlations, between replicas, of where they are at one step and where they were at M earlier ones.
+
+    Attributes:
+        reference: The later step.
+        step: (M,), the earlier ones.
+        correlation: (M,), mean over directions of the correlation of x_i at both.
+        error: (M,), its standard error, by the jackknife over replicas.
+        expected: (M,), what the slopes leave of the states (x, v) that the replicas had, in the same unit.
+    """
+
+    reference: int
+    step: NDArray[np.int64]
+    correlation: Array
+    error: Array
+    expected: Array
+
+
+def memory(ensemble: RecordedEnsemble, reference: int) -> Memory:
+    """The replicas' memory at a recorded step of all recorded steps before it but the start.
+
+    Raises:
+        ValueError: The step was not recorded, slopes were not measured, or batches were drawn without
+            replacement, whose noise has a memory of its own.
+    """
+    steps = ensemble.steps.tolist()
+    slopes = ensemble.start.slopes
+    if reference not in steps:
+        raise ValueError(f"reference must be a recorded step, got {reference}")
+    if not np.isfinite(slopes).all() or not sampling_of(ensemble).replacement:
+        raise ValueError("memory needs slopes at the start and batches drawn with replacement")
+    unit, factor = momentum_dynamics(ensemble)
+    k = len(slopes)
+    pull = slopes + unit.weight_decay * np.eye(k)
+    later = _centred(ensemble.position[:, steps.index(reference)])
+    left = np.eye(2 * k)  # Φ, from (x, v) at a step to those at the reference
+    rows = []
+    for step in range(reference - 1, 0, -1):
+        rate = ensemble.learning_rate[step] * factor
+        left = left @ np.block(
+            [[np.eye(k) - rate * pull, -rate * unit.momentum * np.eye(k)], [pull, unit.momentum * np.eye(k)]]
+        )
+        if step not in steps:
+            continue
+        row = steps.index(step)
+        x, v = _centred(ensemble.position[:, row]), _centred(ensemble.buffer[:, row]) / factor
+        known = x @ left[:k, :k].T + v @ left[:k, k:].T
+        each = [_correlation(np.delete(x, r, axis=0), np.delete(later, r, axis=0)) for r in range(len(x))]
+        error = np.sqrt((len(x) - 1) * np.var(each))
+        scale = np.sqrt((x**2).sum(axis=0) * (later**2).sum(axis=0))
+        rows.append((step, _correlation(x, later), error, ((x * known).sum(axis=0) / scale).mean()))
+    table = np.array(rows[::-1], dtype=np.float64).reshape(-1, 4).T
+    return Memory(
+        reference=reference,
+        step=table[0].astype(np.int64),
+        correlation=table[1],
+        error=table[2],
+        expected=table[3],
+    )
+
+
+def _centred(values: Array) -> Array:
+    found: Array = values - values.mean(axis=0)
+    return found
+
+
+def _correlation(x: Array, y: Array) -> float:
+    x, y = _centred(x), _centred(y)
+    return float(((x * y).sum(axis=0) / np.sqrt((x**2).sum(axis=0) * (y**2).sum(axis=0))).mean())

@@ -1,0 +1,70 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from robustdyn.replicas.memory import memory
+from tests.replicas.ensembles import BATCH, MU, OMEGA, point, recorded
+
+LAM = np.array([20.0, 8.0, 3.0])
+NOISE = np.diag(0.6 * LAM)
+RATES = np.array([0.01] * 60 + [0.001] * 40)
+STEPS = [0, 1, 20, 50, 55, 60, 70, 90, 100]
+REPLICAS = 600
+
+
+def simulated(centres):
+    """States (R, S, k) of momentum SGD about a centre (R, k) for each replica."""
+    draws = np.random.default_rng(0)
+    x, v = np.zeros((2, REPLICAS, 3))
+    positions, buffers = [x], [v]
+    for rate in RATES:
+        g = (x - centres) * LAM + draws.standard_normal(x.shape) * np.sqrt(np.diag(NOISE) / BATCH)
+        v = MU * v + g + OMEGA * x
+        x = x - rate * v
+        positions.append(x)
+        buffers.append(v)
+    return (np.stack([part[s] for s in STEPS], 1) for part in (positions, buffers))
+
+
+def ensemble(centres):
+    position, buffer = simulated(centres)
+    start = point(np.diag(LAM), NOISE, np.zeros(3), slopes=np.diag(LAM))
+    return replace(recorded(start, position, STEPS, RATES), buffer=buffer)
+
+
+def test_a_linear_system_forgets_as_its_slopes_say():
+    seen = ensemble(np.zeros((REPLICAS, 3)))
+    for reference in (60, 100):
+        found = memory(seen, reference)
+        assert found.step.tolist() == [s for s in STEPS if 0 < s < reference]
+        assert (np.abs(found.correlation - found.expected) < 4 * found.error).all()
+        assert (found.error < 2 / np.sqrt(3 * REPLICAS)).all()
+        assert (found.error > 0).all()
+    # across the decay the slow direction remembers, of the far past nothing
+    found = memory(seen, 100)
+    assert found.expected[found.step.tolist().index(90)] > 0.5
+    assert abs(found.expected[0]) < 0.05
+
+
+def test_replicas_with_places_of_their_own_do_not_forget():
+    """Centres as far apart as the noise holds replicas: half of the variance lasts."""
+    stationary = np.sqrt(0.01 * np.diag(NOISE) / BATCH / (2 * LAM * (1 - MU)))
+    centres = stationary * np.random.default_rng(1).standard_normal((REPLICAS, 3))
+    found = memory(ensemble(centres), 60)
+    early = found.step.tolist().index(20)
+    assert found.correlation[early] == pytest.approx(0.5, abs=0.15)  # σ∞² to leading order, not yet reached
+    assert abs(found.expected[early]) < 0.2  # oscillations die out by √μ a step: 0.9^20 = 0.12
+
+
+def test_what_has_no_such_memory_is_refused():
+    position, _ = simulated(np.zeros((REPLICAS, 3)))
+    start = point(np.diag(LAM), NOISE, np.zeros(3), slopes=np.diag(LAM))
+    with pytest.raises(ValueError, match="reference must be a recorded step, got 99"):
+        memory(recorded(start, position, STEPS, RATES), 99)
+    shuffled = recorded(start, position, STEPS, RATES, **{"sampling.replacement": False})
+    with pytest.raises(ValueError, match="batches drawn with replacement"):
+        memory(shuffled, 100)
+    without = point(np.diag(LAM), NOISE, np.zeros(3))
+    with pytest.raises(ValueError, match="slopes at the start"):
+        memory(recorded(without, position, STEPS, RATES), 100)
