@@ -404,8 +404,8 @@ def _said_of_memory(name: str, rows: pd.DataFrame) -> str:
     row = rows.iloc[0] if forgotten.empty else forgotten.iloc[-1]
     return (
         f"{name}, memory: where replicas are at step {reference} has a correlation of "
-        f"{row['correlation']:.2f} ± {row['error']:.2f} (mean over directions) with where they were at step {row['step']}; their slopes "
-        f"would leave {row['expected']:.2f}."
+        f"{row['correlation']:.2f} ± {row['error']:.2f} (mean over directions) with where they were at step "
+        f"{row['step']}; their slopes would leave {row['expected']:.2f}."
     )
 
 
