@@ -390,8 +390,11 @@ def _draw_panel(ax: Axes, rows: pd.DataFrame, *, lines: bool) -> None:
         for step, place in rows.groupby("step")["distance"].first().items():
             ax.annotate(
                 f"step {step}",
-                (place, 0.01),
+                (place, 0.03),
                 xycoords=("data", "axes fraction"),
+                xytext=(-14, 0),  # beside the points: neighbours may be close
+                textcoords="offset points",
+                rotation=90,
                 ha="center",
                 va="bottom",
                 fontsize=8,

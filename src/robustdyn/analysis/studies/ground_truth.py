@@ -165,6 +165,7 @@ def answer(runs: Sequence[Run]) -> Answer:
 def _described(name: str, ensemble: RecordedEnsemble) -> dict[str, object]:
     start, rates = ensemble.start, ensemble.learning_rate
     known = np.isfinite(start.slopes).all()
+    led = np.isfinite(start.residuals)  # random directions have no residual
     changes = np.flatnonzero(np.diff(rates) < -DECAY * rates[:-1]) + 1
     return {
         "ensemble": name,
@@ -175,9 +176,9 @@ def _described(name: str, ensemble: RecordedEnsemble) -> dict[str, object]:
         "decay_step": int(changes[0]) if len(changes) == 1 else None,
         "last_learning_rate": rates[-1],
         "robust_loss": start.loss,
-        "largest_eigenvalue": start.eigenvalues.max(),
-        "smallest_eigenvalue": start.eigenvalues.min(),
-        "slope_over_eigenvalue": float(np.mean(np.diag(start.slopes) / start.eigenvalues))
+        "largest_eigenvalue": start.eigenvalues[led].max(),
+        "smallest_eigenvalue": start.eigenvalues[led].min(),
+        "slope_over_eigenvalue": float(np.mean((np.diag(start.slopes) / start.eigenvalues)[led]))
         if known
         else np.nan,
         "slope_asymmetry": _asymmetry(start.slopes) if known else np.nan,
@@ -444,14 +445,18 @@ def _said_of_variances(name: str, settled: pd.DataFrame) -> list[str]:
 
 def _said_at_end(name: str, own: pd.DataFrame) -> str:
     last = own[own["law"] == (REFRESHED if (own["law"] == REFRESHED).any() else EXACT)].iloc[-1]
-    return (
+    text = (
         f"{name}, at the end: the mean has moved {last['rms_move']:.2f} predicted standard deviations (rms "
         f"over directions), {last['rms_offset']:.2f} of them not predicted (chance: "
         f"{last['rms_offset_of_chance']:.2f}); correlations misfit z² = {last['correlation_misfit']:.2f} "
-        f"with the full C and {last['commuting_misfit']:.2f} without correlations; total correlation "
-        f"{last['total_correlation']:.2f} nats, expected {last['total_correlation_expected']:.2f} ± "
-        f"{last['total_correlation_spread']:.2f}, {last['total_correlation_commuting']:.2f} if H and C "
-        "commuted."
+        f"with the full C and {last['commuting_misfit']:.2f} without correlations"
+    )
+    if not np.isfinite(last["total_correlation"]):  # no more replicas than directions
+        return f"{text}."
+    return (
+        f"{text}; total correlation {last['total_correlation']:.2f} nats, expected "
+        f"{last['total_correlation_expected']:.2f} ± {last['total_correlation_spread']:.2f}, "
+        f"{last['total_correlation_commuting']:.2f} if H and C commuted."
     )
 
 
