@@ -47,6 +47,21 @@ def test_a_linear_system_forgets_as_its_slopes_say():
     assert abs(found.expected[0]) < 0.05
 
 
+def test_slopes_along_the_path_replace_those_of_the_start():
+    """A start whose slopes are wrong, and a path that puts them right from step 20 on."""
+    seen = ensemble(np.zeros((REPLICAS, 3)))
+    wrong = point(np.diag(LAM), NOISE, np.zeros(3), slopes=3 * np.diag(LAM))
+    mistaken = replace(seen, start=wrong)
+    mended = replace(mistaken, path=(seen.start, seen.start), path_steps=np.array([20, 100]))
+    right, left, found = (memory(e, 100).expected for e in (seen, mistaken, mended))
+    late = memory(seen, 100).step >= 20
+    np.testing.assert_allclose(found[late], right[late], rtol=1e-12)
+    assert (np.abs(left[late] - right[late]) > 0.05).any()
+    # the last of the path holds after it
+    halfway = replace(mistaken, path=(seen.start,), path_steps=np.array([20]))
+    np.testing.assert_allclose(memory(halfway, 100).expected, found, rtol=1e-12)
+
+
 def test_replicas_with_places_of_their_own_do_not_forget():
     """Centres as far apart as the noise holds replicas: half of the variance lasts."""
     stationary = np.sqrt(0.01 * np.diag(NOISE) / BATCH / (2 * LAM * (1 - MU)))

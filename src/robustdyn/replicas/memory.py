@@ -24,7 +24,8 @@ class Memory:
         step: (M,), the earlier ones.
         correlation: (M,), mean over directions of the correlation of x_i at both.
         error: (M,), its standard error, by the jackknife over replicas.
-        expected: (M,), what the slopes leave of the states (x, v) that the replicas had, in the same unit.
+        expected: (M,), what the slopes leave of the states (x, v) that the replicas had, in the same unit:
+            those of the start or, where they were measured along the mean's path, these.
     """
 
     reference: int
@@ -49,12 +50,16 @@ def memory(ensemble: RecordedEnsemble, reference: int) -> Memory:
         raise ValueError("memory needs slopes at the start and batches drawn with replacement")
     unit, factor = momentum_dynamics(ensemble)
     k = len(slopes)
-    pull = slopes + unit.weight_decay * np.eye(k)
+    decay = unit.weight_decay * np.eye(k)
+    moved = [(int(s), p.slopes) for s, p in zip(ensemble.path_steps, ensemble.path, strict=True) if s > 0]
+    known_at = np.array([0, *(s for s, _ in moved)])
+    known = np.stack([slopes, *(found for _, found in moved)])
     later = _centred(ensemble.position[:, steps.index(reference)])
     left = np.eye(2 * k)  # Φ, from (x, v) at a step to those at the reference
     rows = []
     for step in range(reference - 1, 0, -1):
         rate = ensemble.learning_rate[step] * factor
+        pull = _between(known_at, known, step) + decay
         left = left @ np.block(
             [[np.eye(k) - rate * pull, -rate * unit.momentum * np.eye(k)], [pull, unit.momentum * np.eye(k)]]
         )
@@ -62,11 +67,11 @@ def memory(ensemble: RecordedEnsemble, reference: int) -> Memory:
             continue
         row = steps.index(step)
         x, v = _centred(ensemble.position[:, row]), _centred(ensemble.buffer[:, row]) / factor
-        known = x @ left[:k, :k].T + v @ left[:k, k:].T
+        carried = x @ left[:k, :k].T + v @ left[:k, k:].T
         each = [_correlation(np.delete(x, r, axis=0), np.delete(later, r, axis=0)) for r in range(len(x))]
         error = np.sqrt((len(x) - 1) * np.var(each))
         scale = np.sqrt((x**2).sum(axis=0) * (later**2).sum(axis=0))
-        rows.append((step, _correlation(x, later), error, ((x * known).sum(axis=0) / scale).mean()))
+        rows.append((step, _correlation(x, later), error, ((x * carried).sum(axis=0) / scale).mean()))
     table = np.array(rows[::-1], dtype=np.float64).reshape(-1, 4).T
     return Memory(
         reference=reference,
@@ -75,6 +80,15 @@ def memory(ensemble: RecordedEnsemble, reference: int) -> Memory:
         error=table[2],
         expected=table[3],
     )
+
+
+def _between(steps: NDArray[np.int64], values: Array, step: int) -> Array:
+    """(k, k) at a step, on straight lines between values (M, k, k); the ends hold outside."""
+    right = int(np.searchsorted(steps, step, side="right"))
+    if right == len(steps):
+        return np.asarray(values[-1])
+    share = (step - steps[right - 1]) / (steps[right] - steps[right - 1])
+    return np.asarray(values[right - 1] + share * (values[right] - values[right - 1]))
 
 
 def _centred(values: Array) -> Array:
