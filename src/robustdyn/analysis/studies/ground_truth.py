@@ -44,7 +44,7 @@ from robustdyn.replicas.prediction import (
 from robustdyn.replicas.record import RecordedEnsemble, read_ensemble
 
 CONFIDENCE, RESAMPLES, DRAWS = 0.95, 1000, 40
-FORGOTTEN = 0.1  # a correlation that counts as none
+BACK = 0.2  # of the steps so far: how far back what is said of memory looks
 MANY = 4  # changes of the rate from which on a schedule counts as smooth
 SHOWN = 6  # directions in the figure of variances
 REMEMBERED = ["ensemble", "reference", "step", "learning_rate", "correlation", "error", "expected"]
@@ -399,10 +399,9 @@ def _findings(
 
 
 def _said_of_memory(name: str, rows: pd.DataFrame) -> str:
-    """Of the latest step of which the slopes leave next to nothing."""
+    """Of the recorded step that is nearest to a fifth of the way back."""
     reference = rows["reference"].iloc[0]
-    forgotten = rows[rows["expected"].abs() < FORGOTTEN]
-    row = rows.iloc[0] if forgotten.empty else forgotten.iloc[-1]
+    row = rows.iloc[(rows["step"] - (1 - BACK) * reference).abs().argmin()]
     return (
         f"{name}, memory: where replicas are at step {reference} has a correlation of "
         f"{row['correlation']:.2f} ± {row['error']:.2f} (mean over directions) with where they were at step "
