@@ -227,7 +227,7 @@ def draw_ratio_by_eigenvalue(data: pd.DataFrame) -> Figure:
         ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         ax.xaxis.set_minor_formatter(NullFormatter())
-        _ratio_axis(ax, (0.2, 4.0))
+        _ratio_axis(ax, (0.07, 7.0))
         ax.set_title(f"{name}: {when}")
         ax.set_xlabel("λ of H at the start")
         ax.set_ylabel("measured / predicted")
