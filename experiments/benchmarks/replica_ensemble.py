@@ -117,7 +117,13 @@ def ensemble(folder: Path, replicas: int, count: int) -> float:
             "learning_rate=0.005",
             "sampling.replacement=true",
         ),
-        *(f"replicas={replicas}", f"chunk={CHUNK}", f"steps={count}", f"schedule.milestones=[{count // 2}]"),
+        *(
+            f"replicas={replicas}",
+            f"chunk={CHUNK}",
+            "start.tolerance=1e-3",
+            f"steps={count}",
+            f"schedule.milestones=[{count // 2}]",
+        ),
     ]
     started = time.perf_counter()
     shards = [
@@ -145,6 +151,8 @@ def main() -> None:
     rounds = steps(args.rounds)
     with tempfile.TemporaryDirectory() as folder:
         seconds = ensemble(Path(folder), args.replicas, args.steps)
+    aimed = (args.replicas, args.steps) == (64, 500)
+    whole = common.verdict(seconds, at_most=AIM) if aimed else round(seconds, 1)
     common.write_result(
         Path(__file__).stem,
         question="How long does an ensemble of replicas take?",
@@ -157,8 +165,7 @@ def main() -> None:
             "replicas": args.replicas,
             "steps": args.steps,
         },
-        summary=common.compare(rounds, "plain steps")
-        | {"whole ensemble, seconds": common.verdict(seconds, at_most=AIM)},
+        summary=common.compare(rounds, "plain steps") | {"whole ensemble, seconds": whole},
         rounds=rounds,
     )
 
