@@ -79,6 +79,20 @@ def test_what_drifts_is_told_from_what_replicas_see(answer):
     assert (own["noise_error"] < 0.12).all()
 
 
+def test_ensembles_with_and_without_a_decay_go_together(runs, tmp_path):
+    """A cosine has no decay to stop at; beside an ensemble that has one its missing step is no number."""
+    run = run_directory(tmp_path / "run")
+    cosine = 0.005 * (1 + np.cos(np.linspace(0, 3, 40)))
+    steps = [0, 1, 10, 39, 40]
+    x, g = simulate(SLOPES, NOISE / BATCH, np.zeros(3), cosine, steps, replicas=30, seed=4)
+    start = point(np.diag(LAM), NOISE, np.zeros(3), slopes=SLOPES)
+    write(run / "replicas" / "cosine", recorded(start, x, steps, cosine, gradient=g))
+    written = conduct("ground_truth", [run, runs], tmp_path / "out")
+    said = written.findings.read_text(encoding="utf-8")
+    assert "**Digits, AT, rate falls smoothly**: 30 replicas × 40 steps" in said
+    assert "Digits, AT, rate falls smoothly, memory: where replicas are at step 40" in said
+
+
 def test_labels_tell_apart_what_differs(tmp_path):
     run = run_directory(tmp_path / "run")
     start = point(np.diag(LAM), NOISE, np.zeros(3))

@@ -348,7 +348,7 @@ def _ends(directions: pd.DataFrame, described: pd.DataFrame) -> pd.DataFrame:
     for row in described.itertuples():
         own = directions[directions["ensemble"] == row.ensemble]
         steps = sorted(own["step"].unique())
-        before = [s for s in steps if row.decay_step is None or s <= row.decay_step]
+        before = [s for s in steps if pd.isna(row.decay_step) or s <= row.decay_step]
         chosen = {before[-1]: "at the first rate", steps[-1]: "at the end"}
         if before[-1] == steps[-1]:
             chosen = {steps[-1]: "at the end"}
