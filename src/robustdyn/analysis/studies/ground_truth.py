@@ -345,10 +345,10 @@ def _shown(directions: pd.DataFrame) -> pd.DataFrame:
 def _ends(directions: pd.DataFrame, described: pd.DataFrame) -> pd.DataFrame:
     """The rows of the last step before the decay, and of the last of all."""
     parts = []
-    for row in described.itertuples():
-        own = directions[directions["ensemble"] == row.ensemble]
+    for row in described.to_dict("records"):
+        own = directions[directions["ensemble"] == row["ensemble"]]
         steps = sorted(own["step"].unique())
-        before = [s for s in steps if pd.isna(row.decay_step) or s <= row.decay_step]
+        before = [s for s in steps if pd.isna(row["decay_step"]) or s <= row["decay_step"]]
         chosen = {before[-1]: "at the first rate", steps[-1]: "at the end"}
         if before[-1] == steps[-1]:
             chosen = {steps[-1]: "at the end"}
