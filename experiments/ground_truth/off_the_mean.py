@@ -10,7 +10,6 @@ the start lacks: the mean's motion, or the replicas' distance from it. Writes ``
 """
 
 import argparse
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +33,7 @@ from robustdyn.replicas import (
     StackedNetwork,
     Training,
     TrainingState,
+    moved,
     read_ensemble,
     sampled_gradients,
 )
@@ -74,17 +74,6 @@ def training_of(ensemble: RecordedEnsemble, state: TrainingState, steps: int) ->
         batchnorm="eval",
         seed=said["seed"],
     )
-
-
-def moved(model: nn.Module, move: NDArray[np.float32]) -> nn.Module:
-    """A copy at θ_0 + move (P,)."""
-    copied = copy.deepcopy(model)
-    learned = [p for p in copied.parameters() if p.requires_grad]
-    parts = torch.from_numpy(move).split([p.numel() for p in learned])
-    with torch.no_grad():
-        for p, part in zip(learned, parts, strict=True):
-            p.add_(part.view_as(p))
-    return copied
 
 
 def measured(
@@ -213,8 +202,12 @@ def main() -> None:
     variance = ensemble.position[:, row].var(axis=0, ddof=1)
     places = {
         "start": base,
-        "mean": measured([moved(state.model, mean)] * networks, training, start, args.batches),
-        "replicas": measured([moved(state.model, move) for move in moves], training, start, args.batches),
+        "mean": measured(
+            [moved(state.model, torch.from_numpy(mean))] * networks, training, start, args.batches
+        ),
+        "replicas": measured(
+            [moved(state.model, torch.from_numpy(move)) for move in moves], training, start, args.batches
+        ),
     }
     for place, found in places.items():
         ratio, low, high = law_ratio(ensemble, found, base, args.step)

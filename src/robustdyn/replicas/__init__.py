@@ -28,7 +28,7 @@ from robustdyn.replicas.point import (
     second_moment,
 )
 from robustdyn.replicas.record import EnsembleRecord, RecordedEnsemble, read_ensemble
-from robustdyn.replicas.run import EnsembleRun, EnsembleSettings, TrainingState, fingerprint
+from robustdyn.replicas.run import EnsembleRun, EnsembleSettings, TrainingState, fingerprint, moved
 from robustdyn.replicas.sampling import Sampling
 from robustdyn.replicas.updates import AdamUpdate, MomentumUpdate, Update
 
@@ -57,6 +57,7 @@ __all__ = [
     "loss_around",
     "measure_lines",
     "measure_point",
+    "moved",
     "predicted_deviations",
     "read_ensemble",
     "sampled_gradients",

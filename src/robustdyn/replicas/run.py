@@ -305,7 +305,7 @@ class EnsembleRun:
             record.path(
                 settings.replicas,
                 self._recorded.mean_steps,
-                lambda move: measure(_moved(model, torch.from_numpy(move)), directions=start.directions),
+                lambda move: measure(moved(model, torch.from_numpy(move)), directions=start.directions),
             )
         return left
 
@@ -348,8 +348,8 @@ def _alone(model: nn.Module) -> nn.Module:
     return copied
 
 
-def _moved(model: nn.Module, move: Tensor) -> nn.Module:
-    """A copy at θ + move (P,)."""
+def moved(model: nn.Module, move: Tensor) -> nn.Module:
+    """A copy of a network, its learned weights at θ + move (P,)."""
     copied = copy.deepcopy(model)
     learned = [p for p in copied.parameters() if p.requires_grad]
     with torch.no_grad():
