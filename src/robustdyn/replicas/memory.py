@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from robustdyn.replicas.prediction import momentum_dynamics, sampling_of
 from robustdyn.replicas.record import RecordedEnsemble
+from robustdyn.theory.coupled import interpolated
 
 Array = NDArray[np.float64]
 
@@ -59,7 +60,7 @@ def memory(ensemble: RecordedEnsemble, reference: int) -> Memory:
     rows = []
     for step in range(reference - 1, 0, -1):
         rate = ensemble.learning_rate[step] * factor
-        pull = _between(known_at, known, step) + decay
+        pull = interpolated(known_at, known, step) + decay
         left = left @ np.block(
             [[np.eye(k) - rate * pull, -rate * unit.momentum * np.eye(k)], [pull, unit.momentum * np.eye(k)]]
         )
@@ -80,15 +81,6 @@ def memory(ensemble: RecordedEnsemble, reference: int) -> Memory:
         error=table[2],
         expected=table[3],
     )
-
-
-def _between(steps: NDArray[np.int64], values: Array, step: int) -> Array:
-    """(k, k) at a step, on straight lines between values (M, k, k); the ends hold outside."""
-    right = int(np.searchsorted(steps, step, side="right"))
-    if right == len(steps):
-        return np.asarray(values[-1])
-    share = (step - steps[right - 1]) / (steps[right] - steps[right - 1])
-    return np.asarray(values[right - 1] + share * (values[right] - values[right - 1]))
 
 
 def _centred(values: Array) -> Array:

@@ -78,14 +78,27 @@ class MeasuredDrift:
 
     def at(self, step: int) -> tuple[Array, Array, Array]:
         """(J, C₁, C_a), each (k, k), of an update."""
-        right = int(np.searchsorted(self.step, step, side="right"))
-        left = max(right - 1, 0)
         values = (self.slope, self.example_noise, self.attack_noise)
-        if self.interpolation == "piecewise_constant" or right in (0, self.step.size):
+        if self.interpolation == "piecewise_constant":
+            left = max(int(np.searchsorted(self.step, step, side="right")) - 1, 0)
             return values[0][left], values[1][left], values[2][left]
-        share = (step - self.step[left]) / (self.step[right] - self.step[left])
-        first, second, third = (v[left] + share * (v[right] - v[left]) for v in values)
+        first, second, third = (interpolated(self.step, v, step) for v in values)
         return first, second, third
+
+
+def interpolated(known_at: IntArray, values: Array, step: int) -> Array:
+    """What is known at T increasing steps, at another one: on straight lines between; the ends hold outside.
+
+    Args:
+        known_at: (T,).
+        values: (T, ...).
+        step: Which.
+    """
+    right = int(np.searchsorted(known_at, step, side="right"))
+    if right in (0, known_at.size):
+        return np.asarray(values[max(right - 1, 0)])
+    share = (step - known_at[right - 1]) / (known_at[right] - known_at[right - 1])
+    return np.asarray(values[right - 1] + share * (values[right] - values[right - 1]))
 
 
 @dataclass(frozen=True, eq=False)
