@@ -18,23 +18,15 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
+from repeated import opened, repeat, training_of
 from torch import nn
 
-from robustdyn.data.tensors import to_unit
-from robustdyn.entrypoints.checkpoint import RUN_CONFIG, load_config
-from robustdyn.entrypoints.replicas import training_state
 from robustdyn.replicas import (
-    Ensemble,
     MeasuredPoint,
-    MomentumUpdate,
-    Recorded,
     RecordedEnsemble,
-    Sampling,
     StackedNetwork,
     Training,
-    TrainingState,
     moved,
-    read_ensemble,
     sampled_gradients,
 )
 from robustdyn.replicas.agreement import agreement
@@ -42,38 +34,6 @@ from robustdyn.replicas.point import gradient_slopes
 from robustdyn.replicas.prediction import REFRESHED_PATH, predicted_laws
 
 Array = NDArray[np.float64]
-
-
-def training_of(ensemble: RecordedEnsemble, state: TrainingState, steps: int) -> Training:
-    """How the ensemble's replicas trained.
-
-    Raises:
-        SystemExit: Not by momentum SGD from a buffer of zeros, with running statistics held.
-    """
-    said = ensemble.settings
-    if "betas" in said["optimizer"] or said["initial_state"] != "zero" or said["batchnorm"] != "eval":
-        raise SystemExit("give an ensemble of momentum SGD with initial_state=zero and batchnorm=eval")
-    return Training(
-        images=to_unit(state.images.images).to(next(state.model.parameters()).dtype),
-        targets=state.images.labels,
-        objective=state.objective,
-        attack=state.attack,
-        perturbation=state.perturbation,
-        update=MomentumUpdate(
-            momentum=said["optimizer"]["momentum"],
-            weight_decay=said["optimizer"]["weight_decay"],
-            initial_buffer=None,
-        ),
-        learning_rate=said["learning_rate"][:steps],
-        sampling=Sampling(
-            examples=said["examples"],
-            batch_size=said["sampling.batch_size"],
-            replacement=said["sampling.replacement"],
-            drop_last=said["sampling.drop_last"],
-        ),
-        batchnorm="eval",
-        seed=said["seed"],
-    )
 
 
 def measured(
@@ -166,48 +126,18 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=8, help="for slopes, at every replica; ≥ 2")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
-    ensemble, run = read_ensemble(args.ensemble), args.ensemble.parent.parent
-    if args.step not in ensemble.steps or args.step == 0:
-        raise SystemExit(f"--step={args.step} was not recorded; choose one of {ensemble.steps.tolist()}")
-    if len(ensemble.replicas) < args.replicas:
-        raise SystemExit(f"--replicas={args.replicas} exceeds the ensemble's {len(ensemble.replicas)}")
-    device = torch.device("cpu")
-    checkpoint = run / "checkpoints" / "last.ckpt"
-    state = training_state(load_config(run / RUN_CONFIG), checkpoint, device)
-    training = training_of(ensemble, state, args.step)
-    recorded = Recorded(
-        steps=(args.step,),
-        loss_steps=(args.step,),
-        loss_examples=len(state.images),
-        mean_steps=(args.step,),
-        loss_draws=1,
-        expansion=False,
-    )
-    start = ensemble.start
-    repeated = Ensemble(
-        state.model, training, directions=start.directions, recorded=recorded, engine="vmapped"
-    )
-    row = ensemble.steps.tolist().index(args.step)
-    moves, losses = [], []
-    for number in range(args.replicas):
-        arrays = repeated.run([number])  # alone, so that the mean it keeps is its own
-        moves.append(arrays["mean_move"][0, 0])
-        losses.append(arrays["robust_loss"][0, 0])
-        away = np.abs(arrays["position"][0, 0] - ensemble.position[number, row]).max()
-        scale = np.abs(ensemble.position[:, row]).max()
-        print(f"replica {number}: loss {losses[-1]:.4f}, off the record by {away / scale:.1e} of the largest")
-    mean = np.mean(moves, axis=0)
+    ensemble, state = opened(args.ensemble, args.step, args.replicas)
+    training = training_of(ensemble, state, ensemble.learning_rate[: args.step].tolist())
+    start, row = ensemble.start, ensemble.steps.tolist().index(args.step)
+    moves = [replica.move for replica in repeat(ensemble, state, args.step, args.replicas)]
+    mean = torch.stack(moves).mean(dim=0)
     networks = args.replicas
     rows, base = [], measured([state.model] * networks, training, start, args.batches)
     variance = ensemble.position[:, row].var(axis=0, ddof=1)
     places = {
         "start": base,
-        "mean": measured(
-            [moved(state.model, torch.from_numpy(mean))] * networks, training, start, args.batches
-        ),
-        "replicas": measured(
-            [moved(state.model, torch.from_numpy(move)) for move in moves], training, start, args.batches
-        ),
+        "mean": measured([moved(state.model, mean)] * networks, training, start, args.batches),
+        "replicas": measured([moved(state.model, move) for move in moves], training, start, args.batches),
     }
     for place, found in places.items():
         ratio, low, high = law_ratio(ensemble, found, base, args.step)
@@ -216,8 +146,8 @@ def main() -> None:
     table = pd.DataFrame(rows)
     table.insert(0, "step", args.step)
     table.insert(0, "learning_rate", training.learning_rate[-1])
-    table.insert(0, "ensemble", f"{run.name}/{args.ensemble.name}")
-    table["distance_from_mean"] = np.linalg.norm(np.array(moves) - mean, axis=1).mean()
+    table.insert(0, "ensemble", f"{args.ensemble.parent.parent.name}/{args.ensemble.name}")
+    table["distance_from_mean"] = float((torch.stack(moves) - mean).norm(dim=1).mean())
     table["distance_in_directions"] = np.sqrt(variance.sum())
     args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / f"{args.ensemble.name}_{args.step}.csv"
