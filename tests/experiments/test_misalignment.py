@@ -11,7 +11,8 @@ import pytest
 import torch
 from numpy.testing import assert_allclose
 
-from robustdyn.theory import stationary_covariance, total_correlation
+from robustdyn import streams
+from robustdyn.theory import MomentumDynamics, covariance_terms, stationary_covariance, total_correlation
 from tests.tolerances import EXACT32, EXACT64, MC_SIGMAS
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "ground_truth"
@@ -20,15 +21,32 @@ NETWORK = ["--network-replicas=24", "--examples=30", "--hidden=3", "--training-s
 
 
 @pytest.fixture(scope="module")
-def script():
+def folder():
+    """The experiment's scripts import each other by their names."""
     sys.path.insert(0, str(FOLDER))
-    yield importlib.import_module("misalignment")
+    yield importlib.import_module
     sys.path.remove(str(FOLDER))
-    sys.modules.pop("misalignment", None)
+    for name in ("misalignment", "misalignment_tables", "misalignment_problems"):
+        sys.modules.pop(name, None)
 
 
-def small_network(script, attack):
-    return script.NetworkSettings(
+@pytest.fixture(scope="module")
+def script(folder):
+    return folder("misalignment")
+
+
+@pytest.fixture(scope="module")
+def problems(folder):
+    return folder("misalignment_problems")
+
+
+@pytest.fixture(scope="module")
+def tables(folder):
+    return folder("misalignment_tables")
+
+
+def small_network(problems, attack):
+    return problems.NetworkSettings(
         directions=2,
         examples=20,
         hidden=3,
@@ -82,27 +100,27 @@ def test_replicas_of_the_quadratic_problem_agree_with_the_closed_form(written):
     assert abs(turned["neighbours correlated", "log_variance"]) < 0.2
 
 
-def test_what_is_predicted_is_the_stationary_law_of_each_noise(script):
-    problem = script.quadratic(6, 0.01, 100, 0)
-    for family, kept in zip(script.FAMILIES, ("spectrum", "spectrum", "diagonal"), strict=True):
+def test_what_is_predicted_is_the_stationary_law_of_each_noise(problems, tables):
+    problem = problems.quadratic(6, 0.01, 100, 0)
+    for family, kept in zip(problems.FAMILIES, ("spectrum", "spectrum", "diagonal"), strict=True):
         noise = family.noise(problem.noise, np.radians(30))
         own = np.linalg.eigvalsh(noise)[::-1] if kept == "spectrum" else np.diag(noise)
         assert_allclose(own, problem.noise, **EXACT64)
         sigma = stationary_covariance(problem.eigenvalue, noise, **problem.options)
-        found = script.predicted(problem, family, [0.0, 30.0])
+        found = tables.predicted(problem, family, [0.0, 30.0])
         assert_allclose(found["twice_total_correlation"][1], 2 * total_correlation(sigma), **EXACT64)
         assert_allclose(found["log_determinant"][1], -np.linalg.slogdet(sigma)[1], **EXACT64)
         assert_allclose(found["curvature"][1], problem.eigenvalue @ np.diag(sigma), **EXACT64)
 
 
-def test_the_bootstrap_covers_and_removes_bias(script):
+def test_the_bootstrap_covers_and_removes_bias(problems, tables):
     rng = np.random.default_rng(0)
-    problem = script.quadratic(4, 0.01, 100, 0)
-    truth = script.by_name(script.covariance_terms(problem.eigenvalue, np.eye(4)), problem.distance_sq)
+    problem = problems.quadratic(4, 0.01, 100, 0)
+    truth = tables.by_name(covariance_terms(problem.eigenvalue, np.eye(4)), problem.distance_sq)
     found = []
     for trial in range(60):
         positions = rng.normal(size=(100, 4))
-        bootstrap = script.Bootstrap.of(100, 200, trial)
+        bootstrap = tables.Bootstrap.of(100, 200, trial)
         estimate = bootstrap.estimates(problem, positions)["log_determinant"]
         found.append(estimate.row(("value", "low", "high")) | {"plain": estimate.value})
     table = pd.DataFrame(found)
@@ -117,22 +135,21 @@ def test_the_bootstrap_covers_and_removes_bias(script):
 
 
 @pytest.mark.parametrize("attack", ["held", "refreshed"])
-def test_replicas_of_the_network_are_plain_momentum_sgd(script, attack):
-    settings = small_network(script, attack)
+def test_replicas_of_the_network_are_plain_momentum_sgd(problems, attack):
+    settings = small_network(problems, attack)
     torch.manual_seed(0)
-    model = script.perceptron(3, 64, 0).float()
+    model = problems.perceptron(3, 64, 0).float()
     images, targets = torch.rand(20, 1, 8, 8), torch.arange(20) % 10
     directions = torch.linalg.qr(torch.randn(sum(p.numel() for p in model.parameters()), 2))[0]
     factor = np.array([[0.5, 0.0], [0.3, 0.2]])
-    dynamics = script.MomentumDynamics(0.05, 0.9, 0.02)
-    found = script.simulate_network(
+    dynamics = MomentumDynamics(0.05, 0.9, 0.02)
+    found = problems.simulate_network(
         model, directions, images, targets, dynamics, 3, settings, np.stack([0 * factor, factor])
     )
     assert found.shape == (2, 3, 2)
-    start = script.flat(model)
+    start = problems.flat(model)
     draws = [
-        torch.randn(3, 2, generator=script.streams.generator(0, "misalignment-noise", step))
-        for step in range(3)
+        torch.randn(3, 2, generator=streams.generator(0, "misalignment-noise", step)) for step in range(3)
     ]
     for case, spread in enumerate((0 * factor, factor)):
         for replica in range(3):
@@ -141,23 +158,23 @@ def test_replicas_of_the_network_are_plain_momentum_sgd(script, attack):
             for step in range(3):
                 inputs = images
                 if attack == "refreshed":
-                    inputs = script.ATTACK.perturb(model, images, targets, torch.Generator())
+                    inputs = problems.ATTACK.perturb(model, images, targets, torch.Generator())
                 optimiser.zero_grad()
                 noise = directions @ (torch.from_numpy(spread).float() @ draws[step][replica])
                 loss = torch.nn.functional.cross_entropy(model(inputs), targets)
                 (loss + noise @ torch.nn.utils.parameters_to_vector(model.parameters())).backward()
                 optimiser.step()
-            moved = (script.flat(model) - start) @ directions
+            moved = (problems.flat(model) - start) @ directions
             assert_allclose(found[case, replica], moved.numpy(), **EXACT32)
 
 
-def test_curvature_and_noise_of_the_network_are_those_of_its_examples(script):
-    settings = small_network(script, "held")
+def test_curvature_and_noise_of_the_network_are_those_of_its_examples(problems):
+    settings = small_network(problems, "held")
     torch.manual_seed(0)
-    model = script.perceptron(3, 64, 0)
+    model = problems.perceptron(3, 64, 0)
     images, targets = torch.rand(20, 1, 8, 8, dtype=torch.float64), torch.arange(20) % 10
-    start = script.flat(model)
-    found = script.measured(model, start - 0.1, images, images, targets, settings, {})
+    start = problems.flat(model)
+    found = problems.measured(model, start - 0.1, images, images, targets, settings, {})
     directions = found.simulate.args[1].double()
     shapes = {name: p.shape for name, p in model.named_parameters()}
 
@@ -179,7 +196,7 @@ def test_curvature_and_noise_of_the_network_are_those_of_its_examples(script):
     assert_allclose(found.distance_sq, 0.01 * (directions.sum(0) ** 2).sum().item(), rtol=1e-4)
 
 
-def test_the_network_stands_at_a_minimum_for_its_held_attack(script, written):
+def test_the_network_stands_at_a_minimum_for_its_held_attack(written):
     facts = json.loads((written / "settings.json").read_text())["problems"]["network"]
     assert facts["largest_gradient"] < 1e-5  # L-BFGS stops at 1e-6
     assert facts["eigenvalues"] == sorted(facts["eigenvalues"], reverse=True)
