@@ -11,6 +11,7 @@ from torch import Tensor
 from robustdyn.data.tensors import to_unit
 from robustdyn.entrypoints.checkpoint import RUN_CONFIG, load_config
 from robustdyn.entrypoints.replicas import training_state
+from robustdyn.errors import UserError
 from robustdyn.replicas import (
     Ensemble,
     MomentumUpdate,
@@ -40,15 +41,20 @@ def opened(directory: Path, step: int, replicas: int) -> tuple[RecordedEnsemble,
     """An ensemble, RUN/replicas/NAME, and the training that it left at RUN/checkpoints/last.ckpt.
 
     Raises:
-        SystemExit: It does not have the step or as many replicas.
+        SystemExit: A file cannot be read, or the ensemble does not have the step or as many replicas.
     """
-    ensemble, run = read_ensemble(directory), directory.parent.parent
+    run = directory.parent.parent
+    try:
+        ensemble = read_ensemble(directory)
+        config = load_config(run / RUN_CONFIG)
+        state = training_state(config, run / "checkpoints" / "last.ckpt", torch.device("cpu"))
+    except UserError as error:
+        raise SystemExit(str(error)) from error
     if step not in ensemble.steps or step == 0:
         raise SystemExit(f"--step={step} was not recorded; choose one of {ensemble.steps.tolist()}")
     if len(ensemble.replicas) < replicas:
         raise SystemExit(f"--replicas={replicas} exceeds the ensemble's {len(ensemble.replicas)}")
-    checkpoint = run / "checkpoints" / "last.ckpt"
-    return ensemble, training_state(load_config(run / RUN_CONFIG), checkpoint, torch.device("cpu"))
+    return ensemble, state
 
 
 def training_of(ensemble: RecordedEnsemble, state: TrainingState, learning_rate: Sequence[float]) -> Training:
