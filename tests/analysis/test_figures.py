@@ -243,6 +243,19 @@ def test_decays_of_single_groups_are_coloured_not_labelled(methods_frames):
     )
 
 
+def test_a_decay_to_several_rates_is_labelled_without_one(methods_frames):
+    """A rate that follows the index decays when the others do, but to a rate of its own."""
+    epochs = methods_frames["epochs"].copy()
+    epochs["lr"] = 0.1
+    after = epochs["epoch"] >= 10
+    epochs.loc[after, "lr"] = 0.01
+    ax = figures.learning_rate(epochs).axes[0]
+    assert [t for t in texts(ax) if t.startswith("η")] == ["η → 0.01"]
+    epochs.loc[after & (epochs["method"] == "at"), "lr"] = 0.006
+    ax = figures.learning_rate(epochs).axes[0]
+    assert [t for t in texts(ax) if t.startswith("η")] == ["η falls"]
+
+
 def test_more_runs_than_colours_get_shades(tmp_path):
     for i in range(10):
         write_run(tmp_path / str(i), perturbation__strength=i, epochs=4, measured=())

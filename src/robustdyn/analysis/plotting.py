@@ -245,10 +245,10 @@ def mark_decays(axes: Iterable[Axes], epochs: pd.DataFrame, cast: Cast) -> None:
     """Mark decay epochs: grey and labelled where every group that got there has them, else coloured."""
     by_group = {group: _decays(epochs[epochs["group"] == group]) for group in cast.colours}
     reached = epochs.groupby("group")["epoch"].max()
-    every = {e: r for decays in by_group.values() for e, r in decays.items()}
+    every = sorted({e for decays in by_group.values() for e in decays})
     shared = {
-        e: every[e]
-        for e in sorted(every)
+        e: {d[e] for d in by_group.values() if e in d}
+        for e in every
         if all(e in d or reached.get(g, -1) < e for g, d in by_group.items())
     }
     single = [(group, e) for group, decays in by_group.items() for e in decays if e not in shared]
@@ -319,19 +319,20 @@ def _decays(epochs: pd.DataFrame) -> dict[int, float]:
     return {epoch: float(rates.loc[epoch]) for epoch in sorted(shared)}
 
 
-def _label_decays(ax: Axes, decays: dict[int, float]) -> None:
-    """``η → 0.01`` above the panel at each decay; close neighbours take turns in height."""
+def _label_decays(ax: Axes, decays: dict[int, set[float]]) -> None:
+    """``η → 0.01`` above the panel, ``η falls`` if to several rates; neighbours take turns in height."""
     low, high = ax.get_xlim()
     spec = ax.get_subplotspec()
     columns = spec.get_gridspec().ncols if spec is not None else 1
     needed = LABEL_WIDTH * columns / (0.75 * style.WIDTH)  # of the panel's width
     last, row = -np.inf, 0
-    for epoch, rate in decays.items():
+    for epoch, rates in decays.items():
+        shown = {f"{rate:.3g}" for rate in rates}
         place = (epoch - low) / (high - low)
         row = 1 - row if place - last < needed else 0
         last = place
         ax.annotate(
-            f"η → {rate:.3g}",
+            f"η → {shown.pop()}" if len(shown) == 1 else "η falls",
             (epoch, 1.0),
             xytext=(0, 2 + 9 * row),
             xycoords=("data", "axes fraction"),
