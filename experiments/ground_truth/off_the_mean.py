@@ -6,7 +6,8 @@ Repeats the first replicas of an ensemble of momentum SGD up to a step, and meas
 ensemble's directions: the slopes J of the gradient whose attack is made anew, and the noise of mini-batches
 at fixed weights. The law of the ensemble is then propagated with each of the three in place of the start's
 (from the start's at step 0 in a straight line to these at the step), which tells what the prediction from
-the start lacks: the mean's motion, or the replicas' distance from it. Writes ``NAME_STEP.csv`` and prints it.
+the start lacks: the mean's motion, or the replicas' distance from it. Writes and prints
+``NAME_step_STEP.csv``.
 """
 
 import argparse
@@ -125,6 +126,7 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, default=8)
     parser.add_argument("--batches", type=int, default=8, help="for slopes, at every replica; ≥ 2")
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--name", help="of the file; the ensemble's by default")
     args = parser.parse_args()
     ensemble, state = opened(args.ensemble, args.step, args.replicas)
     training = training_of(ensemble, state, ensemble.learning_rate[: args.step].tolist())
@@ -150,7 +152,7 @@ def main() -> None:
     table["distance_from_mean"] = float((torch.stack(moves) - mean).norm(dim=1).mean())
     table["distance_in_directions"] = np.sqrt(variance.sum())
     args.output.mkdir(parents=True, exist_ok=True)
-    path = args.output / f"{args.ensemble.name}_{args.step}.csv"
+    path = args.output / f"{args.name or args.ensemble.name}_step_{args.step}.csv"
     table.to_csv(path, index=False, float_format="%.5g")
     print(table.to_string(index=False))
     print(f"written to {path}")

@@ -13,7 +13,7 @@ start from a point put together from parts, x along the tracked directions and t
 
 If the loss were quadratic, with one minimum along the tracked directions, means would come together in all
 three as the slopes say. If the rest sets a place for each parent, ``rest`` goes to where ``whole`` is, though
-it starts elsewhere, and ``tracked`` forgets where it started. Writes ``NAME_step_STEP.csv`` and ``.png``.
+it starts elsewhere, and ``tracked`` forgets where it started. Writes ``NAME_step_STEP`` as CSV, PNG and PDF.
 """
 
 import argparse
@@ -21,14 +21,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from repeated import opened, repeat, training_of
 from torch import Tensor
 
+from robustdyn.analysis import style
 from robustdyn.replicas import (
     Directions,
     Ensemble,
@@ -189,35 +190,33 @@ def rows(found: dict[str, Array], law: Prediction, steps: Sequence[int]) -> pd.D
     return pd.DataFrame(table)
 
 
-def drawn(table: pd.DataFrame, title: str, path: Path) -> None:
+@style.styled
+def drawn(table: pd.DataFrame, title: str) -> Figure:
     """Spread of the parents' places, and of children about them, over the steps after the decay."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    labels = {
-        "whole": "whole parent",
-        "rest": "parent's rest, common x",
-        "tracked": "parent's x, common rest",
-    }
-    for number, family in enumerate(FAMILIES):
+    figure = style.new_figure(title, height=4.2)
+    left, right = figure.subplots(1, 2)
+    for family, colour in zip(FAMILIES, style.colours(len(FAMILIES)), strict=True):
         part = table[table["family"] == family]
-        steps, color = part["steps_after"] + 3 * (number - 1), f"C{number}"
-        left.errorbar(steps, part["apart"], part["apart_error"], color=color, fmt="o-", label=labels[family])
-        left.plot(part["steps_after"], part["expected"], "--", color=color)
-        part = part[part["steps_after"] > 0]
-        steps = part["steps_after"] + 3 * (number - 1)
-        right.errorbar(
-            steps, part["within"], part["within_error"], color=color, fmt="o-", label=labels[family]
-        )
-    left.plot([], [], "--", color="0.4", label="left by the slopes")
-    left.axhline(0, color="0.7", linewidth=0.8)
-    left.set(ylabel="variance between parents' places,\nunit: the noise's at the last step")
-    left.legend()
-    right.axhline(1, color="0.7", linewidth=0.8)
-    right.set(ylabel="variance of children about their parent's mean,\nmeasured / predicted", ylim=(0, None))
-    for axes in (left, right):
-        axes.set_xlabel("steps after the decay")
-    figure.suptitle(title)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+        # what families have in common lies on one line
+        label = {"whole": "whole parent", "rest": "its rest alone", "tracked": "its x alone"}[family]
+        for ax, name in ((left, "apart"), (right, "within")):
+            shown = part[part[name] > 1e-3]
+            ax.errorbar(
+                shown["steps_after"], shown[name], shown[f"{name}_error"], fmt="o-", color=colour, label=label
+            )
+    whole = table[table["family"] == "whole"]
+    left.plot(
+        whole["steps_after"], whole["expected"], "--", color=style.MARK, label="what the slopes leave of x"
+    )
+    left.set_yscale("log")
+    left.set(title="between parents", ylabel="variance / the noise's at the last step")
+    left.legend(title="started from", fontsize=8.5)
+    right.axhline(1, color=style.MARK, linewidth=0.8)
+    right.set(title="of children about their parent's mean", ylabel="variance, measured / predicted")
+    right.set_ylim(bottom=0)
+    for ax in (left, right):
+        ax.set_xlabel("steps after the decay")
+    return figure
 
 
 def main() -> None:
@@ -230,6 +229,7 @@ def main() -> None:
     parser.add_argument("--children", type=int, default=4, help="of a parent in each family, ≥ 2")
     parser.add_argument("--after", type=int, nargs="+", default=[25, 50, 100, 200, 300, 500], metavar="STEPS")
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--name", help="of the files; the ensemble's by default")
     args = parser.parse_args()
     if args.replicas < 3 or args.children < 2:
         raise SystemExit("give at least --replicas 3 and --children 2")
@@ -269,9 +269,12 @@ def main() -> None:
     table.insert(0, "learning_rate", float(rates[0]))
     table.insert(0, "ensemble", f"{run}/{args.ensemble.name}")
     args.output.mkdir(parents=True, exist_ok=True)
-    path = args.output / f"{args.ensemble.name}_step_{args.step}.csv"
+    path = args.output / f"{args.name or args.ensemble.name}_step_{args.step}.csv"
     table.to_csv(path, index=False, float_format="%.5g")
-    drawn(table, f"{run}, {args.ensemble.name}, from step {args.step} on", path.with_suffix(".png"))
+    figure = drawn(
+        table, f"Places after a decay: {args.name or args.ensemble.name}, from step {args.step} on"
+    )
+    style.save(figure, path.with_suffix(""))
     print(table.to_string(index=False))
     print(f"written to {path}")
 
