@@ -25,7 +25,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(READY) ## Train on digits, two seeds, and open up robust overfitting in a report
+demo: $(READY) ## Train on digits with AT, AWP and WCI-LR, and open up robust overfitting in a report
 	@$(BIN)/robustdyn-train experiment=demo
 
 test: $(READY) ## Run the tests
