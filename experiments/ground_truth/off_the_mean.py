@@ -131,7 +131,7 @@ def main() -> None:
     ensemble, state = opened(args.ensemble, args.step, args.replicas)
     training = training_of(ensemble, state, ensemble.learning_rate[: args.step].tolist())
     start, row = ensemble.start, ensemble.steps.tolist().index(args.step)
-    moves = [replica.move for replica in repeat(ensemble, state, args.step, args.replicas)]
+    moves = repeat(ensemble, state, args.step, args.replicas)
     mean = torch.stack(moves).mean(dim=0)
     networks = args.replicas
     rows, base = [], measured([state.model] * networks, training, start, args.batches)

@@ -197,7 +197,6 @@ def drawn(table: pd.DataFrame, title: str) -> Figure:
     left, right = figure.subplots(1, 2)
     for family, colour in zip(FAMILIES, style.colours(len(FAMILIES)), strict=True):
         part = table[table["family"] == family]
-        # what families have in common lies on one line
         label = {"whole": "whole parent", "rest": "its rest alone", "tracked": "its x alone"}[family]
         for ax, name in ((left, "apart"), (right, "within")):
             shown = part[part[name] > 1e-3]
@@ -241,8 +240,13 @@ def main() -> None:
         raise SystemExit(f"--step={args.step} has no decay after it")
     at = ensemble.path_steps.tolist()
     point = ensemble.path[at.index(args.step)] if args.step in at else ensemble.start
-    moves = [replica.move for replica in repeat(ensemble, state, args.step, args.replicas)]
     steps = [0, *args.after]
+    if not np.isfinite(point.slopes).all():
+        raise SystemExit(f"{args.ensemble} has no slopes; make it with start.slope_batches=64")
+    law = predicted(
+        ensemble, point, float(rates[0]), steps
+    )  # what it cannot do, it says before the long work
+    moves = repeat(ensemble, state, args.step, args.replicas)
     found = {}
     for number, (family, begin) in enumerate(starts(moves, ensemble.start.directions).items(), start=1):
         each = []
@@ -261,7 +265,7 @@ def main() -> None:
                 )
             )
         found[family] = np.stack(each)
-    table = rows(found, predicted(ensemble, point, float(rates[0]), steps), steps)
+    table = rows(found, law, steps)
     run = args.ensemble.parent.parent.name
     table.insert(0, "parents", args.replicas)
     table.insert(0, "children", args.children)

@@ -1,7 +1,6 @@
 """What scripts here share: an ensemble's replicas, trained once more to get at their weights."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,24 +16,11 @@ from robustdyn.replicas import (
     MomentumUpdate,
     Recorded,
     RecordedEnsemble,
-    Sampling,
     Training,
     TrainingState,
     read_ensemble,
 )
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Replica:
-    """One replica at a step.
-
-    Attributes:
-        move: θ − θ_0 (P,), float32.
-        loss: Robust loss over all training examples, in nats.
-    """
-
-    move: Tensor
-    loss: float
+from robustdyn.replicas.prediction import sampling_of
 
 
 def opened(directory: Path, step: int, replicas: int) -> tuple[RecordedEnsemble, TrainingState]:
@@ -78,19 +64,14 @@ def training_of(ensemble: RecordedEnsemble, state: TrainingState, learning_rate:
             initial_buffer=None,
         ),
         learning_rate=learning_rate,
-        sampling=Sampling(
-            examples=said["examples"],
-            batch_size=said["sampling.batch_size"],
-            replacement=said["sampling.replacement"],
-            drop_last=said["sampling.drop_last"],
-        ),
+        sampling=sampling_of(ensemble),
         batchnorm="eval",
         seed=said["seed"],
     )
 
 
-def repeat(ensemble: RecordedEnsemble, state: TrainingState, step: int, replicas: int) -> list[Replica]:
-    """The first replicas at a step; says how far off their record each one comes out."""
+def repeat(ensemble: RecordedEnsemble, state: TrainingState, step: int, replicas: int) -> list[Tensor]:
+    """Moves θ − θ_0 (P,), float32, of the first replicas at a step; says how far off the record they are."""
     recorded = Recorded(
         steps=(step,),
         loss_steps=(step,),
@@ -114,5 +95,5 @@ def repeat(ensemble: RecordedEnsemble, state: TrainingState, step: int, replicas
         move, loss = torch.from_numpy(arrays["mean_move"][0, 0]), float(arrays["robust_loss"][0, 0])
         away = np.abs(arrays["position"][0, 0] - ensemble.position[number, row]).max()
         print(f"replica {number}: loss {loss:.4f}, off the record by {away / scale:.1e} of the largest")
-        found.append(Replica(move=move, loss=loss))
+        found.append(move)
     return found
