@@ -59,8 +59,17 @@ STUDIES: Mapping[str, type[RobustOverfitting]] = {
     "awp": WeightPerturbation,
 }
 STUDY_NAMES = {"at": "robust-overfitting study", "awp": "AWP study"}
-EXECUTIONS = {"default": "float32", "bf16": "bf16", "compiled": "float32 compiled", "fast": "bf16 compiled"}
-METHODS = {"at": ("default", "bf16", "compiled", "fast"), "awp": ("default", "bf16", "fast")}
+EXECUTIONS = {
+    "default": "float32",
+    "bf16": "bf16",
+    "compiled": "float32 compiled",
+    "fast": "bf16 compiled",
+    "graphs": "bf16 compiled, CUDA graphs",
+}
+METHODS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "cpu": {"at": ("default", "bf16", "compiled", "fast"), "awp": ("default", "bf16", "fast")},
+    "cuda": {"at": ("default", "bf16", "fast", "graphs"), "awp": ("default", "fast")},
+}
 NAMES = {"at": "AT", "awp": "AWP"}
 BARE = "bare loop, AT, float32"
 TARGETS = {
@@ -87,9 +96,11 @@ def overrides(
     steps: int,
 ) -> list[str]:
     """What ``robustdyn-train`` is asked: a run on the images in ``root``, without measurements."""
+    chosen = ["execution=fast", "execution.compile=reduce-overhead"]
     found = [
         *("data=cifar10", f"data.root={root}", "data.partial=true", f"data.batch_size={batch}"),
-        *(f"method={method}", f"execution={execution}", "measure=none", "name=benchmark", f"seed={SEED}"),
+        *(f"method={method}", "measure=none", "name=benchmark", f"seed={SEED}"),
+        *(chosen if execution == "graphs" else [f"execution={execution}"]),
         *(f"model.width={width}", f"attack.steps={steps}"),
     ]
     if device.type == "cuda":
@@ -275,12 +286,21 @@ class Study:
     """A study's loop on batches that lie ready; the first of every round is not timed."""
 
     def __init__(
-        self, loop: RobustOverfitting, batches: Sequence[tuple[Tensor, Tensor]], device: torch.device
+        self,
+        loop: RobustOverfitting,
+        batches: Sequence[tuple[Tensor, Tensor]],
+        device: torch.device,
+        *,
+        tf32: bool = True,
     ) -> None:
-        self.loop, self._batches, self._device = loop, batches, device
+        self.loop, self._batches, self._device, self._tf32 = loop, batches, device, tf32
 
     def seconds(self) -> float:
-        with kernels(deterministic=False, benchmark=self._device.type == "cuda"):
+        cuda = self._device.type == "cuda"
+        with (
+            kernels(deterministic=False, benchmark=cuda),
+            torch.backends.cudnn.flags(deterministic=False, benchmark=cuda, allow_tf32=self._tf32),
+        ):
             for number, (images, targets) in enumerate(self._batches):
                 self.loop.step(images, targets)
                 if number == 0:
@@ -405,7 +425,7 @@ def variants(
     settings = sizes(args)
     calls: dict[str, Callable[[], float]] = {}
     runs: dict[str, Ours] = {}
-    for method, executions in METHODS.items():
+    for method, executions in METHODS[device.type].items():
         for execution in executions:
             if args.compile or execution in ("default", "bf16"):
                 name = ours(method, execution)
@@ -415,6 +435,13 @@ def variants(
         calls[STUDY_NAMES[method]] = Study(
             study(STUDIES[method], args.width, args.steps, start, device=device), batches, device
         ).seconds
+        if device.type == "cuda":  # PyTorch's default lets cuDNN round convolutions to TensorFloat-32
+            calls[f"{STUDY_NAMES[method]}, TF32 off"] = Study(
+                study(STUDIES[method], args.width, args.steps, start, device=device),
+                batches,
+                device,
+                tf32=False,
+            ).seconds
     for name, run in runs.items():
         calls[name] = run.seconds
         calls[limit_of(name)] = Limit(run, 2 if NAMES["awp"] in name else 1, args.batches, device).seconds
@@ -443,7 +470,7 @@ def summarise(
     for name, times in seconds.items():
         summary[name] = {"seconds": spread(times)}
     targets: dict[str, Any] = {}
-    for method, executions in METHODS.items():
+    for method, executions in METHODS[device.type].items():
         for execution in executions:
             name = ours(method, execution)
             if name not in runs:
@@ -544,7 +571,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 steps=args.steps,
                 updates=args.updates,
             )
-            for method in METHODS
+            for method in STUDIES
         }
         print(f"relative differences after {args.updates} float64 steps: {found}")
         if max(max(values.values()) for values in found.values()) > TOLERANCE:
@@ -568,7 +595,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     summary["seconds of compiling"] = compilation
     summary["graphs compiled during the rounds"] = again
     common.write_result(
-        Path(__file__).stem,
+        Path(__file__).stem + ("_gpu" if device.type == "cuda" else ""),
         question="A step of adversarial training: ours against the studies' loops and against its limit",
         settings=told(args, device),
         summary=summary,
