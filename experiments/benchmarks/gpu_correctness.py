@@ -1,6 +1,6 @@
 """Does training on a GPU compute what it computes on a CPU?
 
-Small runs on digits, each a ``robustdyn-train`` of its own, all at the same time: AT, AWP and TRADES in float64
+Small runs on digits, each a ``robustdyn-train`` of its own, all at once: AT, AWP and TRADES in float64
 and float32 on both devices, with measurements; the same run twice on the GPU; and a run that goes on from its
 checkpoint beside one that was never stopped. Random starts of the attack are switched off where devices are
 compared, because a GPU draws other random numbers than a CPU.
