@@ -586,7 +586,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             lap = call()
             if compiled_graphs() > graphs:
                 compilation[name] = round(time.perf_counter() - began - lap * (1 + args.batches), 1)
-            print(f"warmed up: {name}", flush=True)
+            print(f"warmed up in {time.perf_counter() - began:.1f} s: {name}", flush=True)
         graphs = compiled_graphs()
         times = common.alternate(calls, args.rounds)
         again = compiled_graphs() - graphs
