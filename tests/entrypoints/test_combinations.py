@@ -21,6 +21,11 @@ REFUSED = [
         "trainer.precision=bf16-true holds the weights and the metrics in half precision; choose bf16-mixed",
     ),
     (
+        ("+trainer.overfit_batches=2",),
+        "trainer.overfit_batches=2 would take other images in every epoch, because the order is drawn for "
+        "all of them; choose data.train_size",
+    ),
+    (
         ("schedule=wci", "~measure.measurements.weight_curvature"),
         "schedule WCIRate follows the measured table wci, but measure.measurements has nothing that measures "
         "it; keep measure.measurements.weight_curvature or choose another schedule",
@@ -130,6 +135,7 @@ LAWLESS = {
     "adamw": (("optimizer=adamw",), "optimizer=AdamW"),
     "nesterov": (("optimizer.nesterov=true",), "optimizer.nesterov=true"),
     "weights": (("regularizer.weight_decay_on=weights",), "regularizer.weight_decay_on=weights"),
+    "clipped": (("+trainer.gradient_clip_val=0.5",), "trainer.gradient_clip_val=0.5"),
 }
 STATIONARY = {
     "spectrum": ("posterior_variance_stationary", "stable", "curvature_term", "log_variance_term"),
@@ -143,7 +149,8 @@ STATIONARY = {
 
 
 @pytest.mark.parametrize(
-    "name", ["adam", *(pytest.param(n, marks=pytest.mark.slow) for n in LAWLESS if n != "adam")]
+    "name",
+    ["adam", "clipped", *(pytest.param(n, marks=pytest.mark.slow) for n in ("adamw", "nesterov", "weights"))],
 )
 def test_without_plain_momentum_everything_but_its_law_is_recorded(name, tmp_path, monkeypatch, capsys):
     overrides, culprit = LAWLESS[name]

@@ -28,6 +28,7 @@ VARIANTS = {
         "data.mixup=0.7",
         "averaging=ema",
     ),
+    "float64": ("trainer.precision=64-true", "averaging=ema"),
     "wci_lr": ("method=wci_lr", "schedule.start_epoch=1", "schedule.threshold=1e-6", "schedule.interval=1"),
 }
 AT_ENDS = ("measure.epochs=every 1",)
@@ -35,7 +36,7 @@ OFTEN = "checkpoint.every_minutes=1e-9"  # after every step
 
 
 def arguments(variant, *more):
-    tiny = [o for o in TINY if variant == "at" or not o.startswith(("schedule.", "model."))]
+    tiny = [o for o in TINY if variant in ("at", "float64") or not o.startswith(("schedule.", "model."))]
     if "wide" not in " ".join(VARIANTS[variant]):
         tiny = [*tiny, *(o for o in TINY if o.startswith("model.") and o not in tiny)]
     return [*tiny, *VARIANTS[variant], "report=false", *more]

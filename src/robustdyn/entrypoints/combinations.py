@@ -34,6 +34,11 @@ def _trainer(cfg: DictConfig) -> None:
             f"trainer.precision={precision} holds the weights and the metrics in half precision; choose "
             "bf16-mixed (execution=bf16)"
         )
+    if overfit := cfg.trainer.get("overfit_batches"):
+        raise ConfigError(
+            f"trainer.overfit_batches={overfit} would take other images in every epoch, because the order is "
+            f"drawn for all of them; choose data.train_size for a few images"
+        )
     if cfg.trainer.inference_mode:
         raise ConfigError(
             "trainer.inference_mode=true leaves the attacks of an evaluation without gradients; choose false"

@@ -118,6 +118,12 @@ def check_run(run: DictConfig, remedy: str) -> None:
         raise ConfigError(
             f"regularizer.l1={penalty} of the run is not 0, which replicas do not know; {remedy}"
         )
+    for key, plain in (("accumulate_grad_batches", 1), ("gradient_clip_val", None)):
+        if (value := run.trainer.get(key, plain)) not in (plain, 0):
+            raise ConfigError(
+                f"trainer.{key}={value} of the run changes its steps in a way that replicas do not know; "
+                "train without it"
+            )
 
 
 def description(run: DictConfig) -> dict[str, object]:

@@ -68,7 +68,7 @@ def write_posterior(run: Run, interpolation: Interpolation | None) -> int:
 
 
 def _require_plain_momentum(run: Run) -> None:
-    """Refuse what :func:`robustdyn.methods.is_plain_momentum` would, from the configuration alone."""
+    """Refuse what ``AdversarialTraining.plain_momentum`` would, from the configuration alone."""
     optimizer = run.config.get("optimizer", {})
     if not isinstance(optimizer, Mapping) or "_target_" not in optimizer:
         return  # of another program: the settings that are missing will be named
@@ -82,10 +82,12 @@ def _require_plain_momentum(run: Run) -> None:
         found = f"optimizer.dampening={optimizer['dampening']}"
     elif decay and on != "all":
         found = f"regularizer.weight_decay_on={on}"
+    elif clip := run.config.get("trainer", {}).get("gradient_clip_val"):
+        found = f"trainer.gradient_clip_val={clip}"
     if found is not None:
         raise RecordError(
             f"{run.path}: trained with {found}, but the posterior is that of momentum SGD without Nesterov, "
-            "dampening or several weight decays; train with optimizer=sgd"
+            "dampening, several weight decays or clipped gradients; train with optimizer=sgd"
         )
 
 

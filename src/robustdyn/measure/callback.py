@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from robustdyn import streams
 from robustdyn.curvature import EmpiricalRisk, Precision, shard
 from robustdyn.data import ImageDataModule
-from robustdyn.errors import ConfigError
+from robustdyn.errors import ConfigError, TrainingError
 from robustdyn.measure.snapshot import Eigenpairs, Snapshot
 from robustdyn.measure.when import EpochSpec, measured_epochs
-from robustdyn.methods import AdversarialTraining, is_plain_momentum
+from robustdyn.methods import AdversarialTraining
 from robustdyn.models.modes import mode
 from robustdyn.records import RunRecords
 
@@ -109,14 +109,19 @@ class Measure(Callback):
                     f"measure.examples={self._examples} cannot be spread over {trainer.world_size} devices; "
                     "choose at least one for each"
                 )
-        if self._epochs and trainer.is_global_zero and not is_plain_momentum(trainer.optimizers[0]):
+        if self._epochs and trainer.is_global_zero and not pl_module.plain_momentum:
             _log.warning(
-                "the stationary laws recorded are those of momentum SGD without Nesterov, dampening or "
-                "several weight decays: with this optimiser their columns stay empty"
+                "the stationary laws recorded are those of momentum SGD without Nesterov, dampening, several "
+                "weight decays or clipped gradients: with this optimiser their columns stay empty"
             )
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Measure, if this epoch is one of those set."""
+        """Measure, if this epoch is one of those set.
+
+        Raises:
+            ConfigError: The learning-rate rule cannot follow what was measured.
+            TrainingError: Losses or products are not finite.
+        """
         assert isinstance(pl_module, AdversarialTraining)
         measurements = self._due(trainer.current_epoch, pl_module.schedule.reads)
         if not measurements:
@@ -129,11 +134,17 @@ class Measure(Callback):
         ):
             began = time.perf_counter()
             snapshot = self._snapshot(trainer, pl_module)
-            for measurement in measurements:
-                for table, row in measurement.measure(snapshot):
-                    if trainer.is_global_zero:
-                        self._records.append(table, row)
-                    _observe(pl_module, table, row)
+            try:
+                for measurement in measurements:
+                    for table, row in measurement.measure(snapshot):
+                        if trainer.is_global_zero:
+                            self._records.append(table, row)
+                        _observe(pl_module, table, row)
+            except FloatingPointError as error:
+                raise TrainingError(
+                    f"the network cannot be measured after epoch {trainer.current_epoch}, because training "
+                    f"diverged ({error}); a lower optimizer.lr may help"
+                ) from error
             seconds = time.perf_counter() - began
         if trainer.is_global_zero:
             self._records.extend("costs", list(_costs(snapshot, seconds)))
@@ -161,8 +172,11 @@ class Measure(Callback):
         starts = attack.start(
             subset.images, streams.generator(module.seed, "measure-attack", device=module.device)
         )
+        precision = module.dtype  # of the weights, as Lightning gives training its images
         images, labels, starts = shard(
-            (subset.images, subset.targets, starts), trainer.global_rank, trainer.world_size
+            (subset.images.to(precision), subset.targets, starts.to(precision)),
+            trainer.global_rank,
+            trainer.world_size,
         )
         if self._inputs == "adversarial":
             # in batches as large as training's: measuring must not need more activations than training does
@@ -183,7 +197,7 @@ class Measure(Callback):
             risk=risk,
             optimizer=module.last_step,
             train_examples=len(data.split("train").labels),
-            batch_size=data.batch_size,
+            batch_size=data.batch_size * trainer.accumulate_grad_batches,
             seed=module.seed,
             eigenpairs=self._eigenpairs,
             starts=self._starts,

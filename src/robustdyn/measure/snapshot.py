@@ -82,7 +82,7 @@ class Snapshot:
         risk: Mean loss over the measurement set, its adversarial examples held fixed.
         optimizer: Settings of the last optimiser step.
         train_examples: n, size of the training set.
-        batch_size: B, examples a mini-batch holds over all ranks.
+        batch_size: B, examples that one optimiser step averages over, on all ranks together.
         seed: The run's seed.
         eigenpairs: How leading eigenpairs are found.
         starts: Starting vectors (P,) for ``"hessian"`` and ``"noise"``, where there are any.

@@ -49,7 +49,7 @@ class _Examples(NamedTuple):
 class OptimizerState(NamedTuple):
     """Settings of the optimiser's last step, as momentum SGD knows them.
 
-    ``plain``: whether the step is that of the theory's laws; see :func:`is_plain_momentum`.
+    ``plain``: whether the step is that of the theory's laws; see :attr:`AdversarialTraining.plain_momentum`.
     """
 
     learning_rate: float
@@ -74,7 +74,9 @@ class AdversarialTraining(lightning.LightningModule):
     Random numbers of the attack are a function of (seed, step) in training and of (seed, split, batch) in
     evaluation, so they do not depend on what else the run does and every epoch is evaluated from the same
     random starts. They are drawn for the whole batch before a rank takes its part, and the loss of a part
-    weighs by its examples: a data-parallel step is that of one process.
+    weighs by its examples: a data-parallel step is that of one process. So do the batches whose gradients
+    ``Trainer(accumulate_grad_batches=N)`` adds up to one step: their step is that of the one large batch, but
+    for BatchNorm's statistics.
 
     Args:
         model: Network from images in [0, 1] to logits.
@@ -125,6 +127,11 @@ class AdversarialTraining(lightning.LightningModule):
         self.last_step: OptimizerState | None = None
         execution.prepare(model)
 
+    @property
+    def plain_momentum(self) -> bool:
+        """Whether the trainer's steps are those of the theory's laws: plain momentum SGD, nothing clipped."""
+        return is_plain_momentum(self.trainer.optimizers[0]) and not self.trainer.gradient_clip_val
+
     def configure_optimizers(self) -> Any:
         """The optimiser, its rate set by ``schedule`` at every step."""
         optimizer = self._optimizer_factory(self.regularizer.parameter_groups(self.model))
@@ -159,6 +166,31 @@ class AdversarialTraining(lightning.LightningModule):
             )
         self.stopwatch.use(self.device)
 
+    def on_train_start(self) -> None:
+        """See that an epoch's last batch can be normalised, before long work starts.
+
+        Raises:
+            ConfigError: It holds one image, and BatchNorm needs two values of each channel.
+        """
+        loader = self.trainer.train_dataloader
+        if not isinstance(loader, TensorBatches) or loader.part(len(loader) - 1).whole > 1:
+            return
+        image = self.execution.images(loader.data.batch(torch.zeros(1, dtype=torch.int64)).images)
+        try:
+            with (
+                torch.no_grad(),
+                frozen_statistics(self.model),
+                mode(self.model, training=True),
+                self.execution.eager(),
+            ):
+                self.model(image.to(self.dtype))
+        except ValueError as error:
+            raise ConfigError(
+                f"data.batch_size={loader.batch_size} leaves one of {len(loader.data)} training images for "
+                "the last batch of an epoch, which BatchNorm cannot normalise; change data.batch_size or "
+                "data.train_size"
+            ) from error
+
     def on_train_epoch_start(self) -> None:
         """Start the epoch's metrics afresh, at the rate that the last measurement asks for."""
         self._epoch_metrics = None
@@ -174,8 +206,10 @@ class AdversarialTraining(lightning.LightningModule):
             group["lr"] = base * rule(scheduler.last_epoch)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Seed what draws from the global generators, dropout say, by seed, step and rank."""
-        streams.seed_global(self.seed, "global", self.global_step, self.global_rank)
+        """Seed what draws from the global generators, dropout say, by seed, step, rank and its batch."""
+        number = batch_idx % self.trainer.accumulate_grad_batches
+        counters = (self.global_step, self.global_rank, *([number] if number else []))
+        streams.seed_global(self.seed, "global", *counters)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """At an epoch's end all ranks take the first one's statistics: one network is measured."""
@@ -193,16 +227,34 @@ class AdversarialTraining(lightning.LightningModule):
         The epoch's training metrics are those at the unperturbed weights, whatever the perturbation.
         """
         part = self._part(self.trainer.train_dataloader, batch_idx, batch)
+        number = batch_idx % self.trainer.accumulate_grad_batches
         with self.execution.step(len(batch.images), "train"):
-            loss = self._train_on(_Examples(self.execution.images(batch.images), batch.targets), part)
+            loss = self._train_on(_Examples(self.execution.images(batch.images), batch.targets), part, number)
         self._note_optimizer()
-        return loss + self.regularizer.penalty(self.model)
+        of_examples, of_batches = self._accumulation(batch_idx - number, part)
+        return of_examples * loss + of_batches * self.regularizer.penalty(self.model)
 
-    def _train_on(self, batch: _Examples, part: Part) -> Tensor:
-        """The loss whose gradient, averaged over ranks, is that of the whole batch's mean loss."""
+    def _accumulation(self, first: int, part: Part) -> tuple[float, float]:
+        """What a batch's loss and the penalty weigh in a step whose first batch has this number.
+
+        Lightning divides each by the number of batches that a step should have. The last step of an epoch may
+        have fewer, and its last batch fewer images.
+        """
+        wanted, loader = self.trainer.accumulate_grad_batches, self.trainer.train_dataloader
+        if wanted == 1 or not isinstance(loader, TensorBatches):
+            return 1.0, 1.0
+        numbers = range(first, min(first + wanted, int(self.trainer.num_training_batches)))
+        images = sum(loader.part(number).whole for number in numbers)
+        return wanted * part.whole / images, wanted / len(numbers)
+
+    def _train_on(self, batch: _Examples, part: Part, number: int) -> Tensor:
+        """The loss whose gradient, averaged over ranks, is that of the whole batch's mean loss.
+
+        ``number`` counts the batches of one optimiser step.
+        """
         weight = self.trainer.world_size * len(batch.images) / part.whole
         with self.stopwatch.section("attack"):
-            adversarial = self._attacked(batch, part)
+            adversarial = self._attacked(batch, part, number)
         if self.perturbation is None or self.current_epoch < self.perturbation.warmup_epochs:
             outcome = self._outcome(batch, adversarial)
             self._update("train", batch, outcome.robust_logits)
@@ -253,7 +305,9 @@ class AdversarialTraining(lightning.LightningModule):
         checkpoint["epoch_sums"] = self._metrics_of("train").sums()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with the rule where the checkpoint left it."""
+        """Go on with the rule where the checkpoint left it, in the precision of its weights."""
+        # before the weights are read: Lightning converts the network only after it
+        self.trainer.precision_plugin.convert_module(self)
         self.schedule.load_state_dict(checkpoint["schedule"])
         self._metrics_of("train").take_sums(checkpoint["epoch_sums"] if self.global_rank == 0 else {})
 
@@ -294,14 +348,14 @@ class AdversarialTraining(lightning.LightningModule):
         assert part.places.stop - part.places.start == len(batch.images)
         return part
 
-    def _attacked(self, batch: _Examples, part: Part) -> Tensor:
+    def _attacked(self, batch: _Examples, part: Part, number: int) -> Tensor:
         """The adversarial images, made once per step; the batch's own images where there is no attack."""
         with torch.no_grad(), self.attack.mode(self.model):
             loss = self.objective.attack_loss(self.model, batch.images)
         if loss is None:
             return batch.images
         adversarial = self._perturbed(
-            self.attack, batch, part, self._generator("attack", self.global_step), loss
+            self.attack, batch, part, self._generator("attack", self.global_step, number), loss
         )
         # half-precision copies of the weights that autocast made without gradient must not serve the descent
         torch.clear_autocast_cache()
@@ -343,13 +397,13 @@ class AdversarialTraining(lightning.LightningModule):
         assert isinstance(metrics, RobustMetrics)
         return metrics
 
-    def _generator(self, stream: str, counter: int) -> torch.Generator:
-        return streams.generator(self.seed, stream, counter, 0, device=self.device)
+    def _generator(self, stream: str, counter: int, number: int = 0) -> torch.Generator:
+        return streams.generator(self.seed, stream, counter, number, device=self.device)
 
     def _note_optimizer(self) -> None:
         # The scheduler moves on before any end-of-epoch hook runs: what the step used is known only here.
         optimizer = self.trainer.optimizers[0]
         group = optimizer.param_groups[0]
         self.last_step = OptimizerState(
-            group["lr"], group.get("momentum", 0.0), group["weight_decay"], is_plain_momentum(optimizer)
+            group["lr"], group.get("momentum", 0.0), group["weight_decay"], self.plain_momentum
         )
