@@ -12,6 +12,7 @@ from tests.curvature.reference import PIECEWISE_LINEAR, dense_hessian, generator
 from tests.tolerances import EXACT64, MC_SIGMAS
 
 SEEDS = (0, 1, 2)
+LATE = 0.25  # the first pixel of an example in the middle of the set
 
 
 def traces_of(risk: EmpiricalRisk, **changes: object) -> LayerTraces:
@@ -221,6 +222,66 @@ class Borrowed(nn.Module):
         return self.b(hidden + F.linear(hidden, self.a.weight))
 
 
+class Beside(Borrowed):
+    """Uses a layer's weight outside the layer, on the network's input."""
+
+    def forward(self, x):
+        x = x.flatten(1)
+        return self.b(self.a(x).relu() + F.linear(x, self.a.weight))
+
+
+class Branching(Borrowed):
+    """Another function for some examples, which come late in the set."""
+
+    def forward(self, x):
+        hidden = self.a(x.flatten(1))
+        late = (x[:, 0, 0, 0] == LATE)[:, None]
+        return self.b(torch.where(late, F.gelu(hidden), hidden.relu()) if bool(late.any()) else hidden.relu())
+
+
+class Gated(Borrowed):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(72, 72)
+
+    def forward(self, x):
+        x = x.flatten(1)
+        return self.b(self.a(x) * self.gate(x).sigmoid())
+
+
+class Squared(Borrowed):
+    def forward(self, x):
+        hidden = self.a(x.flatten(1))
+        return self.b(hidden * hidden)
+
+
+class Divided(Borrowed):
+    def forward(self, x):
+        hidden = self.a(x.flatten(1)).relu()
+        return self.b(hidden / (1 + hidden.sum(dim=1, keepdim=True)))
+
+
+class Late(nn.Module):
+    """The first layer to be registered is the last to act."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.stem = nn.Linear(8, 3), nn.Linear(72, 8)
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x):
+        x = F.gelu(self.stem(x.flatten(1)))
+        for block in self.blocks:
+            x = block(x).relu() + x
+        return self.head(x)
+
+
+def hooked() -> nn.Module:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(72, 72), nn.ReLU(), nn.Linear(72, 3))
+    model[1].register_forward_hook(lambda module, inputs, output: output.clamp(max=1.0))
+    return model
+
+
 class Scaled(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -254,10 +315,20 @@ def reparametrised() -> nn.Module:
 
 
 OBSTACLES = {
-    "module": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(72, 3), nn.Tanh()), "Tanh '2' is not known"),
-    "function": (lambda: Functional(F.silu), "not piecewise linear"),
+    "module": (
+        lambda: nn.Sequential(nn.Flatten(), nn.Linear(72, 3), nn.Tanh()),
+        "Tanh is not known to be piecewise linear, and '1.weight'",
+    ),
+    "function": (lambda: Functional(F.silu), "Silu is not known to be piecewise linear"),
     "reused": (Reused, "'conv' is called 2 times"),
-    "borrowed": (Borrowed, "per-example gradient of 'a.weight'"),
+    "borrowed": (Borrowed, "two numbers that both depend on 'a.weight'"),
+    "beside": (Beside, "'a.weight' is used outside of its layer"),
+    "branching": (Branching, "Gelu is not known to be piecewise linear"),
+    "gated": (Gated, "Sigmoid is not known to be piecewise linear"),
+    "squared": (Squared, "Mul multiplies two numbers that both depend on 'a.weight'"),
+    "divided": (Divided, "Div divides by a number that depends on 'a.weight'"),
+    "late": (Late, "Gelu is not known"),
+    "hooked": (hooked, "Linear '1' has forward hooks"),
     "owned": (Scaled, "owns parameters"),
     "mixing": (Mixing, "per-example gradient of"),
     "shared": (shared, "share a parameter"),
@@ -269,7 +340,8 @@ OBSTACLES = {
 def test_obstacles_lead_to_hutchinson_with_the_reason(name, caplog):
     build, reason = OBSTACLES[name]
     torch.manual_seed(0)  # in a few draws of Mixing the four ReLUs are dead on the examples looked at
-    risk = image_risk(build())
+    risk = image_risk(build(), chunk_size=2)
+    risk.inputs[2, 0, 0, 0] = LATE
     result = traces_of(risk, probes=2)
     assert result.estimator == "hutchinson"
     assert result.per_example is None

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from robustdyn.curvature.kernels import Precision
+from robustdyn.curvature.memory_layout import curves_channels_last
 from robustdyn.curvature.sharding import Shards
 from robustdyn.curvature.tape import Tape, count_saved_bytes, gradients
 
@@ -452,7 +453,7 @@ class EmpiricalRisk:
 
     def _takes_channels_last(self, parameters: Mapping[str, Tensor], inputs: Tensor, targets: Tensor) -> bool:
         """Images in this layout are faster on a CPU, but a model that flattens by ``view`` refuses them."""
-        if inputs.device.type != "cpu" or inputs.dim() != 4:
+        if inputs.device.type != "cpu" or inputs.dim() != 4 or not curves_channels_last(self.model):
             return False
         try:
             self.losses(parameters, inputs.contiguous(memory_format=torch.channels_last), targets)

@@ -37,6 +37,7 @@ class _Layer:
     module: nn.Module
     columns: dict[str, int]  # "weight" / "bias" -> column of the result
     calls: int = 0
+    node: Any = None  # of autograd, that made the layer's output
     cache: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -95,7 +96,7 @@ class SquaredGradientNorms:
         """Before each forward pass: forget the last one and set ``totals`` (examples, L) to zero."""
         self.totals = torch.zeros(examples, self.width, dtype=torch.float64, device=device)
         for layer in self._layers.values():
-            layer.calls = 0
+            layer.calls, layer.node = 0, None
             layer.cache.clear()
 
     def check_used_once(self) -> None:
@@ -108,6 +109,14 @@ class SquaredGradientNorms:
         for layer in self._layers.values():
             if layer.calls != 1:
                 raise UnsupportedPassError(f"layer {layer.name!r} is called {layer.calls} times in one pass")
+
+    def nodes(self) -> dict[str, Any]:
+        """For each tensor's name autograd's node that made its layer's output in the last forward pass."""
+        return {
+            ".".join(filter(None, (layer.name, kind))): layer.node
+            for layer in self._layers.values()
+            for kind in layer.columns
+        }
 
     def _after_forward(
         self, layer: _Layer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
@@ -122,6 +131,7 @@ class SquaredGradientNorms:
             raise UnsupportedPassError(
                 f"the output of layer {layer.name!r} is cut off from the model's input"
             )
+        layer.node = output.grad_fn
         # A tensor hook registered here keeps referring to this value if an in-place ReLU follows.
         output.register_hook(partial(self._after_backward, layer, inputs, inputs._version))
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from robustdyn.curvature.empirical_risk import BatchNormMode, EmpiricalRisk
+from robustdyn.curvature.example_gradients import UnsupportedPassError
 from robustdyn.curvature.gauss_newton_blocks import (
     exact_squared_norms,
     identity_obstacle,
@@ -83,7 +84,8 @@ def layer_traces(
     """The trace of every diagonal block of the Hessian, by the best estimator that is valid.
 
     The Gauss-Newton route (:mod:`robustdyn.curvature.gauss_newton_blocks`) is exact for piecewise linear
-    networks under cross-entropy, and its conditions are checked. Otherwise Hutchinson's estimator is applied
+    networks under cross-entropy. It is taken only where the graph that autograd recorded shows that these
+    conditions hold, on every chunk. Otherwise Hutchinson's estimator is applied
     to one block at a time. The shortcut v_kᵀ(Hv)_k from whole-model products is not offered: its noise,
     Σ_{j≠k}‖H_kj‖_F², is 1 to 12 times the trace per probe.
 
@@ -103,6 +105,7 @@ def layer_traces(
     Raises:
         ValueError: If the method is unknown, the Gauss-Newton route is demanded but not valid, probes are too
             few, or no tensor is left to measure.
+        FloatingPointError: If a trace is not finite.
     """
     began = time.perf_counter()
     if method not in ("auto", "gauss_newton", "hutchinson"):
@@ -117,14 +120,26 @@ def layer_traces(
     if method != "hutchinson":
         obstacle = identity_obstacle(risk, names, generator)
         if obstacle is None:
-            return _gauss_newton(risk, names, probes, exact_classes_up_to, generator, began)
+            try:
+                return _finite(_gauss_newton(risk, names, probes, exact_classes_up_to, generator, began))
+            except UnsupportedPassError as error:  # some examples take another way through the network
+                obstacle = str(error)
         if method == "gauss_newton":
             raise ValueError(
                 f"method='gauss_newton' is not exact here: {obstacle}; use 'auto' or 'hutchinson'"
             )
         reason = f"the Gauss-Newton identity does not hold: {obstacle}"
         _log.warning("layer traces by Hutchinson's estimator: %s", reason)
-    return _hutchinson(risk, names, probes, generator, known, reason, began)
+    return _finite(_hutchinson(risk, names, probes, generator, known, reason, began))
+
+
+def _finite(result: LayerTraces) -> LayerTraces:
+    if not bool(result.traces.isfinite().all()):
+        worst = result.names[int((~result.traces.isfinite()).nonzero()[0])]
+        raise FloatingPointError(
+            f"the trace of {worst!r} is not finite: on some examples the loss or its derivatives are not"
+        )
+    return result
 
 
 def _gauss_newton(

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from robustdyn.curvature.memory_layout import trains_channels_last
 from robustdyn.errors import ConfigError
 
 Compilation = Literal["none", "default", "reduce-overhead", "max-autotune"]
@@ -43,9 +44,13 @@ class Execution:
     def prepare(self, model: nn.Module) -> None:
         """Lay out the weights and arrange for compilation, which happens when the network is first used.
 
+        Where channels-last is unsafe on a CPU, the layout stays contiguous.
+
         Raises:
             ConfigError: Compilation is asked for where there is no C++ compiler.
         """
+        if not trains_channels_last(model):
+            self._layout = torch.contiguous_format
         for parameter in model.parameters():
             if parameter.dim() == 4:
                 parameter.data = parameter.data.contiguous(memory_format=self._layout)
