@@ -198,10 +198,10 @@ def _hutchinson(
     if probes < 2:
         raise ValueError(f"probes must be at least 2 to have a standard error, not {probes}")
     deflation = _Deflation(risk, known)
-    samples = torch.zeros(2, probes, len(names), dtype=torch.float64, device=risk.device)
     seeds = _chunk_generators(risk, generator)
     places = [risk.names.index(name) for name in names]
     with risk.guard(products=True):
+        samples = torch.zeros(2, probes, len(names), dtype=torch.float64, device=risk.device)
         for (tape, _), draws in zip(risk.tapes(), seeds, strict=True):
             for column, place in enumerate(places):
                 for probe in range(probes):

@@ -154,7 +154,7 @@ def xtrace(operator: LinearOperator, products: int, generator: torch.Generator) 
     whose remainder has a uniform direction, so they are Gaussian; with signs it would bias the estimate.
 
     The standard error is the paper's: the spread of the m estimates over √m. They share most of their
-    sketches, which correlates them, so it is somewhat too small: errors were 1.0 to 1.4 times what it states
+    sketches, which correlates them, so it is somewhat too small: errors were 1.0 to 1.5 times what it states
     (root mean square), the most where the spectrum decays steadily. Hutch++'s does not have this fault.
 
     Memory: two P×(products/2) matrices and a few vectors.
