@@ -31,7 +31,8 @@ from tests.processes import run_processes
 from tests.runs import TINY, command, compose, rows
 from tests.tolerances import EXACT32, EXACT64
 
-UNMEASURED = tuple(o for o in TINY if not o.startswith("measure."))
+# wide enough for the channels-last layout
+UNMEASURED = (*(o for o in TINY if not o.startswith("measure.")), "model.width=8")
 EXACTLY = {"rtol": 0.0, "atol": 0.0}
 
 
@@ -115,6 +116,17 @@ def test_the_layout_changes_rounding_only(in_both):
     assert_close(values(module), values(expected), **EXACT64)
     metrics, expected_metrics = module.epoch_metrics(), expected.epoch_metrics()
     assert metrics == pytest.approx(expected_metrics, rel=EXACT32["rtol"], abs=EXACT32["atol"])
+
+
+@pytest.mark.parametrize("channels", [2, 4, 7, 8])
+def test_a_narrow_strided_convolution_keeps_the_network_contiguous(channels):
+    """Channels-last, its weights' gradient overwrites other memory on processors without AVX-512."""
+    model = nn.Sequential(nn.Conv2d(8, channels, 3), nn.Conv2d(channels, 16, 1, stride=2))
+    execution = Execution(channels_last=True, compile="none")
+    execution.prepare(model)
+    images = execution.images(torch.rand(2, 8, 6, 6))
+    assert in_layout(channels == 8, [*model.parameters(), images])
+    assert not in_layout(channels < 8, [*model.parameters(), images])
 
 
 @pytest.mark.parametrize("channels_last", LAYOUTS)

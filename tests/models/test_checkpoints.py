@@ -109,6 +109,66 @@ def test_public_files_give_the_public_logits(build, state, logits, wrap, layout,
     assert expected.std() > 0.1
 
 
+def under(prefix, state):
+    return {prefix + name: value for name, value in state.items()}
+
+
+def normalised_outside(state):
+    """As a Sequential of a normalisation layer and the network."""
+    return {"0.mu": torch.tensor([0.1, 0.2, 0.3]), "0.sigma": torch.tensor([0.4, 0.5, 0.6])} | under(
+        "1.", state
+    )
+
+
+@pytest.mark.parametrize(
+    ("wrap", "normalised"),
+    [
+        (lambda state: {"net": state, "acc": 0.5, "epoch": 3}, False),
+        (lambda state: {"model": state, "optimizer": {"state": {}, "param_groups": []}}, False),
+        (lambda state: {"model_state_dict": state, "ema": state, "epoch": 3}, False),
+        (lambda state: {"teacher": state, "epoch": 3}, False),
+        (lambda state: under("_orig_mod.", state), False),
+        (lambda state: {"state_dict": under("module._orig_mod.", state)}, False),
+        (lambda state: under("module.model.net.", state), False),
+        (normalised_outside, True),
+        (lambda state: {"model": under("module.", normalised_outside(state))}, True),
+        (
+            lambda state: (
+                {
+                    "mean": torch.tensor([0.1, 0.2, 0.3]).view(1, 3, 1, 1),
+                    "std": torch.tensor([[0.4, 0.5, 0.6]]),
+                }
+                | under("model.", state)
+            ),
+            True,
+        ),
+    ],
+    ids=["net", "model", "ema", "only", "compiled", "both", "deep", "sequential", "parallel", "beside"],
+)
+@pytest.mark.parametrize("ours", [True, False], ids=["own", "public"])
+def test_wrappers_are_taken_off(wrap, normalised, ours, tmp_path):
+    theirs, model = public_preact(), preact().double().eval()
+    plain = preact().double().eval()
+    load_weights(plain, saved(theirs, tmp_path), layout="auto")
+    if ours:
+        theirs = plain.state_dict()
+    load_weights(model, saved(wrap(theirs), tmp_path), layout="auto")
+    assert same(model, plain.state_dict())
+    mean, std = ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)) if normalised else (MEAN, STD)
+    torch.testing.assert_close(model.mean.flatten(), torch.tensor(mean).double())
+    torch.testing.assert_close(model.std.flatten(), torch.tensor(std).double())
+
+
+def test_names_the_entries_that_it_cannot_tell_apart(tmp_path):
+    path = saved({"student": public_preact(), "teacher": public_preact()}, tmp_path)
+    assert "several of its entries hold tensors (student, teacher)" in refused(preact(), path, DataFileError)
+
+
+def test_refuses_a_normalisation_that_cannot_be(tmp_path):
+    wrong = normalised_outside(public_preact()) | {"0.sigma": torch.tensor([0.4, 0.0, 0.6])}
+    assert "its std of the pixels" in refused(preact(), saved(wrong, tmp_path), DataFileError)
+
+
 def test_unused_block_tells_awp_apart(tmp_path):
     path = saved(parallel(with_unused_block(public_wide())), tmp_path)
     assert load_weights(wide(), path, layout="auto") == "awp"

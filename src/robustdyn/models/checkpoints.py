@@ -32,6 +32,9 @@ _WIDE_RESNET = {
 }
 _PUBLIC = ("robust_overfitting", "awp")
 _SET_BY_DATA = ("num_classes", "in_channels")
+# Entries under which checkpoints keep their weights, the first that is there counts
+_ENTRIES = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "ema")
+_NORMALISATION = {"mean": ("mean", "mu"), "std": ("std", "sigma")}  # our buffers, and how others call them
 # A block that TRADES' WideResNet holds but never uses; AWP's evaluation of such files leaves it out too.
 _UNUSED = re.compile(r"sub_block\d+\.")
 
@@ -47,9 +50,14 @@ def load_weights(model: nn.Module, path: Path, *, layout: Layout) -> str:
             ``module.`` of ``nn.DataParallel``.
         awp: Wu et al. (NeurIPS 2020): the same; the unused block of TRADES' WideResNet is left out.
 
-    Those repositories normalise outside the network, and no file says how. ``model`` must have been built
-    with the mean and standard deviation that the file was trained with: those of the data for adversarial
-    training, but mean 0 and standard deviation 1 for the TRADES part of AWP. Nor do weights show strides.
+    The weights may be an entry of a dictionary (``state_dict``, ``model_state_dict``, ``model``, ``net``,
+    ``network``, ``weights`` or ``ema``, else the only one that holds tensors), and all names may have the
+    prefixes of wrappers (``module.``, ``_orig_mod.``, ``model.``, ``net.``, ``1.``).
+
+    The two repositories normalise outside the network, and their files do not say how. ``model`` must have
+    been built with the mean and standard deviation that the file was trained with: those of the data for
+    adversarial training, but mean 0 and standard deviation 1 for the TRADES part of AWP. A wrapper's ``mean``
+    and ``std`` (or ``mu`` and ``sigma``) are taken from the file. Weights do not show strides.
 
     Args:
         model: Takes the weights, in its own dtype and on its own device.
@@ -66,8 +74,9 @@ def load_weights(model: nn.Module, path: Path, *, layout: Layout) -> str:
     """
     if layout not in get_args(Layout):
         raise ConfigError(f"layout={layout} is not known; choose one of {', '.join(get_args(Layout))}")
-    weights = _without_prefix(_weights(path), "module.")
     own = model.state_dict()
+    weights, normalisation = _without_normalisation(_weights(path), own, model)
+    weights = _unwrapped(weights, own)
     found = _recognise(weights, own)
     if found is None:
         raise DataFileError(
@@ -82,9 +91,13 @@ def load_weights(model: nn.Module, path: Path, *, layout: Layout) -> str:
         )
     if used in _PUBLIC:
         weights = _renamed(weights)
-    elif weights.keys().isdisjoint(own):
-        weights = _without_prefix(weights, "model.")
     _check(weights, own, model, path)
+    for name, value in normalisation.items():
+        if not bool(value.isfinite().all()) or (name == "std" and not bool((value > 0).all())):
+            raise DataFileError(f"{path}: its {name} of the pixels is {value.tolist()}; get the file again")
+    for name, value in normalisation.items():
+        buffer = model.get_buffer(name)
+        buffer.copy_(value.reshape(-1, 1, 1).expand_as(buffer))
     model.load_state_dict(weights, strict=False)  # checked above; only BatchNorm's counters may be missing
     return used
 
@@ -95,16 +108,29 @@ def load_weights(model: nn.Module, path: Path, *, layout: Layout) -> str:
 def _weights(path: Path) -> dict[str, Tensor]:
     """The ``state_dict`` in the file, of a Lightning checkpoint the part that is the network."""
     content = _read(path)
-    state = content.get("state_dict", content) if isinstance(content, Mapping) else None
+    state = content
+    if isinstance(content, Mapping) and not _holds_weights(content):
+        named = [name for name in _ENTRIES if _holds_weights(content.get(name))]
+        entries = named[:1] or [name for name, value in content.items() if _holds_weights(value)]
+        if len(entries) > 1:
+            raise DataFileError(
+                f"{path}: several of its entries hold tensors ({_some(entries)}); save the network's alone: "
+                "torch.save(checkpoint[ENTRY], FILE)"
+            )
+        state = content[entries[0]] if entries else None
     if isinstance(content, Mapping) and isinstance(state, Mapping) and "pytorch-lightning_version" in content:
         state = {name: value for name, value in state.items() if str(name).startswith("model.")}
-    if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, Mapping) or not _holds_weights(state):
         names = f" ({_some(content)})" if isinstance(content, Mapping) else ""
         raise DataFileError(
             f"{path}: found a {type(content).__name__}{names}, not a state_dict; give the file of the "
             "network's weights, not of the optimiser's"
         )
     return {str(name): value for name, value in state.items()}
+
+
+def _holds_weights(value: object) -> bool:
+    return isinstance(value, Mapping) and bool(value) and all(isinstance(v, Tensor) for v in value.values())
 
 
 def _read(path: Path) -> object:
@@ -133,8 +159,7 @@ def _recognise(weights: Weights, own: Weights) -> Layout | None:
         return "robustdyn"  # whatever the names look like
     if _names_of_network(weights) is not None:
         return "awp" if any(map(_UNUSED.match, weights)) else "robust_overfitting"
-    known = not own.keys().isdisjoint(weights.keys() | _without_prefix(weights, "model.").keys())
-    return "robustdyn" if known else None
+    return None if own.keys().isdisjoint(weights) else "robustdyn"
 
 
 def _names_of_network(weights: Weights) -> dict[str, str] | None:
@@ -158,11 +183,33 @@ def _renamed(weights: Weights) -> dict[str, Tensor]:
     return renamed
 
 
-def _without_prefix(weights: Weights, prefix: str) -> dict[str, Tensor]:
-    """Without a prefix that all names have."""
-    if all(name.startswith(prefix) for name in weights):
-        return {name.removeprefix(prefix): value for name, value in weights.items()}
-    return dict(weights)
+def _unwrapped(weights: Weights, own: Weights) -> Weights:
+    """Without the wrappers' names that all names begin with, if a known network's are left."""
+    inner = weights
+    if weights.keys() != own.keys():
+        inner = {name.replace("_orig_mod.", ""): value for name, value in weights.items()}
+    while _recognise(inner, own) is None:
+        if len({name.partition(".")[0] for name in inner}) != 1 or not all("." in name for name in inner):
+            return weights
+        inner = {name.partition(".")[2]: value for name, value in inner.items()}
+    return inner
+
+
+def _without_normalisation(
+    weights: Weights, own: Weights, model: nn.Module
+) -> tuple[Weights, dict[str, Tensor]]:
+    """The weights, and the mean and standard deviation of the pixels that a wrapper around them holds."""
+    buffers = dict(model.named_buffers())
+    found: dict[str, str] = {}
+    for ours, theirs in _NORMALISATION.items():
+        for name, value in weights.items():
+            sizes = (1, buffers[ours].numel()) if ours in buffers else ()
+            if name not in own and name.rpartition(".")[2] in theirs and value.numel() in sizes:
+                found[ours] = name
+    if found.keys() != _NORMALISATION.keys():
+        return weights, {}
+    rest = {name: value for name, value in weights.items() if name not in found.values()}
+    return rest, {ours: weights[name] for ours, name in found.items()}
 
 
 def _some(names: Iterable[object]) -> str:
@@ -199,7 +246,7 @@ def _check(weights: Weights, own: Weights, model: nn.Module, path: Path) -> None
             remedy += " or the data set it was trained on"
         raise ConfigError(f"{now} does not fit {path}: {problem}; choose {remedy}")
     remedy = "it is damaged or of another network: choose the model it was trained with"
-    for kind in (PreActResNet, WideResNet):
+    for kind in (PreActResNet, WideResNet) if not needed else ():
         other = _settings(kind, weights)
         if kind is not type(model) and other:
             sizes = " ".join(f"{key}={value}" for key, value in other.items())
