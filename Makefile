@@ -55,7 +55,7 @@ types: $(READY) ## Check types
 
 docs: $(READY) ## Build the documentation into site/
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
-	@$(BIN)/mkdocs build --strict --quiet
+	@$(BIN)/mkdocs build --strict
 
 bench: $(READY) ## Run the benchmarks; results land in experiments/benchmarks/results/
 	@for script in $(filter-out %/common.py %/curvature_problem.py %/study_loops.py %/gpu_correctness.py %/gpu_passes.py,$(wildcard experiments/benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script; done
