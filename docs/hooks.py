@@ -1,4 +1,4 @@
-"""What mkdocs does not do by itself: formulas as MathML, and the experiments' READMEs as pages of the site."""
+"""What mkdocs does not do by itself: formulas as MathML, and the experiments as pages of the site."""
 
 import re
 from html import unescape
