@@ -10,10 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from robustdyn.errors import RecordError
 from robustdyn.records import RunRecords
+from robustdyn.records.files import sole_process
 from robustdyn.records.writer import plain
 
 SETTINGS = "settings.json"
@@ -55,24 +54,10 @@ class EvaluationRecord:
         Raises:
             RecordError: Another process has it open, it cannot be written or read, or its settings differ.
         """
-        lock = FileLock(directory / ".lock")
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise RecordError(
-                f"{directory}: another evaluation is writing here; wait, or {_ANOTHER}"
-            ) from error
-        except OSError as error:
-            raise RecordError(
-                f"{directory}: cannot write ({error.strerror}); choose another output=DIR"
-            ) from error
-        try:
+        with sole_process(directory, _ANOTHER):
             record = cls(directory)
             record._begin(plain(settings), plain(provenance))
             yield record
-        finally:
-            lock.release()
 
     def describe(self, evaluator: str, settings: Mapping[str, object], attacks: Mapping[str, Row]) -> None:
         """Note down an evaluator's settings and its attacks, before their first outcome.

@@ -15,6 +15,7 @@ import os
 import traceback
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +23,8 @@ from typing import Any, Literal
 
 from omegaconf import OmegaConf
 
-from robustdyn.errors import RecordError, UserError
+from robustdyn.errors import UserError
+from robustdyn.records.files import sole_process
 from robustdyn.records.labels import Setup, differences
 from robustdyn.records.reader import Run, _plain, read_table
 from robustdyn.records.writer import _replace
@@ -51,21 +53,16 @@ class RunStatus:
     def __init__(self, run_dir: str | os.PathLike[str], settings: Mapping[str, Any]) -> None:
         self._run_dir = Path(run_dir)
         self._settings = settings
+        self._alone = ExitStack()
 
     def __enter__(self) -> RunStatus:
-        """Say that the run is running.
+        """Say that the run is running; no other process may be inside for the same directory.
 
         Raises:
-            RecordError: The directory cannot be written.
+            RecordError: Another process is, or the directory cannot be written.
         """
-        try:
-            self._run_dir.mkdir(parents=True, exist_ok=True)
-            (self._run_dir / TRACEBACK).unlink(missing_ok=True)
-        except OSError as error:
-            raise RecordError(
-                f"{self._run_dir}: cannot write ({error.strerror}); mend its permissions or choose another "
-                "run directory"
-            ) from error
+        self._alone.enter_context(sole_process(self._run_dir, "choose another hydra.run.dir"))
+        (self._run_dir / TRACEBACK).unlink(missing_ok=True)
         self._write("running")
         return self
 
@@ -73,6 +70,10 @@ class RunStatus:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Say how it ended."""
+        with self._alone:
+            self._end(error)
+
+    def _end(self, error: BaseException | None) -> None:
         if error is None:
             self.done()
         elif isinstance(error, Exception):
