@@ -12,7 +12,8 @@ from torch import Tensor
 _SUMMED = 2**16  # columns that are copied to float64 at once
 _HASHED = 2**20  # numbers that are multiplied by random integers at once
 _HASH_BASE = 6364136223846793005  # odd: slabs of equal numbers in another order differ
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# half the width of the products, in which a sign bit would else meet one bit of its multiplier alone
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
 
 
 def inner(rows: Tensor, vector: Tensor) -> Tensor:
@@ -76,7 +77,7 @@ def checksum(tensors: Sequence[Tensor]) -> tuple[int, ...]:
             parts = [tensor.detach().reshape(-1) for tensor in group]
             flat = parts[0] if len(parts) == 1 else torch.cat(parts)
             flat = torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat
-            bits = flat.view(_INTEGERS[flat.element_size()])
+            bits = flat.contiguous().view(_INTEGERS[flat.element_size()])
             total = torch.zeros((), dtype=torch.int64, device=device)
             for part in bits.split(_HASHED):
                 total = total * _HASH_BASE + (part * _multipliers(device)[: len(part)]).sum()
