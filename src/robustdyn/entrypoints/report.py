@@ -94,7 +94,7 @@ def plan_of(config: DictConfig) -> Plan | None:
         return None
     params, typed = sweeper.get("params"), OmegaConf.to_container(task, resolve=False)
     assert isinstance(typed, list)
-    lines = [f"{key}={value}" for key, value in params.items()] if isinstance(params, DictConfig) else []
+    lines = [f"{key!s}={value}" for key, value in params.items()] if isinstance(params, DictConfig) else []
     lines += map(str, typed)
     values: dict[str, list[str]] = {}  # of a key given twice the last counts, as in the sweeper
     try:
