@@ -150,8 +150,10 @@ class EvaluationRecord:
         path = self.directory / SETTINGS
         try:
             stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise RecordError(f"{path}: cannot be read; {_ANOTHER}") from error
+        if not _are_settings(stored):
+            raise RecordError(f"{path}: not the settings of an evaluation; {_ANOTHER}")
         return stored
 
     def _store(self, content: Mapping[str, object]) -> None:
@@ -164,6 +166,18 @@ class EvaluationRecord:
             raise RecordError(
                 f"{path}: cannot write ({error.strerror}); choose another output=DIR"
             ) from error
+
+
+def _are_settings(stored: object) -> bool:
+    if not isinstance(stored, dict) or not isinstance(stored.get("evaluation"), dict):
+        return False
+    evaluators = stored.get("evaluators")
+    return isinstance(evaluators, dict) and all(
+        isinstance(one, dict)
+        and isinstance(one.get("settings"), dict)
+        and isinstance(one.get("attacks"), dict)
+        for one in evaluators.values()
+    )
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

@@ -21,12 +21,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from omegaconf import OmegaConf
-
-from robustdyn.errors import UserError
+from robustdyn.errors import RecordError, UserError
 from robustdyn.records.files import sole_process
 from robustdyn.records.labels import Setup, differences
-from robustdyn.records.reader import Run, _plain, read_table
+from robustdyn.records.reader import Run, read_table
 from robustdyn.records.writer import _replace
 
 STATUS = "status.json"
@@ -215,7 +213,7 @@ def run_states(runs: Sequence[Run], plan: Plan | None = None) -> list[RunState]:
     found: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
         found.setdefault(identity(run.overrides, plan.without), []).append(run)
-    asked = dict.fromkeys(identity(_as_read(job), plan.without) for job in plan.jobs)
+    asked = dict.fromkeys(identity(job, plan.without) for job in plan.jobs)
     everyone = [*asked, *(key for key in found if key not in asked)]
     common = set.intersection(*map(set, everyone))
     states = []
@@ -264,8 +262,3 @@ def _of(text: str, keys: Sequence[str]) -> bool:
     """Whether an override is of one of these keys or sections."""
     name = text.lstrip("+~").partition("=")[0].partition("@")[0]
     return any(name == key or name.startswith((f"{key}.", f"{key}/")) for key in keys)
-
-
-def _as_read(job: Sequence[str]) -> tuple[str, ...]:
-    """Overrides as ``find_runs`` reads them back from a run directory."""
-    return tuple(str(text) for text in _plain(OmegaConf.create(list(job))))
