@@ -166,7 +166,7 @@ class Snapshot:
         def error(differences: Array, values: Array) -> Array:
             """Of double sampling: s differences, and the values among m."""
             spread, whole = (v.var(axis=0, ddof=1) for v in (differences, values))
-            return np.sqrt(spread / s + (whole - spread).clip(min=0.0) / m)
+            return np.asarray(np.sqrt(spread / s + (whole - spread).clip(min=0.0) / m))
 
         same = (first * second).sum(axis=0) / np.sqrt((first**2).sum(axis=0) * (second**2).sum(axis=0))
         return AlongEigenvectors(
