@@ -51,7 +51,7 @@ def posterior_rows(
         Rows of the ``posterior`` table, epoch by epoch.
     """
     ends = tables["epochs"]["step"].to_numpy(dtype=int)
-    if not len(ends):
+    if not len(ends) or tables["spectrum"].empty:
         return
     rates = _rate_of_each_step(tables["rates"], int(ends[-1]))
     sampling = _Sampling.of(tables["bounds"], ends)
