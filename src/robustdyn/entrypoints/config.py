@@ -120,6 +120,7 @@ RULES: Mapping[str, Rule] = {
     "stopping.patience": COUNT,
     "measure.inputs": _one_of("adversarial", "clean"),
     "measure.examples": WHOLE,
+    "measure.second_attack": WHOLE,
     "measure.memory_mib": COUNT,
     "measure.precision": _one_of("full", "tf32", "bfloat16"),
     "measure.eigenpairs.directions": COUNT,

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from robustdyn.errors import RecordError, UserError
+from robustdyn.errors import UserError
 from robustdyn.records.files import sole_process
 from robustdyn.records.labels import Setup, differences
 from robustdyn.records.reader import Run, read_table
