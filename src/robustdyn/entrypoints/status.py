@@ -3,8 +3,19 @@
 import os
 import sys
 from collections.abc import Callable
+from typing import TextIO
 
 from robustdyn.errors import UserError
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Print a line, on the terminal or on ``stream``; a reader that has gone ends nothing."""
+    stream = stream or sys.stdout
+    try:
+        stream.write(f"{text}\n")
+        stream.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def status_of(action: Callable[[], None]) -> int:
