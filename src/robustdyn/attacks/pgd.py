@@ -115,7 +115,8 @@ class PGD:
         if torch.is_inference_mode_enabled():
             raise RuntimeError("an attack needs gradients: construct the Trainer with inference_mode=False")
         images = images.detach()
-        check_range(images, self.valid_range)
+        if self.steps:
+            check_range(images, self.valid_range)
         adversarial = torch.empty_like(images).copy_(start.detach())  # in the images' memory layout
         step = self._stepper(images)
         with torch.enable_grad(), self.mode(model), frozen_parameters(model):
@@ -135,10 +136,12 @@ class PGD:
     def start(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Where the attack begins: a random point of the ball, or a copy of ``images`` (B, C, H, W).
 
-        It is in the ball only for images in ``valid_range``, which :meth:`climb` checks.
+        Raises:
+            ValueError: ``images`` are outside ``valid_range``.
         """
         if self.random_start == "none" or self.eps == 0:
             return images.clone()
+        check_range(images, self.valid_range)
         # numbers are drawn in memory order: one order, so that they do not depend on the images' layout
         noise = torch.empty_like(images, memory_format=torch.contiguous_format)
         if self.random_start == "gaussian":
