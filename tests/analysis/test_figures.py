@@ -237,7 +237,7 @@ def test_decays_of_single_groups_are_coloured_not_labelled(methods_frames):
     epochs.loc[epochs["method"] == "at", "lr"] = 0.1
     epochs.loc[(epochs["method"] == "at") & (epochs["epoch"] >= 10), "lr"] = 0.01
     ax = figures.learning_rate(epochs).axes[0]
-    assert not [t for t in texts(ax) if t.startswith("η")]
+    assert [t for t in texts(ax) if t.startswith("η")] == ["η → 0.01", "η → 0.001"]  # of the other two
     assert {line.get_color() for line in ax.lines if list(line.get_ydata()) == [0, 1]} == set(
         style.PALETTE[:3]
     )

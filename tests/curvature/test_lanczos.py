@@ -186,7 +186,7 @@ def test_many_repeated_eigenvalues(k, noise):
     assert (result.residuals <= 1e-3 * 3).all()
 
 
-@pytest.mark.parametrize(("k", "tol", "most"), [(60, 0.1, 120), (100, 0.03, 250), (400, 1e-3, 460)])
+@pytest.mark.parametrize(("k", "tol", "most"), [(60, 0.1, 80), (100, 0.03, 130), (250, 1e-3, 450)])
 def test_residuals_of_many_directions_are_bounds(k, tol, most):
     # a network's spectrum: some outliers, a bulk that falls off by orders of magnitude, negative curvature
     values = torch.cat([torch.logspace(0.6, -6, 500), -torch.logspace(-1, -6, 100)]).double()

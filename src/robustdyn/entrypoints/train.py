@@ -1,8 +1,8 @@
 """``robustdyn-train``: one run, from the composed configuration to its report."""
 
 import logging
-import sys
 import os
+import sys
 import warnings
 from pathlib import Path
 
