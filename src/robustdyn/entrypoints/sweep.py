@@ -156,6 +156,8 @@ def end_sweep(*, report: bool = True) -> bool:
     if all(state.state == "missing" for state in states):
         return False
     if report and config.report:
+        sys.stdout.write(f"building the report of {folder}\n")
+        sys.stdout.flush()
         try:
             announce(build_report([folder], folder / "report", states))
         except UserError as error:  # none of the runs finished an epoch, say
