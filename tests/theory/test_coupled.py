@@ -1,3 +1,5 @@
+from itertools import permutations
+
 import numpy as np
 import pytest
 from scipy.linalg import solve_discrete_lyapunov
@@ -120,6 +122,51 @@ def test_shuffled_epochs_against_the_covariance_of_all_noise_vectors(last):
     expected = flat @ noise.reshape(3 * last, 3 * last) @ flat.T
     blocks = expected.reshape(2, 3, 2, 3).transpose(1, 3, 0, 2)
     np.testing.assert_allclose(found.covariance[0], blocks, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("factor", [0.25, 1.0, 4.0])
+def test_shuffled_epochs_while_the_noise_changes_against_all_orders(factor):
+    """Six examples in batches of two, three epochs, C₁ down to a quarter or up to four times."""
+    draws = np.random.default_rng(3)
+    n, k, steps, epoch = 6, 2, 9, 3
+    vectors = draws.normal(size=(n, k))
+    vectors -= vectors.mean(axis=0)
+    first, slope = vectors.T @ vectors / n, draws.normal(size=(k, k)) + 2 * np.eye(k)
+    rates = np.full(steps, 0.1)
+    sizes = np.full(steps, 2)
+    drift = drift_of(
+        slope, np.stack([first, factor * first]), np.zeros((k, k)), np.zeros(k), (0, 8), "linear"
+    )
+    lengths = np.sqrt(1 + (factor - 1) * np.arange(steps) / 8)
+    for last in (1, 2, 3, 5, 8, 9):
+        expected = np.zeros((2 * k, 2 * k))
+        for begin in range(0, last, epoch):  # epochs are independent, so their covariances add
+            ends = []
+            for order in permutations(range(n)):
+                x, v = np.zeros(k), np.zeros(k)
+                for t in range(begin, last):
+                    place = 2 * (t - begin)
+                    drawn = vectors[list(order[place : place + 2])] if place < n else np.zeros((2, k))
+                    v = MU * v + (slope + OMEGA * np.eye(k)) @ x + lengths[t] * drawn.mean(axis=0)
+                    x = x - rates[t] * v
+                ends.append(np.concatenate([x, v]))
+            expected += np.cov(np.array(ends), rowvar=False, bias=True)
+        found = law(drift, BatchSampling(examples=n, sizes=sizes, epoch=epoch), [last], rates)
+        blocks = expected.reshape(2, k, 2, k).transpose(1, 3, 0, 2)
+        np.testing.assert_allclose(found.covariance[0], blocks, rtol=1e-9, atol=1e-12)
+        assert np.linalg.eigvalsh(expected)[0] > -1e-12
+
+
+def test_an_example_part_with_a_negative_eigenvalue_is_kept_as_it_is():
+    """Sampled C₁ can be indefinite where C₁ + C_a is not; held in time, E is still G C₁ Gᵀ / (n − 1)."""
+    slope, _, _, gradient = some_matrices()
+    examples, attack = np.diag([1.0, -0.2, 0.5]), np.eye(3)
+    shuffled = BatchSampling(examples=16, sizes=np.full(50, 8), epoch=2)
+    parts = [
+        law(drift_of(slope, a, b, gradient), shuffled, [7]).covariance
+        for a, b in ((examples, attack), (np.diag([1.0, 0, 0.5]), attack), (np.diag([0, 0.2, 0]), 0 * attack))
+    ]
+    np.testing.assert_allclose(parts[0], parts[1] - parts[2], rtol=1e-9, atol=1e-12)
 
 
 def test_an_epoch_of_one_batch_has_the_attacks_noise_alone():

@@ -143,8 +143,10 @@ def propagate_coupled(
         m ← A m + b g,    S ← A S Aᵀ + b V bᵀ,    Cov s = S − E
 
     where V = C₁ / B + C_a / B and E = 0 with replacement. Without, two batches of an epoch have covariance
-    −C₁ / (n − 1), so that V = n C₁ / ((n − 1) B) + C_a / B, and E is the sum over epochs of G C₁ Gᵀ / (n −
-    1), G the response of s to one noise vector in all steps of an epoch.
+    −C₁ / (n − 1), so that V = n C₁ / ((n − 1) B) + C_a / B, and E is the sum over epochs of G Gᵀ / (n − 1), G
+    the response of s to one noise vector of covariance C₁ in all steps of an epoch: G ← A G + b C₁^{1/2}
+    within it, G ← A G after it. Where C₁ changes within an epoch an example's gradient is taken to change
+    with its symmetric root.
 
     Args:
         drift: J, C₁, C_a and g.
@@ -172,7 +174,7 @@ def propagate_coupled(
         raise ValueError(f"record_steps is {record.tolist()}; they must increase within 0 to {rates.size}")
     k, n, epoch = drift.slope.shape[1], sampling.examples, sampling.epoch
     unit, none = np.eye(k), np.zeros((2 * k, 2 * k))
-    covariance, repaid, response = none, none, np.zeros((2 * k, k))
+    covariance, repaid, response = none, none, np.zeros((2 * k, 2 * k))
     start = np.zeros((k, 2)) if initial_mean is None else finite("initial_mean", initial_mean)
     if start.shape != (k, 2):
         raise ValueError(f"initial_mean has shape {start.shape}; it must be ({k}, 2)")
@@ -181,9 +183,7 @@ def propagate_coupled(
     for step in range(int(record[-1]) + 1):
         if step in wanted:
             means.append(mean.reshape(2, k).T)
-            examples = drift.at(max(step - 1, 0))[1]
-            open_epoch = response @ examples @ response.T / (n - 1) if n > 1 else none
-            now = covariance - repaid - (none if epoch is None else open_epoch)
+            now = covariance - repaid - _repaid(response, n)
             covariances.append(now.reshape(2, k, 2, k).transpose(1, 3, 0, 2))
         if step == record[-1]:
             break
@@ -192,14 +192,26 @@ def propagate_coupled(
         move = np.block([[unit - eta * pull, -eta * mu * unit], [pull, mu * unit]])
         kick = np.concatenate([-eta * unit, unit])
         noise = examples + attack
-        if epoch is not None:
-            # a single example leaves nothing to draw
-            noise = examples * n / (n - 1) + attack if n > 1 else attack
-            repaid, response = move @ repaid @ move.T, move @ response + kick
+        if epoch is not None and n > 1:  # a single example leaves nothing to draw
+            noise = examples * n / (n - 1) + attack
+            repaid, response = move @ repaid @ move.T, move @ response + kick @ _roots(examples)
+        elif epoch is not None:
+            noise = attack
         mean = move @ mean + kick @ drift.gradient
         covariance = move @ covariance @ move.T + kick @ noise @ kick.T / sizes[step]
         if epoch is not None and (step + 1) % epoch == 0:
-            if n > 1:
-                repaid = repaid + response @ examples @ response.T / (n - 1)
-            response = np.zeros((2 * k, k))
+            repaid, response = repaid + _repaid(response, n), np.zeros((2 * k, 2 * k))
     return PosteriorTrajectory(step=record, mean=np.stack(means), covariance=np.stack(covariances))
+
+
+def _roots(noise: Array) -> Array:
+    """(R₊, R₋) (k, 2k), symmetric, with C₁ = R₊² − R₋²: the estimate of C₁ may have negative eigenvalues."""
+    values, vectors = np.linalg.eigh(noise)
+    parts = (np.sqrt(np.maximum(sign * values, 0.0)) for sign in (1, -1))
+    return np.hstack([vectors * root @ vectors.T for root in parts])
+
+
+def _repaid(response: Array, examples: int) -> Array:
+    """G Gᵀ / (n − 1), the negative part of C₁ with the other sign."""
+    positive_part, negative_part = np.hsplit(response, 2)
+    return (positive_part @ positive_part.T - negative_part @ negative_part.T) / max(examples - 1, 1)
