@@ -211,7 +211,48 @@ def test_what_cannot_be_is_named():
     good = drift_of(slope, examples, attack, gradient)
     with pytest.raises(ValueError, match="record_steps"):
         law(good, independent(), [51])
+    with pytest.raises(ValueError, match=r"record_steps is 1.5 at index 0; it must be a whole number"):
+        law(good, independent(), [1.5])
+    with pytest.raises(ValueError, match=r"record_steps has shape \(0,\)"):
+        law(good, independent(), [])
+    with pytest.raises(ValueError, match=r"an epoch of 8 batches has 32 examples; .* at most 10"):
+        BatchSampling(examples=10, sizes=np.full(16, 4), epoch=8)
+    with pytest.raises(ValueError, match=r"sizes is 1.5 at index 0; it must be a whole number >= 1"):
+        BatchSampling(examples=10, sizes=[1.5, 2], epoch=None)
     with pytest.raises(ValueError, match="sizes"):
         law(good, independent(steps=3), [1])
     with pytest.raises(ValueError, match="epoch"):
         BatchSampling(examples=4, sizes=np.ones(3), epoch=0)
+
+
+def test_slopes_that_make_it_grow_are_refused_unless_asked_for():
+    _, examples, attack, gradient = some_matrices()
+    options = {"momentum": MU, "weight_decay": 0.0, "record_steps": [50]}
+    turning = np.array([[0.1, 5.0, 0.0], [-5.0, 0.1, 0.0], [0.0, 0.0, 1.0]])  # 0.1 ± 5i
+    for slope in (np.diag([1.0, 2.0, 800.0]), turning):
+        drift = drift_of(slope, examples, attack, gradient)
+        with pytest.raises(ValueError, match=r"eigenvalue .* at step 0, along which momentum SGD with"):
+            propagate_coupled(drift, RATES, sampling=independent(), **options)
+        grown = propagate_coupled(drift, RATES, sampling=independent(), allow_unstable=True, **options)
+        assert np.isfinite(grown.covariance).all()
+    negative = drift_of(-np.eye(3), examples, attack, gradient)
+    assert propagate_coupled(negative, RATES, sampling=independent(), **options).variance.max() > 1
+    with pytest.raises(ValueError, match="the law left the range of float64 before step 4000"):
+        propagate_coupled(
+            negative,
+            np.full(4000, 0.5),
+            sampling=independent(steps=4000),
+            **options | {"record_steps": [4000]},
+        )
+
+
+@pytest.mark.parametrize(("share", "grows"), [(0.99, False), (1.01, True)])
+def test_growth_begins_where_equation_6_says(share, grows):
+    slope = np.array([[share * 2 * (1 + MU) / 0.1]])
+    drift = drift_of(slope, np.eye(1), np.eye(1), np.zeros(1))
+    run = {"sampling": independent(), "momentum": MU, "weight_decay": 0.0, "record_steps": [5]}
+    if grows:
+        with pytest.raises(ValueError, match="grows"):
+            propagate_coupled(drift, np.full(50, 0.1), **run)
+    else:
+        propagate_coupled(drift, np.full(50, 0.1), **run)

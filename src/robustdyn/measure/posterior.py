@@ -120,18 +120,11 @@ class _Direction:
         for first, last in zip([0, *edges], [*edges, len(self.rates)], strict=True):
             inside = (ends > first) & (ends <= last)
             if self.stable[first] and inside.any():
-                result[inside] = self._window(int(first), int(last), ends[inside])
+                result[inside] = self._window(int(first), ends[inside])
         return result
 
-    def _window(self, first: int, last: int, ends: NDArray[np.int_]) -> Array:
-        """σ² after ``ends`` steps, in a stretch of steps that are all stable."""
-        later = self.spectrum.step > first
-        spectrum = MeasuredSpectrum(  # as seen from ``first``
-            step=np.append(0, self.spectrum.step[later] - first),
-            eigenvalue=np.vstack([self.eigenvalue[[first], None], self.spectrum.eigenvalue[later]]),
-            noise=np.vstack([self.noise[[first], None], self.spectrum.noise[later]]),
-            interpolation=self.interpolation,
-        )
+    def _window(self, first: int, ends: NDArray[np.int_]) -> Array:
+        """σ² after ``ends`` steps, in a stretch of steps from ``first`` on that are all stable."""
         start = None
         if first > 0:
             start = stationary_state_covariance(
@@ -142,12 +135,13 @@ class _Direction:
                 weight_decay=self.weight_decay,
             )
         path = propagate(
-            spectrum,
-            self.rates[first:last],
+            self.spectrum,
+            self.rates,
             momentum=self.momentum,
             weight_decay=self.weight_decay,
-            record_steps=ends - first,
+            record_steps=ends,
             initial_covariance=start,
+            first_step=first,
         )
         return path.variance[:, 0]
 

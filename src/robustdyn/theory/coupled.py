@@ -21,7 +21,10 @@ from robustdyn.theory._validation import (
     momentum_range,
     non_negative,
     positive,
+    recorded_steps,
+    scalar,
     vector,
+    whole,
 )
 from robustdyn.theory.trajectory import PosteriorTrajectory
 
@@ -63,7 +66,7 @@ class MeasuredDrift:
             raise ValueError(
                 f"interpolation is {self.interpolation!r}; it must be 'piecewise_constant' or 'linear'"
             )
-        object.__setattr__(self, "step", step.astype(np.int64))
+        object.__setattr__(self, "step", whole("step", step))
         object.__setattr__(self, "slope", slope)
         for name in ("example_noise", "attack_noise"):
             noise = finite(name, getattr(self, name))
@@ -112,7 +115,8 @@ class BatchSampling:
             replacement, which are independent.
 
     Raises:
-        ValueError: No examples, or a size or an epoch that is not positive.
+        ValueError: A number of examples, a size or an epoch that is no whole number ≥ 1, or an epoch of more
+            examples than there are.
     """
 
     examples: int
@@ -121,9 +125,16 @@ class BatchSampling:
 
     def __post_init__(self) -> None:
         count("examples", self.examples)
-        positive("sizes", self.sizes)
+        sizes = whole("sizes", vector("sizes", finite("sizes", self.sizes)), minimum=1)
+        object.__setattr__(self, "sizes", sizes)
         if self.epoch is not None:
-            count("epoch", self.epoch)
+            starts = np.arange(0, sizes.size, count("epoch", self.epoch))
+            drawn = int(np.add.reduceat(sizes, starts).max())
+            if drawn > self.examples:
+                raise ValueError(
+                    f"an epoch of {self.epoch} batches has {drawn} examples; without replacement it must "
+                    f"have at most {self.examples}"
+                )
 
 
 def propagate_coupled(
@@ -135,6 +146,7 @@ def propagate_coupled(
     weight_decay: float,
     record_steps: ArrayLike,
     initial_mean: ArrayLike | None = None,
+    allow_unstable: bool = False,
 ) -> PosteriorTrajectory:
     """The exact law of (x, v) from one point, for any slope and either sampling.
 
@@ -156,22 +168,24 @@ def propagate_coupled(
         weight_decay: ω ≥ 0.
         record_steps: (S,) steps in [0, N], increasing, at which to report.
         initial_mean: (k, 2), x and v of the point; default 0.
+        allow_unstable: Accept an eigenvalue of J + ω with positive real part along which (x, v) grows. Those
+            whose real part is not positive are accepted always.
 
     Returns:
         Mean (S, k, 2) and covariance (S, k, k, 2, 2).
 
     Raises:
-        ValueError: Invalid hyperparameter, or shapes that disagree.
+        ValueError: Invalid hyperparameter, unstable step, shapes that disagree, or a law that grew out of the
+            range of float64.
 
     Source: ours, equations (25a) to (25c) of docs/theory.md; sampling without replacement: Cochran, Sampling
     Techniques (1977), section 2.5.
     """
     rates = vector("learning_rate", positive("learning_rate", learning_rate))
-    sizes = vector("sizes", np.asarray(sampling.sizes), rates.size)
-    mu, omega = float(momentum_range(momentum)), float(non_negative("weight_decay", weight_decay))
-    record = np.atleast_1d(finite("record_steps", record_steps)).astype(np.int64)
-    if (np.diff(record) <= 0).any() or record[0] < 0 or record[-1] > rates.size:
-        raise ValueError(f"record_steps is {record.tolist()}; they must increase within 0 to {rates.size}")
+    sizes = vector("sizes", sampling.sizes.astype(np.float64), rates.size)
+    mu = scalar("momentum", momentum_range(momentum))
+    omega = scalar("weight_decay", non_negative("weight_decay", weight_decay))
+    record = recorded_steps(record_steps, 0, rates.size)
     k, n, epoch = drift.slope.shape[1], sampling.examples, sampling.epoch
     unit, none = np.eye(k), np.zeros((2 * k, 2 * k))
     covariance, repaid, response = none, none, np.zeros((2 * k, 2 * k))
@@ -180,15 +194,24 @@ def propagate_coupled(
         raise ValueError(f"initial_mean has shape {start.shape}; it must be ({k}, 2)")
     mean = start.T.reshape(-1)
     wanted, means, covariances = set(record.tolist()), [], []
+    checked: Array | None = None
     for step in range(int(record[-1]) + 1):
         if step in wanted:
             means.append(mean.reshape(2, k).T)
             now = covariance - repaid - _repaid(response, n)
+            if not (np.isfinite(now).all() and np.isfinite(mean).all()):
+                raise ValueError(
+                    f"the law left the range of float64 before step {step}; the eigenvalues of slope + "
+                    "weight_decay must have positive real parts, or the run be shorter"
+                )
             covariances.append(now.reshape(2, k, 2, k).transpose(1, 3, 0, 2))
         if step == record[-1]:
             break
         eta, (slope, examples, attack) = rates[step], drift.at(step)
         pull = slope + omega * unit
+        if not allow_unstable and (checked is None or not np.array_equal(checked, eta * pull)):
+            checked = eta * pull
+            _require_no_growth(checked, mu, step)
         move = np.block([[unit - eta * pull, -eta * mu * unit], [pull, mu * unit]])
         kick = np.concatenate([-eta * unit, unit])
         noise = examples + attack
@@ -197,11 +220,27 @@ def propagate_coupled(
             repaid, response = move @ repaid @ move.T, move @ response + kick @ _roots(examples)
         elif epoch is not None:
             noise = attack
-        mean = move @ mean + kick @ drift.gradient
-        covariance = move @ covariance @ move.T + kick @ noise @ kick.T / sizes[step]
+        with np.errstate(over="ignore", invalid="ignore"):  # said above, once it is reported
+            mean = move @ mean + kick @ drift.gradient
+            covariance = move @ covariance @ move.T + kick @ noise @ kick.T / sizes[step]
         if epoch is not None and (step + 1) % epoch == 0:
             repaid, response = repaid + _repaid(response, n), np.zeros((2 * k, 2 * k))
     return PosteriorTrajectory(step=record, mean=np.stack(means), covariance=np.stack(covariances))
+
+
+def _require_no_growth(scaled: Array, mu: float, step: int) -> None:
+    """Refuse η(J + ω) (k, k) with an eigenvalue of positive real part whose roots of (7) reach size 1."""
+    values = np.linalg.eigvals(scaled).astype(complex)
+    middle = 1 + mu - values
+    root = np.sqrt(middle**2 - 4 * mu)
+    size = np.maximum(np.abs(middle + root), np.abs(middle - root)) / 2
+    bad = (values.real > 0) & (size >= 1)
+    if bad.any():
+        worst = values[np.argmax(np.where(bad, size, 0))]
+        raise ValueError(
+            f"learning_rate times slope has the eigenvalue {worst:.3g} at step {step}, along which momentum "
+            f"SGD with momentum={mu:g} grows; lower the rate (or pass allow_unstable=True)"
+        )
 
 
 def _roots(noise: Array) -> Array:
