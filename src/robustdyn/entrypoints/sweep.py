@@ -32,6 +32,9 @@ from robustdyn.records.progress import Plan, RunStatus, folder_name, identity, i
 LOCAL = (".BasicLauncher", ".JoblibLauncher")
 """Launchers that know of a run's failure from its status; others, of a cluster, are to see it themselves."""
 
+SWEEP_PROCESS = "ROBUSTDYN_SWEEP_PROCESS"
+"""Tells the workers of a parallel sweep whose they are."""
+
 log = logging.getLogger(__name__)
 
 
@@ -75,10 +78,10 @@ def run_in_its_directory(task: Callable[[DictConfig], None], cfg: DictConfig) ->
 @cache
 def _end_with_parent() -> None:
     """Kill this worker of a parallel sweep once the sweep's process is gone, which may be started again."""
-    parent = os.getppid()
+    sweep = int(os.environ[SWEEP_PROCESS])
 
     def watch() -> None:
-        while os.getppid() == parent:
+        while os.getppid() == sweep:
             time.sleep(1.0)
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -115,6 +118,7 @@ class SweepReport(Callback):
         """Hydra's hook: tell all runs their directory and keys; refuse runs that would share a folder."""
         HydraConfig.instance().set_config(config)  # which ${hydra:...} reads, and Hydra sets for runs only
         self._enter(Path(config.hydra.sweep.dir), "choose another hydra.sweep.dir")
+        os.environ[SWEEP_PROCESS] = str(os.getpid())
         plan = plan_of(config)
         # each run composes its configuration anew, and its own name must not move it to another sweep
         pinned: dict[str, str | list[str]] = {"hydra.sweep.dir": str(config.hydra.sweep.dir)}
@@ -180,6 +184,7 @@ def forget_sweep() -> None:
     """Say nothing at its end, for it never began; leave Hydra's state as it was before the command."""
     SweepReport.running = None
     SweepReport.inside.close()
+    os.environ.pop(SWEEP_PROCESS, None)
     HydraConfig.instance().cfg = None
 
 
