@@ -88,26 +88,17 @@ def law_ratio(
 
     The start's noise is better known than that of the few batches here: it is scaled, direction by direction.
     """
-    start, size = ensemble.start, ensemble.settings["sampling.batch_size"]
-    plain = ensemble.settings.get("perturbation") is None
-    first = (start.example_covariance + start.attack_covariance) / size if plain else start.sampled_noise
+    start = ensemble.start
     gamma, known = (np.einsum("nii->ni", part["noise"]).mean(axis=0) for part in (found, base))
     scale = np.sqrt(gamma / known)
-    noise = first * np.outer(scale, scale)
-    root = np.linalg.cholesky(noise)
-    count = 4 * len(noise)
-    draws = np.random.default_rng(0).standard_normal((count, len(noise)))
-    draws -= draws.mean(axis=0)
-    # so that their covariance is that noise exactly
-    white = np.linalg.solve(np.linalg.cholesky(np.cov(draws, rowvar=False)), draws.T).T
+    middle = (start.sampled_gradients + start.sampled_again).mean(axis=0) / 2
     point = replace(
         start,
         slopes=found["slopes"].mean(axis=0),
-        example_covariance=noise * size,
-        attack_covariance=np.zeros_like(noise),
-        sampled_gradients=start.sampled_gradients.mean(axis=0) + white @ root.T
-        if len(start.sampled_gradients)
-        else start.sampled_gradients,
+        example_covariance=start.example_covariance * np.outer(scale, scale),
+        attack_covariance=start.attack_covariance * np.outer(scale, scale),
+        sampled_gradients=middle + (start.sampled_gradients - middle) * scale,
+        sampled_again=middle + (start.sampled_again - middle) * scale,
     )
     begin = replace(start, slopes=base["slopes"].mean(axis=0))
     path = replace(ensemble, start=begin, path_steps=np.array([step]), path=(point,))

@@ -61,6 +61,7 @@ def start():
             "attack_covariance": blank,
             "noise": blank,
             "sampled_gradients": np.empty((0, 3)),
+            "sampled_again": np.empty((0, 3)),
             "slopes": blank,
             "slope_errors": blank,
             "slope_distances": three,

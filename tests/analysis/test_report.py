@@ -171,5 +171,7 @@ def test_runs_without_an_epoch_are_an_error_unless_others_have_some(tmp_path):
 def test_an_output_that_cannot_be_written_is_named(tmp_path):
     run = write_run(tmp_path / "run", epochs=2, measured=())
     (tmp_path / "taken").write_text("")
-    with pytest.raises(RecordError, match=r"taken: cannot write the report \(.*\); pick another --output"):
+    with pytest.raises(
+        RecordError, match=r"taken: cannot write the report \(.*\); free space, or .* --output DIR"
+    ):
         build_report(run, tmp_path / "taken")

@@ -19,6 +19,7 @@ from robustdyn.curvature import (
 from tests.cases import CASES
 from tests.curvature.reference import (
     SMOOTH,
+    check_operator_contract,
     dense_gradients,
     flat,
     generator,
@@ -201,3 +202,189 @@ def test_a_dropout_left_on_is_refused_by_name():
 def test_cross_entropy_is_per_example():
     logits, targets = random(5, 3), torch.tensor([0, 1, 2, 0, 1])
     assert_close(cross_entropy(logits, targets), -logits.log_softmax(dim=1)[torch.arange(5), targets])
+
+
+def per_example(outputs, targets):
+    return F.mse_loss(outputs, targets, reduction="none")
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")  # PyTorch's, on the broadcast
+def test_messages_name_the_argument_and_the_remedy():
+    model, inputs, targets = nn.Linear(4, 1).double(), random(442, 4), random(442, 1, seed=1)
+    for bad, loss, words in (
+        (targets, per_example, r"for 16 of the 442 examples.*returned \(16, 1\).*\.flatten\(\)"),
+        (targets[:, 0], per_example, r"outputs \(16, 1\) and targets \(16,\).*\(16, 16\).*broadcast"),
+        (targets[:, 0], cross_entropy, r"class indices as integers.*float64 of shape \(16,\).*\.long\(\)"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            EmpiricalRisk(model, inputs, bad, loss=loss)
+    late = inputs.clone()
+    late[300, 2] = float("nan")
+    with pytest.raises(ValueError, match="inputs has numbers that are not finite, first in example 300"):
+        EmpiricalRisk(model, late, targets)
+    late = targets.clone()
+    late[7] = float("inf")
+    with pytest.raises(ValueError, match="targets has numbers that are not finite, first in example 7"):
+        EmpiricalRisk(model, inputs, late)
+    for settings in ({"memory": "1GB"}, {"memory": 1e9}, {"chunk_size": 2.5}):
+        with pytest.raises(TypeError, match=f"{next(iter(settings))} must be a whole number"):
+            EmpiricalRisk(model, inputs, targets, **settings)
+    for wrong in ((inputs, inputs), inputs.numpy(), {"x": inputs}):
+        with pytest.raises(TypeError, match="inputs must be one tensor, not a"):
+            EmpiricalRisk(model, wrong, targets)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.int64])
+def test_labels_of_any_integer_type(dtype):
+    logits, targets = random(5, 3), torch.tensor([0, 1, 2, 0, 1])
+    assert torch.equal(cross_entropy(logits, targets.to(dtype)), cross_entropy(logits, targets))
+
+
+MEASURES = {
+    "value": EmpiricalRisk.value,
+    "gradient": EmpiricalRisk.gradient,
+    "hessian": lambda risk: Hessian(risk) @ torch.ones(risk.numel, dtype=risk.dtype),
+    "covariance": GradientCovariance,
+    "projected": lambda risk: projected_covariance(risk, random(risk.numel, 2)),
+}
+
+
+@pytest.mark.parametrize("memory", [None, 10**9])
+@pytest.mark.parametrize("name", MEASURES)
+def test_a_late_example_that_is_not_finite_is_named(name, memory):
+    inputs, targets = random(40, 4), torch.arange(40) % 3
+    risk = EmpiricalRisk(nn.Linear(4, 3).double(), inputs, targets, chunk_size=7, memory=memory)
+    broken = EmpiricalRisk(Overflowing(), inputs, targets, chunk_size=7, memory=memory)
+    bad = inputs.clone()
+    bad[[33, 37], 0] = 1e3
+    MEASURES[name](risk.over(bad, targets))
+    with pytest.raises(FloatingPointError, match="not finite: neither is the loss of example 33 and 1 more"):
+        MEASURES[name](broken.over(bad, targets))
+
+
+class Overflowing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3).double()
+
+    def forward(self, x):
+        return self.linear(x) * torch.where(x[:, :1] > 100, torch.nan, 1.0)
+
+
+class Rooted(nn.Module):
+    """The root of |w| has no derivative where w is zero, while its value is finite."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3).double()
+        self.w = nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+    def forward(self, x):
+        return self.linear(x) + self.w.abs().sqrt()
+
+
+def test_a_derivative_that_does_not_exist():
+    risk = EmpiricalRisk(Rooted(), random(6, 4), torch.arange(6) % 3)
+    assert risk.value() > 0
+    with pytest.raises(FloatingPointError, match="although every example's loss is"):
+        risk.gradient()
+
+
+class OwnBatchNorm(nn.Module):
+    """Normalises by the batch, without PyTorch's BatchNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3).double()
+
+    def forward(self, x):
+        z = self.linear(x)
+        return (z - z.mean(dim=0)) / (z.var(dim=0) + 1e-5).sqrt()
+
+
+def contrastive(outputs, targets):
+    similarity = F.normalize(outputs, dim=1) @ F.normalize(outputs, dim=1).T
+    return F.cross_entropy(similarity, torch.arange(len(outputs)), reduction="none")
+
+
+def pairwise(outputs, targets):
+    """Of neighbours only: 0 with 1, 2 with 3, ..."""
+    other = torch.stack([outputs[1::2], outputs[0::2]], dim=1).flatten(0, 1)
+    return (outputs - other).square().sum(dim=1)
+
+
+MIXING = {
+    "own batch norm": (OwnBatchNorm, cross_entropy),
+    "contrastive": (lambda: nn.Linear(4, 3).double(), contrastive),
+    "pairs": (lambda: nn.Linear(4, 3).double(), pairwise),
+}
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_examples_that_depend_on_each_other(name):
+    build, loss = MIXING[name]
+    model, inputs, targets = build(), random(40, 4), torch.arange(40) % 3
+    with pytest.raises(ValueError, match="no mean over chunks: leave chunk_size"):
+        EmpiricalRisk(model, inputs, targets, loss=loss, chunk_size=20)
+    risk = EmpiricalRisk(model, inputs, targets, loss=loss, memory=1000)  # less than one example needs
+    assert not risk.independent
+    assert risk.chunk_size == 40
+    parameters = dict(model.named_parameters())
+    wanted = torch.autograd.grad(loss(model(inputs), targets).mean(), list(parameters.values()))
+    assert_close(risk.gradient(), torch.cat([g.reshape(-1) for g in wanted]), **EXACT64)
+    check_operator_contract(Hessian(risk))
+    for refused in (GradientCovariance, lambda risk: projected_covariance(risk, random(risk.numel, 2))):
+        with pytest.raises(ValueError, match="gradient of one example is not defined"):
+            refused(risk)
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+@pytest.mark.parametrize("case", CASES.values(), ids=lambda c: c.name)
+def test_ordinary_examples_are_independent(case, scale):
+    """In float32 too, and where the logits are so large that the losses are rounding."""
+    model, inputs, targets = case.problem()
+    model, inputs = model.float(), (scale * inputs).float()
+    assert EmpiricalRisk(model, inputs, targets, chunk_size=2).independent
+    fitted = model(inputs).argmax(dim=1)
+    assert EmpiricalRisk(model, inputs, fitted, chunk_size=2).independent
+
+
+class OneSided(torch.autograd.Function):
+    """x Wᵀ with a backward pass that forgets that dW depends on x."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx, slopes):
+        x, weight = ctx.saved_tensors
+        return slopes @ weight, slopes.T @ x.detach()
+
+
+class WrongTwice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 5).double(), nn.Linear(5, 3).double()
+
+    def forward(self, x):
+        return OneSided.apply(self.first(x).tanh(), self.second.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_second_derivative_that_is_not_symmetric_is_refused(dtype):
+    torch.manual_seed(0)
+    model, targets = WrongTwice().to(dtype), torch.arange(6) % 3
+    with pytest.raises(ValueError, match="products with the Hessian are not symmetric"):
+        EmpiricalRisk(model, random(6, 4).to(dtype), targets)
+
+
+def test_an_embedding_with_a_largest_norm_is_refused_unchanged():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(5, 4, max_norm=0.5), nn.Flatten(), nn.Linear(12, 3)).double()
+    before = copy.deepcopy(model.state_dict())
+    words = torch.randint(5, (9, 3), generator=generator())
+    with pytest.raises(ValueError, match=r"changes the parameter '0\.weight' in place.*max_norm"):
+        EmpiricalRisk(model, words, torch.arange(9) % 3)
+    assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())

@@ -93,7 +93,7 @@ def test_one_reduction_for_each_product(everybody):
 
 
 REFUSALS = {
-    "not finite": "rank 1: the loss is not finite",
+    "not finite": "rank 1: inputs has numbers that are not finite",
     "weights": "hold different weights or running statistics",
     "statistics": "hold different weights or running statistics",
     "batch statistics": "rank 0: batchnorm='train' needs all examples in one process",

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacrev
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import vector_to_parameters
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
@@ -42,7 +44,7 @@ from tests.curvature.reference import (
     random,
     risk_of,
 )
-from tests.tolerances import EXACT64, MC_SIGMAS
+from tests.tolerances import EXACT64, FD, MC_SIGMAS
 
 PLENTY = 10**9  # bytes: all graphs of these problems many times over
 OPERATORS = {"hessian": Hessian, "gauss_newton": GaussNewton, "covariance": GradientCovariance}
@@ -140,6 +142,9 @@ def dense_covariance(risk: EmpiricalRisk) -> Tensor:
 
 
 DENSE = {"hessian": dense_curvature, "gauss_newton": dense_gauss_newton, "covariance": dense_covariance}
+
+
+DENSE_OF = {kind: DENSE[name] for name, kind in OPERATORS.items()}
 
 
 def assert_operators_are_dense(risk: EmpiricalRisk) -> None:
@@ -346,6 +351,23 @@ def _data_in_place(model: nn.Module, inputs: Tensor, targets: Tensor) -> None:
     model.linear.weight.data.mul_(1.5)
 
 
+def _data_that_keeps_the_norms(model: nn.Module, inputs: Tensor, targets: Tensor) -> None:
+    model.linear.weight.data.neg_()
+    model.conv1.weight.data.copy_(model.conv1.weight.flip(0))
+
+
+def _statistics_through_data(model: nn.Module, inputs: Tensor, targets: Tensor) -> None:
+    model.bn.running_mean.data.neg_()
+
+
+def _inputs_through_data(model: nn.Module, inputs: Tensor, targets: Tensor) -> None:
+    inputs.data.neg_()
+
+
+def _targets_through_numpy(model: nn.Module, inputs: Tensor, targets: Tensor) -> None:
+    targets.numpy()[:] = (targets.numpy() + 1) % 3
+
+
 def _inputs_in_place(model: nn.Module, inputs: Tensor, targets: Tensor) -> None:
     inputs.mul_(1.5)
 
@@ -370,8 +392,12 @@ CHANGES = [
     _new_parameter_at_the_old_address,
     _vector_to_parameters,
     _data_in_place,
+    _data_that_keeps_the_norms,
+    _statistics_through_data,
+    _inputs_through_data,
     _inputs_in_place,
     _targets_in_place,
+    _targets_through_numpy,
 ]
 
 
@@ -402,7 +428,8 @@ def test_a_change_of_the_weights_is_noticed(change, memory, made):
         found = kind(risk) @ vector
         assert torch.equal(found, kind(fresh) @ vector)
         # the model's own labels do not care about the given ones
-        assert torch.equal(found, old) == (change is _targets_in_place and kind is GaussNewton)
+        labels_only = change in (_targets_in_place, _targets_through_numpy)
+        assert torch.equal(found, old) == (labels_only and kind is GaussNewton)
     assert alive(recorded) == 0
 
 
@@ -990,6 +1017,39 @@ def test_tied_weights():
     assert_operators_are_dense(risk)
 
 
+class TwoNames(nn.Module):
+    """Modules, one with a buffer, that are each reached by two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.backbone, self.norm, self.head = nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)
+        self.layers = nn.Sequential(self.backbone, self.norm, nn.Tanh(), self.head)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def test_modules_with_two_names():
+    model, inputs, targets = TwoNames().double().eval(), random(7, 4), torch.arange(7) % 3
+    before = snapshot(model)
+    kinds = {name: type(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
+    own = [module.weight for module in (model.backbone, model.norm, model.head)]
+    risk = EmpiricalRisk(model, inputs, targets, chunk_size=3)
+    for kind in OPERATORS.values():
+        _ = kind(risk) @ random(risk.numel)
+    assert_unchanged(model, before)
+    assert {name: type(tensor) for name, tensor in model.state_dict(keep_vars=True).items()} == kinds
+    assert all(a is b.weight for a, b in zip(own, (model.backbone, model.norm, model.head), strict=True))
+    F.cross_entropy(model(inputs), targets).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    # PyTorch's functional_call, the reference's, would leave such a model changed: one name for each module
+    plain = nn.Sequential(*copy.deepcopy(model.layers))
+    same = EmpiricalRisk(plain, inputs, targets, chunk_size=3)
+    for kind in OPERATORS.values():
+        assert_close(kind(risk) @ random(risk.numel), DENSE_OF[kind](same) @ random(risk.numel), **EXACT64)
+
+
 class Viewing(nn.Module):
     """Flattens with .view, which takes contiguous tensors only."""
 
@@ -1082,6 +1142,107 @@ def test_activation_checkpointing(middle):
     ]
     for name, wanted in results[0].items():
         assert_close(results[1][name], wanted, **EXACT64)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.block = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True, activation="gelu")
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.block(x).mean(dim=1))
+
+
+def test_attention():
+    """PyTorch's default kernel, flash attention, has no second derivative."""
+    model, inputs, targets = Attention().double().eval(), random(7, 5, 4), torch.arange(7) % 3
+    before = (torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled())
+    risk = EmpiricalRisk(model, inputs, targets, chunk_size=3)
+    found = {name: kind(risk) @ random(risk.numel) for name, kind in OPERATORS.items()}
+    after = (torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled())
+    assert after == before
+    with sdpa_kernel(SDPBackend.MATH):
+        for name in ("gauss_newton", "covariance"):
+            assert_close(found[name], DENSE[name](risk) @ random(risk.numel), **EXACT64)
+    # torch.func.hessian, the reference's, is off by a tenth here
+    theta, step = risk.theta(), 1e-5 * random(risk.numel)
+    slope = (risk.at(theta + step).gradient() - risk.at(theta - step).gradient()) / 2e-5
+    assert_close(found["hessian"], slope, **FD)
+    check_operator_contract(Hessian(risk))
+
+
+@pytest.mark.parametrize("kind", ["parametrizations", "old"])
+def test_weight_normalisation(kind):
+    """PyTorch's own second derivative of it is wrong; central differences know better."""
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 3).double()
+    if kind == "old":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            model = nn.utils.weight_norm(layer)
+    else:
+        model = nn.utils.parametrizations.weight_norm(layer)
+    risk = EmpiricalRisk(model, random(9, 6), torch.arange(9) % 3, chunk_size=4)
+    theta, step = risk.theta(), 1e-5
+    ahead, behind = (
+        torch.stack([risk.at(theta + sign * e).gradient() for e in step * torch.eye(risk.numel).double()])
+        for sign in (1, -1)
+    )
+    assert_close(Hessian(risk) @ torch.eye(risk.numel).double(), (ahead - behind) / (2 * step), **FD)
+    check_operator_contract(Hessian(risk))
+    check_operator_contract(GaussNewton(risk))
+    check_operator_contract(GradientCovariance(risk))
+
+
+def strided() -> nn.Sequential:
+    torch.manual_seed(3)
+    layers = (nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Conv2d(3, 4, 3, stride=2), nn.Flatten(), nn.Linear(4, 3))
+    return nn.Sequential(*layers).double()
+
+
+@pytest.mark.parametrize("where", ["whole", "part", "in place", "parallel", "parallel and compiled"])
+def test_wrapped_models(where):
+    _, inputs, targets = CASES["conv"].problem()
+    wanted = EmpiricalRisk(strided(), inputs, targets, chunk_size=3)
+    model: nn.Module = strided()
+    if where == "part":
+        model[2] = torch.compile(model[2], backend="eager")
+    if where == "in place":
+        model.compile(backend="eager")
+    if "parallel" in where:
+        model = nn.DataParallel(model)
+    if where in ("whole", "parallel and compiled"):
+        model = torch.compile(model, backend="eager")
+    risk = EmpiricalRisk(model, inputs, targets, chunk_size=3)
+    if where != "part":
+        assert risk.names == wanted.names
+    assert_same_bits(products_of(risk), products_of(wanted))
+
+
+class InPlace(nn.Module):
+    """Normalises the images it is given in place."""
+
+    def __init__(self, *, copies: bool) -> None:
+        super().__init__()
+        self.body, self.copies = mlp(3), copies
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone() if self.copies else x
+        return self.body(x.sub_(0.5).div_(2.0))
+
+
+@pytest.mark.parametrize("memory", [None, PLENTY])
+def test_models_that_change_their_inputs(memory):
+    inputs, targets = random(7, 4), torch.arange(7) % 3
+    before = inputs.clone()
+    results = [
+        products_of(EmpiricalRisk(InPlace(copies=copies), inputs, targets, chunk_size=3, memory=memory))
+        for copies in (True, False)
+    ]
+    assert_same_bits(*results)
+    assert torch.equal(inputs, before)
 
 
 # ---------------------------------------------------------------------- cost

@@ -1,5 +1,6 @@
 import os
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -182,6 +183,9 @@ def test_other_bad_pickles_are_refused(tmp_path, content):
         {b"data": np.zeros((4, 3071), np.uint8), b"fine_labels": [0] * 4},
         {b"data": np.zeros((4, 3072), np.uint8), b"fine_labels": [0] * 5},
         {b"data": np.zeros((4, 3072), np.uint8), b"fine_labels": [b"0"] * 4},
+        {b"data": np.zeros((4, 3072), np.uint8), b"fine_labels": [10**30] * 4},
+        {b"data": np.zeros((4, 3072), np.uint8), b"fine_labels": np.zeros(4)},
+        {b"data": np.full((4, 3072), None), b"fine_labels": [0] * 4},
     ],
 )
 def test_a_pickle_of_something_else_is_refused(tmp_path, content):
@@ -190,12 +194,59 @@ def test_a_pickle_of_something_else_is_refused(tmp_path, content):
         read(CIFAR100_FILES, tmp_path)
 
 
-@pytest.mark.parametrize("protocol", [2, 4])
-def test_pickles_of_python_3_are_read(tmp_path, protocol):
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("form", [list, np.array, np.int64, ">i4", np.asfortranarray])
+@pytest.mark.parametrize("key", [str.encode, str])
+def test_pickles_of_python_3_are_read(tmp_path, protocol, form, key):
     pixels, labels = random_images(6, 100, seed=0)
-    replace_test_file(tmp_path, pickle.dumps({b"data": pixels, b"fine_labels": labels.tolist()}, protocol))
+    if form is list:
+        saved = labels.tolist()
+    elif form is np.int64:
+        saved = list(labels.astype(np.int64))
+    else:
+        saved = labels.astype(form) if form == ">i4" else labels
+    pixels = np.asfortranarray(pixels) if form is np.asfortranarray else pixels
+    replace_test_file(tmp_path, pickle.dumps({key("data"): pixels, key("fine_labels"): saved}, protocol))
     data = read(CIFAR100_FILES, tmp_path)["test"]
     assert data.images.flatten(1).tolist() == pixels.tolist()
+    assert data.labels.tolist() == labels.tolist()
+
+
+class Objects:
+    """Pickled as an array of Python objects made out of bytes, each an address that nothing lies at."""
+
+    def __reduce__(self):
+        return np.ndarray, ((4,), "O", b"A" * 32)
+
+
+class Reconstructed:
+    """As :class:`Objects`, in the way in which NumPy pickles."""
+
+    def __reduce__(self):
+        rebuild, arguments, _ = np.zeros(1).__reduce__()
+        return rebuild, arguments, (1, (4,), np.dtype("O"), False, b"A" * 32)
+
+
+@pytest.mark.parametrize("labels", [Objects(), Reconstructed(), [Objects()] * 4])
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_a_pickle_makes_no_objects_of_bytes(tmp_path, protocol, labels):
+    """NumPy itself would, and touching one ends the interpreter."""
+    content = {b"data": np.zeros((4, 3072), np.uint8), b"fine_labels": labels}
+    replace_test_file(tmp_path, pickle.dumps(content, protocol))
+    with pytest.raises(DataFileError, match="expected a dictionary with uint8 data"):
+        read(CIFAR100_FILES, tmp_path)
+
+
+@pytest.mark.parametrize("left", [3072, 3073 * 4])  # half a record, or fewer records than there are
+def test_a_damaged_layout_does_not_hide_a_good_one(tmp_path, left):
+    files = replace(CIFAR10_FILES, records={"train": 5, "test": 5})
+    write_cifar10(tmp_path, "python", counts=(5,) * 5, test=5)
+    good = read(files, tmp_path, partial=False)
+    write_cifar10(tmp_path, "binary", counts=(5,) * 5, test=5)
+    path = tmp_path / "cifar-10-batches-bin" / "data_batch_3.bin"
+    path.write_bytes(path.read_bytes()[:left])
+    with pytest.warns(UserWarning, match=r"data_batch_3\.bin: found .*cifar-10-batches-py is read instead"):
+        assert_same(read(files, tmp_path, partial=False), good)
 
 
 @needs_shared

@@ -217,6 +217,12 @@ def test_without_files_and_not_allowed_to_download(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_an_archive_that_is_still_packed_is_named(tmp_path):
+    (tmp_path / "cifar-10-python.tar.gz").touch()
+    with pytest.raises(DataFileError, match=r"; unpack cifar-10-python\.tar\.gz there \(tar -xzf "):
+        ensure_files(CIFAR10_FILES, tmp_path, BOTH, download=False)
+
+
 def closed_port(server):
     return replace(
         SVHN_FILES,

@@ -30,6 +30,19 @@ def ranks(tmp_path, script, message=b"", count=2):
     return Ranks((sys.executable, "-S", "-c", RECEIVE + script), message, count, tmp_path)
 
 
+def both_ended(job):
+    """The job, which looks at its ranks only when all have ended."""
+    look = job._first_failed
+
+    def when_all_have_ended():
+        for process in job._processes:
+            process.wait()
+        return look()
+
+    job._first_failed = when_all_have_ended
+    return job
+
+
 def gone(pid):
     try:
         os.kill(pid, 0)
@@ -106,6 +119,18 @@ time.sleep(100)
     assert time.monotonic() - began < 50  # half of what it would have slept
     for path in tmp_path.glob("*.pid"):
         assert gone(int(path.read_text()))
+
+
+def test_a_killed_rank_is_the_cause_of_what_the_others_say(tmp_path):
+    """The first rank's connection breaks, and it may be seen to end before the one that was killed."""
+    script = """
+if rank:
+    os.kill(os.getpid(), signal.SIGKILL)
+tell("RuntimeError", "connection closed by peer")
+sys.exit(1)
+"""
+    with pytest.raises(RankError, match=r"rank 1 of 2 was ended by SIGKILL"):
+        both_ended(ranks(tmp_path, script)).run()
 
 
 def test_a_rank_that_ends_without_a_word(tmp_path):

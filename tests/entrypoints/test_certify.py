@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from scipy.optimize import brentq
 
 from robustdyn.entrypoints.certify import _difference, main
@@ -227,6 +228,17 @@ def test_ensembles_that_tell_too_little_are_refused(run, monkeypatch, capsys):
     assert "3 replicas tell no covariance of 3 directions; run robustdyn-replicas with replicas=6" in refused(
         monkeypatch, capsys, run, MORE
     )
+
+
+@pytest.mark.parametrize("key", ["model", "data", "attack.evaluation"])
+def test_a_stranger_s_run_calls_nothing_of_its_choice(run, monkeypatch, capsys, key):
+    path = run / ".hydra" / "config.yaml"
+    config = OmegaConf.load(path)
+    config.merge_with_dotlist([f"{key}._target_=robustdyn.models.checkpoints.torch.os.system"])
+    OmegaConf.save(config, path)
+    assert certify(monkeypatch, run, MORE) == 1
+    said = capsys.readouterr().err
+    assert f"{key}._target_=robustdyn.models.checkpoints.torch.os.system is not allowed" in said
 
 
 def test_a_prior_that_has_seen_all_is_refused(run, monkeypatch, capsys):

@@ -105,6 +105,35 @@ def test_calls_nothing_outside_the_allowed_packages():
         build(nested, "thing")
 
 
+@pytest.mark.parametrize(
+    "target",
+    [
+        "torch.os.system",
+        "torch.load",
+        "torch.utils.collect_env.run",
+        "robustdyn.models.checkpoints.torch.utils.collect_env.run",
+        "robustdyn.records.files.replace_file",
+        "lightning.Trainer",  # named in conf/, for another section
+        "${oc.select:other}",
+    ],
+)
+def test_a_configuration_of_a_file_calls_what_conf_names_alone(target):
+    cfg = OmegaConf.create({"model": {"_target_": target}, "other": "torch.load"})
+    with pytest.raises(ConfigError, match=r"model._target_=.* is not allowed .*; allowed are .*PreActResNet"):
+        build(cfg, "model", from_file=True)
+    nested = {"_target_": "robustdyn.models.PreActResNet", "width": [{"_target_": target}]}
+    with pytest.raises(ConfigError, match=r"model.width\[0\]._target_=.* is not allowed"):
+        build(OmegaConf.create({"model": nested, "other": "torch.load"}), "model", from_file=True)
+
+
+@pytest.mark.parametrize("group", ["data", "model", "attack", "objective", "regularizer", "perturbation"])
+def test_every_option_of_a_group_can_be_built_from_a_file(group):
+    for option in options(group):
+        cfg = compose(f"{group}={option}")
+        key = "attack.train" if group == "attack" else group
+        assert type(build(cfg, key, from_file=True)) is type(build(cfg, key))
+
+
 def test_adds_what_only_the_program_knows():
     module = build(
         OmegaConf.create({"m": {"_target_": "torch.nn.Linear", "in_features": 2}}), "m", out_features=3

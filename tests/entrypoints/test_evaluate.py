@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import sys
 
@@ -6,6 +7,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from robustdyn.entrypoints.config import config_dir
 from robustdyn.entrypoints.evaluate import main
 from tests.data.official import write_cifar10
 from tests.runs import TINY, command, rows
@@ -143,6 +145,68 @@ def test_a_run_of_an_older_version_gets_what_it_lacks(run_dir, checkpoint, monke
     del config.data.split_seed
     OmegaConf.save(config, path)
     assert evaluate(monkeypatch, f"checkpoint={checkpoint}", *QUICK) == 0
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"model": {"_target_": "torch.utils.collect_env.run", "command": "touch called"}},
+        {"model": {"_target_": "torch.os.system", "command": "touch called"}},
+        {"model": {"_target_": "torch.load", "f": "last.ckpt", "weights_only": False}},
+        {
+            "data": {
+                "_target_": "robustdyn.models.checkpoints.torch.utils.collect_env.run",
+                "command": "touch called",
+            }
+        },
+    ],
+)
+def test_a_stranger_s_run_calls_nothing_of_its_choice(run_dir, checkpoint, monkeypatch, capsys, section):
+    path = run_dir / ".hydra" / "config.yaml"
+    config = OmegaConf.load(path)
+    OmegaConf.save(OmegaConf.merge(config, section), path)
+    assert evaluate(monkeypatch, f"checkpoint={checkpoint}", *QUICK) == 1
+    assert "is not allowed in a configuration that is read from a run directory" in capsys.readouterr().err
+    assert not (run_dir.parent / "called").exists()
+
+
+def test_a_stranger_s_choice_composes_no_file_of_its_own(run_dir, checkpoint, monkeypatch):
+    """Hydra takes an option such as ``../../x`` for a path."""
+    (run_dir / "evil.yaml").write_text("# @package _global_\noutput: elsewhere\n")
+    path = run_dir / ".hydra" / "hydra.yaml"
+    hydra = OmegaConf.load(path)
+    hydra.hydra.runtime.choices.model = os.path.relpath(run_dir / "evil", config_dir() / "model")
+    OmegaConf.save(hydra, path)
+    assert evaluate(monkeypatch, f"checkpoint={checkpoint}", *QUICK) == 0
+    assert not (run_dir.parent / "elsewhere").exists()
+    assert (run_dir / "evaluation" / "last").is_dir()
+
+
+@pytest.mark.parametrize("content", [b"\x00\xff\x80", b"[" * 3000 + b"]" * 3000, b"- 1\n", b"data: 5\n"])
+def test_a_configuration_that_is_none_is_one_line(run_dir, checkpoint, monkeypatch, capsys, content):
+    (run_dir / ".hydra" / "config.yaml").write_bytes(content)
+    assert evaluate(monkeypatch, f"checkpoint={checkpoint}", *QUICK) == 1
+    *_, line = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"evaluation": 5},
+        [],
+        {"evaluation": {}, "evaluators": 3},
+        {"evaluation": {}, "evaluators": {"pgd20": {"attacks": []}}},
+    ],
+)
+def test_a_record_s_settings_that_are_none_are_one_line(run_dir, checkpoint, monkeypatch, capsys, content):
+    folder = run_dir / "evaluation" / "last"
+    folder.mkdir(parents=True)
+    (folder / "settings.json").write_text(json.dumps(content))
+    assert evaluate(monkeypatch, f"checkpoint={checkpoint}", *QUICK) == 1
+    *_, line = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"error: {folder / 'settings.json'}: not the settings of an evaluation")
+    assert "output=DIR" in line
 
 
 def test_a_sweep_over_checkpoints(run_dir, monkeypatch):

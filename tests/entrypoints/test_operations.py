@@ -1,6 +1,12 @@
 """What can go wrong with a run ends it with one line that says what to do, and loses nothing."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +14,7 @@ import torch
 from robustdyn.curvature import EmpiricalRisk
 from robustdyn.entrypoints.config import build
 from robustdyn.methods import AdversarialTraining
+from robustdyn.records.files import sole_process
 from tests.runs import TINY, command, compose, rows
 
 RUN = (*TINY, "report=false")
@@ -115,3 +122,102 @@ def test_a_run_directory_that_cannot_be_made_is_one_line(tmp_path, monkeypatch, 
     assert line.startswith("error: cannot make the run's folder: ")
     assert str(tmp_path / "file") in line
     assert "hydra.run.dir" in line
+
+
+LONG = [o for o in RUN if not o.startswith(("trainer.max_epochs", "measure.", "schedule."))]
+LONG += ["measure=none", "trainer.max_epochs=2000", "data.test_size=10", "attack.steps=1"]
+
+
+def started(*arguments, **streams):
+    """The real command in a process of its own."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    line = [sys.executable, "-m", "robustdyn.entrypoints.train", *arguments]
+    return subprocess.Popen(
+        line, env=environment, **{"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL} | streams
+    )
+
+
+def wait_for(path, process):
+    while not (path.exists() and path.read_text()):
+        assert process.poll() is None, process.stderr.read().decode()
+        time.sleep(0.05)
+
+
+def state(run_dir):
+    return json.loads((run_dir / "status.json").read_text())["state"]
+
+
+@pytest.mark.parametrize("sweep", [False, True], ids=["run", "sweep"])
+def test_a_directory_takes_one_process_at_a_time(sweep, tmp_path, monkeypatch, capsys):
+    arguments = (
+        ["-m", *RUN, "seed=0,1", f"hydra.sweep.dir={tmp_path}"]
+        if sweep
+        else [*RUN, f"hydra.run.dir={tmp_path}"]
+    )
+    with sole_process(tmp_path, "unused"):
+        before = sorted(tmp_path.iterdir())
+        assert command(monkeypatch, *arguments) == 1
+        assert sorted(tmp_path.iterdir()) == before  # not even Hydra's files
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path}: running in process {os.getpid()} on host ")
+    assert f"choose another hydra.{'sweep' if sweep else 'run'}.dir" in error
+    assert error.count("\n") == 1
+
+
+def test_a_lock_goes_with_its_process_however_it_ends(tmp_path):
+    script = (
+        "import os, signal, sys; from pathlib import Path; from robustdyn.records.files import sole_process\n"
+        "with sole_process(Path(sys.argv[1]), ''): os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False).returncode
+        == -signal.SIGKILL
+    )
+    with sole_process(tmp_path, "unused"):
+        pass
+
+
+@pytest.mark.parametrize("sweep", [False, True], ids=["run", "serial sweep"])
+def test_sigterm_interrupts_as_ctrl_c_does(sweep, tmp_path):
+    where = ["-m", "seed=0,1", f"hydra.sweep.dir={tmp_path}", "hydra.sweep.subdir='${hydra.job.num}'"]
+    run_dir = tmp_path / "0" if sweep else tmp_path
+    process = started(*LONG, *(where if sweep else [f"hydra.run.dir={tmp_path}"]))
+    wait_for(run_dir / "records" / "epochs.jsonl", process)
+    process.terminate()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert said.decode().endswith("interrupted\n")
+    assert state(run_dir) == "running"  # it is to go on
+    assert (not sweep) or b"the same command with hydra.sweep.dir=" in said
+
+
+def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path):
+    process = started(*RUN, f"hydra.run.dir={tmp_path}", stdout=subprocess.PIPE)
+    process.stdout.close()
+    process.stderr.close()
+    assert process.wait(timeout=120) == 0
+    assert state(tmp_path) == "done"
+
+
+def test_a_terminal_that_lacks_characters_does_not_end_the_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    process = started(*RUN, "name='\u00fcn\u00ef \u2192'", f"hydra.run.dir={tmp_path}")
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert b"\\xfcn\\xef \\u2192 seed=0" in said
+
+
+@pytest.mark.slow  # a parallel sweep
+def test_workers_of_a_parallel_sweep_end_with_it(tmp_path):
+    where = ["-m", "seed=0,1", "hydra/launcher=parallel", f"hydra.sweep.dir={tmp_path}"]
+    process = started(*LONG, *where, "hydra.sweep.subdir='${hydra.job.num}'", stderr=subprocess.DEVNULL)
+    owners = [tmp_path / number / ".lock.owner" for number in "01"]
+    for owner in owners:
+        wait_for(owner, process)
+    workers = [int(owner.read_text().split()[1]) for owner in owners]
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

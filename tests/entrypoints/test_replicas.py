@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from robustdyn.entrypoints.replicas import main
 from robustdyn.replicas import read_ensemble
@@ -176,6 +177,20 @@ def test_a_file_outside_a_run_is_refused(checkpoint, tmp_path, monkeypatch, caps
     shutil.copy(checkpoint.partition("=")[2], elsewhere)
     assert replicate(monkeypatch, f"checkpoint={elsewhere}", *SMALL) == 1
     assert "does not lie in a run directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["model", "regularizer", "optimizer", "data", "objective", "attack.train"])
+def test_a_stranger_s_run_calls_nothing_of_its_choice(checkpoint, tmp_path, monkeypatch, capsys, key):
+    path = tmp_path / "run" / ".hydra" / "config.yaml"
+    config = OmegaConf.load(path)
+    config.merge_with_dotlist(
+        [f"{key}._target_=robustdyn.models.checkpoints.torch.os.system", f"{key}.command=touch called"]
+    )
+    OmegaConf.save(config, path)
+    assert replicate(monkeypatch, checkpoint, *SMALL) == 1
+    said = capsys.readouterr().err
+    assert f"{key}._target_=robustdyn.models.checkpoints.torch.os.system is not allowed" in said
+    assert not (tmp_path / "called").exists()
 
 
 def test_the_loss_is_expanded_on_request(checkpoint, monkeypatch, capsys):

@@ -1,4 +1,5 @@
 import pytest
+from omegaconf import OmegaConf
 
 from robustdyn.analysis import report as analysis
 from robustdyn.entrypoints.report import main
@@ -47,6 +48,55 @@ def test_a_mistake_is_one_line_and_status_one(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     with pytest.raises(OSError, match="no run in it"):
         main([str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"- 1\n", "not a configuration"),
+        (b"\xff\x00", "cannot read"),
+        (b"a: " + b"[" * 3000, "nested more than 50 deep"),
+        (
+            b"hydra: {sweeper: {_target_: hydra._internal.core_plugins.basic_sweeper.BasicSweeper}, "
+            b"overrides: {task: ['a=range(5000)', 'b=range(10000)']}}",
+            "a sweep of more than 100,000 runs; choose fewer values, or give the run directories alone",
+        ),
+        (
+            b"hydra: {sweeper: {_target_: hydra._internal.core_plugins.basic_sweeper.BasicSweeper}, "
+            b"overrides: {task: ['a=range(10000000000)']}}",
+            "a sweep of more than 100,000 runs",
+        ),
+    ],
+)
+def test_a_sweep_s_file_that_is_none_is_one_line(run, capsys, content, message):
+    (run.parent / "multirun.yaml").write_bytes(content)
+    assert main([str(run.parent)]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {run.parent / 'multirun.yaml'}: ")
+    assert message in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("hydra", ["5", "{sweeper: 5, overrides: 3}", "{sweeper: [], overrides: {task: 1}}"])
+def test_a_sweep_s_file_without_a_plan_is_passed_over(quick, run, hydra):
+    (run.parent / "multirun.yaml").write_text(f"hydra: {hydra}\n")
+    assert main([str(run.parent)]) == 0
+
+
+def test_nothing_of_this_machine_stands_on_the_page(quick, run, monkeypatch):
+    monkeypatch.setenv("SECRET_TOKEN", "a secret of this machine")
+    config = run / ".hydra" / "config.yaml"
+    config.write_text(OmegaConf.to_yaml(OmegaConf.load(config)) + "leak: ${oc.env:SECRET_TOKEN}\n")
+    (run / ".hydra" / "overrides.yaml").write_text("- +leak=${oc.env:SECRET_TOKEN}\n")
+    (run.parent / "multirun.yaml").write_text(
+        "hydra: {sweeper: {_target_: hydra._internal.core_plugins.basic_sweeper.BasicSweeper, "
+        "params: {seed: '${oc.env:SECRET_TOKEN}'}}, "
+        "overrides: {task: ['+leak=${oc.env:SECRET_TOKEN}'], hydra: []}}"
+    )
+    assert main([str(run.parent)]) == 0
+    page = (run.parent / "report" / "index.html").read_text()
+    assert "a secret of this machine" not in page
+    assert "${oc.env:SECRET_TOKEN}" in page
 
 
 def test_help_shows_examples_and_outputs(capsys):

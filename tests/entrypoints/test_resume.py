@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
+from robustdyn.entrypoints.checkpointing import BestCheckpoint
 from robustdyn.methods import AdversarialTraining
 from robustdyn.records import TABLES
 from tests.runs import TINY, command, rows
@@ -171,7 +173,7 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
     assert command(monkeypatch, *arguments("at", f"hydra.run.dir={tmp_path / 'run'}")) == 1
     *_, line = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ")
-    assert "best_on_test.ckpt: cannot write (No space left on device)" in line
+    assert "best_on_test.ckpt: cannot write (No space left on device); free space" in line  # nothing is there
     assert "run the same command again" in line
 
 
@@ -225,3 +227,58 @@ def test_a_damaged_checkpoint_is_named(finished, tmp_path, monkeypatch, capsys):
     path.write_bytes(path.read_bytes()[:1000])
     assert command(monkeypatch, *arguments("at", f"hydra.run.dir={moved}", *AT_ENDS)) == 1
     assert f"{path}: cannot read" in capsys.readouterr().err
+
+
+def test_a_checkpoint_writes_hydra_s_own_files_alone(finished, tmp_path, monkeypatch, capsys):
+    moved, elsewhere = tmp_path / "moved", tmp_path / "elsewhere"
+    shutil.copytree(finished, moved)
+    path = moved / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    config = checkpoint["hydra"]["config.yaml"]
+    checkpoint["hydra"] |= {str(elsewhere): "x", "../../elsewhere": "x", "hydra.yaml": 5, "other.yaml": "x"}
+    torch.save(checkpoint, path)
+    assert command(monkeypatch, *arguments("at", f"hydra.run.dir={moved}", "seed=5", *AT_ENDS)) == 1
+    assert "is of a run with other settings" in capsys.readouterr().err
+    assert not elsewhere.exists()
+    assert {p.name for p in (moved / ".hydra").iterdir()} == {"config.yaml", "hydra.yaml", "overrides.yaml"}
+    assert (moved / ".hydra" / "config.yaml").read_text() == config
+
+
+def test_a_checkpoint_s_best_is_a_file_beside_it(finished, tmp_path):
+    """Lightning deletes the best checkpoint, and all that lies below it, when a better one is there."""
+    checkpoint = torch.load(finished / "checkpoints" / "last.ckpt", weights_only=True)
+    (state,) = (value for key, value in checkpoint["callbacks"].items() if key.startswith("BestCheckpoint"))
+    best = BestCheckpoint(dirpath=tmp_path, monitor="x")
+    for name in ("/elsewhere/..", "..", "/elsewhere/records"):
+        best.load_state_dict(state | {"best_model_path": name, "best_k_models": {name: torch.tensor(0.0)}})
+        assert best.best_model_path == ""
+    best.load_state_dict(state | {"best_model_path": "/elsewhere/best.ckpt"})
+    assert best.best_model_path == str(tmp_path / "best.ckpt")
+
+
+@pytest.mark.parametrize("damage", ["no config", "weights", "list", "shape", "pickle"])
+def test_a_checkpoint_that_is_none_is_one_line(finished, tmp_path, monkeypatch, capsys, damage):
+    moved = tmp_path / "moved"
+    shutil.copytree(finished, moved)
+    path = moved / "checkpoints" / "last.ckpt"
+    content = torch.load(path, weights_only=True)
+    message = f"{path}: not a checkpoint of robustdyn-train; restore it from a copy, or remove it"
+    if damage == "no config":
+        del content["config"]
+    elif damage == "weights":
+        content = content["state_dict"]
+    elif damage == "list":
+        content = [1, 2]
+    elif damage == "pickle":
+        content = {"config": Path("x")}
+        message = f"{path}: cannot read (loading it could run code (it holds "
+    else:
+        name = next(iter(content["state_dict"]))
+        content["state_dict"][name] = torch.zeros(3)
+        message = f"the checkpoint has no {name} of shape"
+    torch.save(content, path)
+    more = ("trainer.max_epochs=3", *AT_ENDS)
+    assert command(monkeypatch, *arguments("at", f"hydra.run.dir={moved}", *more)) == 1
+    *_, line = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"error: {message}")
+    assert "weights_only" not in line

@@ -13,9 +13,9 @@ from robustdyn.curvature import EmpiricalRisk
 from robustdyn.measure import Alignment, Eigenpairs, Snapshot, Spectrum, WeightCurvature
 from robustdyn.methods import OptimizerState
 from robustdyn.records import RunRecords
-from tests.tolerances import EXACT64
+from tests.tolerances import EXACT64, MC_SIGMAS
 
-EXAMPLES, N, B = 20, 500, 32
+EXAMPLES, SECOND, N, B = 20, 12, 500, 32
 ETA, MU, OMEGA = 0.05, 0.9, 5e-4
 K = 4
 # An eigenvalue's error is at most residual² / gap: 1e-9² vanishes; vectors, and what hangs on them, err by
@@ -30,16 +30,15 @@ def snapshot():
         nn.Conv2d(1, 3, 3, bias=False), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 3)
     ).double()
     model(torch.randn(64, 1, 4, 4, dtype=torch.float64))  # running statistics that are not 0 and 1
-    risk = EmpiricalRisk(
-        model.eval(),
-        torch.randn(EXAMPLES, 1, 4, 4, dtype=torch.float64),
-        torch.randint(0, 3, (EXAMPLES,)),
-        chunk_size=7,
-    )
+    inputs, targets = torch.randn(EXAMPLES, 1, 4, 4, dtype=torch.float64), torch.randint(0, 3, (EXAMPLES,))
+    risk = EmpiricalRisk(model.eval(), inputs, targets, chunk_size=7)
+    moved = inputs[:SECOND] + 0.1 * torch.randn(SECOND, 1, 4, 4, dtype=torch.float64)
+    again = EmpiricalRisk(model, moved, targets[:SECOND], chunk_size=5)
     return Snapshot(
         epoch=3,
         step=60,
         risk=risk,
+        again=lambda: again,
         optimizer=OptimizerState(ETA, MU, OMEGA),
         train_examples=N,
         batch_size=B,
@@ -101,12 +100,72 @@ def test_hessian_eigenvalues(spectrum, dense):
     assert (column(spectrum["spectrum"], "residual") <= 1e-9 * float(truth[0])).all()
 
 
-def test_noise_along_them_is_that_of_a_minibatch(spectrum, dense):
-    vectors = torch.linalg.eigh(dense[0])[1].flip(1)[:, :K]
-    single = (dense[1] @ vectors).var(dim=0, correction=1)
-    truth = single * (N - B) / (B * (N - 1))
-    np.testing.assert_allclose(column(spectrum["spectrum"], "gradient_noise"), truth, rtol=VECTORS["rtol"])
-    assert (column(spectrum["spectrum"], "gradient_noise_se") > 0).all()
+def gradients_and_gauss_newton(risk, vectors):
+    """Along the vectors, of each example: its gradient and uᵀ Jᵀ Λ J u."""
+    shapes = {name: p.shape for name, p in risk.model.named_parameters()}
+    inputs, targets = risk.subset(slice(None))
+
+    def logits(flat):
+        parts = flat.split([shape.numel() for shape in shapes.values()])
+        named = {n: part.view(shape) for (n, shape), part in zip(shapes.items(), parts, strict=True)}
+        return functional_call(risk.model, named, (inputs,))
+
+    theta = torch.cat([p.detach().flatten() for p in risk.model.parameters()])
+    changes = torch.func.jacrev(logits)(theta) @ vectors
+    p = logits(theta).softmax(dim=1).detach()
+    slopes = p - nn.functional.one_hot(targets, p.shape[1])
+    means = torch.einsum("ic,ick->ik", p, changes)
+    curved = torch.einsum("ic,ick->ik", p, changes**2) - means**2
+    return torch.einsum("ic,ick->ik", slopes, changes).numpy(), curved.numpy()
+
+
+def test_values_along_them_are_those_of_the_second_attack(snapshot, spectrum, dense):
+    values, vectors = torch.linalg.eigh(dense[0])
+    values, vectors = values.flip(0)[:K].numpy(), vectors.flip(1)[:, :K]
+    g, curved = gradients_and_gauss_newton(snapshot.risk, vectors)
+    other, curved_again = gradients_and_gauss_newton(snapshot.again(), vectors)
+    rows = spectrum["spectrum"]
+    change = (curved_again - curved[:SECOND]).mean(axis=0)
+    np.testing.assert_allclose(column(rows, "curvature"), values + change, rtol=VECTORS["rtol"])
+    first, second = g[:SECOND] - g.mean(axis=0), other - g.mean(axis=0)
+    square, again = (first**2).sum(axis=0), (second**2).sum(axis=0)
+    single = g.var(axis=0, ddof=1) * again / square
+    attack = single * (1 - np.maximum((first * second).sum(axis=0) / np.sqrt(square * again), 0))
+    np.testing.assert_allclose(column(rows, "attack_noise"), attack / B, rtol=VECTORS["rtol"])
+    # of the examples' part, a mini-batch's share without replacement
+    truth = (single - attack) * (N - B) / (B * (N - 1)) + attack / B
+    np.testing.assert_allclose(column(rows, "gradient_noise"), truth, rtol=VECTORS["rtol"])
+
+
+def test_values_along_eigenvectors_have_neither_bias_nor_wrong_errors(snapshot):
+    """Few examples in noise of their own: what the eigenvectors fit of it is not in what is recorded."""
+    torch.manual_seed(0)
+    model = nn.Linear(30, 2, bias=False).double()
+    seen, errors, own = [], [], []
+    for _ in range(60):
+        centre = torch.randn(40, 30, dtype=torch.float64) * torch.linspace(2, 0.1, 30, dtype=torch.float64)
+        targets = torch.randint(0, 2, (40,))
+
+        def attacked(count, centre=centre, targets=targets):
+            return EmpiricalRisk(
+                model, centre[:count] + torch.randn(count, 30, dtype=torch.float64), targets[:count]
+            )
+
+        drawn = replace(
+            snapshot, risk=attacked(40), again=lambda a=attacked: a(30), eigenpairs=solver(directions=2)
+        )
+        u, along = drawn.hessian.eigenvectors, drawn.along
+        truth = []
+        for _ in range(100):
+            g, curved = gradients_and_gauss_newton(attacked(40), u)
+            truth.append([curved.mean(axis=0), g.var(axis=0, ddof=1)])
+        truth = np.mean(truth, axis=0)
+        seen.append(np.stack([along.curvature, along.variances]) / truth)
+        own.append(np.stack([drawn.hessian.eigenvalues.numpy(), drawn.projected.variances.numpy()]) / truth)
+        errors.append(np.stack([along.curvature_standard_errors, along.variance_standard_errors]) / truth)
+    mean, spread = np.mean(seen, axis=0), np.std(seen, axis=0, ddof=1)
+    assert (np.abs(mean - 1) < MC_SIGMAS * spread / np.sqrt(60)).all()
+    assert (np.mean(own, axis=0) > 1.1).all()  # curvature and noise, both directions
 
 
 def test_noise_eigenvalues(spectrum, dense):
@@ -118,7 +177,7 @@ def test_noise_eigenvalues(spectrum, dense):
 
 def test_posterior_variance_and_bound_terms(spectrum):
     rows, (bound,) = spectrum["spectrum"], spectrum["bounds"]
-    raw, gamma = column(rows, "hessian_eigenvalue"), column(rows, "gradient_noise")
+    raw, gamma = column(rows, "curvature"), column(rows, "gradient_noise")
     lam = raw + OMEGA
     variance = ETA * gamma * (1 + MU) / (lam * (1 - MU) * (2 * (1 + MU) - ETA * lam))
     np.testing.assert_allclose(column(rows, "posterior_variance_stationary"), variance, rtol=1e-12)

@@ -5,13 +5,16 @@ import pandas as pd
 import pytest
 
 from robustdyn.measure import posterior_rows
+from robustdyn.replicas import Sampling
+from robustdyn.theory import MeasuredDrift, propagate_coupled
 from tests.tolerances import EXACT64
 
 MU, OMEGA = 0.9, 5e-4
 STEPS_PER_EPOCH = 10
+EXAMPLES, BATCH = 145, 15  # the last batch has ten
 
 
-def tables(epochs, rates, spectrum):
+def tables(epochs, rates, spectrum, attack=0.3):
     """``rates`` as (first epoch, lr), ``spectrum`` as (epoch, index, λ, γ), measured at the epoch's end."""
     ends = [(e + 1) * STEPS_PER_EPOCH for e in range(epochs)]
     return {
@@ -19,10 +22,18 @@ def tables(epochs, rates, spectrum):
         "rates": pd.DataFrame([{"epoch": e, "step": e * STEPS_PER_EPOCH, "lr": lr} for e, lr in rates]),
         "spectrum": pd.DataFrame(
             [
-                {"epoch": e, "step": ends[e], "index": i, "hessian_eigenvalue": lam, "gradient_noise": gamma}
+                {
+                    "epoch": e,
+                    "step": ends[e],
+                    "index": i,
+                    "curvature": lam,
+                    "gradient_noise": gamma,
+                    "attack_noise": attack * gamma,
+                }
                 for e, i, lam, gamma in spectrum
             ]
         ),
+        "bounds": pd.DataFrame([{"train_examples": EXAMPLES, "batch_size": BATCH}]),
     }
 
 
@@ -50,7 +61,8 @@ def test_follows_every_step_of_the_run():
     lam = np.select([step < 100, step < 210], [5.0, 8.0], 6.0)
     gamma = np.select([step < 100, step < 210], [0.2, 0.3], 0.1)
     truth = recursion(lam, gamma, np.where(step < 120, 0.1, 0.01))
-    np.testing.assert_allclose(posterior(given)["posterior_variance"][0], truth, rtol=EXACT64["rtol"])
+    found = posterior(given)["posterior_variance_independent"][0]
+    np.testing.assert_allclose(found, truth, rtol=EXACT64["rtol"])
 
 
 def test_log_linear_draws_straight_lines_in_the_logarithm():
@@ -58,20 +70,49 @@ def test_log_linear_draws_straight_lines_in_the_logarithm():
     step = np.arange(200)
     share = np.clip((step - 50) / 100, 0, 1)
     truth = recursion(2.0 * 4.0**share, 0.1 * 4.0**share, np.full(200, 0.05))
-    found = posterior(given, "log_linear")["posterior_variance"][0]
+    found = posterior(given, "log_linear")["posterior_variance_independent"][0]
     np.testing.assert_allclose(found, truth, rtol=EXACT64["rtol"])
 
 
 def test_lags_behind_the_stationary_law_after_a_decay_and_reaches_it():
     given = tables(200, [(0, 0.1), (50, 0.01)], [(0, 0, 2.0, 0.2)])
     found = posterior(given)
-    exact, stationary = found["posterior_variance"][0], found["posterior_variance_stationary"][0]
+    exact, stationary = (found[f"posterior_variance_{law}"][0] for law in ("independent", "stationary"))
     curvature = 2.0 + OMEGA
     for epoch, eta in ((49, 0.1), (199, 0.01)):
         law = eta * 0.2 * (1 + MU) / (curvature * (1 - MU) * (2 * (1 + MU) - eta * curvature))
         assert stationary[epoch] == pytest.approx(law, rel=1e-12)
         assert exact[epoch] == pytest.approx(law, rel=1e-6)  # 500 steps of a memory of 50 or fewer
     assert stationary[50] < exact[50] < stationary[49]
+
+
+@pytest.mark.parametrize("attack", [0.0, 0.3, 1.0])
+def test_batches_of_shuffled_epochs_are_those_of_the_coupled_law(attack):
+    given = tables(12, [(0, 0.1), (7, 0.01)], [(0, 0, 2.0, 0.2)], attack)
+    factor = (EXAMPLES - BATCH) / (BATCH * (EXAMPLES - 1))
+    drift = MeasuredDrift(
+        step=[0],
+        slope=np.full((1, 1, 1), 2.0),
+        example_noise=np.full((1, 1, 1), (1 - attack) * 0.2 / factor),
+        attack_noise=np.full((1, 1, 1), attack * 0.2 * BATCH),
+        gradient=[0.0],
+        interpolation="piecewise_constant",
+    )
+    law = propagate_coupled(
+        drift,
+        [0.1] * 70 + [0.01] * 50,
+        sampling=Sampling(examples=EXAMPLES, batch_size=BATCH, replacement=False, drop_last=False).batches(
+            120
+        ),
+        momentum=MU,
+        weight_decay=OMEGA,
+        record_steps=np.arange(10, 121, 10),
+    )
+    found = posterior(given)
+    np.testing.assert_allclose(found["posterior_variance"][0], law.variance[:, 0], rtol=1e-9)
+    if attack < 1:  # with the small rate an epoch is short, and shuffling takes back most of its noise
+        slow = found[7:]
+        assert (slow["posterior_variance"] < slow["posterior_variance_independent"]).all(axis=None)
 
 
 def test_directions_go_their_own_ways():
@@ -86,7 +127,7 @@ def test_a_direction_without_a_law_has_no_variance_and_comes_back_settled():
     # λ = 50 overshoots at η = 0.1 (limit 38) and is stable at 0.01.
     given = tables(40, [(0, 0.1), (20, 0.01)], [(0, 0, 5.0, 0.2), (9, 0, 50.0, 0.2)])
     found = posterior(given)
-    exact, stationary = found["posterior_variance"][0], found["posterior_variance_stationary"][0]
+    exact, stationary = (found[f"posterior_variance_{law}"][0] for law in ("independent", "stationary"))
     assert exact[:10].notna().all()
     assert exact[10:20].isna().all()
     assert stationary[10:20].isna().all()

@@ -23,6 +23,7 @@ def parts(cfg, records):
     measure = Measure(
         epochs=0,
         examples=cfg.measure.examples,
+        second_attack=cfg.measure.second_attack,
         memory_mib=cfg.measure.memory_mib,
         precision="full",
         inputs="adversarial",

@@ -43,6 +43,7 @@ def due(*overrides):
     measure = Measure(
         epochs=list(cfg.measure.epochs),
         examples=cfg.measure.examples,
+        second_attack=cfg.measure.second_attack,
         inputs="adversarial",
         memory_mib=64,
         precision="full",

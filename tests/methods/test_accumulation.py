@@ -45,6 +45,7 @@ def test_the_recorded_noise_is_that_of_the_large_batch(tmp_path):
         measure = Measure(
             epochs=[1],
             examples=24,
+            second_attack=24,
             inputs="clean",
             memory_mib=64,
             precision="full",

@@ -235,6 +235,7 @@ def test_two_ranks_step_at_the_same_rate(tmp_path):
     measure = Measure(
         epochs=[],
         examples=cfg.measure.examples,
+        second_attack=cfg.measure.second_attack,
         inputs=cfg.measure.inputs,
         memory_mib=cfg.measure.memory_mib,
         precision="full",

@@ -151,8 +151,11 @@ def measure_spectrum(records, rng, stamp, growth, directions):
             "index": j,
             "hessian_eigenvalue": values[j],
             "residual": 0.02 * values[j],
+            "curvature": values[j],
+            "curvature_se": 0.05 * values[j],
             "gradient_noise": noise[j],
             "gradient_noise_se": 0.1 * noise[j],
+            "attack_noise": 0.2 * noise[j],
             "noise_eigenvalue": 1.3 * noise[j],
             "noise_residual": 0.01 * noise[j],
             "posterior_variance_stationary": variance[j],
@@ -162,6 +165,8 @@ def measure_spectrum(records, rng, stamp, growth, directions):
         }
         records.append("spectrum", stamp | row)
     sums = {
+        "train_examples": 1000,
+        "batch_size": 128,
         "tracked_directions": directions,
         "unstable_directions": (~stable).sum(),
         "curvature_term_top_k": np.nansum(curvature),
@@ -253,7 +258,7 @@ def write_run(path, method="at", seed=0, *, epochs=40, measured=MEASURED, direct
         if epoch < epochs:
             measure(records, rng, method, epoch, directions)
     records.extend("rates", rate_rows(read_table(path, "epochs")))
-    tables = {name: read_table(path, name) for name in ("epochs", "rates", "spectrum")}
+    tables = {name: read_table(path, name) for name in ("epochs", "rates", "spectrum", "bounds")}
     rows = posterior_rows(tables, momentum=0.9, weight_decay=5e-4, interpolation="log_linear")
     records.replace("posterior", rows)
     records.write_summary(summarise(tables["epochs"]))

@@ -10,10 +10,12 @@ DESIGN = {
     "wci": "epoch step wci wci_se weight_norm_sq hessian_trace hessian_trace_se hessian_trace_all "
     "cauchy_schwarz_bound clamped_layers hvps examples batchnorm estimator seconds",
     "layers": "epoch layer numel weight_norm_sq hessian_trace hessian_trace_se wci_term optimal_variance",
-    "spectrum": "epoch index hessian_eigenvalue residual gradient_noise gradient_noise_se noise_eigenvalue "
+    "spectrum": "epoch index hessian_eigenvalue residual curvature curvature_se gradient_noise "
+    "gradient_noise_se attack_noise noise_eigenvalue "
     "stable posterior_variance_stationary curvature_term log_variance_term",
     "rates": "epoch step lr",
-    "posterior": "epoch step index posterior_variance posterior_variance_stationary",
+    "posterior": "epoch step index posterior_variance posterior_variance_independent "
+    "posterior_variance_stationary",
     "alignment": "epoch commutator subspace_overlap total_correlation",
     "costs": "epoch step part products converged warm seconds",
     "timing": "epoch step images_per_second attack_share step_share data_share evaluation_share "

@@ -11,7 +11,9 @@ MU, OMEGA, EXAMPLES, BATCH = 0.9, 5e-4, 400, 64
 OPTIMIZER = {"_target_": "torch.optim.SGD", "momentum": MU, "weight_decay": OMEGA}
 
 
-def point(hessian, example_noise, gradient, *, slopes=None, errors=0.0, attack=None, sampled=None):
+def point(
+    hessian, example_noise, gradient, *, slopes=None, errors=0.0, attack=None, sampled=None, again=None
+):
     k = len(hessian)
     unit = torch.eye(k)
     slopes = np.full((k, k), np.nan) if slopes is None else np.asarray(slopes, dtype=float)
@@ -28,6 +30,7 @@ def point(hessian, example_noise, gradient, *, slopes=None, errors=0.0, attack=N
         attack_covariance=attack,
         noise=(example_noise + attack) / BATCH,
         sampled_gradients=np.empty((0, k)) if sampled is None else sampled,
+        sampled_again=np.empty((0, k)) if sampled is None else sampled if again is None else again,
         slopes=slopes,
         slope_errors=np.full((k, k), errors),
         slope_distances=np.ones(k),

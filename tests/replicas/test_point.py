@@ -1,9 +1,13 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch.func import functional_call, hessian, jacrev
 from torch.nn import functional as F
 
+from robustdyn import streams
+from robustdyn.curvature import EmpiricalRisk, Hessian, gradient_projections
 from robustdyn.methods import AWP, TRADES
 from robustdyn.replicas import MeasuredPoint, PointSettings, StackedNetwork, measure_point
 from robustdyn.replicas.ensemble import batch_gradients
@@ -96,6 +100,34 @@ def test_sampled_noise_agrees_with_the_examples_and_the_attack_s(replacement):
     assert (np.diag(found.attack_covariance) > 0.1 * np.diag(found.example_covariance)).any()
     error = np.sqrt(np.diag(found.noise) * (1 / 800 + 1 / 200))
     assert (np.abs(found.sampled_gradients.mean(axis=0) - found.mean_gradient) < MC_SIGMAS * error).all()
+
+
+def test_values_along_eigenvectors_do_not_come_from_the_examples_these_come_from():
+    """One attack of few examples in many dimensions: what the eigenvectors fit is its noise."""
+    problem = training(attack=attack(eps=1.0, steps=0))
+    draws = torch.Generator().manual_seed(6)
+    linear = torch.nn.Linear(72, 3, bias=False).double()
+    torch.nn.init.normal_(linear.weight, std=0.2, generator=draws)
+    model = torch.nn.Sequential(torch.nn.Flatten(), linear)
+    ratios, own = [], []
+    for seed in range(12):
+        found = measure(replace(problem, seed=seed), model=model, random_directions=0)
+        u = found.directions.positions
+
+        def along(generator, u=u):
+            """uᵀHu and the variance over examples along u, of one attack."""
+            start = problem.attack.start(problem.images, generator)
+            risk = EmpiricalRisk(model, start, problem.targets)
+            gradients = gradient_projections(risk, u).numpy()
+            return np.stack([(u * (Hessian(risk) @ u)).sum(dim=0).numpy(), gradients.var(axis=0)])
+
+        truth = np.mean([along(torch.Generator().manual_seed(k)) for k in range(1000, 1100)], axis=0)
+        ratios.append(np.stack([found.eigenvalues, np.diag(found.example_covariance)]) / truth)
+        # the very attack that the eigenvectors come from
+        own.append(along(streams.generator(seed, "replica-start-attack", 0)) / truth)
+    error = np.std(ratios, axis=0, ddof=1) / np.sqrt(12)
+    assert (np.abs(np.mean(ratios, axis=0) - 1) < MC_SIGMAS * error).all()
+    assert (np.mean(own, axis=0)[:, 0] > 1.1).all()  # curvature and noise alike
 
 
 def test_under_a_weight_perturbation_the_start_is_the_perturbed_one():

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from robustdyn.errors import RecordError
 from robustdyn.replicas.agreement import agreement
 from robustdyn.replicas.prediction import Law, predicted_laws, refreshed_with_error, seen_by_replicas
 from robustdyn.theory import (
@@ -11,7 +12,7 @@ from robustdyn.theory import (
     stationary_variance,
 )
 from tests.replicas.ensembles import BATCH, EXAMPLES, MU, OMEGA, point, recorded, simulate
-from tests.tolerances import EXACT64
+from tests.tolerances import EXACT64, MC_SIGMAS
 
 LAM = np.array([20.0, 8.0, 3.0, 1.0])
 RATES = np.array([0.01] * 60 + [0.001] * 40)
@@ -91,6 +92,53 @@ def test_a_perturbed_ensemble_uses_sampled_batches():
     )
     assert EXAMPLES % BATCH  # the last batch of an epoch is short
     np.testing.assert_allclose(shuffled["exact"].variance[1], laws["exact"].variance[1], rtol=1e-9)
+
+
+def test_no_perturbation_is_none_however_it_is_configured():
+    """conf/perturbation/none.yaml is empty, not absent."""
+    start = point(np.diag(LAM), noise(), GRADIENT, slopes=ROTATED, attack=noise(0.5))
+    settings = {"sampling.replacement": False}
+    absent = predicted_laws(ensemble(start=start, perturbation=None, **settings))
+    empty = predicted_laws(ensemble(start=start, perturbation={}, **settings))
+    for name, law in absent.items():
+        np.testing.assert_array_equal(empty[name].covariance, law.covariance)
+        np.testing.assert_array_equal(empty[name].mean, law.mean)
+
+
+def test_the_mean_gradient_is_that_of_sampled_batches_where_there_are_any():
+    sampled, again = np.random.default_rng(2).standard_normal((2, 8, 4))
+    start = point(np.diag(LAM), noise(), GRADIENT, sampled=sampled, again=again)
+    law = predicted_laws(ensemble(start=start, perturbation={}))["exact"]
+    first = -RATES[0] * (sampled.mean(axis=0) + again.mean(axis=0)) / 2
+    np.testing.assert_allclose(law.mean[STEPS.index(1)], first, **EXACT64)
+
+
+def test_sampled_batches_tell_the_attack_s_noise_from_the_examples():
+    """Only the latter comes back within an epoch: against the law of the parts they were drawn from."""
+    draws = np.random.default_rng(0)
+    of_examples, of_attack = 0.2 * noise(), noise()
+    factor = (EXAMPLES - BATCH) / (BATCH * (EXAMPLES - 1))
+    batches = draws.multivariate_normal(np.zeros(4), factor * of_examples, size=4000)
+    sampled, again = batches + draws.multivariate_normal(np.zeros(4), of_attack / BATCH, size=(2, 4000))
+    start = point(
+        np.diag(LAM), np.full((4, 4), np.nan), GRADIENT, slopes=ROTATED, sampled=sampled, again=again
+    )
+    settings = {"perturbation": {"_target_": "AWP"}, "sampling.replacement": False}
+    found = predicted_laws(ensemble(start=start, **settings))["refreshed"].variance
+    known = point(np.diag(LAM), of_examples, GRADIENT, slopes=ROTATED, attack=of_attack)
+    expected = predicted_laws(ensemble(start=known, **settings | {"perturbation": None}))[
+        "refreshed"
+    ].variance
+    np.testing.assert_allclose(found[1:], expected[1:], rtol=MC_SIGMAS * np.sqrt(2 / 4000))
+    # all of it counted as the examples' would be far off
+    joined = point(np.diag(LAM), start.sampled_noise / factor, GRADIENT, slopes=ROTATED)
+    wrong = predicted_laws(ensemble(start=joined, **settings | {"perturbation": None}))["refreshed"].variance
+    assert (wrong[-1] < 0.7 * expected[-1]).all()
+
+
+def test_a_perturbed_ensemble_without_sampled_batches_is_refused():
+    with pytest.raises(RecordError, match=r"start\.noise_batches=256"):
+        predicted_laws(ensemble(perturbation={"_target_": "AWP"}))
 
 
 def test_adam_is_momentum_sgd_with_another_rate():

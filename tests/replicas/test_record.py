@@ -29,6 +29,7 @@ def start():
         attack_covariance=one,
         noise=one,
         sampled_gradients=np.empty((0, 1)),
+        sampled_again=np.empty((0, 1)),
         slopes=one,
         slope_errors=one,
         slope_distances=one[0],

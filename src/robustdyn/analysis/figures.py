@@ -177,7 +177,7 @@ def posterior_variance(posterior: pd.DataFrame, epochs: pd.DataFrame) -> Figure:
     """
     panels: list[tuple[str, str, str | None]] = [
         ("posterior_variance_stationary", "Stationary at the present rate", None),
-        ("posterior_variance", "Time-resolved, through the run's rates", None),
+        ("posterior_variance", "Time-resolved, with shuffled epochs", None),
     ]
     title = "Posterior variance of the weights, top {k} directions"
     return _rank_figure(title, panels, POSTERIOR, posterior, epochs, one_scale=True)

@@ -36,6 +36,7 @@ from robustdyn.records import schema
 from robustdyn.records.labels import SEED, distinguishing, flatten, format_value
 from robustdyn.records.progress import STATES, TRACEBACK, RunState
 from robustdyn.records.reader import Run
+from robustdyn.records.untrusted import read_yaml
 from robustdyn.records.writer import RunRecords
 
 MULTIRUN = "multirun.yaml"
@@ -391,11 +392,10 @@ def _run_command(run: Run) -> str:
 def _sweep_command(folder: Path) -> str | None:
     """The command of a sweep, in the sweep's directory: does what is not done."""
     try:
-        typed = OmegaConf.select(OmegaConf.load(folder / MULTIRUN), "hydra.overrides")
-        plain: Any = OmegaConf.to_container(typed, resolve=False)
+        plain = read_yaml(folder / MULTIRUN)["hydra"]["overrides"]
         words = [str(text) for text in plain["task"]]
         hydra = [str(text) for text in plain["hydra"] if not str(text).startswith(_OTHER_SWEEP)]
-    except (OSError, ValueError, KeyError, TypeError, YAMLError, OmegaConfBaseException):
+    except (ValueError, KeyError, TypeError):
         return None
     return shlex.join(["robustdyn-train", "-m", *words, *hydra, f"hydra.sweep.dir={folder}"])
 

@@ -7,6 +7,7 @@ import hashlib
 import math
 import os
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,7 +133,8 @@ def build_report(
         page.write_text(_page(runs, frames, summary, figures, skipped, shown, evaluated), encoding="utf-8")
     except OSError as error:
         raise RecordError(
-            f"{output}: cannot write the report ({error.strerror}); pick another --output"
+            f"{output}: cannot write the report ({error.strerror}); free space, or write it elsewhere: "
+            f"robustdyn-report {shlex.join(map(str, given))} --output DIR"
         ) from error
     return Report(
         html=page,

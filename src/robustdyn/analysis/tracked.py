@@ -150,7 +150,7 @@ def over_epochs(run: Run) -> pd.DataFrame:
         how="left",
         validate="one_to_one",
     )
-    spectrum["curvature_term_resolved"] = spectrum["hessian_eigenvalue"] * spectrum["posterior_variance"]
+    spectrum["curvature_term_resolved"] = spectrum["curvature"] * spectrum["posterior_variance"]
     spectrum["log_variance_term_resolved"] = -np.log(spectrum["posterior_variance"].where(lambda v: v > 0))
     measured = _ranked(spectrum, ["hessian_eigenvalue", "gradient_noise", "noise_eigenvalue"])
     variances = posterior.rename(

@@ -5,9 +5,12 @@ they are cut into chunks and spread over processes, and how to leave the model e
 """
 
 import copy
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
+from itertools import chain
+from numbers import Integral
 from typing import Literal
 
 import torch
@@ -15,19 +18,25 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 from robustdyn.curvature.kernels import Precision
 from robustdyn.curvature.memory_layout import curves_channels_last
 from robustdyn.curvature.sharding import Shards
 from robustdyn.curvature.tape import Tape, count_saved_bytes, gradients
+from robustdyn.curvature.vectors import checksum, inner, norm
 
 PerExampleLoss = Callable[[Tensor, Tensor], Tensor]
 ParameterFilter = Callable[[str, nn.Parameter], bool] | Collection[str]
 BatchNormMode = Literal["eval", "train"]
 
-_CHECKED_EXAMPLES = 16  # enough for any random layer to show; the check costs two passes over these
-_PROBED_EXAMPLES = 4  # on these the memory of a pass is measured
+_CHECKED_EXAMPLES = 16  # enough for any random layer to show; the checks cost four passes over these
+_PROBED_EXAMPLES = 4  # on these the memory of a pass is measured, and the symmetry of products
+_GROUPS = 3  # parts in which the checked examples pass once more; neighbours and halves are separated
+# How far uᵀHv and vᵀHu may differ, relatively. Rounding stays orders below, a wrong derivative orders above.
+_SYMMETRY_TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-6}
 _WORKING_SHARE = 2  # a working chunk takes this part of the memory: products need room beside its graph
 
 
@@ -40,8 +49,19 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
     Returns:
         (B,) losses in nats.
+
+    Raises:
+        ValueError: If there is one number for each example, and it is no integer.
     """
-    return F.cross_entropy(logits, targets, reduction="none")
+    if targets.is_floating_point():
+        if targets.dim() < 2:
+            raise ValueError(
+                "cross_entropy needs class indices as integers, or probabilities (B, K), but the targets are "
+                f"{targets.dtype} of shape {tuple(targets.shape)}: use targets.long(), or another loss for "
+                "regression"
+            )
+        return F.cross_entropy(logits, targets.to(logits), reduction="none")
+    return F.cross_entropy(logits, targets.long(), reduction="none")
 
 
 class EmpiricalRisk:
@@ -53,10 +73,12 @@ class EmpiricalRisk:
 
     Nothing about the model, its gradients or torch's global state differs after a call (see :meth:`guard`).
     Modules other than BatchNorm keep the training flag they have: a Dropout left on is refused, not switched
-    off. Autocast is off while measuring.
+    off. Autocast and compilation are off while measuring, and attention uses its mathematical kernel, the one
+    that can be differentiated twice.
 
     Attributes:
-        model: The measured model.
+        model: The measured model, without the wrappers of torch.compile, DataParallel and
+            DistributedDataParallel.
         inputs: (m_r, ...), this process's fixed examples, wherever the caller keeps them.
         targets: (m_r, ...).
         loss: The per-example loss.
@@ -68,6 +90,8 @@ class EmpiricalRisk:
         shards: How the examples are spread over processes.
         chunk_size: Examples per pass.
         batchnorm: Which statistics BatchNorm used; part of every measurement's meaning.
+        independent: Whether the loss of an example is the same whichever others pass through the model with
+            it, seen on a few examples.
         precision: Of the products' convolutions and linear layers.
         dtype: Precision of θ and of everything computed from it.
         device: Where θ lives; chunks are moved there.
@@ -95,8 +119,9 @@ class EmpiricalRisk:
             targets: (m, ...), first dimension as ``inputs``.
             loss: ``(outputs, targets) -> (B,)``.
             chunk_size: Examples per forward and backward pass; None follows ``memory``, or takes all at once.
-            memory: Bytes that passes may use, about. What a chunk does not need keeps graphs for the next
-                product, which then takes two thirds of the time; None keeps none.
+            memory: Bytes that the graphs of passes may use. What a chunk does not need keeps graphs for the
+                next product, which then takes two thirds of the time; None keeps none. The temporaries of a
+                product come on top: the peak was 1.5 times as much for 100 to 400 MiB, 2.2 times for 30 MiB.
             parameters: Which tensors make up θ: None for all that require gradients, a predicate
                 ``(name, parameter) -> bool`` that chooses among those, or a collection of names.
             batchnorm: ``"eval"`` uses the running statistics, ``"train"`` the statistics of the whole
@@ -110,11 +135,15 @@ class EmpiricalRisk:
                 about the risk is then collective and returns the same bits everywhere.
 
         Raises:
-            ValueError: If sizes disagree, no parameter is chosen, precision or device are mixed or too low,
-                BatchNorm cannot do what was asked, processes hold different weights, or two passes over the
-                same inputs disagree. All processes raise together.
+            TypeError: If inputs or targets are no tensors, or chunk_size or memory no whole numbers.
+            ValueError: If sizes disagree, numbers are not finite, no parameter is chosen, precision or device
+                are mixed or too low, BatchNorm cannot do what was asked, processes hold different weights,
+                two passes over the same inputs disagree, a pass changes the weights, examples that depend on
+                each other are to be cut into chunks, or PyTorch's second derivatives are not symmetric. All
+                processes raise together.
         """
-        self.model = model
+        _check_types(inputs, targets, chunk_size, memory)
+        self.model = model = _unwrapped(model)
         self.loss = loss
         self.inputs, self.targets = plain(inputs), plain(targets)
         self.batchnorm: BatchNormMode = batchnorm
@@ -123,6 +152,7 @@ class EmpiricalRisk:
         self._kept: dict[int, Tape] = {}
         self._kept_state: object = None
         self._room = 0
+        self.independent = not (batchnorm == "train" and self.has_batchnorm)  # the checks look closer
         self.channels_last = False  # whether 4-d inputs may come in that layout; settled by the checks
 
         chosen = _select(model, parameters)
@@ -181,13 +211,19 @@ class EmpiricalRisk:
     # ------------------------------------------------------------------ the function
 
     def value(self) -> float:
-        """L_S(θ), summed in float64."""
+        """L_S(θ), summed in float64.
+
+        Raises:
+            FloatingPointError: If it is not finite; all processes raise together.
+        """
         with self.guard(), torch.no_grad():
             total = torch.zeros((), dtype=torch.float64, device=self.device)
             parameters = self.parameters()
             for inputs, targets in self.chunks():
                 total += self.losses(parameters, inputs, targets).double().sum()
-        return float(self.shards.sum(total)) / self.examples
+        if not bool(self.shards.sum(total).isfinite()):
+            raise self.not_finite("the mean loss")
+        return float(total) / self.examples
 
     def gradient(self) -> Tensor:
         """∇L_S(θ), shape (P,)."""
@@ -198,6 +234,9 @@ class EmpiricalRisk:
 
         Args:
             weights: w, (m,) over all processes, the same on each; None for ones.
+
+        Raises:
+            FloatingPointError: If it is not finite; all processes raise together.
         """
         with self.guard():
             total = torch.zeros(self.numel, dtype=self.dtype, device=self.device)
@@ -210,7 +249,27 @@ class EmpiricalRisk:
                 if own is not None:
                     losses = losses * own[index]
                 self.add(total, gradients(losses.sum(), tuple(leaves.values())))
-        return self.shards.sum(total).div_(self.examples)
+        if not bool(self.shards.sum(total).isfinite().all()):
+            raise self.not_finite("the gradient")
+        return total.div_(self.examples)
+
+    def not_finite(self, what: str) -> FloatingPointError:
+        """An error that names the examples whose loss is not finite; collective.
+
+        Args:
+            what: Which result was not finite on all processes.
+        """
+        with self.guard(), torch.no_grad():
+            parameters = self.parameters()
+            own = torch.cat([self.losses(parameters, *chunk) for chunk in self.chunks()])
+        bad = self.shards.rows(own).isfinite().logical_not().nonzero()[:, 0].tolist()
+        others = f" and {len(bad) - 1} more of {self.examples}" if len(bad) > 1 else ""
+        return FloatingPointError(
+            f"{what} is not finite: neither is the loss of example {bad[0]}{others}"
+            if bad
+            else f"{what} is not finite, although every example's loss is: a derivative overflows or does "
+            "not exist there, like that of a square root at zero"
+        )
 
     def theta(self) -> Tensor:
         """A copy of θ, shape (P,)."""
@@ -245,8 +304,9 @@ class EmpiricalRisk:
     def guard(self, *, products: bool = False) -> Iterator[None]:
         """Everything that measures runs inside; it sets the stage and puts everything back.
 
-        Inside: gradients are on, inference mode and autocast are off, BatchNorm has the chosen mode, and
-        TensorFloat-32 is off unless ``products`` are to be in it. Afterwards training flags, torch's random
+        Inside: gradients are on, inference mode, autocast and compiled code are off, BatchNorm has the chosen
+        mode, attention uses its mathematical kernel, and TensorFloat-32 is off unless ``products`` are to be
+        in it. Afterwards training flags, torch's random
         state and its settings are as before. Weights, buffers, ``.grad`` and ``requires_grad`` are never
         touched, because the model only ever sees detached parameters and copies of its buffers.
         """
@@ -260,6 +320,9 @@ class EmpiricalRisk:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(torch.autocast(self.device.type, enabled=False))
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # flash attention has no second derivative
+            if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing it takes seconds
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             try:
                 for module, _ in flags:
                     if isinstance(module, _BatchNorm):
@@ -269,13 +332,16 @@ class EmpiricalRisk:
                 for module, training in flags:
                     module.training = training
 
-    def tapes(self) -> Iterator[tuple[Tape, bool]]:
+    def tapes(self, state: object = None) -> Iterator[tuple[Tape, bool]]:
         """A tape for each of this process's chunks, and whether it may be used up; inside :meth:`guard`.
 
         Within the memory given, tapes are kept from one call to the next, for all operators on this risk,
         until weights, running statistics or examples change.
+
+        Args:
+            state: The present :meth:`state`, where it is at hand.
         """
-        state = self.state()
+        state = self.state() if state is None else state
         if state != self._kept_state:
             self.forget()
             self._kept_state = state
@@ -303,8 +369,18 @@ class EmpiricalRisk:
             yield self.subset(slice(start, start + self.chunk_size))
 
     def subset(self, which: slice) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of some of this process's examples, on the parameters' device."""
-        return self.inputs[which].to(self.device), self.targets[which].to(self.device)
+        """Copies of some of this process's inputs and targets, on the parameters' device.
+
+        Copies, because a model may normalise its inputs in place.
+        """
+        with torch.inference_mode(False):
+            inputs = self.inputs[which].to(self.device, copy=True)
+            return inputs, self.targets[which].to(self.device, copy=True)
+
+    def few(self, count: int) -> slice:
+        """At most so many of this process's examples, spread over all of them."""
+        step = max(1, len(self.inputs) // count)
+        return slice(0, step * count, step)
 
     def parameters(self) -> dict[str, Tensor]:
         """The measured tensors by name, detached: the model's own, or views of the fixed point."""
@@ -321,7 +397,7 @@ class EmpiricalRisk:
         """f(x; θ) as a pure function; call it inside :meth:`guard`.
 
         Args:
-            parameters: A tensor for each of ``names``.
+            parameters: A tensor for each of ``names``, or for more of the model's parameters.
             inputs: (B, ...).
 
         Returns:
@@ -330,8 +406,7 @@ class EmpiricalRisk:
         everything = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
         everything.update(parameters)
         buffers = {name: buffer.detach().clone() for name, buffer in self.model.named_buffers()}
-        outputs: Tensor = functional_call(self.model, (everything, buffers), (inputs,))
-        return outputs
+        return call_with(self.model, {**everything, **buffers}, inputs)
 
     def losses(self, parameters: Mapping[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
         """ℓ of each example, shape (B,), as a pure function of the parameters.
@@ -344,10 +419,22 @@ class EmpiricalRisk:
     def losses_of(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """As :meth:`losses`, of outputs."""
         losses = self.loss(outputs, targets)
-        if losses.shape != targets.shape[:1]:
+        count = len(targets)
+        if losses.shape != (count,):
+            if losses.dim() == 0:
+                remedy = "use reduction='none'"
+            elif losses.numel() == count:
+                remedy = "drop the dimensions of size one, for instance by .flatten()"
+            else:
+                remedy = (
+                    "average over all dimensions but the first; where outputs and targets differ in shape, "
+                    "PyTorch has broadcast them"
+                )
+            given = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
             raise ValueError(
-                f"loss must return one number per example, shape ({len(targets)},), but returned "
-                f"{tuple(losses.shape)}: use reduction='none'"
+                f"loss must return one number per example: for {count} of the {len(self.inputs)} examples, "
+                f"outputs {given} and targets {tuple(targets.shape)}, it returned {tuple(losses.shape)}, not "
+                f"({count},): {remedy}"
             )
         return losses
 
@@ -369,7 +456,7 @@ class EmpiricalRisk:
 
     def _fit(self, memory: int, chunk_size: int | None) -> None:
         """Choose the chunk and how many graphs are kept, from the memory that a few examples need."""
-        whole = self.batchnorm == "train" and self.has_batchnorm
+        whole = not self.independent
         probed = len(self.inputs) if whole else min(_PROBED_EXAMPLES, len(self.inputs))
         with self.guard(products=True), count_saved_bytes() as counted:
             Tape(self, *self.subset(slice(0, probed)))
@@ -395,7 +482,8 @@ class EmpiricalRisk:
             _check_examples(self.inputs, self.targets, chunk_size, memory)
             _check_settings(self.batchnorm, self.precision, self.dtype)
             self._check_batchnorm()
-            self._check_deterministic()
+            self._check_passes()
+            self._check_symmetry()
         except ValueError as error:
             return str(error)
         except Exception as error:
@@ -434,21 +522,95 @@ class EmpiricalRisk:
                     "(track_running_stats=False): use batchnorm='train'"
                 )
 
-    def _check_deterministic(self) -> None:
-        inputs, targets = self.subset(slice(0, _CHECKED_EXAMPLES))
+    def _check_passes(self) -> None:
+        """What passes over a few examples show: writing, numbers that are not finite, chance, mixing."""
+        few = self.few(_CHECKED_EXAMPLES)
+        inputs, targets = self.subset(few)
         with self.guard(), torch.no_grad():
-            parameters = self.parameters()
-            first = self.losses(parameters, inputs, targets)
-            self.channels_last = self._takes_channels_last(parameters, inputs, targets)
-            second = self.losses(parameters, inputs, targets)
-        if not torch.isfinite(first).all():
-            raise ValueError("the loss is not finite at the present weights: nothing can be measured here")
+            # copies, because the pass may write to them
+            parameters = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+            outputs = self.outputs(parameters, inputs)
+            written = [name for name, parameter in parameters.items() if parameter._version]
+            if written:
+                raise ValueError(
+                    f"a forward pass changes the parameter {written[0]!r} in place, as Embedding(max_norm=) "
+                    "does, so measuring would change the model: leave max_norm unset"
+                )
+            first = self.losses_of(outputs, targets)
+            self.channels_last = self._takes_channels_last(parameters, *self.subset(few))
+            second = self.losses(parameters, *self.subset(few))
+        bad = first.isfinite().logical_not().nonzero()[:, 0].tolist()
+        if bad:
+            raise ValueError(
+                f"the loss is not finite at the present weights (example {bad[0] * few.step}): nothing can "
+                "be measured here"
+            )
         # sqrt(eps): far above what another summation order does, far below what a random layer does.
         if not torch.allclose(first, second, rtol=torch.finfo(self.dtype).eps ** 0.5, atol=0.0):
             raise ValueError(
                 "two passes over the same inputs disagree, so the loss is not a function of the weights: "
                 f"{_random_layers(self.model)}; call model.eval() (or .eval() on these layers) before "
                 "measuring"
+            )
+        if self.independent:
+            self.independent = self._independent(parameters, outputs, first, few)
+            chunks = self.chunk_size < len(self.inputs) or self.shards.processes > 1
+            if not self.independent and chunks:
+                raise ValueError(
+                    "the losses of examples depend on which others pass through the model with them (a "
+                    "normalisation by the batch, or a loss that compares examples), so the risk is no mean "
+                    "over chunks: leave chunk_size and group unset"
+                )
+
+    def _independent(
+        self, parameters: Mapping[str, Tensor], outputs: Tensor, losses: Tensor, few: slice
+    ) -> bool:
+        """Whether outputs and losses of a few examples are the same when these pass in smaller groups."""
+        inputs, targets = self.subset(few)
+        groups = range(min(_GROUPS, len(targets)))
+        tolerance = torch.finfo(self.dtype).eps ** 0.5
+        single = isinstance(outputs, Tensor)
+        # the rounding of a loss is that of its outputs
+        scale = max(_largest(outputs) if single else 0.0, _largest(losses))
+        with self.guard(), torch.no_grad():
+            for start in groups:
+                part = slice(start, None, len(groups))
+                try:
+                    alone = self.outputs(parameters, inputs[part].contiguous())
+                    theirs = self.losses_of(alone, targets[part].contiguous())
+                except (RuntimeError, ValueError):  # such as batch statistics of one example
+                    return False
+                same = _largest(theirs - losses[part]) <= tolerance * scale
+                if single and alone.shape == outputs[part].shape:  # the examples come first
+                    same &= _largest(alone - outputs[part]) <= tolerance * _largest(outputs)
+                if not same:
+                    return False
+        return True
+
+    def _check_symmetry(self) -> None:
+        """Compare uᵀHv with vᵀHu, over a few examples: some second derivatives in PyTorch are wrong."""
+        full = copy.copy(self)
+        full.precision = "full"
+        source = torch.Generator().manual_seed(0)
+        vectors = torch.randn(2, self.numel, generator=source, dtype=self.dtype).to(self.device)
+        with self.guard():
+            try:
+                tape = Tape(full, *self.subset(self.few(_PROBED_EXAMPLES)))
+                images = torch.stack(
+                    [
+                        self.flatten(tape.hessian_product(tuple(self.split(v).values()), last=False))
+                        for v in vectors
+                    ]
+                )
+            except (RuntimeError, ValueError):
+                return  # there are no products, and they will say why; values and gradients there may be
+        first, second = float(inner(images[:1], vectors[1])), float(inner(images[1:], vectors[0]))
+        size = max(map(norm, images))
+        if abs(first - second) > _SYMMETRY_TOLERANCE[self.dtype] * size:
+            raise ValueError(
+                f"products with the Hessian are not symmetric, uᵀHv = {second:.6g} but vᵀHu = {first:.6g}: "
+                "the second derivative of some function in the model or the loss is wrong (its backward pass "
+                "cannot be differentiated, or PyTorch is at fault); write it with plain operations"
             )
 
     def _takes_channels_last(self, parameters: Mapping[str, Tensor], inputs: Tensor, targets: Tensor) -> bool:
@@ -467,7 +629,7 @@ class EmpiricalRisk:
 
 
 class _State:
-    """What tensors were: the objects, their storage, their versions, and norms of weights and statistics.
+    """What tensors were: the objects, their storage, their versions and a checksum.
 
     ``tensor.data`` has a version of its own, so versions alone do not see everything.
     """
@@ -475,9 +637,7 @@ class _State:
     def __init__(self, weights: list[Tensor], examples: list[Tensor]) -> None:
         self.tensors = [*weights, *examples]
         self.versions = [(tensor._version, tensor.data_ptr()) for tensor in self.tensors]
-        floats = [weight.detach() for weight in weights if weight.is_floating_point()]
-        with torch.inference_mode(False), torch.no_grad():
-            self.norms = torch.stack([norm.double() for norm in torch._foreach_norm(floats)])
+        self.content = checksum(self.tensors)
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -485,10 +645,23 @@ class _State:
             and len(self.tensors) == len(other.tensors)
             and all(mine is theirs for mine, theirs in zip(self.tensors, other.tensors, strict=True))
             and self.versions == other.versions
-            and torch.equal(self.norms, other.norms)
+            and self.content == other.content
         )
 
     __hash__ = None  # type: ignore[assignment]
+
+
+def _check_types(inputs: object, targets: object, chunk_size: object, memory: object) -> None:
+    for name, value in (("inputs", inputs), ("targets", targets)):
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"{name} must be one tensor, not a {type(value).__name__}: convert it (torch.as_tensor), or "
+                "wrap the model so that it takes one tensor"
+            )
+    for name, value in (("chunk_size", chunk_size), ("memory", memory)):
+        if value is not None and not isinstance(value, Integral):
+            unit = " of bytes, such as 2**30" if name == "memory" else ""
+            raise TypeError(f"{name} must be a whole number{unit}, or None, not {value!r}")
 
 
 def _check_examples(inputs: Tensor, targets: Tensor, chunk_size: int | None, memory: int | None) -> None:
@@ -503,6 +676,12 @@ def _check_examples(inputs: Tensor, targets: Tensor, chunk_size: int | None, mem
         raise ValueError(f"chunk_size must be positive or None, not {chunk_size}")
     if memory is not None and memory < 0:
         raise ValueError(f"memory must be a number of bytes or None, not {memory}")
+    for name, numbers in (("inputs", inputs), ("targets", targets)):
+        finite = torch.isfinite(numbers)
+        if not bool(finite.all()):
+            bad = finite.flatten(1).all(dim=1) if numbers.dim() > 1 else finite
+            first = int(bad.logical_not().nonzero()[0])
+            raise ValueError(f"{name} has numbers that are not finite, first in example {first}")
 
 
 def _check_settings(batchnorm: str, precision: str, dtype: torch.dtype) -> None:
@@ -512,6 +691,44 @@ def _check_settings(batchnorm: str, precision: str, dtype: torch.dtype) -> None:
         raise ValueError(f"precision must be 'full', 'tf32' or 'bfloat16', not {precision!r}")
     if precision != "full" and dtype != torch.float32:
         raise ValueError(f"precision={precision!r} is for float32 parameters, these are {dtype}")
+
+
+def _largest(tensor: Tensor) -> float:
+    return float(tensor.abs().max()) if tensor.numel() else 0.0
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside the wrappers of torch.compile and of data parallelism."""
+    while True:
+        if "_orig_mod" in model._modules:
+            model = model.get_submodule("_orig_mod")
+        elif isinstance(model, nn.DataParallel | DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
+def call_with(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
+    """The model's output with other tensors in place of its parameters and buffers.
+
+    ``functional_call`` finds out by itself which names share a tensor, but then leaves the model changed
+    where one module has two names. Here each module is visited once.
+
+    Args:
+        model: Left as it is.
+        tensors: By their names in ``named_parameters()`` and ``named_buffers()``.
+        inputs: (B, ...).
+    """
+    present = chain(model.named_parameters(), model.named_buffers())
+    replacement = {id(tensor): tensors[name] for name, tensor in present if name in tensors}
+    everywhere = {
+        f"{prefix}.{key}" if prefix else key: replacement[id(tensor)]
+        for prefix, module in model.named_modules()
+        for key, tensor in chain(module._parameters.items(), module._buffers.items())
+        if id(tensor) in replacement
+    }
+    outputs: Tensor = functional_call(model, everywhere, (inputs,), tie_weights=False)
+    return outputs
 
 
 def plain(tensor: Tensor) -> Tensor:

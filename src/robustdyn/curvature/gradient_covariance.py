@@ -32,7 +32,8 @@ class GradientCovariance(RiskOperator):
             risk: A risk whose examples do not interact.
 
         Raises:
-            ValueError: If BatchNorm uses batch statistics.
+            ValueError: If examples depend on each other, as with BatchNorm on batch statistics.
+            FloatingPointError: If ḡ is not finite.
         """
         _require_independent_examples(risk)
         super().__init__(risk)
@@ -73,7 +74,8 @@ def gradient_projections(risk: EmpiricalRisk, directions: Tensor) -> Tensor:
         thirds of a gradient's time for each direction, and the gradient's graph where it is not kept.
 
     Raises:
-        ValueError: If BatchNorm uses batch statistics or the directions' shape is not (P, k).
+        ValueError: If examples depend on each other or the directions' shape is not (P, k).
+        FloatingPointError: If a projection is not finite; all processes raise together.
     """
     _require_independent_examples(risk)
     if directions.dim() != 2 or len(directions) != risk.numel:
@@ -84,7 +86,10 @@ def gradient_projections(risk: EmpiricalRisk, directions: Tensor) -> Tensor:
         for (tape, _), rows in zip(risk.tapes(), own.split(risk.chunk_size), strict=True):
             for index, part in enumerate(parts):
                 rows[:, index] = tape.projections(part)
-    return risk.shards.rows(own)
+    rows = risk.shards.rows(own)
+    if not bool(rows.isfinite().all()):
+        raise risk.not_finite("the projection of a gradient")
+    return rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +119,9 @@ class ProjectedCovariance:
 
 def projected_covariance(risk: EmpiricalRisk, directions: Tensor) -> ProjectedCovariance:
     """C₁ in the subspace spanned by some directions, with standard errors of the variances.
+
+    A mini-batch's noise γ, which the stationary laws need, is this times
+    :func:`robustdyn.theory.minibatch_noise_factor`.
 
     The standard error uses the sample fourth moment m₄ about the mean,
     se² = (m₄ − (m−3)/(m−1) s⁴)/m, which needs no normality (Mood, Graybill & Boes, 1974, section VI.2.2).
@@ -153,6 +161,11 @@ def _require_independent_examples(risk: EmpiricalRisk) -> None:
         raise ValueError(
             "the gradient of one example is not defined while BatchNorm uses batch statistics: "
             "build the EmpiricalRisk with batchnorm='eval'"
+        )
+    if not risk.independent:
+        raise ValueError(
+            "the gradient of one example is not defined here: its loss depends on which others pass through "
+            "the model with it"
         )
     if not risk.separable:
         raise ValueError(

@@ -52,6 +52,8 @@ class TwiceDifferentiable(TorchFunctionMode):
             return self._convolution(function, *args, **kwargs)
         if function is F.batch_norm:
             return _batch_norm(*args, **kwargs)
+        if function is torch._weight_norm:
+            return _weight_norm(*args, **kwargs)
         if function is F.linear and self._half:
             return self._linear(*args, **kwargs)
         return function(*args, **kwargs)
@@ -182,6 +184,11 @@ def _batch_norm(
     shift = shift if bias is None else shift + bias
     shape = (1, -1) + (1,) * (input.dim() - 2)
     return input * scale.view(shape) + shift.view(shape)
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """Of weight normalisation; PyTorch's own second derivative of it is wrong (2.13)."""
+    return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
 def _each(value: int | Sequence[int], dims: int) -> list[int]:

@@ -179,7 +179,10 @@ class MinibatchCovariance(LinearOperator):
 
         self._rows = torch.empty(len(order), risk.numel, dtype=risk.dtype, device=risk.device)
         for row, which in zip(self._rows, order, strict=True):
-            row.copy_(risk.over(*_pick(inputs, targets, which)).gradient())
+            try:
+                row.copy_(risk.over(*_pick(inputs, targets, which)).gradient())
+            except FloatingPointError:
+                row.fill_(float("nan"))  # all processes refuse together, below
         self.mean = self.shards.sum(self._rows.sum(dim=0)).div_(self.batches)
         if not bool(torch.isfinite(self.mean).all()):
             raise FloatingPointError("the gradient of a batch is not finite")

@@ -78,7 +78,8 @@ class LinearOperator(ABC):
 class RiskOperator(LinearOperator):
     """A mean over the examples of an empirical risk, at the weights it has when the operator is made.
 
-    Products are sums over chunks and processes, one all-reduce for each product.
+    Products are sums over chunks and processes, one all-reduce for each product. One that is not finite is a
+    FloatingPointError that names the examples, raised by all processes.
 
     Attributes:
         risk: The risk.
@@ -103,24 +104,28 @@ class RiskOperator(LinearOperator):
 
     def _matmat(self, matrix: Tensor) -> Tensor:
         risk = self.risk
-        self._check_state()
+        state = self._check_state()
         # rows, so that every product accumulates in contiguous memory; one graph serves all columns
         columns = [column.contiguous() for column in matrix.unbind(dim=1)]
         with risk.guard(products=True):
             total = torch.zeros(len(columns), risk.numel, dtype=self.dtype, device=self.device)
-            for tape, expendable in risk.tapes():
+            for tape, expendable in risk.tapes(state):
                 for index, column in enumerate(columns):
                     parts = tuple(risk.split(column).values())
                     last = expendable and index == len(columns) - 1
                     risk.add(total[index], self._apply(tape, parts, last=last))
-        return risk.shards.sum(total).div_(risk.examples).T
+        if not bool(risk.shards.sum(total).isfinite().all()) and bool(matrix.isfinite().all()):
+            raise risk.not_finite("a product")
+        return total.div_(risk.examples).T
 
-    def _check_state(self) -> None:
-        if self.risk.state() != self._state:
+    def _check_state(self) -> object:
+        state = self.risk.state()
+        if state != self._state:
             raise RuntimeError(
                 "the model's weights, its running statistics or the examples changed since this operator was "
                 "made: its products would belong to different matrices; make a new one"
             )
+        return state
 
 
 class DiagonallyScaled(LinearOperator):

@@ -1,14 +1,19 @@
-"""Sums over long vectors, and orthogonalisation with them.
+"""Sums over long vectors, checksums of tensors, and orthogonalisation.
 
 Shapes: k rows of length P, held in one tensor or in several blocks.
 """
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
 _SUMMED = 2**16  # columns that are copied to float64 at once
+_HASHED = 2**20  # numbers that are multiplied by random integers at once
+_HASH_BASE = 6364136223846793005  # odd: slabs of equal numbers in another order differ
+# half the width of the products, in which a sign bit would else meet one bit of its multiplier alone
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
 
 
 def inner(rows: Tensor, vector: Tensor) -> Tensor:
@@ -54,3 +59,35 @@ def project_off(blocks: Sequence[Tensor], vector: Tensor) -> tuple[Tensor, float
         if sweep > 0 and left > 0.7 * before:
             break
     return total, left
+
+
+def checksum(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    """Integers that change with any bit of the tensors, save by a chance of 2⁻³² or so.
+
+    Sums of integers, so that neither threads nor devices matter. Tensors of one kind are summed together: on
+    an accelerator many small kernels would take longer than the numbers do.
+    """
+    kinds: dict[object, list[Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    sums = []
+    for group in kinds.values():
+        device = group[0].device
+        with torch.inference_mode(False), torch.no_grad():
+            parts = [tensor.detach().reshape(-1) for tensor in group]
+            flat = parts[0] if len(parts) == 1 else torch.cat(parts)
+            flat = torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat
+            bits = flat.contiguous().view(_INTEGERS[flat.element_size()])
+            total = torch.zeros((), dtype=torch.int64, device=device)
+            for part in bits.split(_HASHED):
+                total = total * _HASH_BASE + (part * _multipliers(device)[: len(part)]).sum()
+        sums.append(total)
+    return tuple(int(total) for total in sums)
+
+
+@cache
+def _multipliers(device: torch.device) -> Tensor:
+    limits = torch.iinfo(torch.int64)
+    with torch.inference_mode(False):
+        source = torch.Generator().manual_seed(0)
+        return torch.randint(limits.min, limits.max, (_HASHED,), generator=source).to(device)

@@ -5,10 +5,12 @@ https://www.cs.toronto.edu/~kriz/cifar.html describes the layouts.
 """
 
 import pickle
+import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,8 +61,9 @@ class Cifar(Source):
         layouts: In order of preference.
         records: Official number of images in each file of a split.
         label_bytes: Bytes before the pixels of a binary record; the last of them is the label.
-        label_key: Of the label list in a pickled dictionary.
+        label_key: Of the labels in a pickled dictionary.
         archive: Official archive, in the first layout.
+        archives: Names of the official archives of all layouts.
     """
 
     title: str
@@ -68,8 +71,9 @@ class Cifar(Source):
     layouts: tuple[Layout, ...]
     records: dict[Split, int]
     label_bytes: int
-    label_key: bytes
+    label_key: str
     archive: Download
+    archives: tuple[str, ...]
 
     def missing(self, root: Path, splits: Sequence[Split]) -> str:
         """Empty if one layout is complete; files of two layouts are not mixed."""
@@ -81,9 +85,21 @@ class Cifar(Source):
         return (self.archive,)
 
     def read(self, root: Path, splits: Sequence[Split], *, partial: bool) -> dict[Split, ImageTensors]:
-        """See :meth:`Source.read`; where both layouts are complete the binary one is read."""
-        layout = next(layout for layout in self.layouts if not layout.absent(root, splits))
-        return {split: self._read_split(layout, root, split, partial=partial) for split in splits}
+        """See :meth:`Source.read`; of complete layouts the first that can be read, with a warning."""
+        damaged: DataFileError | None = None
+        for layout in self.layouts:
+            if layout.absent(root, splits):
+                continue
+            try:
+                found = {split: self._read_split(layout, root, split, partial=partial) for split in splits}
+            except DataFileError as error:
+                damaged = damaged or error
+                continue
+            if damaged is not None:
+                warnings.warn(f"{damaged}; {root / layout.folder} is read instead", stacklevel=2)
+            return found
+        assert damaged is not None  # a layout is there
+        raise damaged
 
     def _read_split(self, layout: Layout, root: Path, split: Split, *, partial: bool) -> ImageTensors:
         read = self._read_pickle if layout.pickled else self._read_binary
@@ -113,57 +129,151 @@ class Cifar(Source):
         return records[:, self.label_bytes :].reshape(-1, *SHAPE), labels
 
     def _read_pickle(self, path: Path, expected: int) -> Arrays:
-        content = _load_restricted(path)
-        pixels = content.get(b"data") if isinstance(content, dict) else None
-        labels = content.get(self.label_key) if isinstance(content, dict) else None
+        content = _load_inert(path)
+        pixels, labels = (_array(_entry(content, key)) for key in ("data", self.label_key))
         if not (
-            isinstance(pixels, np.ndarray)
+            pixels is not None
             and pixels.dtype == np.uint8
             and pixels.ndim == 2
             and pixels.shape[1] == PIXELS
-            and isinstance(labels, list)
-            and all(type(label) is int for label in labels)
-            and len(labels) == len(pixels)
+            and labels is not None
+            and labels.shape == (len(pixels),)
         ):
             raise DataFileError(
                 f"{path}: expected a dictionary with uint8 data of shape ({expected}, {PIXELS}) and as many"
-                f" {self.label_key.decode()}, found something else; {DOWNLOAD_AGAIN}"
+                f" {self.label_key}, found something else; {DOWNLOAD_AGAIN}"
             )
-        return pixels.reshape(-1, *SHAPE), np.array(labels, dtype=np.int64)
+        check_labels(path, labels, 0, self.num_classes - 1)
+        return pixels.reshape(-1, *SHAPE), labels.astype(np.int64)
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Rebuilds NumPy arrays out of plain containers and refuses every other global.
+class _Inert:
+    """What a pickle asked for: the arguments and the state it gives, and nothing done with them."""
 
-    A pickle is a program; what it can call is what ``find_class`` hands out. Nothing here has side effects.
+    arguments: tuple[Any, ...]
+    state: Any = None
+
+    def __new__(cls, *arguments: Any) -> Self:
+        token = super().__new__(cls)
+        token.arguments = arguments
+        return token
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _Class(_Inert):
+    """``numpy.ndarray``, which is only named."""
+
+
+class _Dtype(_Inert):
+    """(name, ...); state (version, byte order, ...)."""
+
+
+class _Reconstruct(_Inert):
+    """State (version, shape, dtype, in Fortran's order, content)."""
+
+
+class _FromBuffer(_Inert):
+    """(content, dtype, shape, order)."""
+
+
+class _Scalar(_Inert):
+    """(dtype, content)."""
+
+
+class _Encode(_Inert):
+    """Bytes that Python 3 wrote as encoded text, in protocols below 3."""
+
+    def __new__(cls, text: str, encoding: str) -> bytes:  # type: ignore[misc]
+        if encoding != "latin1":
+            raise pickle.UnpicklingError(f"it asks for text in {encoding}")
+        return text.encode("latin1")
+
+
+_TOKENS: dict[str, type[_Inert]] = {
+    "numpy.ndarray": _Class,
+    "numpy.dtype": _Dtype,
+    "_codecs.encode": _Encode,
+}
+for _core in ("numpy.core", "numpy._core"):  # NumPy 1 wrote the official files; its name since NumPy 2
+    _TOKENS |= {
+        f"{_core}.multiarray._reconstruct": _Reconstruct,
+        f"{_core}.multiarray.scalar": _Scalar,
+        f"{_core}.numeric._frombuffer": _FromBuffer,  # protocol 5
+    }
+
+
+class _InertUnpickler(pickle.Unpickler):
+    """Reads plain containers, hands out tokens for what NumPy's arrays need and refuses every other global.
+
+    A pickle is a program; what it can call is what ``find_class`` hands out. NumPy's own functions would let
+    it make arrays of objects out of any bytes, which crash the interpreter.
     """
 
-    allowed = frozenset(
-        {
-            ("numpy", "ndarray"),
-            ("numpy", "dtype"),
-            ("numpy.core.multiarray", "_reconstruct"),  # NumPy 1 wrote the official files
-            ("numpy._core.multiarray", "_reconstruct"),  # its name since NumPy 2
-            (
-                "_codecs",
-                "encode",
-            ),  # Python 3 writes bytes as encoded text in protocol 2
-        }
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.allowed:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return super().find_class(module, name)
+    def find_class(self, module: str, name: str) -> type[_Inert]:
+        try:
+            return _TOKENS[f"{module}.{name}"]
+        except KeyError:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}") from None
 
 
-def _load_restricted(path: Path) -> Any:
+def _load_inert(path: Path) -> object:
     try:
         with path.open("rb") as file:
-            return _ArrayUnpickler(file, encoding="bytes").load()
+            return _InertUnpickler(file, encoding="bytes").load()
     except Exception as error:  # a damaged pickle can raise anything
         why = " ".join(str(error).split()) or type(error).__name__
         raise DataFileError(f"{path}: not a pickled array file, refused ({why}); {DOWNLOAD_AGAIN}") from error
+
+
+def _entry(content: object, key: str) -> object:
+    """Python 2 wrote its keys as bytes."""
+    return content.get(key.encode(), content.get(key)) if isinstance(content, dict) else None
+
+
+def _array(told: object) -> NDArray[Any] | None:
+    """The array of whole numbers that was pickled, as one or as a list; None for anything else."""
+    content: Any
+    dtype: Any
+    shape: Any
+    order: Any
+    try:
+        if isinstance(told, list):
+            numbers: list[Any] = [_array(item) if isinstance(item, _Scalar) else item for item in told]
+            if not all(type(number) is int or isinstance(number, np.ndarray) for number in numbers):
+                return None
+            return np.array([int(number) for number in numbers], dtype=np.int64)
+        if isinstance(told, _Scalar):
+            dtype, content = told.arguments
+            shape, order = (), "C"
+        elif isinstance(told, _FromBuffer):
+            content, dtype, shape, order = told.arguments
+        elif isinstance(told, _Reconstruct):
+            _, shape, dtype, fortran, content = told.state
+            order = "F" if fortran else "C"
+        else:
+            return None
+        if not isinstance(content, bytes | bytearray):
+            return None
+        return np.frombuffer(content, _dtype(dtype)).reshape(shape, order=order)
+    except (TypeError, ValueError, OverflowError, LookupError):
+        return None
+
+
+def _dtype(told: object) -> np.dtype[Any]:
+    """Whole numbers alone.
+
+    Raises:
+        TypeError: Of anything else.
+    """
+    name = told.arguments[0] if isinstance(told, _Dtype) else None
+    name = name.decode() if isinstance(name, bytes) else name
+    if not isinstance(name, str) or not isinstance(told, _Dtype) or not re.fullmatch("[iu][1248]", name):
+        raise TypeError(name)
+    order: Any = told.state[1]
+    order = order.decode() if isinstance(order, bytes) else order
+    return np.dtype(name).newbyteorder(order)
 
 
 def _names(paths: Sequence[Path]) -> str:
@@ -188,13 +298,14 @@ CIFAR10_FILES = Cifar(
     ),
     records={"train": 10_000, "test": 10_000},
     label_bytes=1,
-    label_key=b"labels",
+    label_key="labels",
     archive=Download(
         url="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
         known_hash="md5:c32a1d4ab5d03f1284b67883e8d87530",
         folder=".",
         unpack=True,
     ),
+    archives=("cifar-10-binary.tar.gz", "cifar-10-python.tar.gz"),
 )
 
 CIFAR100_FILES = Cifar(
@@ -206,11 +317,12 @@ CIFAR100_FILES = Cifar(
     ),
     records={"train": 50_000, "test": 10_000},
     label_bytes=2,  # coarse, then fine
-    label_key=b"fine_labels",
+    label_key="fine_labels",
     archive=Download(
         url="https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
         known_hash="md5:03b5dce01913d631647c71ecec9e9cb8",
         folder=".",
         unpack=True,
     ),
+    archives=("cifar-100-binary.tar.gz", "cifar-100-python.tar.gz"),
 )

@@ -45,7 +45,9 @@ def ensure_files(
         return
     looked_for = f"{source.title} files not found in {root} (looked for {missing})"
     if not download:
-        remedy = "set data.download=true, or data.root to where they are"
+        packed = [name for name in source.archives if (root / name).is_file()]
+        remedy = f"unpack {packed[0]} there (tar -xzf {packed[0]}), or " if packed else ""
+        remedy += "set data.download=true, or data.root to where they are"
         if not source.missing(root, ["train"]):
             remedy += ", or data.test_from_train to test on the last training images"
         raise DataFileError(f"{looked_for}; {remedy}; {NO_FILES_NEEDED}")

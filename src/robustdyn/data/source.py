@@ -15,7 +15,7 @@ from robustdyn.errors import DataFileError
 
 Split = Literal["train", "test"]
 
-DOWNLOAD_AGAIN = "delete the file to download it again"
+DOWNLOAD_AGAIN = "delete the file and set data.download=true, or put the official file in its place"
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ class Source(ABC):
 
     title: str
     num_classes: int
+    archives: tuple[str, ...] = ()
+    """Names under which the official files are handed on packed."""
 
     @abstractmethod
     def missing(self, root: Path, splits: Sequence[Split]) -> str:

@@ -25,6 +25,7 @@ def build_callbacks(
     measure = Measure(
         epochs=settings["epochs"],
         examples=settings["examples"],
+        second_attack=settings["second_attack"],
         inputs=settings["inputs"],
         memory_mib=settings["memory_mib"],
         precision=settings["precision"],

@@ -89,9 +89,9 @@ def run_certify(cfg: DictConfig) -> None:
     for part in ("screening", "sampling"):
         _at_most(cfg, f"{part}.examples", len(examples["S"]), "examples of S")
     _at_most(cfg, "test.examples", len(examples["test"]), "test images")
-    model: nn.Module = build(run, "model")
+    model: nn.Module = build(run, "model", from_file=True)
     load_weights(model, checkpoint, layout="robustdyn")
-    attack: PGD = build(run, "attack.evaluation")
+    attack: PGD = build(run, "attack.evaluation", from_file=True)
     if attack.batchnorm != "eval":
         raise ConfigError("attack.evaluation.batchnorm=train would move statistics; say eval")
     certifier = Certifier(
@@ -249,7 +249,7 @@ def _examples(
 
 
 def _split(run: DictConfig, name: str) -> ImageTensors:
-    module: ImageDataModule = build(run, "data")
+    module: ImageDataModule = build(run, "data", from_file=True)
     module.prepare_data()
     module.setup("fit")
     return module.split(name)

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError  # type: ignore[import-untyped]
 
 from robustdyn.entrypoints.config import check
 from robustdyn.errors import ConfigError, DataFileError, RecordError
+from robustdyn.records.untrusted import DATA_ROOT, PURE_RESOLVERS, read_yaml, untrusted_config
 
 RUN_CONFIG = Path(".hydra", "config.yaml")
 
@@ -41,7 +41,8 @@ def run_of(checkpoint: Path) -> Path | None:
     """The run directory that the file lies in: its folder's parent, or its folder."""
     for folder in (checkpoint.absolute().parent.parent, checkpoint.absolute().parent):
         if (folder / RUN_CONFIG).is_file():
-            target = OmegaConf.select(load_config(folder / RUN_CONFIG), "data._target_")
+            data = load_config(folder / RUN_CONFIG).get("data")
+            target = data.get("_target_") if isinstance(data, DictConfig) else None
             if str(target).startswith("robustdyn."):
                 return folder
     return None
@@ -75,17 +76,16 @@ def changed_run(run: DictConfig, changes: DictConfig) -> DictConfig:
 
 
 def load_config(path: Path) -> DictConfig:
-    """A configuration that a run left.
+    """A configuration that a run left; what is built of it must be told ``from_file``.
 
     Raises:
         RecordError: It cannot be read.
     """
     try:
-        loaded = OmegaConf.load(path)
-    except (OSError, YAMLError, OmegaConfBaseException) as error:
-        reason = str(error).splitlines()[0]
+        loaded = untrusted_config(read_yaml(path), (*PURE_RESOLVERS, DATA_ROOT))
+    except ValueError as error:
         raise RecordError(
-            f"{path}: cannot read ({reason}); restore it, or move the checkpoint away"
+            f"{path}: cannot read ({error}); restore it, or move the checkpoint away"
         ) from error
     if not isinstance(loaded, DictConfig):
         raise RecordError(f"{path}: not a configuration; restore it, or move the checkpoint away")

@@ -13,8 +13,24 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 
 from robustdyn.errors import CheckpointError, ConfigError
+from robustdyn.models.checkpoints import why_not_loaded
 
 LAST = "last.ckpt"
+_REMEDY = "restore it from a copy, or remove it to start from the beginning"
+_PARTS = {
+    "config": dict,
+    "hydra": dict,
+    "state_dict": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "loops": dict,
+    "callbacks": dict,
+    "schedule": dict,
+    "epoch": int,
+    "global_step": int,
+    "pytorch-lightning_version": str,
+}
+"""Of a checkpoint that training goes on from."""
 HYDRA_FILES = ("config.yaml", "hydra.yaml", "overrides.yaml")
 
 CHANGEABLE = (
@@ -72,9 +88,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             _sync_directory(target.parent)
         except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
             temporary.unlink(missing_ok=True)
-            reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+            before = "the checkpoint that is there is unharmed: " if target.is_file() else ""
             raise CheckpointError(
-                f"{target}: cannot write ({reason}); the last checkpoint is unharmed: free space or mend the "
+                f"{target}: cannot write ({_why_not_written(error)}); {before}free space or correct the "
                 "folder's permissions and run the same command again, with the same hydra.run.dir"
             ) from error
 
@@ -146,8 +162,8 @@ class BestCheckpoint(ModelCheckpoint):
         """Take up the scores; the files are where this run's folder is now."""
         assert self.dirpath is not None
 
-        def here(path: str) -> str:
-            return str(Path(str(self.dirpath)) / Path(path).name) if path else path
+        def here(path: str) -> str:  # of any other name, such as .., what lies there would be deleted
+            return str(Path(str(self.dirpath)) / Path(path).name) if path.endswith(".ckpt") else ""
 
         super().load_state_dict(
             state_dict
@@ -174,15 +190,17 @@ def resume_from(cfg: DictConfig, run_dir: Path) -> Path | None:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # whatever a damaged file makes torch raise
-        raise CheckpointError(
-            f"{path}: cannot read ({' '.join(str(error).split())[:200]}); restore it from a copy, or remove "
-            "it to start from the beginning"
-        ) from error
+        raise CheckpointError(f"{path}: cannot read ({why_not_loaded(error)}); {_REMEDY}") from error
+    if not isinstance(checkpoint, dict) or not all(
+        isinstance(checkpoint.get(key), kind) for key, kind in _PARTS.items()
+    ):
+        raise CheckpointError(f"{path}: not a checkpoint of robustdyn-train; {_REMEDY}")
     present: Any = OmegaConf.to_container(cfg, resolve=True)
     changes = list(_changes(checkpoint["config"], present))
     if changes and cfg.resume != "changed":
-        for name, text in checkpoint["hydra"].items():
-            (run_dir / ".hydra" / name).write_text(text)
+        for name in HYDRA_FILES:
+            if isinstance(text := checkpoint["hydra"].get(name), str):
+                (run_dir / ".hydra" / name).write_text(text)
         raise ConfigError(
             f"{path} is of a run with other settings: {'; '.join(changes[:5])}"
             f"{f' and {len(changes) - 5} more' if len(changes) > 5 else ''}; choose another hydra.run.dir, "
@@ -192,7 +210,7 @@ def resume_from(cfg: DictConfig, run_dir: Path) -> Path | None:
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    for key in sorted({*before, *now}):
+    for key in sorted({*before, *now}, key=str):
         name = f"{prefix}{key}"
         if name in CHANGEABLE:
             continue
@@ -206,6 +224,16 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""
 def _short(value: object) -> str:
     text = "null" if value is None else str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _why_not_written(error: BaseException) -> str:
+    """The system's reason, also where torch's writer has hidden it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    return "the disk may be full"
 
 
 def _sync_directory(folder: Path) -> None:

@@ -4,6 +4,7 @@
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from robustdyn.errors import ConfigError, UserError
 
 ALLOWED_TARGETS = ("robustdyn.", "torch.", "lightning.")
+"""Beginnings of what a command may name that the user types himself; see :func:`build`."""
 
 
 def config_dir() -> Path:
@@ -118,6 +120,7 @@ RULES: Mapping[str, Rule] = {
     "stopping.patience": COUNT,
     "measure.inputs": _one_of("adversarial", "clean"),
     "measure.examples": WHOLE,
+    "measure.second_attack": WHOLE,
     "measure.memory_mib": COUNT,
     "measure.precision": _one_of("full", "tf32", "bfloat16"),
     "measure.eigenpairs.directions": COUNT,
@@ -167,8 +170,15 @@ def _present(cfg: DictConfig, key: str) -> set[str]:
     return {key} if isinstance(node, DictConfig) and leaf in node else set()
 
 
-def build(cfg: Any, key: str, **extra: Any) -> Any:
+def build(cfg: Any, key: str, *, from_file: bool = False, **extra: Any) -> Any:
     """The object that the ``_target_`` at ``key`` names, ``extra`` added to its arguments; None for none.
+
+    Args:
+        cfg: The configuration.
+        key: Of a section with a ``_target_``.
+        from_file: The configuration was read from a run directory, which may be a stranger's, and not typed
+            by the user: only what ``conf/`` itself names for this section is called.
+        extra: Arguments that only the program knows.
 
     Raises:
         ConfigError: The target is not allowed or unknown, or it refused its arguments; names ``key``.
@@ -178,8 +188,8 @@ def build(cfg: Any, key: str, **extra: Any) -> Any:
         raise ConfigError(f"{key} is missing from the configuration")
     if not node:
         return None  # the choice "none" of a group
-    _check_targets(OmegaConf.to_container(node, resolve=True), key)
     try:
+        _check_targets(OmegaConf.to_container(node, resolve=True), key, from_file=from_file)
         # extra arguments go straight to the constructor: Hydra would turn dataclasses into configurations
         return instantiate(node, _partial_=True)(**extra) if extra else instantiate(node)
     except UserError:
@@ -193,18 +203,33 @@ def build(cfg: Any, key: str, **extra: Any) -> Any:
         raise ConfigError(f"{key}: {_one_line(error)}") from error
 
 
-def _check_targets(node: object, key: str) -> None:
-    """Configurations may come from strangers: only these packages' objects are ever called."""
+def _check_targets(node: object, key: str, *, from_file: bool) -> None:
+    """Refuse what is not to be called.
+
+    Raises:
+        ConfigError: Names the key and what is allowed.
+    """
     if isinstance(node, dict):
         target = node.get("_target_")
+        if target is not None and from_file and target not in (known := _named_in_conf(key)):
+            raise ConfigError(
+                f"{key}._target_={target} is not allowed in a configuration that is read from a run "
+                f"directory; allowed are {', '.join(known)}"
+            )
         if target is not None and not str(target).startswith(ALLOWED_TARGETS):
             allowed = ", ".join(f"{name}*" for name in ALLOWED_TARGETS)
             raise ConfigError(f"{key}._target_={target} is not allowed; choose one of {allowed}")
         for name, child in node.items():
-            _check_targets(child, f"{key}.{name}")
+            _check_targets(child, f"{key}.{name}", from_file=from_file)
     elif isinstance(node, list):
         for index, child in enumerate(node):
-            _check_targets(child, f"{key}[{index}]")
+            _check_targets(child, f"{key}[{index}]", from_file=from_file)
+
+
+def _named_in_conf(key: str) -> list[str]:
+    """Full names: a beginning such as ``torch.`` lets in what a package imports, ``torch.os.system`` too."""
+    files = (config_dir() / key.partition(".")[0]).glob("*.yaml")
+    return sorted({name for file in files for name in re.findall(r"_target_: *(\S+)", file.read_text())})
 
 
 def _one_line(error: BaseException) -> str:

@@ -31,7 +31,7 @@ from robustdyn.entrypoints.checkpoint import (
 from robustdyn.entrypoints.config import COUNT, POSITIVE, WHOLE, Rule, build, check, check_rules, config_dir
 from robustdyn.entrypoints.environment import processor
 from robustdyn.entrypoints.terminal import run_app
-from robustdyn.errors import ConfigError
+from robustdyn.errors import ConfigError, RecordError
 from robustdyn.evaluation import Ball, EvaluationRecord, Result, evaluate
 from robustdyn.models import load_weights
 from robustdyn.records.labels import flatten
@@ -73,9 +73,9 @@ def evaluate_checkpoint(typed: DictConfig) -> None:
     evaluators = {name: build(cfg, f"evaluation.attacks.{name}") for name in cfg.evaluation.attacks}
     sanity = build(cfg, "evaluation.sanity")
     ball = Ball(cfg.attack.norm, cfg.attack.eps_255 / 255)
-    model: nn.Module = build(cfg, "model")
+    model: nn.Module = build(cfg, "model", from_file=run_dir is not None)
     layout = load_weights(model, checkpoint, layout=cfg.layout)
-    split = _split(cfg)
+    split = _split(cfg, from_file=run_dir is not None)
     data = split.take(torch.arange(cfg.evaluation.examples or len(split))).to(device)
     output = (
         Path(cfg.output) if cfg.output else (run_dir or checkpoint.parent) / "evaluation" / checkpoint.stem
@@ -184,6 +184,11 @@ def _of_run(checkpoint: Path, run_dir: Path | None) -> DictConfig:
         return _composed([], typed)
     run = load_config(run_dir / RUN_CONFIG)
     kept = [group for group in OF_THE_RUN if group not in typed.groups and group in run]
+    for group in kept:
+        if not isinstance(run[group], DictConfig):
+            raise RecordError(
+                f"{run_dir / RUN_CONFIG}: {group} is no section; restore it, or move the checkpoint away"
+            )
     cfg = _composed(
         [f"{group}={choice}" for group, choice in _choices(run_dir).items() if group in kept], typed
     )
@@ -243,11 +248,13 @@ def _choices(run_dir: Path) -> dict[str, str]:
     """The option of each group that the run was composed with, as far as there still is one."""
     path = run_dir / RUN_CHOICES
     recorded = OmegaConf.select(load_config(path), "hydra.runtime.choices") if path.is_file() else None
-    choices = {str(group): str(choice) for group, choice in (recorded or {}).items()}
+    if not isinstance(recorded, DictConfig):
+        return {}
+    # by comparing names: a choice such as ../../x would compose a file that lies elsewhere
     return {
-        group: choice
-        for group, choice in choices.items()
-        if (config_dir() / group / f"{choice}.yaml").is_file()
+        group: str(recorded[group])
+        for group in OF_THE_RUN
+        if recorded.get(group) in {file.stem for file in (config_dir() / group).glob("*.yaml")}
     }
 
 
@@ -266,14 +273,14 @@ def _check(cfg: DictConfig) -> None:
 # ---------------------------------------------------------------------- what is evaluated
 
 
-def _split(cfg: DictConfig) -> ImageTensors:
+def _split(cfg: DictConfig, *, from_file: bool) -> ImageTensors:
     """All images of the split, in its order.
 
     Raises:
         ConfigError: There is no such split, or it has fewer images than are to be evaluated.
         DataFileError: The files are not there or not what they should be.
     """
-    module: ImageDataModule = build(cfg, "data")
+    module: ImageDataModule = build(cfg, "data", from_file=from_file)
     module.prepare_data()
     module.setup("test")
     split, wanted = module.split(cfg.evaluation.split), cfg.evaluation.examples

@@ -2,6 +2,7 @@
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -24,7 +25,7 @@ def build_loggers(cfg: DictConfig) -> list[Logger]:
     warnings.filterwarnings("ignore", ".*Experiment logs directory .* exists.*")
     loggers: list[Logger] = []
     for key in cfg.logger:
-        open_names = {
+        open_names: dict[str, Any] = {
             name: value
             for name, value in _names(cfg).items()
             if name in cfg.logger[key] and OmegaConf.select(cfg, f"logger.{key}.{name}") is None

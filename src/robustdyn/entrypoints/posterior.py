@@ -49,7 +49,7 @@ def write_posterior(run: Run, interpolation: Interpolation | None) -> int:
             lacks the optimiser's settings.
     """
     _require_plain_momentum(run)
-    tables = {name: read_table(run.path, name) for name in ("epochs", "rates", "spectrum")}
+    tables = {name: read_table(run.path, name) for name in ("epochs", "rates", "spectrum", "bounds")}
     if tables["spectrum"].empty:
         raise RecordError(f"{run.path}: no spectrum was recorded; train with measure.measurements.spectrum")
     try:

@@ -41,6 +41,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from robustdyn.entrypoints.config import build
+from robustdyn.entrypoints.status import terminate
 from robustdyn.errors import ConfigError, UserError
 from robustdyn.models.sync_batchnorm import desynchronize, synchronize
 
@@ -185,9 +186,9 @@ class Ranks:
         """Wait until all have ended well, or one has not: which."""
         while True:
             codes = [process.poll() for process in self._processes]
-            for rank, code in enumerate(codes):
-                if code:
-                    return rank
+            failed = [rank for rank, code in enumerate(codes) if code]
+            if failed:  # one that a signal ended is what the others complain of
+                return min(failed, key=lambda rank: ((codes[rank] or 0) > 0, rank))
             if None not in codes:
                 return None
             time.sleep(_POLL)
@@ -243,22 +244,23 @@ class Ranks:
             for process in self._processes:
                 process.send_signal(number)
 
+        ours = (signal.SIG_DFL, terminate)
         mine = threading.current_thread() is threading.main_thread()  # elsewhere none can be caught
-        numbers = [
-            number
+        before = {
+            number: signal.getsignal(number)
             for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-            if mine and signal.getsignal(number) is signal.SIG_DFL
-        ]
+            if mine and signal.getsignal(number) in ours
+        }
         try:
-            for number in numbers:
+            for number in before:
                 signal.signal(number, pass_on)
             yield received
         except KeyboardInterrupt:
             self._end(PATIENCE)  # a terminal tells the ranks too
             raise
         finally:
-            for number in numbers:
-                signal.signal(number, signal.SIG_DFL)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _log_of(self, rank: int) -> Path:
         return self._folder / f"rank{rank}.log"

@@ -86,11 +86,13 @@ def _run_config(cfg: DictConfig, run_dir: Path) -> DictConfig:
 
 def training_state(run: DictConfig, checkpoint: Path, device: torch.device) -> TrainingState:
     """The training as the checkpoint has it."""
-    model: nn.Module = build(run, "model")
+    model: nn.Module = build(run, "model", from_file=True)
     load_weights(model, checkpoint, layout="robustdyn")
     model.to(device).eval()
-    regularizer: Regularizer = build(run, "regularizer")
-    optimizer: torch.optim.Optimizer = build(run, "optimizer")(regularizer.parameter_groups(model))
+    regularizer: Regularizer = build(run, "regularizer", from_file=True)
+    optimizer: torch.optim.Optimizer = build(run, "optimizer", from_file=True)(
+        regularizer.parameter_groups(model)
+    )
     saved = _saved_optimizer(checkpoint)
     ours, theirs = optimizer.param_groups, saved["param_groups"]
     # of groups of other sizes, those of another regularizer, it cannot be told which state is whose
@@ -102,7 +104,7 @@ def training_state(run: DictConfig, checkpoint: Path, device: torch.device) -> T
                 optimizer.state[p] = {
                     k: v.to(device) if isinstance(v, Tensor) else v for k, v in held.items()
                 }
-    data: ImageDataModule = build(run, "data")
+    data: ImageDataModule = build(run, "data", from_file=True)
     data.prepare_data()
     data.setup("fit")
     return TrainingState(
@@ -111,9 +113,9 @@ def training_state(run: DictConfig, checkpoint: Path, device: torch.device) -> T
         next_rate=float(saved["param_groups"][0]["lr"]),
         images=data.split("train").to(device),
         batch_size=run.data.batch_size,
-        objective=build(run, "objective"),
-        attack=build(run, "attack.train"),
-        perturbation=build(run, "perturbation") if run.get("perturbation") else None,
+        objective=build(run, "objective", from_file=True),
+        attack=build(run, "attack.train", from_file=True),
+        perturbation=build(run, "perturbation", from_file=True) if run.get("perturbation") else None,
         identity=hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
         description=description(run),
     )

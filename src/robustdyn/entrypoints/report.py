@@ -2,24 +2,28 @@
 
 import argparse
 import itertools
+import math
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from robustdyn.entrypoints.status import status_of
-from robustdyn.errors import UserError
+from robustdyn.errors import ConfigError, RecordError, UserError
 from robustdyn.records import find_runs
 from robustdyn.records.progress import Plan, RunState, count, run_states
+from robustdyn.records.untrusted import read_yaml, untrusted_config
 
 if TYPE_CHECKING:
     from robustdyn.analysis.report import Report
 
 MULTIRUN = "multirun.yaml"
+MOST_RUNS = 100_000  # of a sweep: each is named in memory
 BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 
 EPILOG = """\
@@ -59,7 +63,10 @@ def states_of(paths: Sequence[Path]) -> list[RunState]:
     """
     states: list[RunState] = []
     for path in paths:
-        plan = plan_of(_load(path / MULTIRUN)) if (path / MULTIRUN).is_file() else None
+        try:
+            plan = plan_of(_load(path / MULTIRUN)) if (path / MULTIRUN).is_file() else None
+        except ConfigError as error:
+            raise RecordError(f"{path / MULTIRUN}: {error}, or give the run directories alone") from error
         try:
             runs = find_runs([path])
         except UserError:
@@ -75,22 +82,31 @@ def plan_of(config: DictConfig) -> Plan | None:
 
     Returns:
         None if the sweeper is not Hydra's own: another one decides as it goes.
+
+    Raises:
+        ConfigError: They are too many to be listed.
     """
     sweeper = OmegaConf.select(config, "hydra.sweeper")
-    if sweeper is None or sweeper.get("_target_") != BASIC_SWEEPER:
+    task = OmegaConf.select(config, "hydra.overrides.task")
+    if not isinstance(sweeper, DictConfig) or not isinstance(task, ListConfig):
         return None
-    typed = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
+    if sweeper.get("_target_") != BASIC_SWEEPER:
+        return None
+    params, typed = sweeper.get("params"), OmegaConf.to_container(task, resolve=False)
     assert isinstance(typed, list)
-    lines = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()] + typed
+    lines = [f"{key!s}={value}" for key, value in params.items()] if isinstance(params, DictConfig) else []
+    lines += map(str, typed)
     values: dict[str, list[str]] = {}  # of a key given twice the last counts, as in the sweeper
     try:
         for override in OverridesParser.create().parse_overrides(lines):
             key = override.get_key_element()
             several = override.is_sweep_override()
             texts = override.sweep_string_iterator() if several else [override.get_value_element_as_str()]
-            values[key] = [f"{key}={text}" for text in texts]
-    except HydraException:  # the sweeper says what is wrong with it
+            values[key] = [f"{key}={text}" for text in itertools.islice(texts, MOST_RUNS + 1)]
+    except (HydraException, RecursionError):  # the sweeper says what is wrong with it
         return None
+    if math.prod(map(len, values.values())) > MOST_RUNS:
+        raise ConfigError(f"a sweep of more than {MOST_RUNS:,} runs; choose fewer values")
     jobs = [
         tuple(text for text in job if not text.startswith(("hydra.", "hydra/")))
         for job in itertools.product(*values.values())
@@ -114,8 +130,15 @@ def say_states(states: Sequence[RunState], stream: TextIO) -> None:
 
 
 def _load(path: Path) -> DictConfig:
-    config = OmegaConf.load(path)
-    assert isinstance(config, DictConfig)
+    try:
+        content = read_yaml(path)
+        config = untrusted_config(content)
+    except ValueError as error:
+        raise RecordError(f"{path}: cannot read ({error}); restore it, or remove it") from error
+    if not isinstance(config, DictConfig):
+        raise RecordError(f"{path}: not a configuration; restore it, or remove it")
+    with suppress(KeyError, TypeError):  # as the runs recorded them: compared, never resolved
+        config.hydra.overrides.task = content["hydra"]["overrides"]["task"]
     return config
 
 

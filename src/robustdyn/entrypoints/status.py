@@ -1,14 +1,20 @@
-"""How a plain command ends: status 0, or one line and status 1 for what a user can mend."""
+"""How a command ends and how it speaks: one line and status 1 for an error that a user can put right."""
 
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Any
 
 from robustdyn.errors import UserError
 
 
 def status_of(action: Callable[[], None]) -> int:
     """Run ``action``; its exit status. With ``HYDRA_FULL_ERROR`` set, errors keep their stack trace."""
+    speak_safely()
     try:
         action()
     except UserError as error:
@@ -17,3 +23,61 @@ def status_of(action: Callable[[], None]) -> int:
         sys.stderr.write(f"error: {error}\n")
         return 1
     return 0
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came."""
+
+
+def terminate(number: int, frame: FrameType | None) -> None:
+    """Handler of SIGTERM; see :func:`terminable`."""
+    raise Terminated
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Inside, SIGTERM interrupts the main thread as Ctrl-C does, unless somebody handles it already."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+class _Unfailing:
+    """A text stream that goes on when its reader is gone or its encoding lacks a character."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        with suppress(AttributeError, ValueError):
+            stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """As the stream's; what cannot be written is lost."""
+        self._safely(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """As the stream's."""
+        self._safely(self._stream.flush)
+
+    def _safely(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except (OSError, ValueError):  # a pipe without a reader, a closed stream
+            self._stream = open(os.devnull, "w")  # noqa: PTH123, SIM115
+
+
+def speak_safely() -> None:
+    """Let no message end a command: standard output and error accept whatever is written to them."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if not isinstance(stream, _Unfailing):
+            setattr(sys, name, _Unfailing(open(os.devnull, "w") if stream is None else stream))  # noqa: PTH123, SIM115

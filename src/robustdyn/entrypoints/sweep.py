@@ -2,9 +2,14 @@
 
 import gc
 import logging
+import os
+import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,7 +23,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from robustdyn.analysis.report import build_report
 from robustdyn.entrypoints.report import announce, plan_of, say_states, states_of
-from robustdyn.errors import UserError
+from robustdyn.errors import RecordError, UserError
+from robustdyn.records.files import sole_process
 from robustdyn.records.progress import Plan, RunStatus, folder_name, identity, is_done, one_line
 
 LOCAL = (".BasicLauncher", ".JoblibLauncher")
@@ -45,12 +51,14 @@ def run_in_its_directory(task: Callable[[DictConfig], None], cfg: DictConfig) ->
     if in_sweep and is_done(run_dir, settings):
         log.info("%s: done already", run_dir.name)
         return
+    if str(hydra_cfg.launcher.get("_target_")).endswith(".JoblibLauncher") and in_sweep:
+        _end_with_parent()
     try:
         with RunStatus(run_dir, settings) if first else nullcontext():
             task(cfg)
     except SystemExit as end:
         if isinstance(end.__context__, KeyboardInterrupt):  # which Lightning turns into an exit
-            raise KeyboardInterrupt from end
+            raise type(end.__context__)() from end
         raise
     except Exception as error:
         if not (in_sweep and first and str(hydra_cfg.launcher.get("_target_")).endswith(LOCAL)):
@@ -62,6 +70,19 @@ def run_in_its_directory(task: Callable[[DictConfig], None], cfg: DictConfig) ->
             torch.cuda.empty_cache()
 
 
+@cache
+def _end_with_parent() -> None:
+    """Kill this worker of a parallel sweep once the sweep's process is gone, which may be started again."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 class SweepReport(Callback):
     """Says at the end of a multirun how its runs went, and builds their report unless ``report=false``.
 
@@ -70,13 +91,28 @@ class SweepReport(Callback):
     """
 
     running: ClassVar[DictConfig | None] = None
+    inside: ClassVar[ExitStack] = ExitStack()  # of the sweep's directory
 
     def __init__(self, swept: Sequence[str]) -> None:
         self.swept = swept
 
+    def _enter(self, directory: Path, remedy: str) -> None:
+        try:
+            self.inside.enter_context(sole_process(directory, remedy))
+        except RecordError as error:
+            sys.stderr.write(f"error: {error}\n")
+            sys.exit(1)  # Hydra would turn an exception of a callback into a warning
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Hydra's hook: refuse a directory in which a run is going on, before Hydra writes to it."""
+        HydraConfig.instance().set_config(config)
+        self._enter(Path(config.hydra.run.dir), "choose another hydra.run.dir")
+        self.inside.close()  # the run itself enters
+
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Hydra's hook: tell all runs their directory and keys; refuse runs that would share a folder."""
         HydraConfig.instance().set_config(config)  # which ${hydra:...} reads, and Hydra sets for runs only
+        self._enter(Path(config.hydra.sweep.dir), "choose another hydra.sweep.dir")
         plan = plan_of(config)
         # each run composes its configuration anew, and its own name must not move it to another sweep
         pinned: dict[str, str | list[str]] = {"hydra.sweep.dir": str(config.hydra.sweep.dir)}
@@ -137,6 +173,7 @@ def sweeping() -> bool:
 def forget_sweep() -> None:
     """Say nothing at its end, for it never began; leave Hydra's state as it was before the command."""
     SweepReport.running = None
+    SweepReport.inside.close()
     HydraConfig.instance().cfg = None
 
 

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -14,13 +15,15 @@ from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from robustdyn.entrypoints.cluster import in_slurm
 from robustdyn.entrypoints.config import config_dir
+from robustdyn.entrypoints.status import Terminated, speak_safely, terminable
 from robustdyn.entrypoints.sweep import end_sweep, forget_sweep, run_in_its_directory, sweeping
 from robustdyn.errors import UserError
 from robustdyn.records.progress import one_line
 
 SHORT = "ROBUSTDYN_SHORT_ERRORS"
-INTERRUPTED = 130  # the shells' exit status after Ctrl-C
+INTERRUPTED, TERMINATED = 130, 143  # the shells' exit status after Ctrl-C and after SIGTERM
 
 
 def run_app(task: Callable[[DictConfig], None], config_name: str) -> None:
@@ -29,6 +32,7 @@ def run_app(task: Callable[[DictConfig], None], config_name: str) -> None:
     With ``HYDRA_FULL_ERROR=1`` every error keeps its stack trace. A sweep runs to its end whatever happens to
     its runs, and ends with status 1 unless all of them are done; see :mod:`robustdyn.entrypoints.sweep`.
     """
+    speak_safely()
     for chatty in ("fontTools", "matplotlib"):  # Hydra's handlers would print their notes on every figure
         logging.getLogger(chatty).setLevel(logging.WARNING)
     # argparse cannot take overrides on both sides of a flag: "a=1 -m b=2" would be refused
@@ -41,17 +45,19 @@ def run_app(task: Callable[[DictConfig], None], config_name: str) -> None:
     app = hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=config_name)
     started: list[bool] = []
     try:
-        app(_task_with_short_errors(task, started, short=short))()
+        # SLURM's SIGTERM is a notice; see requeue.py
+        with nullcontext() if in_slurm(os.environ) else terminable():
+            app(_task_with_short_errors(task, started, short=short))()
     except (UserError, HydraException) as error:
         if isinstance(error, UserError):  # of the launcher: a job on a cluster that failed, say
             end_sweep()
         if not short:
             raise
         _fail(_explain(error, config_name))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as end:
         end_sweep(report=False)
         sys.stderr.write("interrupted\n")
-        sys.exit(INTERRUPTED)
+        sys.exit(TERMINATED if isinstance(end, Terminated) else INTERRUPTED)
     except Exception as error:
         if isinstance(error, OSError) and short and not started and not sweeping():
             _fail(f"cannot make the run's folder: {error}; choose another hydra.run.dir, or hydra.sweep.dir")

@@ -10,10 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from robustdyn.errors import RecordError
 from robustdyn.records import RunRecords
+from robustdyn.records.files import sole_process
 from robustdyn.records.writer import plain
 
 SETTINGS = "settings.json"
@@ -55,24 +54,10 @@ class EvaluationRecord:
         Raises:
             RecordError: Another process has it open, it cannot be written or read, or its settings differ.
         """
-        lock = FileLock(directory / ".lock")
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise RecordError(
-                f"{directory}: another evaluation is writing here; wait, or {_ANOTHER}"
-            ) from error
-        except OSError as error:
-            raise RecordError(
-                f"{directory}: cannot write ({error.strerror}); choose another output=DIR"
-            ) from error
-        try:
+        with sole_process(directory, _ANOTHER):
             record = cls(directory)
             record._begin(plain(settings), plain(provenance))
             yield record
-        finally:
-            lock.release()
 
     def describe(self, evaluator: str, settings: Mapping[str, object], attacks: Mapping[str, Row]) -> None:
         """Note down an evaluator's settings and its attacks, before their first outcome.
@@ -165,8 +150,10 @@ class EvaluationRecord:
         path = self.directory / SETTINGS
         try:
             stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise RecordError(f"{path}: cannot be read; {_ANOTHER}") from error
+        if not _are_settings(stored):
+            raise RecordError(f"{path}: not the settings of an evaluation; {_ANOTHER}")
         return stored
 
     def _store(self, content: Mapping[str, object]) -> None:
@@ -179,6 +166,18 @@ class EvaluationRecord:
             raise RecordError(
                 f"{path}: cannot write ({error.strerror}); choose another output=DIR"
             ) from error
+
+
+def _are_settings(stored: object) -> bool:
+    if not isinstance(stored, dict) or not isinstance(stored.get("evaluation"), dict):
+        return False
+    evaluators = stored.get("evaluators")
+    return isinstance(evaluators, dict) and all(
+        isinstance(one, dict)
+        and isinstance(one.get("settings"), dict)
+        and isinstance(one.get("attacks"), dict)
+        for one in evaluators.values()
+    )
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

@@ -43,7 +43,8 @@ class Measure(Callback):
 
     The examples are drawn once per run and attacked anew at each measured epoch, with the evaluation attack
     on the cross-entropy, whatever the training objective, and always from the same random starts. They are
-    spread over the ranks. Training's random streams, weights, buffers and gradients are as before afterwards.
+    spread over the ranks. What is measured along directions found on them is corrected by a second attack of
+    some. Training's random streams, weights, buffers and gradients are as before afterwards.
 
     A learning-rate rule that follows a measurement gets its row at the epochs it asks for: at epochs that are
     not measured anyway only what the rule reads is computed and recorded.
@@ -54,6 +55,7 @@ class Measure(Callback):
     Args:
         epochs: When; see :func:`robustdyn.measure.when.measured_epochs`.
         examples: Size of the measurement set, over all ranks.
+        second_attack: How many of them, or all, are attacked a second time, over all ranks.
         inputs: ``"adversarial"``, or ``"clean"`` for the loss of the unperturbed examples.
         memory_mib: Memory of the passes on each rank: the chunk, and graphs kept for the next product.
         precision: Of the products; see :class:`robustdyn.curvature.EmpiricalRisk`.
@@ -67,6 +69,7 @@ class Measure(Callback):
         *,
         epochs: EpochSpec,
         examples: int,
+        second_attack: int,
         inputs: Literal["adversarial", "clean"],
         memory_mib: int,
         precision: Precision,
@@ -76,6 +79,7 @@ class Measure(Callback):
     ) -> None:
         self._spec = epochs
         self._examples = examples
+        self._second_attack = min(second_attack, examples)
         self._inputs = inputs
         self._memory = memory_mib * 2**20
         self._precision: Precision = precision
@@ -104,10 +108,15 @@ class Measure(Callback):
         if self._epochs | self._rule_epochs:
             data = _data(trainer)
             data.measurement_subset(self._examples, pl_module.seed)
-            if self._examples < trainer.world_size:
+            for name, count in (("examples", self._examples), ("second_attack", self._second_attack)):
+                if count < trainer.world_size:
+                    raise ConfigError(
+                        f"measure.{name}={count} cannot be spread over {trainer.world_size} devices; "
+                        "choose at least one for each"
+                    )
+            if self._second_attack < 2:
                 raise ConfigError(
-                    f"measure.examples={self._examples} cannot be spread over {trainer.world_size} devices; "
-                    "choose at least one for each"
+                    f"measure.second_attack={self._second_attack} examples have no spread; choose at least 2"
                 )
         if self._epochs and trainer.is_global_zero and not pl_module.plain_momentum:
             _log.warning(
@@ -166,35 +175,40 @@ class Measure(Callback):
     def _snapshot(self, trainer: lightning.Trainer, module: AdversarialTraining) -> Snapshot:
         assert module.last_step is not None
         data = _data(trainer)
-        subset = data.measurement_subset(self._examples, module.seed)
-        attack = module.evaluation_attack
-        # drawn for all examples, so that they do not depend on the number of ranks
-        starts = attack.start(
-            subset.images, streams.generator(module.seed, "measure-attack", device=module.device)
-        )
-        precision = module.dtype  # of the weights, as Lightning gives training its images
-        images, labels, starts = shard(
-            (subset.images.to(precision), subset.targets, starts.to(precision)),
-            trainer.global_rank,
-            trainer.world_size,
-        )
-        if self._inputs == "adversarial":
-            # in batches as large as training's: measuring must not need more activations than training does
-            batches = zip(*(t.split(data.batch_size) for t in (images, labels, starts)), strict=True)
-            images = torch.cat([attack.climb(module.model, *batch) for batch in batches])
-        risk = EmpiricalRisk(
-            module.model,
-            images,
-            labels,
-            memory=self._memory,
-            precision=self._precision,
-            batchnorm="eval",
-            group=dist.group.WORLD if trainer.world_size > 1 else None,
-        )
+
+        def risk(count: int, *draw: int) -> EmpiricalRisk:
+            subset = data.measurement_subset(count, module.seed)
+            attack = module.evaluation_attack
+            # drawn for all examples, so that they do not depend on the number of ranks
+            starts = attack.start(
+                subset.images,
+                streams.generator(module.seed, "measure-attack", *draw, device=module.device),
+            )
+            precision = module.dtype  # of the weights, as Lightning gives training its images
+            images, labels, starts = shard(
+                (subset.images.to(precision), subset.targets, starts.to(precision)),
+                trainer.global_rank,
+                trainer.world_size,
+            )
+            if self._inputs == "adversarial":
+                # in batches as large as training's: no more activations than training needs
+                batches = zip(*(t.split(data.batch_size) for t in (images, labels, starts)), strict=True)
+                images = torch.cat([attack.climb(module.model, *batch) for batch in batches])
+            return EmpiricalRisk(
+                module.model,
+                images,
+                labels,
+                memory=self._memory,
+                precision=self._precision,
+                batchnorm="eval",
+                group=dist.group.WORLD if trainer.world_size > 1 else None,
+            )
+
         return Snapshot(
             epoch=trainer.current_epoch,
             step=trainer.global_step,
-            risk=risk,
+            risk=risk(self._examples),
+            again=lambda: risk(self._second_attack, 1),
             optimizer=module.last_step,
             train_examples=len(data.split("train").labels),
             batch_size=data.batch_size * trainer.accumulate_grad_batches,

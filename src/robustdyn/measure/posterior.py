@@ -16,7 +16,9 @@ from robustdyn.records import RunRecords, read_table
 from robustdyn.theory import (
     MeasuredSpectrum,
     is_stable,
+    minibatch_noise_factor,
     propagate,
+    shuffled_variance,
     stationary_state_covariance,
     stationary_variance,
 )
@@ -30,13 +32,17 @@ def posterior_rows(
 ) -> Iterator[dict[str, Any]]:
     """σ² of every tracked direction after every epoch, propagated through the run's rates and spectra.
 
+    Once with batches as training draws them, epochs shuffled and the last batch short, and once with the
+    independent batches of the papers. Both take the curvature at fixed adversarial examples. The gradient
+    that training gets is steeper, for the attack follows the weights, and real variances are smaller for it.
+
     Directions are matched by rank between measurements. The law starts as the point the run started from.
     While a direction overshoots, η(λ + ω) ≥ 2(1 + μ), or is flat, it has no law to settle to and its variance
     is NaN; afterwards it starts again from the stationary law of that moment. Before the first measurement
     its values are held.
 
     Args:
-        tables: ``epochs``, ``rates`` and ``spectrum`` of one run.
+        tables: ``epochs``, ``rates``, ``spectrum`` and ``bounds`` of one run.
         momentum: μ of every step.
         weight_decay: ω of every step.
         interpolation: How (λ, γ) run between measured epochs; see :class:`robustdyn.theory.MeasuredSpectrum`.
@@ -45,22 +51,24 @@ def posterior_rows(
         Rows of the ``posterior`` table, epoch by epoch.
     """
     ends = tables["epochs"]["step"].to_numpy(dtype=int)
-    if not len(ends):
+    if not len(ends) or tables["spectrum"].empty:
         return
     rates = _rate_of_each_step(tables["rates"], int(ends[-1]))
+    sampling = _Sampling.of(tables["bounds"], ends)
     columns = []
     for index, rows in tables["spectrum"].groupby("index", sort=True):
         usable = rows[rows["gradient_noise"] > 0]
         if len(usable):
-            direction = _Direction(usable, rates, momentum, weight_decay, interpolation)
-            columns.append((int(str(index)), direction.propagated(ends), direction.stationary(ends)))
+            direction = _Direction(usable, rates, momentum, weight_decay, interpolation, sampling)
+            columns.append((int(str(index)), *direction.propagated(ends), direction.stationary(ends)))
     for row, (epoch, step) in enumerate(zip(tables["epochs"]["epoch"], ends, strict=True)):
-        for index, variance, stationary in columns:
+        for index, shuffled, independent, stationary in columns:
             yield {
                 "epoch": int(epoch),
                 "step": int(step),
                 "index": index,
-                "posterior_variance": variance[row],
+                "posterior_variance": shuffled[row],
+                "posterior_variance_independent": independent[row],
                 "posterior_variance_stationary": stationary[row],
             }
 
@@ -72,6 +80,25 @@ def _rate_of_each_step(rates: pd.DataFrame, steps: int) -> Array:
     return np.repeat(rates["lr"].to_numpy(dtype=float), held)
 
 
+@dataclass(frozen=True, eq=False)
+class _Sampling:
+    """How a run of N steps drew its batches."""
+
+    examples: int
+    batch_size: int
+    sizes: Array  # (N,)
+    ends: NDArray[np.int_]  # of the epochs
+
+    @classmethod
+    def of(cls, bounds: pd.DataFrame, ends: NDArray[np.int_]) -> "_Sampling":
+        n, size = (int(bounds[name].iloc[-1]) for name in ("train_examples", "batch_size"))
+        sizes = np.full(ends[-1], float(size))
+        steps = np.diff(ends, prepend=0)
+        # what the batches before the last one of an epoch leave
+        sizes[ends - 1] = np.clip(n - (steps - 1) * size, 1, size)
+        return cls(examples=n, batch_size=size, sizes=sizes, ends=ends)
+
+
 @dataclass
 class _Direction:
     """One direction's measured spectrum through a run of N steps."""
@@ -81,12 +108,13 @@ class _Direction:
     momentum: float
     weight_decay: float
     interpolation: Interpolation
+    sampling: _Sampling
 
     def __post_init__(self) -> None:
         measured = self.rows["step"].to_numpy(dtype=int)
         spectrum = MeasuredSpectrum(
             step=measured,
-            eigenvalue=self.rows[["hessian_eigenvalue"]].to_numpy(dtype=float),
+            eigenvalue=self.rows[["curvature"]].to_numpy(dtype=float),
             noise=self.rows[["gradient_noise"]].to_numpy(dtype=float),
             interpolation=self.interpolation,
         )
@@ -96,6 +124,12 @@ class _Direction:
         self.noise = np.concatenate([part[1][:, 0] for part in parts])
         self.stable = is_stable(self.eigenvalue, self.rates, self.momentum, self.weight_decay)
         self.spectrum = spectrum
+        share = (self.rows["attack_noise"] / self.rows["gradient_noise"]).to_numpy(dtype=float).clip(0, 1)
+        step = np.arange(len(self.rates))
+        if self.interpolation == "log_linear":
+            self.attack_share = np.interp(step, measured, share)
+        else:
+            self.attack_share = share[(np.searchsorted(measured, step, side="right") - 1).clip(min=0)]
 
     def stationary(self, ends: NDArray[np.int_]) -> Array:
         """σ² (E,) that the last step before each of ``ends`` would settle to; NaN where there is none."""
@@ -113,17 +147,49 @@ class _Direction:
             )
         return result
 
-    def propagated(self, ends: NDArray[np.int_]) -> Array:
-        """σ² (E,) after ``ends`` steps; NaN while the direction has no law to settle to."""
-        result = np.full(len(ends), np.nan)
+    def propagated(self, ends: NDArray[np.int_]) -> tuple[Array, Array]:
+        """σ² (E,) after ``ends`` steps, of shuffled and of independent batches; NaN without a law."""
+        result = np.full((2, len(ends)), np.nan)
         edges = np.flatnonzero(np.diff(self.stable)) + 1
         for first, last in zip([0, *edges], [*edges, len(self.rates)], strict=True):
             inside = (ends > first) & (ends <= last)
             if self.stable[first] and inside.any():
-                result[inside] = self._window(int(first), int(last), ends[inside])
-        return result
+                start = self._settled(first) if first > 0 else np.zeros((1, 2, 2))
+                result[0, inside] = self._shuffled(int(first), int(last), start)[ends[inside] - first - 1]
+                result[1, inside] = self._window(int(first), int(last), ends[inside], start)
+        return result[0], result[1]
 
-    def _window(self, first: int, last: int, ends: NDArray[np.int_]) -> Array:
+    def _settled(self, step: int) -> Array:
+        """The stationary covariance (1, 2, 2) of (x, v) at a step, of independent batches."""
+        return stationary_state_covariance(
+            self.eigenvalue[[step]],
+            self.noise[[step]],
+            learning_rate=float(self.rates[step]),
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+        )
+
+    def _shuffled(self, first: int, last: int, start: Array) -> Array:
+        """σ² after each step of a stretch that is all stable."""
+        drawn, now = self.sampling, slice(first, last)
+        factor = minibatch_noise_factor(drawn.examples, drawn.batch_size, replacement=False)
+        attack = self.attack_share[now] * self.noise[now]
+        # a batch of everything has no noise of the examples
+        examples = (self.noise[now] - attack) / factor if factor > 0 else np.zeros(last - first)
+        return shuffled_variance(
+            self.eigenvalue[now],
+            examples,
+            attack * drawn.batch_size,
+            self.rates[now],
+            examples=drawn.examples,
+            sizes=drawn.sizes[now],
+            epoch_ends=drawn.ends - first,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            initial_covariance=start[0],
+        )
+
+    def _window(self, first: int, last: int, ends: NDArray[np.int_], start: Array) -> Array:
         """σ² after ``ends`` steps, in a stretch of steps that are all stable."""
         later = self.spectrum.step > first
         spectrum = MeasuredSpectrum(  # as seen from ``first``
@@ -132,15 +198,6 @@ class _Direction:
             noise=np.vstack([self.noise[[first], None], self.spectrum.noise[later]]),
             interpolation=self.interpolation,
         )
-        start = None
-        if first > 0:
-            start = stationary_state_covariance(
-                self.eigenvalue[[first]],
-                self.noise[[first]],
-                learning_rate=float(self.rates[first]),
-                momentum=self.momentum,
-                weight_decay=self.weight_decay,
-            )
         path = propagate(
             spectrum,
             self.rates[first:last],
@@ -169,7 +226,10 @@ class RecordPosterior(Callback):
         assert isinstance(pl_module, AdversarialTraining)
         if not trainer.is_global_zero or pl_module.last_step is None or not pl_module.last_step.plain:
             return
-        tables = {name: read_table(self._records.run_dir, name) for name in ("epochs", "rates", "spectrum")}
+        tables = {
+            name: read_table(self._records.run_dir, name)
+            for name in ("epochs", "rates", "spectrum", "bounds")
+        }
         if tables["spectrum"].empty:
             return
         rows = posterior_rows(

@@ -16,7 +16,8 @@ Array = NDArray[np.float64]
 class Spectrum:
     """Rows of the ``spectrum`` and ``bounds`` tables, over the k algebraically largest Hessian directions.
 
-    The noise C is that of a mini-batch drawn without replacement from the training set, as the loader draws.
+    Curvature and noise along them are those of another attack than they come from. The noise C is that of a
+    mini-batch drawn without replacement from the training set, as the loader draws.
     The stationary law is momentum SGD's (docs/theory.md, section 2); with another optimiser its columns are
     null.
     """
@@ -25,26 +26,33 @@ class Spectrum:
 
     def measure(self, snapshot: Snapshot) -> Iterator[Row]:
         """First k ``spectrum`` rows, then one ``bounds`` row."""
-        eigenvalues, noise = snapshot.hessian.eigenvalues.numpy(), snapshot.projected
-        factor = minibatch_noise_factor(snapshot.train_examples, snapshot.batch_size, replacement=False)
-        # the solver's C₁ has the measured examples' denominator m, the variances m − 1
-        own = factor * noise.examples / (noise.examples - 1)
-        gamma = factor * noise.variances.numpy()
-        stable, variances = stationary(snapshot, eigenvalues, gamma)
-        curvature, log_variance = _terms(eigenvalues, variances, stable)
-        for index in range(len(eigenvalues)):
+        hessian, noise = snapshot.hessian, snapshot.noise
+        along, n, size = snapshot.along, snapshot.train_examples, snapshot.batch_size
+        factor = minibatch_noise_factor(n, size, replacement=False)
+        # the solver's C₁ has the measured examples' denominator m
+        examples = snapshot.risk.examples
+        own = factor * examples / (examples - 1)
+        attack = along.attack_shares * along.variances
+        gamma, attack = factor * (along.variances - attack) + attack / size, attack / size
+        stable, variances = stationary(snapshot, along.curvature, gamma)
+        curvature, log_variance = _terms(along.curvature, variances, stable)
+        for index in range(len(gamma)):
             yield (
                 "spectrum",
                 {
                     "epoch": snapshot.epoch,
                     "step": snapshot.step,
                     "index": index,
-                    "hessian_eigenvalue": eigenvalues[index],
-                    "residual": snapshot.hessian.residuals[index].item(),
+                    "hessian_eigenvalue": hessian.eigenvalues[index].item(),
+                    "residual": hessian.residuals[index].item(),
+                    "curvature": along.curvature[index],
+                    "curvature_se": along.curvature_standard_errors[index],
                     "gradient_noise": gamma[index],
-                    "gradient_noise_se": factor * float(noise.standard_errors[index]),
-                    "noise_eigenvalue": own * float(snapshot.noise.eigenvalues[index]),
-                    "noise_residual": own * float(snapshot.noise.residuals[index]),
+                    # as if all of it were the attack's: at most B / n of it too much
+                    "gradient_noise_se": along.variance_standard_errors[index] / size,
+                    "attack_noise": attack[index],
+                    "noise_eigenvalue": own * float(noise.eigenvalues[index]),
+                    "noise_residual": own * float(noise.residuals[index]),
                     "posterior_variance_stationary": variances[index],
                     "stable": bool(stable[index]) if snapshot.optimizer.plain else None,
                     "curvature_term": curvature[index],
@@ -56,7 +64,9 @@ class Spectrum:
             {
                 "epoch": snapshot.epoch,
                 "step": snapshot.step,
-                "tracked_directions": len(eigenvalues),
+                "train_examples": n,
+                "batch_size": size,
+                "tracked_directions": len(gamma),
                 "unstable_directions": int((~stable).sum()) if snapshot.optimizer.plain else None,
                 # NaN, recorded as null, as soon as one direction has no variance: a sum over fewer directions
                 # would be another quantity, and its curve would jump for no reason of the network's

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from robustdyn import streams
 from robustdyn.attacks import PGD, AttackLoss, summed_cross_entropy
 from robustdyn.data import Part, TensorBatches
-from robustdyn.errors import ConfigError
+from robustdyn.errors import CheckpointError, ConfigError
 from robustdyn.methods.execution import Execution, keep_layout
 from robustdyn.methods.metrics import RobustMetrics
 from robustdyn.methods.objectives import Objective, Outcome
@@ -305,7 +305,18 @@ class AdversarialTraining(lightning.LightningModule):
         checkpoint["epoch_sums"] = self._metrics_of("train").sums()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with the rule where the checkpoint left it, in the precision of its weights."""
+        """Go on with the rule where the checkpoint left it, in the precision of its weights.
+
+        Raises:
+            CheckpointError: It is of another network.
+        """
+        saved = checkpoint["state_dict"]
+        for name, value in self.state_dict().items():
+            if not isinstance(saved.get(name), Tensor) or saved[name].shape != value.shape:
+                raise CheckpointError(
+                    f"the checkpoint has no {name} of shape {tuple(value.shape)}, which this network has; "
+                    "choose another hydra.run.dir, or the settings of the run that it is of"
+                )
         # before the weights are read: Lightning converts the network only after it
         self.trainer.precision_plugin.convert_module(self)
         self.schedule.load_state_dict(checkpoint["schedule"])

@@ -140,15 +140,25 @@ def _read(path: Path) -> object:
     except OSError as error:
         raise DataFileError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
     except Exception as error:  # a damaged file can raise anything
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        if refused is not None:
+        if _refused(error) is not None:
             raise DataFileError(
-                f"{path}: refused, since loading it could run code (it holds {refused[1]}); where you "
-                "trust it, save its tensors alone: torch.save(model.state_dict(), FILE)"
+                f"{path}: refused, since {why_not_loaded(error)}; where you trust it, save its tensors "
+                "alone: torch.save(model.state_dict(), FILE)"
             ) from error
-        raise DataFileError(
-            f"{path}: not a complete file of torch.save ({type(error).__name__}); copy or download it again"
-        ) from error
+        raise DataFileError(f"{path}: {why_not_loaded(error)}; copy or download it again") from error
+
+
+def why_not_loaded(error: Exception) -> str:
+    """In a few words; torch's own message advises to load the file unsafely."""
+    if (name := _refused(error)) is not None:
+        return f"loading it could run code (it holds {name})"
+    return f"not a complete file of torch.save ({type(error).__name__})"
+
+
+def _refused(error: Exception) -> str | None:
+    """What the file wanted to call."""
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    return None if found is None else found[1]
 
 
 # ---------------------------------------------------------------------- names

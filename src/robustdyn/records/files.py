@@ -1,7 +1,49 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and directories that one process at a time writes to."""
 
 import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from robustdyn.errors import RecordError
+
+_OWNER = ".lock.owner"
+
+
+@contextmanager
+def sole_process(directory: Path, remedy: str) -> Iterator[None]:
+    """Inside, no other process may enter for the same directory, which is made if absent.
+
+    The lock is the operating system's, so it goes when the process goes, however it ends.
+
+    Args:
+        directory: Whose.
+        remedy: What the user may do if somebody else is inside, for the message.
+
+    Raises:
+        RecordError: Another process, which the message names, is inside, or the directory cannot be written.
+    """
+    lock, owner = FileLock(directory / ".lock"), directory / _OWNER
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+        replace_file(owner, f"process {os.getpid()} on host {socket.gethostname()}".encode())
+    except Timeout as error:
+        who = owner.read_text() if owner.is_file() else "another process"
+        raise RecordError(f"{directory}: running in {who}; wait for it, or {remedy}") from error
+    except OSError as error:
+        lock.release()
+        raise RecordError(
+            f"{directory}: cannot write ({error.strerror}); check its permissions, or {remedy}"
+        ) from error
+    try:
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        lock.release()
 
 
 def replace_file(path: Path, content: bytes) -> None:

@@ -15,16 +15,16 @@ import os
 import traceback
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from omegaconf import OmegaConf
-
-from robustdyn.errors import RecordError, UserError
+from robustdyn.errors import UserError
+from robustdyn.records.files import sole_process
 from robustdyn.records.labels import Setup, differences
-from robustdyn.records.reader import Run, _plain, read_table
+from robustdyn.records.reader import Run, read_table
 from robustdyn.records.writer import _replace
 
 STATUS = "status.json"
@@ -51,21 +51,16 @@ class RunStatus:
     def __init__(self, run_dir: str | os.PathLike[str], settings: Mapping[str, Any]) -> None:
         self._run_dir = Path(run_dir)
         self._settings = settings
+        self._alone = ExitStack()
 
     def __enter__(self) -> RunStatus:
-        """Say that the run is running.
+        """Say that the run is running; no other process may be inside for the same directory.
 
         Raises:
-            RecordError: The directory cannot be written.
+            RecordError: Another process is, or the directory cannot be written.
         """
-        try:
-            self._run_dir.mkdir(parents=True, exist_ok=True)
-            (self._run_dir / TRACEBACK).unlink(missing_ok=True)
-        except OSError as error:
-            raise RecordError(
-                f"{self._run_dir}: cannot write ({error.strerror}); mend its permissions or choose another "
-                "run directory"
-            ) from error
+        self._alone.enter_context(sole_process(self._run_dir, "choose another hydra.run.dir"))
+        (self._run_dir / TRACEBACK).unlink(missing_ok=True)
         self._write("running")
         return self
 
@@ -73,6 +68,10 @@ class RunStatus:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Say how it ended."""
+        with self._alone:
+            self._end(error)
+
+    def _end(self, error: BaseException | None) -> None:
         if error is None:
             self.done()
         elif isinstance(error, Exception):
@@ -214,7 +213,7 @@ def run_states(runs: Sequence[Run], plan: Plan | None = None) -> list[RunState]:
     found: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
         found.setdefault(identity(run.overrides, plan.without), []).append(run)
-    asked = dict.fromkeys(identity(_as_read(job), plan.without) for job in plan.jobs)
+    asked = dict.fromkeys(identity(job, plan.without) for job in plan.jobs)
     everyone = [*asked, *(key for key in found if key not in asked)]
     common = set.intersection(*map(set, everyone))
     states = []
@@ -263,8 +262,3 @@ def _of(text: str, keys: Sequence[str]) -> bool:
     """Whether an override is of one of these keys or sections."""
     name = text.lstrip("+~").partition("=")[0].partition("@")[0]
     return any(name == key or name.startswith((f"{key}.", f"{key}/")) for key in keys)
-
-
-def _as_read(job: Sequence[str]) -> tuple[str, ...]:
-    """Overrides as ``find_runs`` reads them back from a run directory."""
-    return tuple(str(text) for text in _plain(OmegaConf.create(list(job))))

@@ -13,12 +13,12 @@ from typing import Any
 import pandas as pd
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError  # type: ignore[import-untyped]
 
 from robustdyn.errors import RecordError
 from robustdyn.records import schema
 from robustdyn.records.labels import SEED, Setup, distinguishing, flatten, format_value, labels
 from robustdyn.records.lines import parse_lines
+from robustdyn.records.untrusted import read_yaml, untrusted_config
 from robustdyn.records.writer import RECORDS
 
 CONFIG = Path(".hydra", "config.yaml")
@@ -164,37 +164,36 @@ def _natural(path: Path) -> list[tuple[int, str]]:
 
 def _setup(directory: Path) -> Setup:
     """What the ``.hydra`` folder of a run says."""
-    config = _load_yaml(directory / CONFIG)
+    config = untrusted_config(_load_yaml(directory / CONFIG))
     if not isinstance(config, DictConfig):
         raise RecordError(
             f"{directory / CONFIG}: not a configuration; restore the file or leave this run out"
         )
     hydra = directory / CONFIG.parent / "hydra.yaml"
     overrides = directory / CONFIG.parent / "overrides.yaml"
-    typed = _plain(_load_yaml(overrides)) if overrides.is_file() else []
-    loaded = OmegaConf.select(_load_yaml(hydra), "hydra.runtime.choices") if hydra.is_file() else None
-    choices = _plain(loaded) if loaded is not None else {}
+    typed = _load_yaml(overrides) if overrides.is_file() else []
+    choices = _load_yaml(hydra) if hydra.is_file() else {}
+    for key in ("hydra", "runtime", "choices"):
+        choices = choices.get(key) if isinstance(choices, dict) else {}
+    chosen = choices.items() if isinstance(choices, dict) else ()
     return Setup(
         path=directory,
         config=_plain(config),
-        overrides=tuple(str(item) for item in typed or []),
-        choices={str(group): str(choice) for group, choice in choices.items() if choice is not None},
+        overrides=tuple(map(str, typed if isinstance(typed, list) else [])),
+        choices={str(group): str(choice) for group, choice in chosen if choice is not None},
         derived=frozenset(_interpolated(config)),
     )
 
 
-def _load_yaml(path: Path) -> DictConfig | ListConfig:
+def _load_yaml(path: Path) -> Any:
     try:
-        return OmegaConf.load(path)
-    except (OSError, YAMLError, OmegaConfBaseException) as error:
-        reason = str(error).splitlines()[0]
-        raise RecordError(
-            f"{path}: cannot read ({reason}); restore the file or leave this run out"
-        ) from error
+        return read_yaml(path)
+    except ValueError as error:
+        raise RecordError(f"{path}: cannot read ({error}); restore the file or leave this run out") from error
 
 
 def _plain(node: object) -> Any:
-    """A configuration as plain containers; what only Hydra can interpolate stays text."""
+    """A configuration as plain containers; what cannot be interpolated here stays text."""
     if isinstance(node, DictConfig):
         return {str(key): _plain(_resolved(node, key)) for key in node}
     if isinstance(node, ListConfig):

@@ -289,11 +289,25 @@ SPECTRUM = Table(
             "‖H u_i − λ_i u_i‖: distance of λ_i from an exact eigenvalue is at most this",
         ),
         Column(
+            "curvature",
+            "float",
+            "",
+            "curvature along u_i",
+            "u_iᵀ H u_i of another attack than u_i comes from: what the laws take for λ_i",
+        ),
+        Column(
+            "curvature_se",
+            "float",
+            "",
+            "s.e. of the curvature",
+            "standard error over examples of the Gauss–Newton part of curvature",
+        ),
+        Column(
             "gradient_noise",
             "float",
             "",
             "gradient noise γ_i",
-            "u_iᵀ C u_i, variance of the mini-batch gradient along u_i",
+            "u_iᵀ C u_i of another attack than u_i comes from, variance of the mini-batch gradient along u_i",
         ),
         Column(
             "gradient_noise_se",
@@ -301,6 +315,13 @@ SPECTRUM = Table(
             "",
             "s.e. of γ_i",
             "standard error of gradient_noise over the measured examples",
+        ),
+        Column(
+            "attack_noise",
+            "float",
+            "",
+            "the attack's part of γ_i",
+            "the part of gradient_noise that the attack's random start makes, which no shuffling takes back",
         ),
         Column(
             "noise_eigenvalue",
@@ -437,6 +458,8 @@ BOUNDS = Table(
     (
         _EPOCH,
         _STEP,
+        Column("train_examples", "int", "examples", "n", "size of the training set"),
+        Column("batch_size", "int", "examples", "B", "examples of a mini-batch, over all devices"),
         Column(
             "tracked_directions",
             "int",
@@ -583,7 +606,15 @@ POSTERIOR = Table(
             "float",
             "",
             "σ²_i",
-            "variance along u_i at this time, propagated through the run's rates and measured spectra",
+            "variance along u_i at this time, through the run's rates and measured spectra, with shuffled "
+            "epochs as in training and curvature at fixed adversarial examples",
+        ),
+        Column(
+            "posterior_variance_independent",
+            "float",
+            "",
+            "σ²_i of independent batches",
+            "the same if every step drew its batch independently, as the papers assume",
         ),
         Column(
             "posterior_variance_stationary",

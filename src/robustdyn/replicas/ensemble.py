@@ -307,6 +307,8 @@ def batch_gradients(
     training: Training,
     replicas: Sequence[int],
     step: int,
+    *,
+    starts_of: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The gradients that replicas' optimisers get in one step.
 
@@ -317,6 +319,7 @@ def batch_gradients(
         training: How.
         replicas: R numbers.
         step: Number of the step, from 0.
+        starts_of: R numbers, replicas whose random starts the attack takes; None for their own.
 
     Returns:
         Gradients (R, P) of the objective on each replica's batch, without weight decay, at the perturbed
@@ -331,7 +334,7 @@ def batch_gradients(
     with mode(network, training=trained):
         starts = [
             training.attack.start(part, _draws(training, replica, step))
-            for part, replica in zip(images.split(size), replicas, strict=True)
+            for part, replica in zip(images.split(size), starts_of or replicas, strict=True)
         ]
         adversarial = attacked(network, training, images, targets, torch.cat(starts))
         moves = None

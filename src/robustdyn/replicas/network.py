@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import vmap
 from torch.nn import functional as F
+
+from robustdyn.curvature.empirical_risk import call_with
 
 Engine = Literal["vmapped", "looped"]
 """Whether replicas pass together (``torch.func.vmap``; convolutions become grouped ones) or one by one."""
@@ -119,8 +121,7 @@ class StackedNetwork(nn.Module):
 
     def _one(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], inputs: Tensor) -> Tensor:
         everything = {**self._fixed, **parameters}
-        outputs: Tensor = functional_call(self.base, (everything, buffers), (inputs,))
-        return outputs
+        return call_with(self.base, {**everything, **buffers}, inputs)
 
 
 def project(rows: Tensor, directions: Tensor) -> NDArray[np.float64]:

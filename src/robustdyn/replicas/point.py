@@ -46,10 +46,11 @@ class PointSettings:
     Attributes:
         eigenvectors: Leading eigenvectors of the Hessian (algebraically largest) to follow, ≥ 1.
         random_directions: Random directions, orthogonal to these and to each other, to follow as well, ≥ 0.
-        attack_draws: A, random starts of the attack for each example, ≥ 1; with 2 or more the attack's noise
-            is told from the examples'.
-        noise_batches: M, mini-batches drawn at the start as replicas draw theirs, whose gradients' covariance
-            holds for every method; 0 for none, else at least 2.
+        attack_draws: A, random starts of the attack for each example, ≥ 1, that the eigenvectors come from,
+            and as many others that all values along them come from; with 2 or more the attack's noise is
+            told from the examples'.
+        noise_batches: M, mini-batches drawn at the start as replicas draw theirs, each attacked twice, whose
+            gradients' covariance holds for every method; 0 for none, else at least 2.
         slope_batches: Mini-batches over which the slopes of their gradients are averaged; 0 for none, else at
             least 2.
         slope_distance: How far the two points of a slope lie from the middle, in standard deviations that the
@@ -92,16 +93,17 @@ class MeasuredPoint:
     """The loss at θ as the theory wants it. With a weight perturbation v: at θ + v, v from the whole set.
 
     Adversarial examples are made at θ with the training attack and held fixed, A of each example, but for
-    what is sampled: ``sampled_gradients`` and ``slopes``. Units: θ has none, losses are in nats. All arrays
-    float64 but the directions.
+    what is sampled: ``sampled_gradients`` and ``slopes``. The eigenvectors come from A other ones of each
+    example, for along them H and C of the very same adversarial examples are too large. Units: θ has none,
+    losses are in nats. All arrays float64 but the directions.
 
     Attributes:
         directions: k of them, in the order eigenvectors, random ones.
-        eigenvalues: (k,), λ_i of the eigenvectors, and uᵀ H u of the random ones.
-        residuals: (k,), ‖H u_i − λ_i u_i‖ of the eigenvectors; NaN for the others.
+        eigenvalues: (k,), uᵀ H u, the diagonal of ``hessian``.
+        residuals: (k,), ‖H u_i − λ_i u_i‖ of the eigenvectors, H and λ_i of the adversarial examples they
+            come from; NaN for the others.
         converged: Whether all eigenpairs met the tolerance.
-        hessian: (k, k), H between the directions: the off-diagonal shows how far random ones are from
-            eigenvectors.
+        hessian: (k, k), H between the directions: the off-diagonal shows how far they are from eigenvectors.
         mean_gradient: (k,), of the loss without weight decay.
         decay_gradient: (k,), of weight decay's term, ω θ; the pull on the mean is the sum of both.
         example_covariance: C₁ (k, k), population covariance (denominator n) over examples of their mean
@@ -111,6 +113,7 @@ class MeasuredPoint:
             draw, when the attack's noise counts in the former.
         noise: C (k, k), covariance of a full batch's gradient that follows, for independent batches.
         sampled_gradients: (M, k), of mini-batches drawn and attacked, with v of their own, as a replica's.
+        sampled_again: (M, k), of the same mini-batches, attacked from other starts.
         slopes: J (k, k), ∂g_i/∂x_j of the mean mini-batch gradient g that the optimiser gets, without weight
             decay: adversarial examples and weight perturbation follow the weights, as they do in training. H
             leaves out how the maximiser moves; for the gradient of a maximum J is its Hessian. By central
@@ -133,6 +136,7 @@ class MeasuredPoint:
     attack_covariance: Array
     noise: Array
     sampled_gradients: Array
+    sampled_again: Array
     slopes: Array
     slope_errors: Array
     slope_distances: Array
@@ -141,8 +145,15 @@ class MeasuredPoint:
 
     @property
     def sampled_noise(self) -> Array:
-        """C (k, k) from the M sampled gradients, denominator M − 1; relative standard errors √(2/M)."""
-        return np.atleast_2d(np.cov(self.sampled_gradients, rowvar=False))
+        """C (k, k) from the M sampled batches, denominator M − 1; relative standard errors at most √(2/M)."""
+        both = (self.sampled_gradients, self.sampled_again)
+        return np.asarray(sum(np.atleast_2d(np.cov(some, rowvar=False)) for some in both) / 2)
+
+    @property
+    def sampled_attack_noise(self) -> Array:
+        """The part (k, k) of ``sampled_noise`` that the attack's random start makes in a batch's gradient."""
+        apart = self.sampled_gradients - self.sampled_again
+        return np.asarray(apart.T @ apart / (2 * len(apart)))
 
     def arrays(self) -> dict[str, Any]:
         """What :meth:`from_arrays` takes back."""
@@ -199,11 +210,20 @@ def measure_point(
     network = StackedNetwork(model, engine)
     theta = network.theta()[None]
     statistics = network.statistics(1)
-    images, adversarial = _adversarial(network, theta, statistics, training, settings.attack_draws)
-    targets = training.targets.repeat(settings.attack_draws, *[1] * (training.targets.dim() - 1))
+    draws = settings.attack_draws
+    images, adversarial = _adversarial(network, theta, statistics, training, range(draws, 2 * draws))
+    targets = training.targets.repeat(draws, *[1] * (training.targets.dim() - 1))
     point = theta + _whole_set_perturbation(
         network, theta, statistics, training, images, adversarial, targets
     )
+    decay = training.update.weight_decay
+    inside = preconditioner is not None or isinstance(decay, Tensor)
+    root = None if preconditioner is None else preconditioner.to(theta).sqrt()
+
+    def curvature(risk: EmpiricalRisk) -> LinearOperator:
+        operator: LinearOperator = _WithDecay(Hessian(risk), decay) if inside else Hessian(risk)
+        return operator if root is None else DiagonallyScaled(operator, root)
+
     with mode(model, training=False):
         risk = EmpiricalRisk(
             model,
@@ -213,16 +233,11 @@ def measure_point(
             memory=None if training.batchnorm == "train" else settings.memory,
             batchnorm=training.batchnorm,
         ).at(point[0])
-        decay = training.update.weight_decay
-        inside = preconditioner is not None or isinstance(decay, Tensor)
-        operator: LinearOperator = _WithDecay(Hessian(risk), decay) if inside else Hessian(risk)
-        root = None if preconditioner is None else preconditioner.to(theta).sqrt()
-        if root is not None:
-            operator = DiagonallyScaled(operator, root)
         converged, residuals = True, np.empty(0)
         if directions is None:
+            _, others = _adversarial(network, theta, statistics, training, range(draws))
             top = lanczos(
-                operator,
+                curvature(risk.over(others, targets)),
                 settings.eigenvectors,
                 which="largest",
                 tol=settings.tolerance,
@@ -234,12 +249,14 @@ def measure_point(
             directions = _directions(vectors, root)
         else:
             vectors = directions.positions if root is None else directions.positions * root[:, None]
-        curved = vectors.double().T @ (operator @ vectors).double()
+        curved = vectors.double().T @ (curvature(risk) @ vectors).double()
         gradient = project(risk.gradient()[None], directions.forces)[0]
-        between, within = _covariances(risk, directions, settings.attack_draws, training)
+        between, within = _covariances(risk, directions, draws)
     hessian = ((curved + curved.T) / 2).cpu().numpy()
     noise = _batch_noise(between, within, training)
-    sampled = sampled_gradients(network, training, directions, batches=settings.noise_batches, chunk=chunk)
+    sampled, again = sampled_gradients(
+        network, training, directions, batches=settings.noise_batches, chunk=chunk
+    )
     distances = np.full(len(hessian), np.nan)
     if settings.slope_batches:
         known = np.cov(sampled, rowvar=False) if len(sampled) else noise
@@ -261,6 +278,7 @@ def measure_point(
         attack_covariance=within,
         noise=noise,
         sampled_gradients=sampled,
+        sampled_again=again,
         slopes=slopes,
         slope_errors=errors,
         slope_distances=distances,
@@ -271,11 +289,12 @@ def measure_point(
 
 def sampled_gradients(
     network: StackedNetwork, training: Training, directions: Directions, *, batches: int, chunk: int
-) -> Array:
-    """Gradients (M, k) at θ_0 of mini-batches as replicas' first ones, of other replicas than those trained.
+) -> tuple[Array, Array]:
+    """Gradients at θ_0 of mini-batches as replicas' first ones, of other replicas than those trained.
 
     Their mean and covariance need no assumption: they hold for weight perturbations, BatchNorm in train mode
-    and any sampling. Without replacement a batch is the first of an epoch.
+    and any sampling. Without replacement a batch is the first of an epoch. Each is attacked from two starts,
+    which tells the attack's noise from the examples'.
 
     Args:
         network: At θ_0.
@@ -283,17 +302,23 @@ def sampled_gradients(
         directions: Projected on.
         batches: M.
         chunk: Batches at a time.
+
+    Returns:
+        (M, k), and (M, k) of the same batches from other starts.
     """
-    found = np.empty((batches, directions.count))
+    found = np.empty((2, batches, directions.count))
     for first in range(0, batches, chunk):
         numbers = range(first, min(first + chunk, batches))
         theta = network.theta().expand(len(numbers), -1)
         # negative numbers: no trained replica has these batches
-        gradients, _, _ = batch_gradients(
-            network, theta, network.statistics(len(numbers)), training, [-1 - number for number in numbers], 0
-        )
-        found[first : first + len(numbers)] = project(gradients, directions.forces)
-    return found
+        whose = [-1 - number for number in numbers]
+        # the starts of further batches, which none of these has
+        for half, starts_of in enumerate((whose, [replica - batches for replica in whose])):
+            gradients, _, _ = batch_gradients(
+                network, theta, network.statistics(len(numbers)), training, whose, 0, starts_of=starts_of
+            )
+            found[half, first : first + len(numbers)] = project(gradients, directions.forces)
+    return found[0], found[1]
 
 
 def gradient_slopes(
@@ -437,15 +462,15 @@ class _WithDecay(LinearOperator):
 
 
 def _adversarial(
-    network: StackedNetwork, theta: Tensor, statistics: dict[str, Tensor], training: Training, draws: int
+    network: StackedNetwork, theta: Tensor, statistics: dict[str, Tensor], training: Training, draws: range
 ) -> tuple[Tensor, Tensor]:
-    """All training images, ``draws`` times over, and the same attacked at θ_0 from different starts."""
+    """All training images, once for each of ``draws``, and the same attacked at θ_0 from these starts."""
     trained = training.batchnorm == "train"
     aside = {name: value.clone() for name, value in statistics.items()}
     network.use(theta, aside)
     found = []
     with mode(network, training=trained):
-        for draw in range(draws):
+        for draw in draws:
             generator = streams.generator(
                 training.seed, "replica-start-attack", draw, device=training.images.device
             )
@@ -456,7 +481,7 @@ def _adversarial(
                 training.images.split(size), training.targets.split(size), starts.split(size), strict=True
             )
             found += [attacked(network, training, x, y, start) for x, y, start in parts]
-    return training.images.repeat(draws, *[1] * (training.images.dim() - 1)), torch.cat(found)
+    return training.images.repeat(len(draws), *[1] * (training.images.dim() - 1)), torch.cat(found)
 
 
 def _whole_set_perturbation(
@@ -521,9 +546,7 @@ def _directions(vectors: Tensor, root: Tensor | None) -> Directions:
     return Directions(positions=vectors / root[:, None], forces=vectors * root[:, None])
 
 
-def _covariances(
-    risk: EmpiricalRisk, directions: Directions, draws: int, training: Training
-) -> tuple[Array, Array]:
+def _covariances(risk: EmpiricalRisk, directions: Directions, draws: int) -> tuple[Array, Array]:
     """C₁ and C_a, of the gradients projected."""
     k = directions.count
     if risk.batchnorm == "train" and risk.has_batchnorm:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from robustdyn.errors import RecordError
 from robustdyn.replicas.own_gradients import OwnGradients, own_gradients
 from robustdyn.replicas.point import MeasuredPoint
 from robustdyn.replicas.record import RecordedEnsemble
@@ -88,15 +89,23 @@ def example_noise(ensemble: RecordedEnsemble, point: MeasuredPoint) -> tuple[Arr
     """(C₁, C_a) (k, k) of a point: from every example where it has a gradient, else from sampled batches.
 
     With a weight perturbation, which follows a batch, or BatchNorm in train mode, only sampled batches have
-    the noise that replicas get. Drawn without replacement, they do not tell C₁ from C_a; all counts as C₁.
+    the noise that replicas get.
+
+    Raises:
+        RecordError: No batches were sampled where only they would do.
     """
     sampling = sampling_of(ensemble)
-    perturbed = ensemble.settings.get("perturbation") is not None
-    if not perturbed and np.isfinite(point.example_covariance).all():
+    if not ensemble.settings.get("perturbation") and np.isfinite(point.example_covariance).all():
         return point.example_covariance, point.attack_covariance
+    if not len(point.sampled_gradients):
+        raise RecordError(
+            "with a weight perturbation or BatchNorm in train mode no law is known without sampled batches; "
+            "run the ensemble with start.noise_batches=256"
+        )
     n, size = sampling.examples, sampling.batch_size
     per_batch = 1 / size if sampling.replacement or n == size else (n - size) / (size * (n - 1))
-    return point.sampled_noise / per_batch, np.zeros_like(point.noise)
+    attack = point.sampled_attack_noise
+    return (point.sampled_noise - attack) / per_batch, attack * size
 
 
 def predicted_laws(ensemble: RecordedEnsemble) -> dict[str, Law]:
@@ -106,6 +115,7 @@ def predicted_laws(ensemble: RecordedEnsemble) -> dict[str, Law]:
 
     Raises:
         KeyError: Settings of another kind.
+        RecordError: No noise was measured that holds for the ensemble.
     """
     start = ensemble.start
     laws = {law.name: law for law in (_stationary(ensemble), _slow_mode(ensemble))}
@@ -195,10 +205,11 @@ def _coupled(
 def _gradient(ensemble: RecordedEnsemble) -> Array:
     """Mean gradient at the start, weight decay's part included."""
     start = ensemble.start
-    if ensemble.settings.get("perturbation") is None:
+    if not len(start.sampled_gradients):
         return start.mean_gradient + start.decay_gradient
-    # a batch's perturbation is not the whole set's
-    return np.asarray(start.sampled_gradients.mean(axis=0) + start.decay_gradient)
+    # of many starts of the attack; and a batch's perturbation is not the whole set's
+    sampled = (start.sampled_gradients + start.sampled_again).mean(axis=0) / 2
+    return np.asarray(sampled + start.decay_gradient)
 
 
 def _buffer(ensemble: RecordedEnsemble) -> Array:

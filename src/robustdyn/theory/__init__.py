@@ -37,6 +37,7 @@ from robustdyn.theory.preconditioned import (
     preconditioned_covariance,
     whiten,
 )
+from robustdyn.theory.shuffled import shuffled_variance
 from robustdyn.theory.stationary import (
     curvature_term_per_noise,
     stationary_block_covariance,
@@ -98,6 +99,7 @@ __all__ = [
     "regularised_minimum",
     "risk_certificate",
     "rotated_noise",
+    "shuffled_variance",
     "slow_mode_variance",
     "stationary_block_covariance",
     "stationary_covariance",

@@ -66,6 +66,7 @@ def write_run(
                         "epoch": epoch,
                         "index": index,
                         "hessian_eigenvalue": eigenvalue,
+                        "curvature": eigenvalue,
                         "gradient_noise": eigenvalue / 10,
                         "noise_eigenvalue": eigenvalue / 5,
                         "posterior_variance_stationary": None if gone else sigma,

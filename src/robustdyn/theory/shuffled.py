@@ -1,0 +1,92 @@
+"""The variance of one direction where batches are drawn without replacement, everything allowed to change.
+
+What :func:`robustdyn.theory.propagate_coupled` is for many coupled directions, for one and in plain floats: a
+whole training of 80,000 steps takes a fraction of a second.
+"""
+
+from math import sqrt
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from robustdyn.theory._validation import Array, finite, momentum_range, non_negative, positive, vector
+
+
+def shuffled_variance(
+    eigenvalue: ArrayLike,
+    example_noise: ArrayLike,
+    attack_noise: ArrayLike,
+    learning_rate: ArrayLike,
+    *,
+    examples: int,
+    sizes: ArrayLike,
+    epoch_ends: ArrayLike,
+    momentum: float,
+    weight_decay: float,
+    initial_covariance: ArrayLike,
+) -> Array:
+    """σ² along one direction after each step, of batches between which no example comes twice in an epoch.
+
+    With s = (x, v), A and b as in (4), G the response of s to one noise vector in all steps of an epoch,
+
+        S ← A S Aᵀ + b (n C₁ / ((n − 1) B) + C_a / B) bᵀ,    G ← A G + b √C₁,    Cov s = S − G Gᵀ / (n − 1)
+
+    and at an epoch's end S ← S − G Gᵀ / (n − 1), G ← 0.
+
+    Args:
+        eigenvalue: λ (N,) of each step.
+        example_noise: C₁ (N,) ≥ 0, variance over examples of one's gradient (denominator n). Within an epoch
+            examples keep their places relative to each other.
+        attack_noise: C_a (N,) ≥ 0, of what is drawn independently for each example at each step.
+        learning_rate: η (N,) > 0.
+        examples: n ≥ 2.
+        sizes: B (N,) of each step.
+        epoch_ends: Numbers of steps after which the examples are shuffled, increasing; the first epoch starts
+            with the first step.
+        momentum: μ in [0, 1).
+        weight_decay: ω ≥ 0.
+        initial_covariance: (2, 2) of (x, v), independent of the batches.
+
+    Returns:
+        (N,).
+
+    Raises:
+        ValueError: Invalid hyperparameter, fewer than two examples, or shapes that disagree.
+
+    Source: ours, equations (25b) and (25c) of docs/theory.md.
+    """
+    rates = vector("learning_rate", positive("learning_rate", learning_rate))
+    columns = (
+        vector("eigenvalue", finite("eigenvalue", eigenvalue), rates.size),
+        vector("example_noise", non_negative("example_noise", example_noise), rates.size),
+        vector("attack_noise", non_negative("attack_noise", attack_noise), rates.size),
+        rates,
+        vector("sizes", positive("sizes", sizes), rates.size),
+    )
+    mu, omega = float(momentum_range(momentum)), float(non_negative("weight_decay", weight_decay))
+    if examples < 2:
+        raise ValueError(f"examples is {examples}; it must be at least 2")
+    ends = {int(step) for step in np.atleast_1d(np.asarray(epoch_ends))}
+    start = finite("initial_covariance", initial_covariance)
+    if start.shape != (2, 2):
+        raise ValueError(f"initial_covariance has shape {start.shape}; it must be (2, 2)")
+    a, p, w = float(start[0, 0]), float(start[0, 1]), float(start[1, 1])
+    of_x = of_v = 0.0  # G
+    found = np.empty(rates.size)
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    for step, (lam, one, attack, eta, size) in enumerate(rows, start=1):
+        pull = lam + omega
+        noise = (one * examples / (examples - 1) + attack) / size
+        w = mu * mu * w + 2 * mu * pull * p + pull * pull * a + noise
+        crossed = mu * p + pull * a  # Cov(x, v⁺)
+        a += eta * (eta * w - 2 * crossed)
+        p = crossed - eta * w
+        of_v = mu * of_v + pull * of_x + sqrt(one)
+        of_x -= eta * of_v
+        found[step - 1] = a - of_x * of_x / (examples - 1)
+        if step in ends:
+            a -= of_x * of_x / (examples - 1)
+            p -= of_x * of_v / (examples - 1)
+            w -= of_v * of_v / (examples - 1)
+            of_x = of_v = 0.0
+    return found

@@ -1,0 +1,114 @@
+"""Configurations that somebody else may have written."""
+
+import re
+import time
+
+import pytest
+from omegaconf import OmegaConf
+
+from robustdyn.entrypoints.config import config_dir, register_resolvers
+from robustdyn.records import find_runs
+from robustdyn.records.untrusted import DATA_ROOT, PURE_RESOLVERS, read_yaml, untrusted_config
+
+BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"\x00\x01\xff\xfe", "codec can't decode"),
+        (b"\x00", "unacceptable character"),
+        (b"a: " + b"[" * 3000 + b"]" * 3000, "nested more than 50 deep"),
+        (BOMB.encode(), "it has YAML aliases"),
+        (b"a: " + b"x" * (1 << 20), "larger than 1 MiB"),
+        (b"a: !!python/object/apply:os.system [touch called]", "could not determine a constructor"),
+        (b"a: [1", "while parsing a flow sequence"),
+        (b"a: ${", "missing '}'|extraneous input|token recognition|mismatched|no viable"),
+        (b"5", "Invalid loaded object type"),
+    ],
+)
+def test_refuses_in_one_line(tmp_path, content, reason):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=reason) as caught:
+        read_yaml(path)
+    assert "\n" not in str(caught.value)
+
+
+SECRET = "a secret of this machine"
+LEAKS = [
+    "${oc.env:SECRET_TOKEN}",
+    "${ oc.env:SECRET_TOKEN}",
+    "${oc.env:SECRET_TOKEN,none}",
+    "\\${oc.env:SECRET_TOKEN}",
+    "\\\\${oc.env:SECRET_TOKEN}",
+    "\\\\\\${oc.env:SECRET_TOKEN}",
+    "seed ${seed} ${oc.env:SECRET_TOKEN}",
+    "${short:${oc.env:SECRET_TOKEN}}",
+    "${oc.select:none,${oc.env:SECRET_TOKEN}}",
+    "${oc.decode:'${oc.env:SECRET_TOKEN}'}",
+    "${oc.${part}:SECRET_TOKEN}",
+    "${${name}:SECRET_TOKEN}",
+    "${run_folder:SECRET_TOKEN}",
+    "${now:%Y}",
+    "${hydra:runtime.cwd}",
+]
+
+
+@pytest.mark.parametrize("leak", LEAKS)
+def test_nothing_of_this_machine_is_read(tmp_path, monkeypatch, leak):
+    register_resolvers()
+    monkeypatch.setenv("SECRET_TOKEN", SECRET)
+    content = {
+        "seed": 3,
+        "part": "env",
+        "name": "oc.env",
+        "leak": leak,
+        "list": [{"leak": leak}],
+        "ref": "${leak}",
+    }
+    folder = tmp_path / ".hydra"
+    folder.mkdir()
+    OmegaConf.save(OmegaConf.create({k: v for k, v in content.items() if v != leak}), folder / "config.yaml")
+    with (folder / "config.yaml").open("a") as file:
+        file.write(f"leak: '{leak.replace(chr(39), chr(39) * 2)}'\n")
+    (folder / "overrides.yaml").write_text(f"- '+x={leak.replace(chr(39), chr(39) * 2)}'\n")
+    (folder / "hydra.yaml").write_text("hydra: {runtime: {choices: {model: '${oc.env:SECRET_TOKEN}'}}}\n")
+    (run,) = find_runs(tmp_path)
+    assert run.config["leak"] == run.config["ref"] == leak
+    assert SECRET not in str(run)
+    assert time.strftime("%Y") not in str(run.config)
+
+
+def test_what_follows_from_the_configuration_itself_is_resolved():
+    register_resolvers()
+    config = untrusted_config(
+        {
+            "a": {"b": [4, 8]},
+            "c": "${a.b[1]}",
+            "d": "${per_255:${c}}",
+            "e": "${oc.select:x.${c},7}",
+            "f": "$5 {}",
+        }
+    )
+    assert OmegaConf.to_container(config, resolve=True) == {
+        "a": {"b": [4, 8]}, "c": 8, "d": 8 / 255, "e": 7, "f": "$5 {}"
+    }  # fmt: skip
+
+
+def test_where_the_data_lie_is_all_that_a_command_may_ask(monkeypatch):
+    monkeypatch.setenv("ROBUSTDYN_DATA", "here")
+    monkeypatch.setenv("SECRET_TOKEN", SECRET)
+    content = {"root": "${oc.env:ROBUSTDYN_DATA,data}", "leak": "${oc.env:SECRET_TOKEN}"}
+    config = untrusted_config(content, (*PURE_RESOLVERS, DATA_ROOT))
+    assert (config.root, config.leak) == ("here", content["leak"])
+    assert untrusted_config(content).root == content["root"]
+
+
+def test_every_resolver_of_conf_is_known():
+    said = {
+        name
+        for file in config_dir().rglob("*.yaml")
+        for name in re.findall(r"\$\{([\w.]+):", file.read_text())
+    }
+    assert said - {"hydra", "now", "oc.env", "run_folder"} <= set(PURE_RESOLVERS)

@@ -1,0 +1,56 @@
+"""Shuffled epochs against all orders of a few examples, with everything changing from step to step."""
+
+from itertools import permutations, product
+
+import numpy as np
+import pytest
+
+from robustdyn.theory import shuffled_variance
+
+MU, OMEGA = 0.6, 0.1
+EXAMPLES = np.array([1.5, -0.4, 0.3, -1.1, 0.9])  # gradients of five examples; batches of two, two and one
+BATCHES = (slice(0, 2), slice(2, 4), slice(4, 5))
+STEPS = 6  # two epochs
+RATE = np.array([0.3, 0.2, 0.25, 0.1, 0.3, 0.15])
+CURVED = np.array([1.0, 1.4, -0.2, 0.8, 2.0, 0.5])
+SCALE = np.array([1.0, 2.0, 0.5, 1.5, 3.0, 0.7])  # of all examples' gradients, step by step
+
+
+def test_every_order_of_the_examples():
+    orders = list(permutations(range(5)))
+    means = np.array([[EXAMPLES[list(order)[b]].mean() for b in BATCHES] for order in orders])
+    drawn = np.array(list(product(range(120), repeat=2)))
+    noise = np.concatenate([means[drawn[:, 0]], means[drawn[:, 1]]], axis=1)
+    x, v = np.zeros((2, len(drawn)))
+    found = shuffled_variance(
+        CURVED,
+        EXAMPLES.var() * SCALE**2,
+        np.zeros(STEPS),
+        RATE,
+        examples=5,
+        sizes=[2, 2, 1, 2, 2, 1],
+        epoch_ends=[3, 6],
+        momentum=MU,
+        weight_decay=OMEGA,
+        initial_covariance=np.zeros((2, 2)),
+    )
+    for step in range(STEPS):
+        v = MU * v + (CURVED[step] + OMEGA) * x + SCALE[step] * noise[:, step]
+        x = x - RATE[step] * v
+        np.testing.assert_allclose(found[step], x.var(), rtol=1e-12)
+
+
+def test_what_cannot_be_is_refused():
+    given = {
+        "sizes": [1.0],
+        "epoch_ends": [1],
+        "momentum": MU,
+        "weight_decay": OMEGA,
+        "initial_covariance": np.zeros((2, 2)),
+    }
+    with pytest.raises(ValueError, match="examples is 1"):
+        shuffled_variance([1.0], [1.0], [0.0], [0.1], examples=1, **given)
+    with pytest.raises(ValueError, match="initial_covariance has shape"):
+        shuffled_variance(
+            [1.0], [1.0], [0.0], [0.1], examples=5, **given | {"initial_covariance": np.zeros(2)}
+        )
