@@ -169,10 +169,9 @@ def _inspect(
     with Overwrites() as overwrites:
         logits = risk.outputs(leaves, inputs)
     norms.check_used_once()
-    if logits.dim() != 2:
-        raise UnsupportedPassError(
-            f"the model's output has shape {tuple(logits.shape)}, not (examples, classes)"
-        )
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise UnsupportedPassError(f"the model's output is {shape}, not (examples, classes)")
     measured = {name: leaves[name] for name in names}
     problem = nonlinearity(logits, measured, overwrites) or stray_use(logits, measured, norms.nodes())
     if problem is None and risk.loss is not cross_entropy:
@@ -215,8 +214,8 @@ def _module_obstacle(model: nn.Module) -> str | None:
             # BatchNorm's mode is the guard's business, so its present flag does not matter here.
             if not own <= {"weight", "bias"}:
                 return f"{kind.__name__} {name!r} has reparametrised weights"
-            if module._forward_hooks or module._forward_pre_hooks:
-                return f"{kind.__name__} {name!r} has forward hooks, which may change what it computes"
+            if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+                return f"{kind.__name__} {name!r} has forward hooks or a forward method of its own"
         elif own:
             return f"{kind.__name__} {name!r} owns parameters that no known layer uses"
     return None

@@ -9,10 +9,11 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Names of autograd's nodes without "Backward" and a number. Linear in all tensors together:
+# Names of autograd's nodes without "Backward" and their number. Linear in all tensors together:
 _LINEAR = frozenset(
     [
         "Add",
@@ -135,7 +136,8 @@ class Overwrites(TorchDispatchMode):
     """Notes which operations overwrite a tensor: autograd does not name one that overwrites a view.
 
     Attributes:
-        found: Names of the operations so far, such as ``relu_``.
+        found: Names of the operations so far, such as ``relu_``; "a custom function" for what autograd was
+            told not to see.
     """
 
     def __init__(self) -> None:
@@ -147,7 +149,7 @@ class Overwrites(TorchDispatchMode):
     ) -> Any:
         name = function.overloadpacket.__name__
         if name.endswith("_"):
-            self.found.add(name)
+            self.found.add(name if torch.is_grad_enabled() else "a custom function")
         return function(*args, **(kwargs or {}))
 
 
@@ -188,7 +190,7 @@ def nonlinearity(outputs: Tensor, weights: Mapping[str, Tensor], overwrites: Ove
         elif kind == "CopySlices":
             if unknown := overwrites.found - _OVERWRITING:
                 return f"{min(unknown)} overwrites a part of a tensor that depends on {name!r}"
-        elif kind not in _LINEAR and kind not in _PIECEWISE:
+        elif kind not in _LINEAR | _PIECEWISE or (kind == "Abs" and node._saved_self.is_complex()):
             return f"{kind} is not known to be piecewise linear, and {name!r} comes before it"
     return None
 
@@ -232,11 +234,13 @@ def plain_cross_entropy(losses: Tensor, outputs: Tensor) -> bool:
     picked = losses.grad_fn
     if picked is None or _kind(picked) != "NllLoss" or picked._saved_weight is not None:  # type: ignore[attr-defined]
         return False
+    if bool((picked._saved_target == _signed(picked._saved_ignore_index)).any()):  # type: ignore[attr-defined]
+        return False
     ((logarithm, _),) = [edge for edge in picked.next_functions if edge[0] is not None]
-    if logarithm is None or _kind(logarithm) != "LogSoftmax":
+    if logarithm is None or _kind(logarithm) != "LogSoftmax" or outputs.dim() != 2:
         return False
     ((source, _),) = logarithm.next_functions
-    return outputs.dim() == 2 and getattr(source, "variable", None) is outputs
+    return _signed(logarithm._saved_dim) in (1, -1) and getattr(source, "variable", None) is outputs
 
 
 def _leaves_first(root: Any) -> Iterator[Any]:
@@ -254,7 +258,13 @@ def _leaves_first(root: Any) -> Iterator[Any]:
 
 
 def _kind(node: Any) -> str:
-    return re.sub(r"^torch::autograd::|Backward\d*$", "", node.name())
+    # autograd numbers its own nodes; without a number it is a custom function, whatever its name
+    return re.sub(r"^torch::autograd::|Backward\d+$", "", node.name())
+
+
+def _signed(number: int) -> int:
+    """Negative numbers that a node has saved come back as unsigned ones."""
+    return number - 2**64 if number >= 2**63 else number
 
 
 def _union(masks: Sequence[int]) -> int:
