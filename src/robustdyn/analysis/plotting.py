@@ -23,7 +23,8 @@ from robustdyn.analysis.statistics import decay_epochs, format_number
 from robustdyn.records import schema
 
 ONE_RUN = "run"
-MAX_GROUP_MARKS = 12  # more decay lines than this, and they are left to the learning-rate figure
+MAX_GROUP_MARKS = 12  # more decay lines than this, and they are left to the learning-rate figure ...
+MAX_MARKS = 50  # ... of single groups, and of all
 LABEL_WIDTH = 0.62  # inches a decay label takes
 
 
@@ -189,7 +190,15 @@ def draw_ranks(
 
 
 def log_axis(ax: Axes) -> None:
-    """A logarithmic vertical axis with plain ticks: 1, 2, 5 within few decades, else powers of ten."""
+    """A logarithmic vertical axis with plain ticks: 1, 2, 5 within few decades, else powers of ten.
+
+    A linear one stays where nothing that is drawn is positive.
+    """
+    if (
+        not any((np.asarray(line.get_ydata(), dtype=float) > 0).any() for line in ax.lines)
+        and not ax.collections
+    ):
+        return
     ax.set_yscale("log")
     low, high = ax.get_ylim()
     subs = (1.0, 2.0, 5.0) if high / low < 500 else (1.0,)
@@ -246,6 +255,8 @@ def mark_decays(axes: Iterable[Axes], epochs: pd.DataFrame, cast: Cast) -> None:
     by_group = {group: _decays(epochs[epochs["group"] == group]) for group in cast.colours}
     reached = epochs.groupby("group")["epoch"].max()
     every = sorted({e for decays in by_group.values() for e in decays})
+    if len(every) > MAX_MARKS:
+        return
     shared = {
         e: {d[e] for d in by_group.values() if e in d}
         for e in every

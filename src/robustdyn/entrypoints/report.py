@@ -13,6 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from robustdyn.entrypoints.config import register_resolvers
 from robustdyn.entrypoints.status import status_of
 from robustdyn.errors import ConfigError, RecordError, UserError
 from robustdyn.records import find_runs
@@ -46,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     paths: list[Path] = arguments.path
     output: Path = arguments.output or (paths[0] if len(paths) == 1 else Path()) / "report"
     from robustdyn.analysis.report import build_report  # the plotting libraries load slowly: not for --help
+
+    register_resolvers()  # which settings in the runs' configurations refer to
 
     def report() -> None:
         states = states_of(paths)

@@ -3,6 +3,7 @@
 import gc
 import logging
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -24,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from robustdyn.analysis.report import build_report
 from robustdyn.entrypoints.report import announce, plan_of, say_states, states_of
 from robustdyn.errors import RecordError, UserError
+from robustdyn.records.command_line import at, hydra_quoted
 from robustdyn.records.files import sole_process
 from robustdyn.records.progress import Plan, RunStatus, folder_name, identity, is_done, one_line
 
@@ -122,7 +124,7 @@ class SweepReport(Callback):
         with read_write(config.hydra), open_dict(config.hydra):
             for key, value in pinned.items():
                 OmegaConf.update(config, key, value)
-                config.hydra.overrides.hydra.append(f"{key}={_quoted(value)}")
+                config.hydra.overrides.hydra.append(f"{key}={_in_grammar(value)}")
         SweepReport.running = config
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
@@ -161,7 +163,9 @@ def end_sweep(*, report: bool = True) -> bool:
     say_states(states, sys.stderr)
     done = all(state.state == "done" for state in states if state.asked)
     if not done:
-        sys.stderr.write(f"the same command with hydra.sweep.dir={folder} runs what is not done\n")
+        sys.stderr.write(
+            f"the same command with {shlex.quote(at('hydra.sweep.dir', folder))} runs what is not done\n"
+        )
     return done
 
 
@@ -197,12 +201,9 @@ def _refuse_shared_folders(config: DictConfig, plan: Plan) -> None:
             sys.exit(1)  # Hydra would turn an exception of a callback into a warning
 
 
-def _quoted(value: str | Sequence[str]) -> str:
+def _in_grammar(value: str | Sequence[str]) -> str:
     """A value in the grammar of Hydra's overrides."""
-    if isinstance(value, str):
-        escaped = value.replace("'", "\\'")
-        return f"'{escaped}'"
-    return f"[{','.join(map(_quoted, value))}]"
+    return hydra_quoted(value) if isinstance(value, str) else f"[{','.join(map(hydra_quoted, value))}]"
 
 
 def _settings(cfg: DictConfig) -> dict[str, Any]:
