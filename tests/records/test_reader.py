@@ -148,14 +148,14 @@ def test_typed_settings_are_shown_even_if_implied(tmp_path):
     assert labels(runs) == ["method=at seed=0", "method=awp gamma=0.02 seed=1"]
 
 
-def test_short_names_stay_unambiguous(tmp_path):
+def test_labels_say_the_keys_that_are_typed(tmp_path):
     changed = ({"schedule__lr": 1, "optimizer__lr": v} for v in (0.1, 0.01))
     runs = setups(tmp_path, *((config(**c), [], {}) for c in changed))
     assert labels(runs) == ["optimizer.lr=0.1", "optimizer.lr=0.01"]
     runs = find_runs(
         setups(tmp_path / "b", *((config(attack__steps=s), [], {}) for s in (1, 10)))[0].path.parent
     )
-    assert labels(runs) == ["steps=1", "steps=10"]
+    assert labels(runs) == ["attack.steps=1", "attack.steps=10"]
 
 
 def test_equal_runs_carry_their_directories(tmp_path):
@@ -167,7 +167,7 @@ def test_equal_runs_carry_their_directories(tmp_path):
 
 def test_a_run_that_lacks_the_setting_is_still_named(tmp_path):
     runs = setups(tmp_path, (config(), [], {}), (config(optimizer__nesterov=True), [], {}))
-    assert labels(runs) == ["nesterov=none", "nesterov=true"]
+    assert labels(runs) == ["optimizer.nesterov=none", "optimizer.nesterov=true"]
 
 
 def test_values_read_like_settings():

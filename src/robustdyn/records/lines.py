@@ -34,7 +34,7 @@ def parse_lines(path: Path, *, warn: bool = True) -> list[dict[str, Any]]:
     A broken last line (the process was killed while writing it) is left out, with a warning if ``warn``.
 
     Raises:
-        RecordError: The file cannot be read, or a line before the last is broken, or one is too long for a row.
+        RecordError: The file cannot be read, or a line before the last is broken, or one is too long.
     """
     rows: list[dict[str, Any]] = []
     broken: int | None = None
@@ -46,8 +46,8 @@ def parse_lines(path: Path, *, warn: bool = True) -> list[dict[str, Any]]:
                 row = decode(line) if len(line) <= LONGEST else None
                 if broken is not None or len(line) > LONGEST:
                     raise RecordError(
-                        f"{path}, line {broken or number}: not a record; remove the line, or restore the file "
-                        "from a copy"
+                        f"{path}, line {broken or number}: not a record; remove the line, or restore the "
+                        "file from a copy"
                     )
                 if row is None:
                     broken = number

@@ -48,8 +48,8 @@ def read_table(run_dir: str | os.PathLike[str], table: str) -> pd.DataFrame:
 
     Returns:
         One row per record in the order written, all columns of the schema in its order (null where not
-        recorded, NaN or infinite), then any column the schema does not know. Without a file, no rows. Of rows written twice
-        the last counts, with a warning; a half-written last line is left out, with a warning.
+        recorded, NaN or infinite), then any column the schema does not know. Without a file, no rows. Of rows
+        written twice the last counts, with a warning; a half-written last line is left out, with a warning.
 
     Raises:
         RecordError: A line other than the last is broken; the message names file and line.
