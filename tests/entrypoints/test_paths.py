@@ -89,7 +89,7 @@ def test_the_commands_of_a_page_run_when_they_are_pasted(name, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     sweep = tmp_path / name
     run = write_run(sweep / "method=at,seed=0", epochs=2, measured=())
-    typed = ["method=at", "seed=0", "schedule.milestones=[20,32]", "data.root='/my data'"]
+    typed = ["method=at", "seed=0", "schedule.milestones=[20,32]", "data=cifar10", "data.root='/my data'"]
     write_hydra(run, json.loads((run / ".hydra/config.yaml").read_text()), typed, {"method": "at"})
     (sweep / "multirun.yaml").write_text(
         json.dumps({"hydra": {"overrides": {"task": ["method=at", "seed=0,1"], "hydra": []}}})
