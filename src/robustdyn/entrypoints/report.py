@@ -13,7 +13,6 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from robustdyn.entrypoints.config import register_resolvers
 from robustdyn.entrypoints.status import status_of
 from robustdyn.errors import ConfigError, RecordError, UserError
 from robustdyn.records import find_runs
@@ -46,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     paths: list[Path] = arguments.path
     output: Path = arguments.output or (paths[0] if len(paths) == 1 else Path()) / "report"
-    from robustdyn.analysis.report import build_report  # the plotting libraries load slowly: not for --help
+    # not for --help: these load slowly
+    from robustdyn.analysis.report import build_report
+    from robustdyn.entrypoints.config import register_resolvers
 
     register_resolvers()  # which settings in the runs' configurations refer to
 
