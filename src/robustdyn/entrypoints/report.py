@@ -46,7 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     paths: list[Path] = arguments.path
     output: Path = arguments.output or (paths[0] if len(paths) == 1 else Path()) / "report"
-    from robustdyn.analysis.report import build_report  # the plotting libraries load slowly: not for --help
+    # not for --help: these load slowly
+    from robustdyn.analysis.report import build_report
+
+    register_resolvers()  # which settings in the runs' configurations refer to
 
     register_resolvers()  # which settings in the runs' configurations refer to
 
