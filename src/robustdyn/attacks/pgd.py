@@ -101,6 +101,8 @@ class PGD:
             ValueError: ``images`` are outside ``valid_range``.
             RuntimeError: Called under ``torch.inference_mode``, where no input gradient exists.
         """
+        if self.steps or self.eps > 0:
+            check_range(images, self.valid_range)
         return self.climb(model, images, targets, self.start(images, generator), loss)
 
     def climb(
@@ -115,7 +117,7 @@ class PGD:
         if torch.is_inference_mode_enabled():
             raise RuntimeError("an attack needs gradients: construct the Trainer with inference_mode=False")
         images = images.detach()
-        if self.steps:
+        if self.steps and images.device.type == "cpu":  # elsewhere the host would wait at every training step
             check_range(images, self.valid_range)
         adversarial = torch.empty_like(images).copy_(start.detach())  # in the images' memory layout
         step = self._stepper(images)
@@ -137,11 +139,12 @@ class PGD:
         """Where the attack begins: a random point of the ball, or a copy of ``images`` (B, C, H, W).
 
         Raises:
-            ValueError: ``images`` are outside ``valid_range``.
+            ValueError: ``images`` on the CPU are outside ``valid_range``; :meth:`perturb` checks everywhere.
         """
         if self.random_start == "none" or self.eps == 0:
             return images.clone()
-        check_range(images, self.valid_range)
+        if images.device.type == "cpu":
+            check_range(images, self.valid_range)
         # numbers are drawn in memory order: one order, so that they do not depend on the images' layout
         noise = torch.empty_like(images, memory_format=torch.contiguous_format)
         if self.random_start == "gaussian":
