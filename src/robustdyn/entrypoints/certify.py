@@ -26,7 +26,7 @@ from robustdyn.entrypoints.checkpoint import (
     required_run_of,
     type_name,
 )
-from robustdyn.entrypoints.config import COUNT, NON_NEGATIVE, POSITIVE, WHOLE, Rule, build, check_rules
+from robustdyn.entrypoints.config import COUNT, NON_NEGATIVE, POSITIVE, SEED, Rule, build, check_rules
 from robustdyn.entrypoints.environment import processor
 from robustdyn.entrypoints.terminal import run_app
 from robustdyn.errors import ConfigError, RecordError
@@ -50,7 +50,7 @@ def _all_of(rule: Rule) -> Rule:
 
 _SHARE = Rule(lambda v: POSITIVE.holds(v) and v < 1, "must lie between 0 and 1")
 RULES: Mapping[str, Rule] = {
-    "seed": WHOLE,
+    "seed": SEED,
     "engine": Rule(lambda v: v in ("vmapped", "looped"), "must be vmapped or looped"),
     "chunk": COUNT,
     "batch_size": COUNT,
