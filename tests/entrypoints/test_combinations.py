@@ -13,6 +13,14 @@ from tests.runs import TINY, command, compose, rows
 TEN = "trainer.max_epochs=10"
 REFUSED = [
     (
+        ("metric=final.test_robust_eror",),
+        "metric=final.test_robust_eror is no number of summary.json; choose final.test_robust_error or",
+    ),
+    (
+        ("metric=best_on_validation.validation_robust_error",),
+        "metric=best_on_validation.validation_robust_error is no number of summary.json; choose ",
+    ),
+    (
         ("trainer.inference_mode=true",),
         "trainer.inference_mode=true leaves the attacks of an evaluation without gradients; choose false",
     ),

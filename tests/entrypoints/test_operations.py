@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -122,6 +123,45 @@ def test_a_run_directory_that_cannot_be_made_is_one_line(tmp_path, monkeypatch, 
     assert line.startswith("error: cannot make the run's folder: ")
     assert str(tmp_path / "file") in line
     assert "hydra.run.dir" in line
+
+
+def test_a_run_directory_that_is_removed_meanwhile_is_one_line(tmp_path, monkeypatch, capsys):
+    run_dir = tmp_path / "run"
+    step = AdversarialTraining.training_step
+
+    def training_step(self, batch, batch_idx):
+        if self.global_step == 4:
+            shutil.rmtree(run_dir)
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(AdversarialTraining, "training_step", training_step)
+    assert command(monkeypatch, *RUN, f"hydra.run.dir={run_dir}") == 1
+    assert "was removed while the run was going on" in last_line(capsys)
+
+
+def test_what_a_killed_process_was_writing_does_not_stay(tmp_path, monkeypatch):
+    left = [tmp_path / "records" / ".rates.jsonl.123.tmp", tmp_path / "checkpoints" / ".last.ckpt.tmp"]
+    left.append(tmp_path / ".status.json.123.tmp")
+    for path in left:
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    assert command(monkeypatch, *RUN, "seed=-1", f"hydra.run.dir={tmp_path}") == 1  # before anything is read
+    assert not any(path.exists() for path in left)
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "module://nowhere"])
+def test_a_notebook_s_backend_that_is_not_here_does_not_matter(backend):
+    environment = os.environ | {"MPLBACKEND": backend}
+    line = [sys.executable, "-c", "import robustdyn.entrypoints, matplotlib.pyplot"]
+    subprocess.run(line, env=environment, check=True)
+
+
+@pytest.mark.parametrize("typed", ["hydra/launcher=parallel", "hydra.launcher.n_jobs=2", "hydra.sweep.dir=x"])
+def test_what_is_of_sweeps_is_refused_for_a_run(typed, tmp_path, monkeypatch, capsys):
+    also = ["hydra/launcher=parallel"] if typed == "hydra.launcher.n_jobs=2" else []
+    assert command(monkeypatch, *RUN, typed, *also, f"hydra.run.dir={tmp_path / 'run'}") == 1
+    assert f"error: {typed} is for sweeps alone; add -m" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 LONG = [o for o in RUN if not o.startswith(("trainer.max_epochs", "measure.", "schedule."))]

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -205,7 +206,7 @@ def test_other_settings_are_refused_and_nothing_is_lost(finished, monkeypatch, c
     message = capsys.readouterr().err
     assert "optimizer.lr=0.1 (now 0.2)" in message
     assert "resume=changed" in message
-    assert "max_epochs" not in message
+    assert "max_epochs" not in message.partition("; to go on with its own: ")[0]
     assert {p.name: p.read_text() for p in (finished / ".hydra").iterdir()} == hydra
     assert {p.name: p.read_text() for p in (finished / "records").iterdir()} == records
 
@@ -218,6 +219,38 @@ def test_a_run_can_be_made_longer_and_changed_on_request(finished, tmp_path, mon
     assert [row["epoch"] for row in rows(moved, "epochs")] == [0, 1, 2]
     assert (rows(moved, "epochs")[:2]) == rows(finished, "epochs")
     assert "weight_decay: 0.1" in (moved / ".hydra" / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize("typed", [(), ("trainer.max_epochs=3",)], ids=["nothing", "more epochs"])
+def test_a_refusal_prints_a_command_that_goes_on(typed, tmp_path, monkeypatch, capsys):
+    first = [o for o in arguments("at", "optimizer.lr=0.2", "method=awp") if "milestones" not in o]
+    first = [o for o in first if not o.startswith(("trainer.max_epochs", "measure."))]
+    where = f"hydra.run.dir={tmp_path / 'a run'}"
+    assert command(monkeypatch, *first, "measure=none", "trainer.max_epochs=2", where) == 0
+    again = [*first, "measure=none"] if typed else []
+    assert command(monkeypatch, *again, *typed, where) == 1
+    message = capsys.readouterr().err
+    program, *printed = shlex.split(message.partition("to go on with its own: ")[2])
+    assert program == "robustdyn-train"
+    assert (typed != ()) == ("schedule.milestones=[1]" in printed)
+    assert command(monkeypatch, *printed) == 0
+    assert [row["epoch"] for row in rows(tmp_path / "a run", "epochs")] == list(range(3 if typed else 2))
+    settings = (tmp_path / "a run" / ".hydra" / "config.yaml").read_text()
+    assert "lr: 0.2" in settings
+
+
+@pytest.mark.parametrize("table", ["epochs", "rates", None])
+def test_records_that_are_missing_beside_a_checkpoint_are_one_line(
+    table, finished, tmp_path, monkeypatch, capsys
+):
+    moved = tmp_path / "moved"
+    shutil.copytree(finished, moved)
+    shutil.rmtree(moved / "records") if table is None else (moved / "records" / f"{table}.jsonl").unlink()
+    run = arguments("at", f"hydra.run.dir={moved}", "trainer.max_epochs=3", *AT_ENDS)
+    assert command(monkeypatch, *run) == 1
+    assert f"{moved / 'records'}: the records of the checkpoint's 2 epochs are not all there" in (
+        capsys.readouterr().err
+    )
 
 
 def test_a_damaged_checkpoint_is_named(finished, tmp_path, monkeypatch, capsys):

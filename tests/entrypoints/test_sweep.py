@@ -153,7 +153,27 @@ def test_a_launcher_of_a_cluster_sees_the_failure(tmp_path, monkeypatch, capsys)
     assert command(monkeypatch, "-m", "seed=-1", "report=false", f"hydra.sweep.dir={tmp_path}") == 1
     error = capsys.readouterr().err
     assert "runs: 1 failed" in error
-    assert error.endswith("error: seed=-1 must be a whole number of at least 0\n")
+    assert error.endswith("error: seed=-1 must be a whole number from 0 to 2^63 - 1\n")
+
+
+def test_a_sweeper_that_optimises_is_told_the_metric(tmp_path, monkeypatch, trained):
+    sweeper = Plugins.instance().class_name_to_class[
+        "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
+    ]
+    told = []
+
+    def sweep_of(self, arguments):
+        jobs = [[*arguments, "seed=0"], [*arguments, "seed=-1"], [*arguments, "seed=0"]]
+        for index, job in enumerate(jobs):
+            (returned,) = self.launcher.launch([job], initial_job_idx=index)
+            told.append(returned.return_value)
+
+    monkeypatch.setattr(sweeper, "sweep", sweep_of)
+    sweep(monkeypatch, tmp_path, "metric=best_on_test.test_robust_error")
+    (run_dir,) = (path.parent for path in tmp_path.glob("*/summary.json"))
+    summary = json.loads((run_dir / "summary.json").read_text())
+    wanted = summary["best_on_test"]["test_robust_error"]
+    assert told == [wanted, None, wanted]  # a failed run has none; a finished one keeps its own
 
 
 def test_a_composition_error_is_one_line_as_ever(tmp_path, monkeypatch, capsys):

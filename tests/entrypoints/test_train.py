@@ -1,3 +1,4 @@
+import itertools
 import json
 import shutil
 
@@ -115,12 +116,12 @@ def test_goes_on_where_it_stopped(finished, tmp_path, monkeypatch):
 
 
 def test_seeds_differ_and_zero_is_one(tmp_path, monkeypatch):
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1), ("d", 2**32), ("e", 2**63 - 1)):
         arguments = (f"seed={seed}", "trainer.max_epochs=1", "measure.epochs=[]")
         assert run(monkeypatch, tmp_path / name, *arguments) == 0
-    a, b, c = (rows(tmp_path / name, "epochs") for name in "abc")
+    a, b, *others = (rows(tmp_path / name, "epochs") for name in "abcde")
     assert a == b
-    assert a != c
+    assert all(one != other for one, other in itertools.combinations([a, *others], 2))
 
 
 def test_a_sweep_ends_in_one_report(tmp_path, monkeypatch, capsys):

@@ -24,7 +24,7 @@ from robustdyn.entrypoints.checkpoint import (
     required_run_of,
     type_name,
 )
-from robustdyn.entrypoints.config import COUNT, NON_NEGATIVE, POSITIVE, WHOLE, Rule, build, check_rules
+from robustdyn.entrypoints.config import COUNT, NON_NEGATIVE, POSITIVE, SEED, Rule, build, check_rules
 from robustdyn.entrypoints.environment import processor
 from robustdyn.entrypoints.paths import load_run
 from robustdyn.entrypoints.terminal import run_app
@@ -49,7 +49,7 @@ def _all_of(rule: Rule) -> Rule:
 
 _SHARE = Rule(lambda v: POSITIVE.holds(v) and v < 1, "must lie between 0 and 1")
 RULES: Mapping[str, Rule] = {
-    "seed": WHOLE,
+    "seed": SEED,
     "engine": Rule(lambda v: v in ("vmapped", "looped"), "must be vmapped or looped"),
     "chunk": COUNT,
     "batch_size": COUNT,

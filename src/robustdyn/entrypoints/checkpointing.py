@@ -1,19 +1,26 @@
 """Checkpoints that a run goes on from: written whole or not at all, and only for the settings they are of."""
 
+import json
 import os
+import re
+import shlex
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import hydra
 import lightning
 import torch
+from hydra.core.hydra_config import HydraConfig
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 
 from robustdyn.errors import CheckpointError, ConfigError
 from robustdyn.models.checkpoints import why_not_loaded
+from robustdyn.records.progress import is_of
+from robustdyn.records.untrusted import read_yaml
 
 LAST = "last.ckpt"
 _REMEDY = "restore it from a copy, or remove it to start from the beginning"
@@ -42,6 +49,7 @@ CHANGEABLE = (
     "decay_fractions",
     "ensemble",  # what is there of one refuses other settings itself
     "logger",
+    "metric",
     "measure.memory_mib",
     "name",
     "nonfinite",
@@ -196,7 +204,10 @@ def resume_from(cfg: DictConfig, run_dir: Path) -> Path | None:
     ):
         raise CheckpointError(f"{path}: not a checkpoint of robustdyn-train; {_REMEDY}")
     present: Any = OmegaConf.to_container(cfg, resolve=True)
-    changes = list(_changes(checkpoint["config"], present))
+    changes = [
+        f"{name}={_short(old)} (now {_short(new)})"
+        for name, old, new in _differences(checkpoint["config"], present)
+    ]
     if changes and cfg.resume != "changed":
         for name in HYDRA_FILES:
             if isinstance(text := checkpoint["hydra"].get(name), str):
@@ -205,20 +216,65 @@ def resume_from(cfg: DictConfig, run_dir: Path) -> Path | None:
             f"{path} is of a run with other settings: {'; '.join(changes[:5])}"
             f"{f' and {len(changes) - 5} more' if len(changes) > 5 else ''}; choose another hydra.run.dir, "
             "or set resume=changed to go on from it with the new ones"
+            f"{_own_command(checkpoint, run_dir)}"
         )
     return path
 
 
-def _changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+def _own_command(checkpoint: Mapping[str, Any], run_dir: Path) -> str:
+    """For the refusal: how to go on with the checkpoint's settings and what was typed of the changeable ones.
+
+    Settings that follow from one that changes, such as milestones from the number of epochs, stay.
+    """
+    hydra_cfg = HydraConfig.get()
+    typed = [
+        text for text in hydra_cfg.overrides.task if is_of(text, CHANGEABLE) and not is_of(text, ["resume"])
+    ]
+    keys = [text.partition("=")[0] for text in typed]
+    try:
+        earlier = read_yaml(run_dir / ".hydra" / "overrides.yaml")
+        overrides = [text for text in earlier if not is_of(text, [*keys, "resume"])] + typed
+        overrides += [
+            _override(key, old) for key, old, _ in _differences(checkpoint["config"], _composed(overrides))
+        ]
+        if any(_differences(checkpoint["config"], _composed(overrides))):
+            return ""
+    except Exception:  # of a file that may be a stranger's: the refusal stands without it
+        return ""
+    own = [source.path for source in hydra_cfg.runtime.config_sources if source.provider == "command-line"]
+    line = ["robustdyn-train", *(word for path in own for word in ("--config-dir", path)), *overrides]
+    return (
+        f"; to go on with its own: {shlex.join([*line, _override('hydra.run.dir', str(run_dir.absolute()))])}"
+    )
+
+
+def _composed(overrides: Sequence[str]) -> Any:
+    return OmegaConf.to_container(hydra.compose("train", list(overrides)), resolve=True)
+
+
+def _override(key: str, value: object) -> str:
+    """Hydra's grammar; what is plain stays so."""
+    text = (
+        value
+        if isinstance(value, str) and re.fullmatch(r"[\w./-]+", value)
+        else json.dumps(value, ensure_ascii=False)
+    )
+    return f"{key}={text}"
+
+
+def _differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, object, object]]:
+    """Name, old and new value of what may not change and did."""
     for key in sorted({*before, *now}, key=str):
         name = f"{prefix}{key}"
         if name in CHANGEABLE:
             continue
         old, new = before.get(key), now.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            yield from _changes(old, new, f"{name}.")
+            yield from _differences(old, new, f"{name}.")
         elif old != new:
-            yield f"{name}={_short(old)} (now {_short(new)})"
+            yield name, old, new
 
 
 def _short(value: object) -> str:

@@ -1,5 +1,7 @@
 """Choices along different axes that cannot go together, refused before anything is read."""
 
+import difflib
+
 import torch
 from omegaconf import DictConfig, OmegaConf
 
@@ -25,6 +27,7 @@ def check_combinations(cfg: DictConfig) -> None:
     _measured_rate(cfg)
     _averaging(cfg)
     _early_stopping(cfg)
+    _metric(cfg)
 
 
 def _trainer(cfg: DictConfig) -> None:
@@ -137,3 +140,18 @@ def _early_stopping(cfg: DictConfig) -> None:
 def _choice(cfg: DictConfig, group: str) -> str:
     """``objective MART``: the group and the class it chose."""
     return f"{group} {cfg[group]._target_.rpartition('.')[2]}"
+
+
+def _metric(cfg: DictConfig) -> None:
+    if cfg.metric is None:
+        return
+    held_out = bool(OmegaConf.select(cfg, "data.validation_size"))
+    rows = ("final", "best_on_test", *(["best_on_validation"] if held_out else []))
+    columns = [c for c in EPOCHS.names if held_out or not c.startswith("validation_")]
+    known = [f"{row}.{column}" for row in rows for column in columns]
+    known += ["min_test_robust_loss.value", "min_test_robust_loss.epoch", "robust_loss_rise"]
+    if cfg.metric not in known:
+        close = difflib.get_close_matches(str(cfg.metric), known, n=3, cutoff=0.3)
+        raise ConfigError(
+            f"metric={cfg.metric} is no number of summary.json; choose {' or '.join(close or known)}"
+        )

@@ -74,12 +74,15 @@ def _one_of(*choices: str) -> Rule:
 NON_NEGATIVE = Rule(lambda v: _number(v) and v >= 0, "must be a number of at least 0")
 POSITIVE = Rule(lambda v: _number(v) and v > 0, "must be a positive number")
 WHOLE = Rule(lambda v: _whole(v) and v >= 0, "must be a whole number of at least 0")
+SEED = Rule(lambda v: _whole(v) and 0 <= v < 2**63, "must be a whole number from 0 to 2^63 - 1")
 COUNT = Rule(lambda v: _whole(v) and v >= 1, "must be a whole number of at least 1")
 FRACTION = Rule(lambda v: _number(v) and 0 <= v < 1, "must lie in [0, 1)")
 SWITCH = Rule(lambda v: isinstance(v, bool), "must be true or false")
 
 RULES: Mapping[str, Rule] = {
-    "seed": WHOLE,
+    "seed": SEED,
+    "data.seed": SEED,
+    "data.split_seed": SEED,
     "report": SWITCH,
     "nonfinite.every_steps": COUNT,
     "checkpoint.every_minutes": Rule(

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from robustdyn.entrypoints.checkpoint import type_name
-from robustdyn.entrypoints.config import COUNT, POSITIVE, SWITCH, WHOLE, Rule, build, check_rules
+from robustdyn.entrypoints.config import COUNT, POSITIVE, SEED, SWITCH, WHOLE, Rule, build, check_rules
 from robustdyn.entrypoints.environment import processor
 from robustdyn.errors import ConfigError
 from robustdyn.measure import RunEnsembles
@@ -35,7 +35,7 @@ STEPS = Rule(
 )
 
 RULES: Mapping[str, Rule] = {
-    "seed": WHOLE,
+    "seed": SEED,
     "replicas": COUNT,
     "chunk": COUNT,
     "engine": _one_of("vmapped", "looped"),

@@ -28,7 +28,16 @@ from robustdyn.entrypoints.checkpoint import (
     run_of,
     type_name,
 )
-from robustdyn.entrypoints.config import COUNT, POSITIVE, WHOLE, Rule, build, check, check_rules, config_dir
+from robustdyn.entrypoints.config import (
+    COUNT,
+    POSITIVE,
+    SEED,
+    Rule,
+    build,
+    check,
+    check_rules,
+    config_dir,
+)
 from robustdyn.entrypoints.environment import processor
 from robustdyn.entrypoints.paths import load_run
 from robustdyn.entrypoints.terminal import run_app
@@ -45,7 +54,7 @@ RUN_CHOICES = Path(".hydra", "hydra.yaml")
 LINES_WITHOUT_TERMINAL = 60.0  # seconds between them
 
 RULES: Mapping[str, Rule] = {
-    "seed": WHOLE,
+    "seed": SEED,
     "evaluation.batch_size": COUNT,
     "evaluation.split": Rule(
         lambda v: v in ("test", "validation", "train"), "must be test, validation or train"

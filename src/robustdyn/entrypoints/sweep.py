@@ -1,8 +1,10 @@
 """Runs of a multirun: each fails alone, what is done is skipped, and all end in one report."""
 
 import gc
+import json
 import logging
 import os
+import re
 import shlex
 import signal
 import sys
@@ -28,6 +30,7 @@ from robustdyn.errors import RecordError, UserError
 from robustdyn.records.command_line import at, hydra_quoted
 from robustdyn.records.files import sole_process
 from robustdyn.records.progress import Plan, RunStatus, folder_name, identity, is_done, one_line
+from robustdyn.records.writer import SUMMARY
 
 LOCAL = (".BasicLauncher", ".JoblibLauncher")
 """Launchers that know of a run's failure from its status; others, of a cluster, are to see it themselves."""
@@ -38,12 +41,16 @@ SWEEP_PROCESS = "ROBUSTDYN_SWEEP_PROCESS"
 log = logging.getLogger(__name__)
 
 
-def run_in_its_directory(task: Callable[[DictConfig], None], cfg: DictConfig) -> None:
+def run_in_its_directory(task: Callable[[DictConfig], None], cfg: DictConfig) -> float | None:
     """Run ``task`` and keep its status in Hydra's output directory.
 
     In a sweep a run that is done is skipped. One that fails on this machine leaves its traceback in its
     directory and lets the others run: its error does not travel to the sweep's process, which would stop at
     the first one, and could not even read many kinds.
+
+    Returns:
+        What a sweeper that optimises wants to know: the number of ``summary.json`` that the key ``metric``
+        names; None if it names none, or the run failed.
 
     Raises:
         Exception: What ``task`` raised, outside a sweep or on a cluster.
@@ -55,7 +62,7 @@ def run_in_its_directory(task: Callable[[DictConfig], None], cfg: DictConfig) ->
     settings = _settings(cfg)
     if in_sweep and is_done(run_dir, settings):
         log.info("%s: done already", run_dir.name)
-        return
+        return _metric(cfg, run_dir)
     if str(hydra_cfg.launcher.get("_target_")).endswith(".JoblibLauncher") and in_sweep:
         _end_with_parent()
     try:
@@ -69,10 +76,25 @@ def run_in_its_directory(task: Callable[[DictConfig], None], cfg: DictConfig) ->
         if not (in_sweep and first and str(hydra_cfg.launcher.get("_target_")).endswith(LOCAL)):
             raise
         sys.stderr.write(f"error: {run_dir.name}: {one_line(error)}\n")
+        return None
     finally:
         if in_sweep and torch.cuda.is_initialized():  # the next run's memory
             gc.collect()
             torch.cuda.empty_cache()
+    return _metric(cfg, run_dir) if first else None
+
+
+def _metric(cfg: DictConfig, run_dir: Path) -> float | None:
+    name = cfg.get("metric")
+    if name is None:
+        return None
+    value: Any = json.loads((run_dir / SUMMARY).read_text(encoding="utf-8"))
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    if not isinstance(value, int | float):
+        sys.stderr.write(f"error: {run_dir / SUMMARY} holds no number for metric={name}\n")
+        return None
+    return float(value)
 
 
 @cache
@@ -111,6 +133,10 @@ class SweepReport(Callback):
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Hydra's hook: refuse a directory in which a run is going on, before Hydra writes to it."""
         HydraConfig.instance().set_config(config)
+        for typed in config.hydra.overrides.hydra:
+            if re.match(r"\+*hydra[./](launcher|sweeper|sweep)\b", typed):
+                sys.stderr.write(f"error: {typed} is for sweeps alone; add -m, or leave it out\n")
+                sys.exit(1)
         self._enter(Path(config.hydra.run.dir), "choose another hydra.run.dir")
         self.inside.close()  # the run itself enters
 

@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import nullcontext
+from typing import NoReturn
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -79,16 +80,16 @@ def run_app(task: Callable[[DictConfig], None], config_name: str, paths: Collect
 
 def _task_with_short_errors(
     task: Callable[[DictConfig], None], started: list[bool], *, short: bool
-) -> Callable[[DictConfig], None]:
-    def run(cfg: DictConfig) -> None:
+) -> Callable[[DictConfig], float | None]:
+    def run(cfg: DictConfig) -> float | None:
         started.append(True)
         hydra_cfg = HydraConfig.get()
         anchor(cfg, hydra_cfg.runtime.cwd)
         try:
             if hydra_cfg.output_subdir is None:  # writes no run directory
                 task(cfg)
-            else:
-                run_in_its_directory(task, cfg)
+                return None
+            return run_in_its_directory(task, cfg)
         except UserError as error:
             if not short or hydra_cfg.mode == RunMode.MULTIRUN:
                 raise
@@ -97,7 +98,7 @@ def _task_with_short_errors(
     return run
 
 
-def _fail(message: str) -> None:
+def _fail(message: str) -> NoReturn:
     sys.stderr.write(f"error: {message}\n")
     sys.exit(1)
 

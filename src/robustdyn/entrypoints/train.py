@@ -12,6 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from robustdyn import streams
 from robustdyn.analysis.report import build_report
 from robustdyn.data import ImageDataModule
 from robustdyn.entrypoints.callbacks import build_callbacks
@@ -63,7 +64,9 @@ def _train(cfg: DictConfig) -> None:
     checkpoint = resume_from(cfg, run_dir)
     if run_in_ranks(cfg):
         return
-    lightning.seed_everything(cfg.seed, verbose=False)
+    # NumPy's global generator takes 32 bits
+    seed = cfg.seed if cfg.seed < 2**32 else streams.stream_seed(cfg.seed, "global") % 2**32
+    lightning.seed_everything(seed, verbose=False)
 
     data: ImageDataModule = build(cfg, "data")
     data.prepare_data()

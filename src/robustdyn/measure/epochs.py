@@ -6,6 +6,7 @@ import time
 import lightning
 from lightning.pytorch.callbacks import Callback
 
+from robustdyn.errors import RecordError
 from robustdyn.methods import AdversarialTraining
 from robustdyn.records import RunRecords, read_table, summarise
 from robustdyn.records.schema import EPOCHS
@@ -31,6 +32,13 @@ class RecordEpochs(Callback):
         if trainer.is_global_zero:
             self._records.truncate(trainer.current_epoch, trainer.global_step)
             rates = read_table(self._records.run_dir, "rates")["lr"]
+            recorded = len(read_table(self._records.run_dir, "epochs"))
+            if recorded < trainer.current_epoch or (rates.empty and trainer.global_step):
+                raise RecordError(
+                    f"{self._records.path('epochs').parent}: the records of the checkpoint's "
+                    f"{trainer.current_epoch} epochs are not all there; restore them from a copy, or remove the "
+                    "checkpoint to start from the beginning"
+                )
             self._rate = None if rates.empty else float(rates.iloc[-1])
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:

@@ -21,11 +21,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from robustdyn.errors import UserError
+from robustdyn.errors import RecordError, UserError
 from robustdyn.records.files import sole_process
 from robustdyn.records.labels import Setup, differences
 from robustdyn.records.reader import Run, read_table
-from robustdyn.records.writer import _replace
+from robustdyn.records.writer import RECORDS, _replace
 
 STATUS = "status.json"
 TRACEBACK = "error.txt"
@@ -61,6 +61,9 @@ class RunStatus:
         """
         self._alone.enter_context(sole_process(self._run_dir, "choose another hydra.run.dir"))
         (self._run_dir / TRACEBACK).unlink(missing_ok=True)
+        for folder in (".", RECORDS, "checkpoints"):
+            for left in (self._run_dir / folder).glob(".*.tmp"):  # of a process that was killed while writing
+                left.unlink(missing_ok=True)
         self._write("running")
         return self
 
@@ -80,7 +83,10 @@ class RunStatus:
                 if not isinstance(error, UserError):  # whose line says all there is to know
                     text = "".join(traceback.format_exception(error))
                     (self._run_dir / TRACEBACK).write_text(text, encoding="utf-8")
-            except OSError:  # a full disk, most likely what ended the run: its own error is the one to tell
+            except (
+                OSError,
+                RecordError,
+            ):  # a full disk, most likely what ended the run: its error is to tell
                 return
 
     def done(self) -> None:
@@ -178,7 +184,7 @@ class RunState:
 
 def identity(overrides: Sequence[str], without: Sequence[str]) -> tuple[str, ...]:
     """What makes a run of a sweep this one: its overrides in any order, save those ``without`` names."""
-    return tuple(sorted(text for text in overrides if not _of(text, without)))
+    return tuple(sorted(text for text in overrides if not is_of(text, without)))
 
 
 def folder_name(overrides: Sequence[str], without: Sequence[str], swept: Sequence[str]) -> str:
@@ -197,7 +203,7 @@ def folder_name(overrides: Sequence[str], without: Sequence[str], swept: Sequenc
     full = ",".join(kept)
     if "/" not in full and len(full.encode()) <= LONGEST_NAME:
         return full or "default"
-    said = ",".join(text for text in kept if _of(text, swept)) or full
+    said = ",".join(text for text in kept if is_of(text, swept)) or full
     digest = hashlib.sha256(full.encode()).hexdigest()[:8]
     return f"{said.replace('/', '-').encode()[:LONGEST_NAME].decode(errors='ignore')}-{digest}"
 
@@ -258,7 +264,7 @@ def _status(run_dir: Path) -> dict[str, Any] | None:
     return status if isinstance(status, dict) else None
 
 
-def _of(text: str, keys: Sequence[str]) -> bool:
+def is_of(text: str, keys: Sequence[str]) -> bool:
     """Whether an override is of one of these keys or sections."""
     name = text.lstrip("+~").partition("=")[0].partition("@")[0]
     return any(name == key or name.startswith((f"{key}.", f"{key}/")) for key in keys)

@@ -58,11 +58,18 @@ class RunRecords:
 
         Raises:
             ValueError: A row lacks a required column, has an unknown one, or has a value of the wrong kind.
-            RecordError: The file cannot be written, or cannot be read to mend its last line.
+            RecordError: The file cannot be written, or cannot be read to mend its last line; or a file
+                that this object wrote is gone.
         """
         spec = schema.table(table)
         lines = "".join(_encode(spec, row) + "\n" for row in rows)
         path = self.path(table)
+        for begun in map(self.path, sorted(self._whole)):
+            if not begun.is_file():
+                raise RecordError(
+                    f"{begun} was removed while the run was going on; restore the run directory from a "
+                    "copy, or start again with another hydra.run.dir"
+                )
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if table not in self._whole:
