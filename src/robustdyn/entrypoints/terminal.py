@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from robustdyn.entrypoints.cluster import in_slurm
 from robustdyn.entrypoints.config import config_dir
+from robustdyn.entrypoints.help import register_help
 from robustdyn.entrypoints.paths import anchor, quoted_paths
 from robustdyn.entrypoints.status import Terminated, speak_safely, terminable
 from robustdyn.entrypoints.sweep import end_sweep, forget_sweep, run_in_its_directory, sweeping
@@ -36,6 +37,7 @@ def run_app(task: Callable[[DictConfig], None], config_name: str, paths: Collect
     ``paths``: its keys that hold paths, beside those that all commands have.
     """
     speak_safely()
+    register_help()
     for chatty in ("fontTools", "matplotlib"):  # Hydra's handlers would print their notes on every figure
         logging.getLogger(chatty).setLevel(logging.WARNING)
     # argparse cannot take overrides on both sides of a flag: "a=1 -m b=2" would be refused
