@@ -135,7 +135,8 @@ class SweepReport(Callback):
         HydraConfig.instance().set_config(config)
         for typed in config.hydra.overrides.hydra:
             if re.match(r"\+*hydra[./](launcher|sweeper|sweep)\b", typed):
-                sys.stderr.write(f"error: {typed} is for sweeps alone; add -m, or leave it out\n")
+                key = typed.partition("=")[0]
+                sys.stderr.write(f"error: {key} is for sweeps alone; add -m, or leave it out\n")
                 sys.exit(1)
         self._enter(Path(config.hydra.run.dir), "choose another hydra.run.dir")
         self.inside.close()  # the run itself enters
