@@ -103,7 +103,7 @@ def gathered(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def warm_starts(earlier: Sequence[EigenResult], later: Moment, first: Moment) -> dict[str, Any]:
     """From the sum of the eigenvectors that each earlier run ended with, as training starts the next one."""
-    warm = [later.solve(seed, start=found.eigenvectors.sum(dim=1))[1] for seed, found in enumerate(earlier)]
+    warm = [later.solve(seed, start=found.warm_start)[1] for seed, found in enumerate(earlier)]
     _, cold = later.solve(0)
     angles = principal_angles(first.space(), later.space())
     return {

@@ -125,6 +125,7 @@ def predicted(
             weight_decay=unit.weight_decay,
             record_steps=list(steps),
             initial_mean=np.stack([direction, np.zeros(k)], axis=1),
+            allow_unstable=True,
         )
         kept.append(law.position)
     variance = np.einsum("sii->si", law.position_covariance)

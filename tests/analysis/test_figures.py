@@ -237,10 +237,32 @@ def test_decays_of_single_groups_are_coloured_not_labelled(methods_frames):
     epochs.loc[epochs["method"] == "at", "lr"] = 0.1
     epochs.loc[(epochs["method"] == "at") & (epochs["epoch"] >= 10), "lr"] = 0.01
     ax = figures.learning_rate(epochs).axes[0]
-    assert not [t for t in texts(ax) if t.startswith("η")]
+    assert [t for t in texts(ax) if t.startswith("η")] == ["η → 0.01", "η → 0.001"]  # of the other two
     assert {line.get_color() for line in ax.lines if list(line.get_ydata()) == [0, 1]} == set(
         style.PALETTE[:3]
     )
+
+
+def test_a_decay_that_some_groups_share_is_labelled(methods_frames):
+    """A method with a schedule of its own does not take the label from the others' decay."""
+    epochs = methods_frames["epochs"].copy()
+    epochs["lr"] = 0.1
+    epochs.loc[epochs["epoch"] >= 5, "lr"] = 0.01
+    epochs.loc[(epochs["method"] != "at") & (epochs["epoch"] >= 12), "lr"] = 0.001
+    ax = figures.learning_rate(epochs).axes[0]
+    assert [t for t in texts(ax) if t.startswith("η")] == ["η → 0.01", "η → 0.001"]
+
+
+def test_equal_curves_of_two_groups_both_show(methods_frames):
+    epochs = methods_frames["epochs"].copy()
+    epochs["test_robust_loss"] = epochs["epoch"] / 10.0
+    ax = figures.robust_loss(epochs).axes[0]
+    widths = {
+        line.get_color(): line.get_linewidth()
+        for line in ax.lines
+        if len(line.get_ydata()) > 2 and line.get_linestyle() == "-"
+    }
+    assert len(set(widths.values())) == len(widths) > 1
 
 
 def test_a_decay_to_several_rates_is_labelled_without_one(methods_frames):

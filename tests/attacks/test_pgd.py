@@ -41,7 +41,7 @@ def batch(size=6, dtype=torch.float32):
 @settings(max_examples=250, deadline=None)  # of 40 images each: 10,000 cases
 @given(
     norm=st.sampled_from(["linf", "l2"]),
-    eps=st.floats(0, 2),
+    eps=st.floats(0, 2),  # l∞: of half of it, since no ball may be wider than the range
     step=st.floats(1e-3, 3),
     steps=st.integers(0, 4),
     start=st.sampled_from(["uniform", "gaussian", "none"]),
@@ -50,6 +50,7 @@ def batch(size=6, dtype=torch.float32):
 def test_stays_in_the_ball_and_in_the_pixel_range(norm, eps, step, steps, start, seed):
     images = torch.rand(40, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
     images = images.round() if seed % 2 else images  # corners of the box too
+    eps = eps / 2 if norm == "linf" else eps
     pgd = attack(norm=norm, eps=eps, step_size=step, steps=steps, random_start=start)
     out = pgd.perturb(conv_net(), images, torch.arange(40) % 5, generator(seed, "attack"))
     delta = (out - images).flatten(1)
@@ -83,6 +84,45 @@ def test_matches_an_independent_rendering_step_by_step():
         x = x.detach() + 0.03 * torch.sign(x.grad)
         x = torch.max(torch.min(x, images + 0.1), images - 0.1).clamp(0, 1)
     assert torch.equal(out, x)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("start", ["uniform", "gaussian", "none"])
+def test_normalised_inputs_are_attacked_as_the_pixels_are(norm, start):
+    # x' = (x - 1/2) / s seen by a network that undoes it: every step is the pixels' own, divided by s
+    net, (images, labels), s = conv_net(torch.float64), batch(dtype=torch.float64), 0.25
+    undo = nn.Sequential(_Affine(s, 0.5), net)
+    pixels = attack(norm=norm, random_start=start, start_std=0.02)
+    normalised = attack(
+        norm=norm,
+        random_start=start,
+        eps=0.1 / s,
+        step_size=0.03 / s,
+        start_std=0.02 / s,
+        valid_range=(-2.0, 2.0),
+    )
+    wanted = pixels.perturb(net, images, labels, generator(0, "attack"))
+    found = normalised.perturb(undo.eval(), (images - 0.5) / s, labels, generator(0, "attack"))
+    torch.testing.assert_close(found * s + 0.5, wanted, **EXACT64)
+    assert (wanted == 0).any()  # the range did cut
+
+
+@pytest.mark.parametrize("spoil", [lambda x: 4 * x - 2, lambda x: x + 1e-3, lambda x: x / x.clamp(max=0)])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_refuses_inputs_outside_the_valid_range(norm, spoil):
+    net, (images, labels) = conv_net(), batch()
+    images[0, 0, 0, 0] = 1.0
+    with pytest.raises(ValueError, match=r"inputs lie in .* outside valid_range=\(0, 1\)"):
+        attack(norm=norm).perturb(net, spoil(images), labels, generator(0, "attack"))
+
+
+class _Affine(nn.Module):
+    def __init__(self, scale, shift):
+        super().__init__()
+        self.scale, self.shift = scale, shift
+
+    def forward(self, x):
+        return x * self.scale + self.shift
 
 
 def test_leaves_gradients_flags_and_statistics_alone():
@@ -146,6 +186,10 @@ def test_refuses_inference_mode():
         ({"step_size": 0}, "step_size must be positive, got 0"),
         ({"steps": -1}, "steps must be at least 0, got -1"),
         ({"batchnorm": "frozen"}, "batchnorm must be train or eval, got frozen"),
+        ({"eps": 8}, r"eps=8 exceeds the width 1\.0 of the valid range.*255"),
+        ({"eps": math.inf, "norm": "l2"}, "eps=inf exceeds"),
+        ({"valid_range": (1.0, 0.0)}, "valid_range must be"),
+        ({"valid_range": (-2.0, 2.0), "eps": 4.5}, "eps=4.5 exceeds"),
     ],
 )
 def test_refuses_settings_outside_their_range(change, message):

@@ -130,11 +130,12 @@ def test_verify_recomputes_the_residuals():
 
 def test_start_vector_is_used():
     operator = with_spectrum(SPECTRA["smooth"])
+    leading_two = torch.linalg.eigh(operator.matrix)[1][:, -2:].sum(dim=1)  # the wanted one and the next
     top = torch.linalg.eigh(operator.matrix)[1][:, -1]
     # The exact eigenvector closes the space at once; the fresh chain then finds the second pair.
     settings = {"which": "largest", "tol": 1e-8, "max_products": 200}
     cold = lanczos(operator, 1, generator=generator(), **settings)
-    near = lanczos(operator, 1, generator=generator(), start=top + 1e-6 * random(SIZE), **settings)
+    near = lanczos(operator, 1, generator=generator(), start=leading_two + 1e-6 * random(SIZE), **settings)
     assert near.products < cold.products
     exact = lanczos(operator, 2, generator=generator(), start=top, **settings)
     assert_close(exact.eigenvalues, leading(SPECTRA["smooth"], 2, "largest"), rtol=0.0, atol=1e-7)
@@ -168,6 +169,60 @@ def test_float32_closed_space():
     operator = Dense(with_spectrum(SPECTRA["degenerate"]).matrix.float())
     result = lanczos(operator, 6, which="largest", tol=1e-5, max_products=60, generator=generator())
     assert_close(result.eigenvalues, leading(SPECTRA["degenerate"], 6, "largest"), rtol=0.0, atol=1e-4)
+
+
+@pytest.mark.parametrize("k", [40, 120])
+@pytest.mark.parametrize("noise", [0.0, 1e-7])
+def test_many_repeated_eigenvalues(k, noise):
+    # each chain sees a repeated value once, so that fifty chains close before all are found
+    values = torch.tensor([3.0, 2.0, 1.0]).double().repeat_interleave(50)
+    operator = with_spectrum(values + noise * random(150))
+    result = lanczos(operator, k, which="largest", tol=1e-3, max_products=400, generator=generator())
+    assert result.all_converged
+    assert result.products <= 200
+    assert_close(result.eigenvalues, values[:k], rtol=0.0, atol=1e-12 + 5 * noise)
+    true = eigen_residuals(operator, result.eigenvalues, result.eigenvectors)
+    assert (true <= 1.001 * result.residuals + 1e-13).all()
+    assert (result.residuals <= 1e-3 * 3).all()
+
+
+@pytest.mark.parametrize(("k", "tol", "most"), [(60, 0.1, 80), (100, 0.03, 130), (250, 1e-3, 450)])
+def test_residuals_of_many_directions_are_bounds(k, tol, most):
+    # a network's spectrum: some outliers, a bulk that falls off by orders of magnitude, negative curvature
+    values = torch.cat([torch.logspace(0.6, -6, 500), -torch.logspace(-1, -6, 100)]).double()
+    operator = with_spectrum(values)
+    result = lanczos(operator, k, which="largest", tol=tol, max_products=4 * k, generator=generator())
+    assert result.all_converged
+    assert result.products <= most
+    true = eigen_residuals(operator, result.eigenvalues, result.eigenvectors)
+    assert (true <= 1.001 * result.residuals + 1e-12).all()
+    # a symmetric matrix has an eigenvalue within a residual
+    distance = (result.eigenvalues[:, None] - values).abs().amin(dim=1)
+    assert (distance <= 1.001 * result.residuals + 1e-12).all()
+
+
+def test_an_eigenvalue_is_rarely_passed_over():
+    values = torch.cat([torch.tensor([100, 20, 9, 6, 5.4, 4.8]), torch.linspace(0, 1, 494)]).double()
+    operator = Dense(torch.diag(values))
+    wrong = 0
+    for seed in range(100):
+        result = lanczos(
+            operator, 5, which="largest", tol=1e-3, max_products=100, generator=generator(seed), max_basis=20
+        )
+        assert result.all_converged
+        wrong += bool(((result.eigenvalues - values[:5]).abs() > 0.1).any())
+    assert wrong <= 4  # 2 when measured; 7 where the sixth pair is not sought
+
+
+def test_the_last_pair_counts_only_once_the_next_is_known():
+    values = torch.cat([torch.tensor([100, 20, 9, 6, 5.4, 4.8]), torch.linspace(0, 1, 494)]).double()
+    operator = Dense(torch.diag(values))
+    settings = {"which": "largest", "tol": 1e-3, "generator": generator(0)}
+    needed = lanczos(operator, 5, max_products=100, **settings).products
+    settings["generator"] = generator(0)
+    short = lanczos(operator, 5, max_products=needed - 1, **settings)
+    assert not short.converged[-1]
+    assert not short.all_converged
 
 
 def test_refusals():

@@ -207,7 +207,7 @@ def test_what_cannot_be_certified_is_refused(run, monkeypatch, capsys):
     assert "posterior.shift=1 must be a list" in said(MORE, "posterior.shift=1")
     assert "alpha=0.99 and alpha_sampling=0.2 must add up" in said(MORE, "alpha=0.99")
     assert "alpha=1 must lie between 0 and 1" in said(MORE, "alpha=1")
-    assert "no ensemble; make it with robustdyn-replicas" in said(MORE, f"replicas={run / 'checkpoints'}")
+    assert "no ensemble; make one with robustdyn-replicas" in said(MORE, f"replicas={run / 'checkpoints'}")
 
 
 def test_ensembles_that_tell_too_little_are_refused(run, monkeypatch, capsys):

@@ -1,3 +1,8 @@
+import json
+import os
+import re
+import sys
+
 import pytest
 from omegaconf import OmegaConf
 
@@ -109,3 +114,37 @@ def test_help_shows_examples_and_outputs(capsys):
     with pytest.raises(SystemExit) as stop:
         main([])
     assert stop.value.code == 2
+
+
+def test_settings_that_follow_from_others_are_shown_resolved(quick, run, tmp_path):
+    other = write_run(tmp_path / "b", seed=1, epochs=25, measured=(), trainer__max_epochs=25)
+    for path in (run, other):
+        settings = json.loads((path / ".hydra/config.yaml").read_text())
+        settings["decay_epochs"] = "${at_fractions:${trainer.max_epochs},[0.5,0.8]}"
+        settings["schedule"]["milestones"] = "${decay_epochs}"
+        (path / ".hydra/config.yaml").write_text(json.dumps(settings))
+    OmegaConf.clear_resolver("at_fractions")  # as in a process of the command's own
+    assert main([str(run), str(other), "--output", str(tmp_path / "report")]) == 0
+    assert "milestones [12,20]" in (tmp_path / "report/index.html").read_text()
+
+
+@pytest.mark.parametrize("change", [{"test_robust_loss": 1e308, "train_robust_loss": 1e308}, {"lr": 0.0}])
+def test_a_figure_that_cannot_be_drawn_costs_no_report(run, tmp_path, monkeypatch, change):
+    drawn = ("robust_loss", "learning_rate")
+    monkeypatch.setattr(analysis, "FIGURES", [spec for spec in analysis.FIGURES if spec.name in drawn])
+    path = run / "records" / "epochs.jsonl"
+    rows = [json.loads(line) | change for line in path.read_text().splitlines()]
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert main([str(run)]) == 0
+    text = (run / "report/index.html").read_text()
+    data = re.search(r'<script type="application/json"[^>]*>(.*?)</script>', text, re.S).group(1)
+    json.loads(data, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def test_a_reader_that_has_gone_ends_nothing(quick, run, monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert main([str(run)]) == 0
+    assert (run / "report/index.html").is_file()

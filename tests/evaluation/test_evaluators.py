@@ -173,6 +173,14 @@ def test_an_attack_that_leaves_the_ball_is_refused(robust_net, tmp_path):
         run(tmp_path, robust_net, digits(10), {"cheat": Leaves()}, ball=LINF)
 
 
+def test_images_outside_the_pixel_range_are_refused_before_any_attack(robust_net, tmp_path):
+    images = digits(40).images.float()
+    images[-1] = 2.5 * 255  # in the last batch
+    spoiled = ImageTensors(images, digits(40).labels)
+    with pytest.raises(ValueError, match=r"inputs lie in \[0, 2.5\], outside valid_range=\(0, 1\)"):
+        run(tmp_path, robust_net, spoiled, {"never": Leaves()}, ball=LINF)
+
+
 @pytest.mark.parametrize("name", ["clean", "worst_case", "a/b"])
 def test_refuses_names_that_mean_something_else(name, robust_net, tmp_path):
     with pytest.raises(ValueError, match=f"an evaluator cannot be called {name}"):
@@ -197,7 +205,12 @@ def test_refuses_settings_outside_their_range(change, message):
 
 
 @pytest.mark.parametrize(
-    ("ball", "message"), [(("l1", 1), "norm must be linf or l2"), (("l2", -1), "eps must be at least 0")]
+    ("ball", "message"),
+    [
+        (("l1", 1), "norm must be linf or l2"),
+        (("l2", -1), "eps must be at least 0"),
+        (("linf", 8), "eps=8 exceeds the width 1.0 of the valid range"),
+    ],
 )
 def test_refuses_a_ball_that_is_none(ball, message):
     with pytest.raises(ValueError, match=message):

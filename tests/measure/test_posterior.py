@@ -6,7 +6,7 @@ import pytest
 
 from robustdyn.measure import posterior_rows
 from robustdyn.replicas import Sampling
-from robustdyn.theory import MeasuredDrift, propagate_coupled
+from robustdyn.theory import MeasuredDrift, propagate_coupled, stationary_state_covariance
 from tests.tolerances import EXACT64
 
 MU, OMEGA = 0.9, 5e-4
@@ -42,16 +42,16 @@ def posterior(given, interpolation="piecewise_constant"):
     return pd.DataFrame(rows).pivot(index="epoch", columns="index")
 
 
-def recursion(lam, gamma, eta):
-    """σ² after each step from λ, γ, η of each step, as theory.md writes SGD: v ← μv + g, θ ← θ − ηv."""
-    state, variances = np.zeros((2, 2)), []
+def recursion(lam, gamma, eta, state=None, first=0):
+    """σ² at the epochs' ends from λ, γ, η of each step, as theory.md writes SGD: v ← μv + g, θ ← θ − ηv."""
+    state, variances = np.zeros((2, 2)) if state is None else state, []
     for value, g, h in zip(lam, gamma, eta, strict=True):
         c = value + OMEGA
         move = np.array([[1 - h * c, -h * MU], [c, MU]])
         kick = np.array([-h, 1.0])
         state = move @ state @ move.T + g * np.outer(kick, kick)
         variances.append(state[0, 0])
-    return np.array(variances)[STEPS_PER_EPOCH - 1 :: STEPS_PER_EPOCH]
+    return np.array(variances)[STEPS_PER_EPOCH - 1 - first % STEPS_PER_EPOCH :: STEPS_PER_EPOCH]
 
 
 def test_follows_every_step_of_the_run():
@@ -72,6 +72,23 @@ def test_log_linear_draws_straight_lines_in_the_logarithm():
     truth = recursion(2.0 * 4.0**share, 0.1 * 4.0**share, np.full(200, 0.05))
     found = posterior(given, "log_linear")["posterior_variance_independent"][0]
     np.testing.assert_allclose(found, truth, rtol=EXACT64["rtol"])
+
+
+def test_log_linear_lines_are_the_measurements_own_after_a_change_of_sign():
+    """λ from 0.2 through -0.1 to 0.31: straight in the value, equation (24), also once positive again."""
+    given = tables(30, [(0, 0.05)], [(0, 0, 0.2, 0.1), (9, 0, -0.1, 0.2), (19, 0, 0.31, 0.4)])
+    step = np.arange(300)
+    lam = np.interp(step, [10, 100, 200], [0.2, -0.1, 0.31])
+    gamma = np.exp(np.interp(step, [10, 100, 200], np.log([0.1, 0.2, 0.4])))
+    first = int(np.argmax((step > 100) & (lam + OMEGA > 0)))
+    found = posterior(given, "log_linear")["posterior_variance"][0]
+    settled = stationary_state_covariance(
+        lam[first], gamma[first], learning_rate=0.05, momentum=MU, weight_decay=OMEGA
+    )
+    truth = recursion(lam[first:], gamma[first:], np.full(300 - first, 0.05), settled, first)
+    assert found[5:13].isna().any()
+    later = slice(first // STEPS_PER_EPOCH + 1, None)
+    np.testing.assert_allclose(found[later], truth[-len(found[later]) :], rtol=1e-9)
 
 
 def test_lags_behind_the_stationary_law_after_a_decay_and_reaches_it():

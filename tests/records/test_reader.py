@@ -1,4 +1,6 @@
 import json
+import math
+import warnings
 
 import pytest
 
@@ -145,17 +147,17 @@ def test_typed_settings_are_shown_even_if_implied(tmp_path):
             {"method": "awp"},
         ),
     )
-    assert labels(runs) == ["method=at seed=0", "method=awp gamma=0.02 seed=1"]
+    assert labels(runs) == ["method=at seed=0", "method=awp perturbation.gamma=0.02 seed=1"]
 
 
-def test_short_names_stay_unambiguous(tmp_path):
+def test_labels_say_the_keys_that_are_typed(tmp_path):
     changed = ({"schedule__lr": 1, "optimizer__lr": v} for v in (0.1, 0.01))
     runs = setups(tmp_path, *((config(**c), [], {}) for c in changed))
     assert labels(runs) == ["optimizer.lr=0.1", "optimizer.lr=0.01"]
     runs = find_runs(
         setups(tmp_path / "b", *((config(attack__steps=s), [], {}) for s in (1, 10)))[0].path.parent
     )
-    assert labels(runs) == ["steps=1", "steps=10"]
+    assert labels(runs) == ["attack.steps=1", "attack.steps=10"]
 
 
 def test_equal_runs_carry_their_directories(tmp_path):
@@ -167,7 +169,7 @@ def test_equal_runs_carry_their_directories(tmp_path):
 
 def test_a_run_that_lacks_the_setting_is_still_named(tmp_path):
     runs = setups(tmp_path, (config(), [], {}), (config(optimizer__nesterov=True), [], {}))
-    assert labels(runs) == ["nesterov=none", "nesterov=true"]
+    assert labels(runs) == ["optimizer.nesterov=none", "optimizer.nesterov=true"]
 
 
 def test_values_read_like_settings():
@@ -198,3 +200,74 @@ def test_combine_of_nothing_recorded_is_empty(tmp_path):
     frame = combine(runs, "wci")
     assert frame.empty
     assert set(TABLES["wci"].names) < set(frame.columns)
+
+
+def edited(run, table, change):
+    """Pass every row of a table through ``change``, as another program might have written it."""
+    path = run / "records" / f"{table}.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(f"{json.dumps(row | change(i))}\n" for i, row in enumerate(rows)))
+    return path
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"epoch": -5}',
+        '{"epoch": 1' + 30 * "0" + "}",
+        '{"epoch": true}',
+        '{"epoch": 1.5}',
+        '{"epoch": 2, "step": ' + 100_000 * "[" + 100_000 * "]" + "}",
+        '{"epoch": 2, "note": "' + 2_000_000 * "x" + '"}',
+    ],
+    ids=["negative", "huge", "bool", "fraction", "nested", "long"],
+)
+def test_a_line_that_no_run_writes_names_file_and_line(tmp_path, line):
+    path = tmp_path / "records" / "epochs.jsonl"
+    path.parent.mkdir()
+    path.write_text(f'{{"epoch": 0}}\n{line}\n{{"epoch": 3}}\n')
+    with pytest.raises(RecordError, match=r"epochs\.jsonl, line 2: not a record"):
+        read_table(tmp_path, "epochs")
+
+
+def test_what_is_not_finite_is_null(tmp_path):
+    run = write_run(tmp_path, epochs=4, measured=())
+    path = edited(run, "epochs", lambda i: {"lr": [math.inf, -math.inf, math.nan, 0.1][i]})
+    path.write_text(path.read_text().replace("-Infinity", "-1e999"))
+    assert read_table(run, "epochs")["lr"].isna().tolist() == [True, True, True, False]
+
+
+@pytest.mark.parametrize(("column", "value"), [("step", 1.5), ("step", 2**60)])
+def test_a_column_of_another_kind_is_named(tmp_path, column, value):
+    run = write_run(tmp_path, epochs=2, measured=())
+    edited(run, "epochs", lambda i: {column: value})
+    with pytest.raises(RecordError, match=f"column {column}: not a whole number"):
+        read_table(run, "epochs")
+    edited(run, "epochs", lambda i: {column: 1})
+    run = write_run(tmp_path / "b", epochs=2, measured=(0, 1))
+    edited(run, "wci", lambda i: {"estimator": ("a", 1)[i]})
+    with pytest.raises(RecordError, match="column estimator: not text"):
+        read_table(run, "wci")
+
+
+def test_columns_that_the_schema_does_not_know_cannot_take_a_label_s_place(tmp_path):
+    run = write_run(tmp_path, epochs=5, measured=())
+    mixed = [1, "a", None, [2], {"b": 1}]
+    edited(run, "epochs", lambda i: {"run": "theirs", "group": i, "note": mixed[i]})
+    frame = combine(find_runs(run), "epochs")
+    assert frame.columns.is_unique
+    assert set(frame["run"]) == {run.name}
+    assert set(frame["recorded.run"]) == {"theirs"}
+    assert frame["recorded.group"].tolist() == [0, 1, 2, 3, 4]
+    assert frame["note"].tolist() == ["1", "a", None, "[2]", "{'b': 1}"]
+    frame.to_parquet(tmp_path / "t.parquet")
+
+
+def test_a_warning_is_given_once_however_often_a_record_is_read(tmp_path):
+    run = write_run(tmp_path, epochs=2, measured=())
+    path = run / "records" / "epochs.jsonl"
+    path.write_text(2 * path.read_text())
+    with pytest.warns(UserWarning, match="2 rows written twice"):
+        read_table(run, "epochs")
+    with warnings.catch_warnings(action="error"):
+        read_table(run, "epochs")

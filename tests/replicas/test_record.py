@@ -125,5 +125,5 @@ def test_damaged_files_are_named(tmp_path):
 
 
 def test_where_no_ensemble_is_one_is_told_how_to_make_it(tmp_path):
-    with pytest.raises(RecordError, match="no ensemble; make it with robustdyn-replicas"):
+    with pytest.raises(RecordError, match="no ensemble; make one with robustdyn-replicas"):
         read_ensemble(tmp_path / "nowhere")

@@ -4,6 +4,7 @@ Nothing here calls robustdyn. The 2d x 2d system is written in parameter coordin
 """
 
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -99,3 +100,30 @@ def covariance_z(samples, truth):
 def mean_z(samples, truth):
     """z-scores of a sample mean (d,)."""
     return (samples.mean(axis=0) - truth) / (samples.std(axis=0, ddof=1) / np.sqrt(len(samples)))
+
+
+def exact_pair(first, second, eta, mu, noise):
+    """Stationary covariance (2, 2) of (x_i, v_i) with (x_j, v_j) in exact rationals, rounded at the end.
+
+    The four equations S = A_i S A_jᵀ + C_ij b bᵀ by Gauss-Jordan elimination; the arguments are taken as the
+    rationals that the floats are.
+    """
+    eta, mu, noise = Fraction(eta), Fraction(mu), Fraction(noise)
+    left, right = (
+        [[1 - eta * Fraction(c), -eta * mu], [Fraction(c), mu]] for c in (float(first), float(second))
+    )
+    kick = [-eta, Fraction(1)]
+    rows = []
+    for a in range(2):
+        for b in range(2):
+            terms = [(a == c and b == d) - left[a][c] * right[b][d] for c in range(2) for d in range(2)]
+            rows.append([*terms, noise * kick[a] * kick[b]])
+    for at in range(4):
+        pivot = next(row for row in range(at, 4) if rows[row][at])
+        rows[at], rows[pivot] = rows[pivot], rows[at]
+        rows[at] = [value / rows[at][at] for value in rows[at]]
+        for other in range(4):
+            if other != at:
+                factor = rows[other][at]
+                rows[other] = [x - factor * y for x, y in zip(rows[other], rows[at], strict=True)]
+    return np.array([float(row[4]) for row in rows]).reshape(2, 2)

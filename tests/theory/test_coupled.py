@@ -1,3 +1,5 @@
+from itertools import permutations
+
 import numpy as np
 import pytest
 from scipy.linalg import solve_discrete_lyapunov
@@ -122,6 +124,51 @@ def test_shuffled_epochs_against_the_covariance_of_all_noise_vectors(last):
     np.testing.assert_allclose(found.covariance[0], blocks, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("factor", [0.25, 1.0, 4.0])
+def test_shuffled_epochs_while_the_noise_changes_against_all_orders(factor):
+    """Six examples in batches of two, three epochs, C₁ down to a quarter or up to four times."""
+    draws = np.random.default_rng(3)
+    n, k, steps, epoch = 6, 2, 9, 3
+    vectors = draws.normal(size=(n, k))
+    vectors -= vectors.mean(axis=0)
+    first, slope = vectors.T @ vectors / n, draws.normal(size=(k, k)) + 2 * np.eye(k)
+    rates = np.full(steps, 0.1)
+    sizes = np.full(steps, 2)
+    drift = drift_of(
+        slope, np.stack([first, factor * first]), np.zeros((k, k)), np.zeros(k), (0, 8), "linear"
+    )
+    lengths = np.sqrt(1 + (factor - 1) * np.arange(steps) / 8)
+    for last in (1, 2, 3, 5, 8, 9):
+        expected = np.zeros((2 * k, 2 * k))
+        for begin in range(0, last, epoch):  # epochs are independent, so their covariances add
+            ends = []
+            for order in permutations(range(n)):
+                x, v = np.zeros(k), np.zeros(k)
+                for t in range(begin, last):
+                    place = 2 * (t - begin)
+                    drawn = vectors[list(order[place : place + 2])] if place < n else np.zeros((2, k))
+                    v = MU * v + (slope + OMEGA * np.eye(k)) @ x + lengths[t] * drawn.mean(axis=0)
+                    x = x - rates[t] * v
+                ends.append(np.concatenate([x, v]))
+            expected += np.cov(np.array(ends), rowvar=False, bias=True)
+        found = law(drift, BatchSampling(examples=n, sizes=sizes, epoch=epoch), [last], rates)
+        blocks = expected.reshape(2, k, 2, k).transpose(1, 3, 0, 2)
+        np.testing.assert_allclose(found.covariance[0], blocks, rtol=1e-9, atol=1e-12)
+        assert np.linalg.eigvalsh(expected)[0] > -1e-12
+
+
+def test_an_example_part_with_a_negative_eigenvalue_is_kept_as_it_is():
+    """Sampled C₁ can be indefinite where C₁ + C_a is not; held in time, E is still G C₁ Gᵀ / (n − 1)."""
+    slope, _, _, gradient = some_matrices()
+    examples, attack = np.diag([1.0, -0.2, 0.5]), np.eye(3)
+    shuffled = BatchSampling(examples=16, sizes=np.full(50, 8), epoch=2)
+    parts = [
+        law(drift_of(slope, a, b, gradient), shuffled, [7]).covariance
+        for a, b in ((examples, attack), (np.diag([1.0, 0, 0.5]), attack), (np.diag([0, 0.2, 0]), 0 * attack))
+    ]
+    np.testing.assert_allclose(parts[0], parts[1] - parts[2], rtol=1e-9, atol=1e-12)
+
+
 def test_an_epoch_of_one_batch_has_the_attacks_noise_alone():
     slope, examples, attack, gradient = some_matrices()
     whole = BatchSampling(examples=8, sizes=np.full(len(RATES), 8), epoch=1)
@@ -164,7 +211,48 @@ def test_what_cannot_be_is_named():
     good = drift_of(slope, examples, attack, gradient)
     with pytest.raises(ValueError, match="record_steps"):
         law(good, independent(), [51])
+    with pytest.raises(ValueError, match=r"record_steps is 1.5 at index 0; it must be a whole number"):
+        law(good, independent(), [1.5])
+    with pytest.raises(ValueError, match=r"record_steps has shape \(0,\)"):
+        law(good, independent(), [])
+    with pytest.raises(ValueError, match=r"an epoch of 8 batches has 32 examples; .* at most 10"):
+        BatchSampling(examples=10, sizes=np.full(16, 4), epoch=8)
+    with pytest.raises(ValueError, match=r"sizes is 1.5 at index 0; it must be a whole number >= 1"):
+        BatchSampling(examples=10, sizes=[1.5, 2], epoch=None)
     with pytest.raises(ValueError, match="sizes"):
         law(good, independent(steps=3), [1])
     with pytest.raises(ValueError, match="epoch"):
         BatchSampling(examples=4, sizes=np.ones(3), epoch=0)
+
+
+def test_slopes_that_make_it_grow_are_refused_unless_asked_for():
+    _, examples, attack, gradient = some_matrices()
+    options = {"momentum": MU, "weight_decay": 0.0, "record_steps": [50]}
+    turning = np.array([[0.1, 5.0, 0.0], [-5.0, 0.1, 0.0], [0.0, 0.0, 1.0]])  # 0.1 ± 5i
+    for slope in (np.diag([1.0, 2.0, 800.0]), turning):
+        drift = drift_of(slope, examples, attack, gradient)
+        with pytest.raises(ValueError, match=r"eigenvalue .* at step 0, along which momentum SGD with"):
+            propagate_coupled(drift, RATES, sampling=independent(), **options)
+        grown = propagate_coupled(drift, RATES, sampling=independent(), allow_unstable=True, **options)
+        assert np.isfinite(grown.covariance).all()
+    negative = drift_of(-np.eye(3), examples, attack, gradient)
+    assert propagate_coupled(negative, RATES, sampling=independent(), **options).variance.max() > 1
+    with pytest.raises(ValueError, match="the law left the range of float64 before step 4000"):
+        propagate_coupled(
+            negative,
+            np.full(4000, 0.5),
+            sampling=independent(steps=4000),
+            **options | {"record_steps": [4000]},
+        )
+
+
+@pytest.mark.parametrize(("share", "grows"), [(0.99, False), (1.01, True)])
+def test_growth_begins_where_equation_6_says(share, grows):
+    slope = np.array([[share * 2 * (1 + MU) / 0.1]])
+    drift = drift_of(slope, np.eye(1), np.eye(1), np.zeros(1))
+    run = {"sampling": independent(), "momentum": MU, "weight_decay": 0.0, "record_steps": [5]}
+    if grows:
+        with pytest.raises(ValueError, match="grows"):
+            propagate_coupled(drift, np.full(50, 0.1), **run)
+    else:
+        propagate_coupled(drift, np.full(50, 0.1), **run)

@@ -61,6 +61,11 @@ def test_relaxation_time_keeps_its_digits_at_tiny_steps(step):
     assert_allclose(MomentumDynamics(1.0, mu).relaxation_steps(step), expected, rtol=1e-8)
 
 
+def test_relaxation_time_of_oscillations_keeps_its_digits_as_momentum_goes_to_one():
+    # ρ = √μ: −1 / ln ρ = −2 / ln μ
+    assert_allclose(MomentumDynamics(0.1, 1 - 1e-12).relaxation_steps(1.0), -2 / np.log1p(-(1 - (1 - 1e-12))))
+
+
 def test_relaxation_time_by_counting_steps():
     dynamics = MomentumDynamics(0.05, 0.8)
     steps = float(dynamics.relaxation_steps(0.05))

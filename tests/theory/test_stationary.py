@@ -12,7 +12,15 @@ from robustdyn.theory import (
     stationary_variance,
     total_correlation,
 )
-from tests.theory.reference import as_full, lyapunov, properties, random_covariance, random_orthogonal, rotate
+from tests.theory.reference import (
+    as_full,
+    exact_pair,
+    lyapunov,
+    properties,
+    random_covariance,
+    random_orthogonal,
+    rotate,
+)
 from tests.tolerances import EXACT64
 
 DRAWS = 300
@@ -42,6 +50,21 @@ def test_every_pair_solves_the_full_lyapunov_equation(seed):
         # 1e-8 relative, entry by entry, each against the scale of its own two variables.
         scale = np.sqrt(np.outer(np.diag(truth), np.diag(truth)))
         assert np.abs((as_full(blocks) - truth) / scale).max() < 1e-8
+
+
+@pytest.mark.parametrize("gap", [1e-2, 1e-4, 1e-6, 1e-8, 1e-12])
+def test_pairs_keep_their_digits_as_momentum_goes_to_one(gap):
+    lam, mu, eta = np.array([0.3, 0.3000001, 0.7, 5.0]), 1 - gap, 0.1
+    noise = np.full((4, 4), 0.5) + 0.5 * np.eye(4)
+    blocks = stationary_block_covariance(lam, noise, learning_rate=eta, momentum=mu, weight_decay=0.0)
+    for i in range(4):
+        for j in range(4):
+            exact = exact_pair(lam[i], lam[j], eta, mu, noise[i, j])
+            # entry by entry; one exact zero crossing apart, each is a sum of two terms of either sign
+            assert_allclose(blocks[i, j], exact, rtol=1e-13, err_msg=f"{i}, {j}")
+    state = stationary_state_covariance(lam, 1.0, learning_rate=eta, momentum=mu, weight_decay=0.0)
+    for i in range(4):
+        assert_allclose(state[i], exact_pair(lam[i], lam[i], eta, mu, 1.0), rtol=1e-13)
 
 
 def test_position_blocks_are_the_closed_form_and_variances_need_the_diagonal_only():
@@ -209,3 +232,32 @@ def test_bad_noise_covariance_is_refused(noise, message):
 def test_bad_total_correlation_input_is_refused():
     with pytest.raises(ValueError, match=r"diagonal of covariance is 0 at index 1; it must be > 0"):
         total_correlation(np.diag([1.0, 0.0]))
+
+
+def test_a_block_of_small_variances_must_be_a_covariance_as_well():
+    covariance = np.diag([1.0, *[1e-8] * 4])
+    covariance[1:, 1:] += 2e-8 * (1 - np.eye(4))  # correlations of 2
+    with pytest.raises(ValueError, match=r"correlation matrix of covariance has the eigenvalue -1; all must"):
+        total_correlation(covariance)
+    covariance[1:, 1:] = 1e-8 * (0.5 + 0.5 * np.eye(4))
+    # 4 directions of equal correlation r: det = (1 − r)³ (1 + 3 r)
+    assert_allclose(total_correlation(covariance), -0.5 * np.log(0.5**3 * 2.5), **EXACT64)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_fewer_samples_than_directions_are_singular_whatever_rounding_says(seed):
+    samples = np.random.default_rng(seed).normal(size=(3, 6)) * 10.0 ** np.arange(-3, 3)
+    assert total_correlation(np.cov(samples, rowvar=False)) == np.inf
+
+
+@pytest.mark.parametrize(
+    "law", [stationary_covariance, stationary_block_covariance, stationary_state_covariance]
+)
+@pytest.mark.parametrize("name", ["learning_rate", "momentum", "weight_decay"])
+def test_one_setting_at_a_time_where_directions_are_paired(law, name):
+    noise = np.ones(2) if law is stationary_state_covariance else np.eye(2)
+    setting = {"learning_rate": 0.1, "momentum": 0.9, "weight_decay": 0.0}
+    with pytest.raises(ValueError, match=rf"{name} has shape \(2,\); it must be one number"):
+        law([1.0, 2.0], noise, **setting | {name: np.full(2, setting[name])})
+    with pytest.raises(ValueError, match=rf"{name} has shape \(2,\); it must be one number"):
+        curvature_term_per_noise([1.0, 2.0], **setting | {name: np.full(2, setting[name])})

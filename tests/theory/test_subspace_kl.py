@@ -1,4 +1,5 @@
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -62,11 +63,26 @@ def test_the_parts_are_what_they_are_called():
     assert_allclose(same.total, 0, atol=1e-15)  # Q = P, up to an ulp of each term
 
 
+@pytest.mark.parametrize("ratio", [1e-300, 1e-17, 1e-3, 1 - 1e-9, 1 + 1e-9, 1e3])
+def test_the_complement_for_any_variance(ratio):
+    kl = subspace_kl(np.eye(2), complement_variance=ratio, parameters=7, distance_sq=0.0, prior_variance=1.0)
+    excess = Fraction(ratio) - 1
+    series = float(excess**2 / 2 - excess**3 / 3)  # of x − ln(1 + x), for small x
+    exact = series if abs(excess) < 1e-6 else ratio - 1 - math.log(ratio)
+    assert_allclose(kl.complement, 2.5 * exact, rtol=1e-6)  # an ulp of 1e-9 against its square
+
+
 def test_bad_input_is_refused():
     for covariance, change, message in (
         (np.eye(3), {"parameters": 2}, r"parameters is 2; it must be a whole number >= 3"),
         (np.eye(3), {"complement_variance": 0.0}, r"complement_variance is 0; it must be > 0"),
         (np.ones((2, 2)), {}, r"covariance is singular; it takes more replicas than directions"),
+        (
+            np.array([[1, 0, 0], [0, 1e-8, 2e-8], [0, 2e-8, 1e-8]]),
+            {},
+            "correlation matrix of covariance has the eigenvalue -1",
+        ),
+        (np.cov(np.random.default_rng(3).normal(size=(3, 6)), rowvar=False), {}, "covariance is singular"),
         (np.eye(3), {"prior_variance": -1.0}, r"prior_variance is -1; it must be > 0"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -247,3 +247,50 @@ def test_growth_is_followed_and_its_overflow_named():
         propagate(rising, np.full(5000, 0.1), record_steps=[5000], **options)
     too_fast = propagate(rising, [3.0] * 2, record_steps=[2], allow_unstable=True, **options)
     assert np.isfinite(too_fast.covariance).all()
+
+
+@pytest.mark.parametrize("interpolation", ["piecewise_constant", "log_linear"])
+def test_a_run_may_be_entered_at_any_step(interpolation):
+    spectrum = MeasuredSpectrum([10, 60, 90], [[2.0], [-0.1], [0.3]], [[1.0], [2.0], [0.5]], interpolation)
+    rates = np.array([0.1] * 50 + [0.01] * 70)
+    options = {"momentum": 0.9, "weight_decay": 0.0}
+    whole = propagate(spectrum, rates, record_steps=[37, 100, 120], **options)
+    rest = propagate(
+        spectrum,
+        rates,
+        record_steps=[37, 100, 120],
+        first_step=37,
+        initial_covariance=whole.covariance[0],
+        initial_mean=whole.mean[0],
+        **options,
+    )
+    assert_allclose(rest.covariance, whole.covariance, **EXACT64)
+
+
+def test_overshooting_out_of_range_is_said_to_be_that():
+    spectrum = MeasuredSpectrum([0], [[100.0]], [[1.0]], "piecewise_constant")
+    with pytest.raises(ValueError, match=r"eigenvalue must be in \(-?0, 38\), or the run shorter"):
+        propagate(
+            spectrum,
+            np.full(5000, 0.1),
+            momentum=0.9,
+            weight_decay=0.0,
+            record_steps=[5000],
+            allow_unstable=True,
+        )
+
+
+@pytest.mark.parametrize("block", [[[-1.0, 0.0], [0.0, 1.0]], [[1.0, 2.0], [2.0, 1.0]], [[1.0, 0.5], [0, 1]]])
+def test_a_start_that_is_no_covariance_is_refused(block):
+    flat = MeasuredSpectrum([0], [[1.0]], [[1.0]], "piecewise_constant")
+    full = MeasuredSpectrum([0], [[1.0]], [[[1.0]]], "piecewise_constant")
+    for spectrum, start in ((flat, [block]), (full, [[block]])):
+        with pytest.raises(ValueError, match="initial_covariance"):
+            propagate(
+                spectrum,
+                [0.1] * 9,
+                momentum=0.9,
+                weight_decay=0.0,
+                record_steps=[9],
+                initial_covariance=start,
+            )

@@ -131,3 +131,12 @@ def test_bad_input_is_refused(change, message):
 def test_a_bad_mean_is_refused():
     with pytest.raises(ValueError, match=r"initial has shape \(2,\); it must be \(1, 2\)"):
         mean_after(1, [0.0, 0.0], [1.0], MomentumDynamics(0.1, 0.9))
+
+
+def test_a_mean_beyond_float64_and_times_beyond_counting_are_refused():
+    with pytest.raises(ValueError, match=r"eigenvalue is -1 at index 1 and the mean leaves the range"):
+        mean_after(80_000, np.ones((2, 2)), [1.0, -1.0], MomentumDynamics(0.1, 0.9))
+    with pytest.raises(ValueError, match=r"steps is 1e\+30 at index 0; it must be a whole number"):
+        mean_after(1e30, np.ones((1, 2)), [1.0], MomentumDynamics(0.1, 0.9))
+    with pytest.raises(ValueError, match=r"initial is .* at index 0; it must be a covariance"):
+        covariance_after(1, [[[1.0, 2.0], [2.0, 1.0]]], [1.0], [1.0], MomentumDynamics(0.1, 0.9))

@@ -47,7 +47,7 @@ def environment(run: Run) -> dict[str, str]:
     path = run.path / ENVIRONMENT
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     if not isinstance(facts, dict):
         return {}

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import re
-import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from robustdyn.analysis import style
 from robustdyn.analysis.describe import environment
+from robustdyn.analysis.plotting import MAX_MARKS
 from robustdyn.analysis.statistics import (
     BEST_ON_TEST,
     FINAL,
@@ -33,6 +33,7 @@ from robustdyn.analysis.statistics import (
 )
 from robustdyn.errors import RecordError
 from robustdyn.records import schema
+from robustdyn.records.command_line import at, command
 from robustdyn.records.labels import SEED, distinguishing, flatten, format_value
 from robustdyn.records.progress import STATES, TRACEBACK, RunState
 from robustdyn.records.reader import Run
@@ -383,10 +384,9 @@ def _link(text: str, target: Path, page: Path) -> Link:
 
 def _run_command(run: Run) -> str:
     """Does one run again, or what is left of it."""
-    words = ["robustdyn-train", f"hydra.run.dir={run.path}", *run.overrides]
-    if any(text.startswith("experiment=") for text in run.overrides):  # which may ask for a sweep
-        words.insert(1, "hydra.mode=RUN")
-    return shlex.join(words)
+    alone = any(text.startswith("experiment=") for text in run.overrides)  # which may ask for a sweep
+    words = (*(["hydra.mode=RUN"] if alone else []), at("hydra.run.dir", run.path), *run.overrides)
+    return command("robustdyn-train", *words)
 
 
 def _sweep_command(folder: Path) -> str | None:
@@ -397,7 +397,7 @@ def _sweep_command(folder: Path) -> str | None:
         hydra = [str(text) for text in plain["hydra"] if not str(text).startswith(_OTHER_SWEEP)]
     except (ValueError, KeyError, TypeError):
         return None
-    return shlex.join(["robustdyn-train", "-m", *words, *hydra, f"hydra.sweep.dir={folder}"])
+    return command("robustdyn-train", "-m", *words, *hydra, at("hydra.sweep.dir", folder))
 
 
 # ---------------------------------------------------------------------- curves
@@ -418,6 +418,7 @@ def curves(overview: Overview, frames: Mapping[str, pd.DataFrame]) -> dict[str, 
     rows = []
     for row in overview.rows:
         decays = decay_epochs(of_run(frames["epochs"], row.run.label)) if row.run is not None else []
+        decays = decays if len(decays) <= MAX_MARKS else []
         rows.append({"name": row.name, "state": row.state, "factors": row.factors, "decays": decays})
     colouring = [f.name for f in overview.factors if f.key != SEED and len(f.values) <= MOST_COLOURS]
     return {
@@ -437,7 +438,7 @@ def _panel(rows: Sequence[RunRow], frame: pd.DataFrame, column: schema.Column) -
     points = []
     for row in rows:
         own = frame.head(0) if row.run is None else of_run(frame, row.run.label)
-        own = own.dropna(subset=[column.name])
+        own = own[(own[column.name] * column.scale).abs() < math.inf]  # JSON has no infinity
         values = [float(f"{value * column.scale:.{DIGITS}g}") for value in own[column.name]]
         points.append([[int(epoch) for epoch in own["epoch"]], values] if values else None)
     label = column.label[:1].upper() + column.label[1:]
@@ -489,7 +490,7 @@ def _recorded(folder: Path, table: schema.Table) -> pd.DataFrame:
     for number, line in enumerate(lines, start=1):
         try:
             rows.append(json.loads(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number < len(lines):
                 raise RecordError(
                     f"{path}, line {number}: not a record; evaluate again into another directory, and "
@@ -534,7 +535,7 @@ def _json(path: Path) -> dict[str, Any]:
     """A file's object; empty if there is none that can be read."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -7,6 +7,7 @@ lines, and their mean bold.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,8 @@ from robustdyn.analysis.statistics import decay_epochs, format_number
 from robustdyn.records import schema
 
 ONE_RUN = "run"
-MAX_GROUP_MARKS = 12  # more decay lines than this, and they are left to the learning-rate figure
+MAX_GROUP_MARKS = 12  # more decay lines than this, and they are left to the learning-rate figure ...
+MAX_MARKS = 50  # ... of single groups, and of all
 LABEL_WIDTH = 0.62  # inches a decay label takes
 
 
@@ -103,6 +105,8 @@ def draw(
 ) -> list[End]:
     """One column over epochs: a line per group, and thin lines per run in groups of several.
 
+    Earlier groups are wider, so that equal ones all show.
+
     Args:
         ax: Where to.
         frame: Tidy rows with ``run`` and ``group``.
@@ -113,7 +117,7 @@ def draw(
         marker: Marker of measured points.
         spread: Column with a standard error, drawn as a band of ±1.
         text: What the line is called at its end.
-        steps: Hold each value until the next epoch; earlier groups wider, so that equal ones all show.
+        steps: Hold each value until the next epoch.
 
     Returns:
         The ends of the groups' lines, to be labelled.
@@ -122,7 +126,7 @@ def draw(
     look: dict[str, Any] = {"linestyle": line, "drawstyle": "steps-post" if steps else "default"}
     for order, (group, rows) in enumerate(frame.dropna(subset=[column.name]).groupby("group", sort=False)):
         later = len(cast.colours) - 1 - order
-        extra = later * min(1.2, 4.0 / max(len(cast.colours) - 1, 1)) if steps else 0.0
+        extra = later * min(1.2, 4.0 / max(len(cast.colours) - 1, 1))
         shade = cast.colour(str(group), colour)
         several = cast.sizes[str(group)] > 1
         for _, own in rows.groupby("run", sort=False):
@@ -189,7 +193,15 @@ def draw_ranks(
 
 
 def log_axis(ax: Axes) -> None:
-    """A logarithmic vertical axis with plain ticks: 1, 2, 5 within few decades, else powers of ten."""
+    """A logarithmic vertical axis with plain ticks: 1, 2, 5 within few decades, else powers of ten.
+
+    A linear one stays where nothing that is drawn is positive.
+    """
+    if (
+        not any((np.asarray(line.get_ydata(), dtype=float) > 0).any() for line in ax.lines)
+        and not ax.collections
+    ):
+        return
     ax.set_yscale("log")
     low, high = ax.get_ylim()
     subs = (1.0, 2.0, 5.0) if high / low < 500 else (1.0,)
@@ -242,14 +254,23 @@ def leave_out_transient(ax: Axes, epochs: pd.DataFrame, columns: Sequence[schema
 
 
 def mark_decays(axes: Iterable[Axes], epochs: pd.DataFrame, cast: Cast) -> None:
-    """Mark decay epochs: grey and labelled where every group that got there has them, else coloured."""
+    """Mark decay epochs: grey where every group that got there has them, else coloured.
+
+    Grey ones are labelled, and so are coloured ones that several groups share.
+    """
     by_group = {group: _decays(epochs[epochs["group"] == group]) for group in cast.colours}
     reached = epochs.groupby("group")["epoch"].max()
     every = sorted({e for decays in by_group.values() for e in decays})
+    if len(every) > MAX_MARKS:
+        return
     shared = {
         e: {d[e] for d in by_group.values() if e in d}
         for e in every
         if all(e in d or reached.get(g, -1) < e for g, d in by_group.items())
+    }
+    counts = Counter(e for decays in by_group.values() for e in decays)
+    partly = {
+        e: {d[e] for d in by_group.values() if e in d} for e in every if e not in shared and counts[e] > 1
     }
     single = [(group, e) for group, decays in by_group.items() for e in decays if e not in shared]
     for ax in axes:
@@ -260,7 +281,7 @@ def mark_decays(axes: Iterable[Axes], epochs: pd.DataFrame, cast: Cast) -> None:
                 ax.axvline(
                     epoch, color=cast.colours[group], linewidth=0.9, linestyle=":", alpha=0.8, zorder=1
                 )
-        _label_decays(ax, shared)
+        _label_decays(ax, shared | partly)
 
 
 def label_ends(ax: Axes, ends: Sequence[End]) -> None:
@@ -326,7 +347,7 @@ def _label_decays(ax: Axes, decays: dict[int, set[float]]) -> None:
     columns = spec.get_gridspec().ncols if spec is not None else 1
     needed = LABEL_WIDTH * columns / (0.75 * style.WIDTH)  # of the panel's width
     last, row = -np.inf, 0
-    for epoch, rates in decays.items():
+    for epoch, rates in sorted(decays.items()):
         shown = {f"{rate:.3g}" for rate in rates}
         place = (epoch - low) / (high - low)
         row = 1 - row if place - last < needed else 0

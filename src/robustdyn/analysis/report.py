@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 import pandas as pd
 from markupsafe import Markup, escape
 from omegaconf import OmegaConf
@@ -41,6 +42,7 @@ from robustdyn.analysis.statistics import (
 from robustdyn.analysis.statistics import headline as headline
 from robustdyn.errors import RecordError
 from robustdyn.records import schema
+from robustdyn.records.command_line import command
 from robustdyn.records.labels import differences, format_value
 from robustdyn.records.progress import RunState, run_states
 from robustdyn.records.reader import Run, combine, find_runs
@@ -175,8 +177,12 @@ def _write_figures(frames: Mapping[str, pd.DataFrame], folder: Path) -> tuple[li
     for spec in FIGURES:
         reason = spec.missing(frames)
         if reason is None:
-            drawn.append(_Drawn(spec, tuple(style.save(spec.draw(frames), folder / spec.name))))
-        else:
+            try:
+                with np.errstate(over="ignore", invalid="ignore"):
+                    drawn.append(_Drawn(spec, tuple(style.save(spec.draw(frames), folder / spec.name))))
+            except (ValueError, ArithmeticError) as error:  # numbers that no axis can show, 1e308 say
+                reason = f"cannot be drawn from these numbers ({' '.join(str(error).split())})"
+        if reason is not None:
             skipped[spec.name] = reason
             for ending in (".png", ".pdf"):
                 (folder / f"{spec.name}{ending}").unlink(missing_ok=True)
@@ -201,6 +207,7 @@ def _page(
         undefined=jinja2.StrictUndefined,
     )
     environment.filters["symbols"] = _symbols
+    environment.filters["shell"] = lambda words: command(*words)
     assert environment.loader is not None
     script = environment.loader.get_source(environment, SCRIPT)[0]
     titles = {spec.name: spec.title for spec in FIGURES}

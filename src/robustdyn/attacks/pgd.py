@@ -1,8 +1,10 @@
 """Projected gradient descent on the input.
 
-Shapes: B batch, C channels, H x W pixels, K classes. ε and the step are on the [0, 1] pixel scale.
+Shapes: B batch, C channels, H x W pixels, K classes. ε and the step are in the unit of the inputs: on the
+[0, 1] pixel scale unless ``valid_range`` says otherwise.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -26,7 +28,7 @@ def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class PGD:
-    """PGD of Madry et al. (ICLR 2018): x ← Π_{B(x₀, ε) ∩ [0,1]} (x + step · direction(∇_x ℓ)).
+    """PGD of Madry et al. (ICLR 2018): x ← Π_{B(x₀, ε) ∩ range} (x + step · direction(∇_x ℓ)).
 
     The direction is sign(∇) for ``linf`` and ∇/‖∇‖₂ for ``l2``. Only input gradients are computed:
     parameters receive none, and their ``.grad`` is not touched.
@@ -42,9 +44,11 @@ class PGD:
         batchnorm: ``"eval"`` attacks the network with its running statistics; ``"train"`` with those of the
             batch, which also moves the running statistics at every step, as the robust-overfitting study
             (Rice et al., ICML 2020) does.
+        valid_range: (low, high), the least and the greatest value an input may have. Inputs that a data
+            pipeline has normalised have another range than pixels.
 
     Raises:
-        ValueError: A setting outside its range.
+        ValueError: A setting outside its range, or an l∞ ball wider than ``valid_range``.
     """
 
     norm: Literal["linf", "l2"]
@@ -54,6 +58,7 @@ class PGD:
     random_start: Literal["uniform", "gaussian", "none"]
     start_std: float
     batchnorm: Literal["train", "eval"]
+    valid_range: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
         if self.norm not in ("linf", "l2"):
@@ -70,6 +75,10 @@ class PGD:
             raise ValueError(f"start_std must be positive, got {self.start_std}")
         if self.batchnorm not in ("train", "eval"):
             raise ValueError(f"batchnorm must be train or eval, got {self.batchnorm}")
+        low, high = self.valid_range
+        if not low < high:
+            raise ValueError(f"valid_range must be (low, high) with low < high, got {self.valid_range}")
+        check_radius(self.norm, self.eps, high - low)
 
     def perturb(
         self,
@@ -79,18 +88,21 @@ class PGD:
         generator: torch.Generator,
         loss: AttackLoss = summed_cross_entropy,
     ) -> Tensor:
-        """Adversarial images (B, C, H, W) in [0, 1] within ε of ``images``.
+        """Adversarial images (B, C, H, W) in ``valid_range`` within ε of ``images``.
 
         Args:
             model: Network; its mode flags are as before afterwards.
-            images: (B, C, H, W) in [0, 1].
+            images: (B, C, H, W) in ``valid_range``.
             targets: (B,) classes, or (B, K) probabilities.
             generator: Source of the random start, on the images' device.
             loss: What the attack climbs.
 
         Raises:
+            ValueError: ``images`` are outside ``valid_range``.
             RuntimeError: Called under ``torch.inference_mode``, where no input gradient exists.
         """
+        if self.steps or self.eps > 0:
+            check_range(images, self.valid_range)
         return self.climb(model, images, targets, self.start(images, generator), loss)
 
     def climb(
@@ -105,6 +117,8 @@ class PGD:
         if torch.is_inference_mode_enabled():
             raise RuntimeError("an attack needs gradients: construct the Trainer with inference_mode=False")
         images = images.detach()
+        if self.steps and images.device.type == "cpu":  # elsewhere the host would wait at every training step
+            check_range(images, self.valid_range)
         adversarial = torch.empty_like(images).copy_(start.detach())  # in the images' memory layout
         step = self._stepper(images)
         with torch.enable_grad(), self.mode(model), frozen_parameters(model):
@@ -122,9 +136,15 @@ class PGD:
         return mode(model, training=self.batchnorm == "train")
 
     def start(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Where the attack begins: a random point of the ball, or a copy of ``images`` (B, C, H, W)."""
+        """Where the attack begins: a random point of the ball, or a copy of ``images`` (B, C, H, W).
+
+        Raises:
+            ValueError: ``images`` on the CPU are outside ``valid_range``; :meth:`perturb` checks everywhere.
+        """
         if self.random_start == "none" or self.eps == 0:
             return images.clone()
+        if images.device.type == "cpu":
+            check_range(images, self.valid_range)
         # numbers are drawn in memory order: one order, so that they do not depend on the images' layout
         noise = torch.empty_like(images, memory_format=torch.contiguous_format)
         if self.random_start == "gaussian":
@@ -132,17 +152,18 @@ class PGD:
             return self._project(images, noise.mul_(self.start_std))
         if self.norm == "linf":
             noise.uniform_(-self.eps, self.eps, generator=generator)
-            return (images + noise).clamp_(0, 1)
+            return (images + noise).clamp_(*self.valid_range)
         noise.normal_(generator=generator)
         radius = torch.rand(len(images), generator=generator, device=images.device, dtype=images.dtype)
         scale = self.eps * radius.pow(1 / images[0].numel()) / _norms(noise)
-        return (images + noise * _per_example(scale, noise)).clamp_(0, 1)
+        return (images + noise * _per_example(scale, noise)).clamp_(*self.valid_range)
 
     def _stepper(self, images: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         """One step from (adversarial, gradient), which may be overwritten, around ``images``."""
         if self.norm == "linf":
             # the ball cut with the box is a box
-            low, high = (images - self.eps).clamp_(min=0), (images + self.eps).clamp_(max=1)
+            least, greatest = self.valid_range
+            low, high = (images - self.eps).clamp_(min=least), (images + self.eps).clamp_(max=greatest)
             return lambda adversarial, gradient: torch.clamp(
                 adversarial.add_(gradient.sign_(), alpha=self.step_size), low, high
             )
@@ -156,10 +177,38 @@ class PGD:
     def _project(self, images: Tensor, delta: Tensor) -> Tensor:
         """The point of the ball and the box next to ``images`` + ``delta``."""
         if self.norm == "linf":
-            return (images + delta.clamp(-self.eps, self.eps)).clamp_(0, 1)
+            return (images + delta.clamp(-self.eps, self.eps)).clamp_(*self.valid_range)
         shrink = (self.eps / _norms(delta)).clamp_(max=1)
         # The box is convex and holds x₀, so clamping only shortens delta: the ball is kept.
-        return (images + delta * _per_example(shrink, delta)).clamp_(0, 1)
+        return (images + delta * _per_example(shrink, delta)).clamp_(*self.valid_range)
+
+
+def check_radius(norm: str, eps: float, width: float) -> None:
+    """Refuse an ε, usually one in another unit, whose ball holds more than all inputs in a range.
+
+    In l2 the number of inputs is not known, and no such bound: only an infinite radius is refused.
+    """
+    if (norm == "linf" and eps > width) or eps == math.inf:
+        raise ValueError(
+            f"eps={eps} exceeds the width {width} of the valid range: divide it by 255 if it is in pixels"
+        )
+
+
+def check_range(images: Tensor, valid_range: tuple[float, float]) -> None:
+    """Refuse inputs outside their range, which clamping would move out of the ball, or not finite.
+
+    Raises:
+        ValueError: With the range that the inputs have.
+    """
+    if images.numel() == 0:
+        return
+    least, greatest = (float(value) for value in images.aminmax())
+    low, high = valid_range
+    if not (least >= low and greatest <= high):
+        raise ValueError(
+            f"inputs lie in [{least:.4g}, {greatest:.4g}], outside valid_range=({low:g}, {high:g}): "
+            "give the range that they can have, or normalise inside the model"
+        )
 
 
 def _norms(x: Tensor) -> Tensor:

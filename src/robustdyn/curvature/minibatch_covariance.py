@@ -261,6 +261,7 @@ class MinibatchCovariance(LinearOperator):
             restarts=0,
             seconds=time.perf_counter() - began,
             which="largest",
+            warm_start=columns.sum(dim=0),
         )
 
     # ------------------------------------------------------------------ numbers with standard errors

@@ -18,16 +18,15 @@ from robustdyn.attacks import PGD
 from robustdyn.data import ImageDataModule, ImageTensors
 from robustdyn.data.tensors import to_unit
 from robustdyn.entrypoints.checkpoint import (
-    RUN_CONFIG,
     changed_run,
     checkpoint_of,
     device_of,
-    load_config,
     required_run_of,
     type_name,
 )
 from robustdyn.entrypoints.config import COUNT, NON_NEGATIVE, POSITIVE, WHOLE, Rule, build, check_rules
 from robustdyn.entrypoints.environment import processor
+from robustdyn.entrypoints.paths import load_run
 from robustdyn.entrypoints.terminal import run_app
 from robustdyn.errors import ConfigError, RecordError
 from robustdyn.evaluation.certificate import CertificateSettings, Certifier, measured_posterior
@@ -66,7 +65,7 @@ RULES: Mapping[str, Rule] = {
 
 def main() -> None:
     """The ``robustdyn-certify`` command."""
-    run_app(run_certify, NAME)
+    run_app(run_certify, NAME, paths=("replicas",))
 
 
 def run_certify(cfg: DictConfig) -> None:
@@ -218,7 +217,7 @@ def _examples(
     Raises:
         UserError: The ensemble's examples are not those, or leave none that the prior has not seen.
     """
-    run = load_config(run_dir / RUN_CONFIG)
+    run = load_run(run_dir)
     changed = changed_run(run, cfg.run)
     seen, trained, test = _split(run, "train"), _split(changed, "train"), _split(changed, "test")
     if _fingerprint(trained) != images:

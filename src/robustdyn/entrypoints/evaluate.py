@@ -30,6 +30,7 @@ from robustdyn.entrypoints.checkpoint import (
 )
 from robustdyn.entrypoints.config import COUNT, POSITIVE, WHOLE, Rule, build, check, check_rules, config_dir
 from robustdyn.entrypoints.environment import processor
+from robustdyn.entrypoints.paths import load_run
 from robustdyn.entrypoints.terminal import run_app
 from robustdyn.errors import ConfigError, RecordError
 from robustdyn.evaluation import Ball, EvaluationRecord, Result, evaluate
@@ -182,7 +183,7 @@ def _of_run(checkpoint: Path, run_dir: Path | None) -> DictConfig:
                 "what it was trained on and which network it is, data=... model=..."
             )
         return _composed([], typed)
-    run = load_config(run_dir / RUN_CONFIG)
+    run = load_run(run_dir)
     kept = [group for group in OF_THE_RUN if group not in typed.groups and group in run]
     for group in kept:
         if not isinstance(run[group], DictConfig):

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from robustdyn.entrypoints.status import status_of
+from robustdyn.entrypoints.config import register_resolvers
+from robustdyn.entrypoints.status import say, status_of
 from robustdyn.errors import RecordError
 from robustdyn.measure import posterior_rows
 from robustdyn.records import Run, RunRecords, find_runs, read_table
@@ -29,13 +30,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="of curvature and noise between measured epochs (default: the run's measure.interpolation)",
     )
     arguments = parser.parse_args(argv)
+    register_resolvers()  # which settings in the runs' configurations refer to
 
     found: list[Run] = []
     failed = status_of(lambda: found.extend(find_runs(arguments.path)))
 
     def write(run: Run) -> None:
         count = write_posterior(run, arguments.interpolation)
-        print(f"{run.path}: {count} rows")
+        say(f"{run.path}: {count} rows")
 
     # a run without a law must not keep the others of its sweep from theirs
     return max([failed, *(status_of(partial(write, run)) for run in found)])
@@ -52,6 +54,11 @@ def write_posterior(run: Run, interpolation: Interpolation | None) -> int:
     tables = {name: read_table(run.path, name) for name in ("epochs", "rates", "spectrum", "bounds")}
     if tables["spectrum"].empty:
         raise RecordError(f"{run.path}: no spectrum was recorded; train with measure.measurements.spectrum")
+    for name in ("epochs", "rates"):
+        if (tables[name]["step"].diff() <= 0).any():
+            raise RecordError(
+                f"{run.path}: the steps of the table {name} do not increase; restore its record"
+            )
     try:
         optimizer, measure = run.config["optimizer"], run.config["measure"]
         rows = posterior_rows(

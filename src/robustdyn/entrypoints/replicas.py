@@ -12,15 +12,14 @@ from torch import Tensor, nn
 
 from robustdyn.data import ImageDataModule
 from robustdyn.entrypoints.checkpoint import (
-    RUN_CONFIG,
     changed_run,
     checkpoint_of,
     device_of,
-    load_config,
     required_run_of,
 )
 from robustdyn.entrypoints.config import build, config_dir
 from robustdyn.entrypoints.ensembles import check_run, description, ensemble_settings, provenance
+from robustdyn.entrypoints.paths import load_run
 from robustdyn.entrypoints.terminal import run_app
 from robustdyn.errors import ConfigError, RecordError
 from robustdyn.methods import Regularizer
@@ -69,7 +68,7 @@ def _shard(typed: str | None) -> tuple[int, int]:
 
 def _run_config(cfg: DictConfig, run_dir: Path) -> DictConfig:
     """The run's configuration with what this command changes."""
-    run = load_config(run_dir / RUN_CONFIG)
+    run = load_run(run_dir)
     for group in ("perturbation", "optimizer"):
         name = cfg.method[group]
         if name == "run":

@@ -13,7 +13,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from robustdyn.entrypoints.status import status_of
+from robustdyn.entrypoints.config import register_resolvers
+from robustdyn.entrypoints.status import say, status_of
 from robustdyn.errors import ConfigError, RecordError, UserError
 from robustdyn.records import find_runs
 from robustdyn.records.progress import Plan, RunState, count, run_states
@@ -45,7 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     paths: list[Path] = arguments.path
     output: Path = arguments.output or (paths[0] if len(paths) == 1 else Path()) / "report"
-    from robustdyn.analysis.report import build_report  # the plotting libraries load slowly: not for --help
+    # not for --help: these load slowly
+    from robustdyn.analysis.report import build_report
+
+    register_resolvers()  # which settings in the runs' configurations refer to
+
+    register_resolvers()  # which settings in the runs' configurations refer to
 
     def report() -> None:
         states = states_of(paths)
@@ -120,13 +126,12 @@ def say_states(states: Sequence[RunState], stream: TextIO) -> None:
     """How many runs are done, and each one that is not; nothing about a single run that is."""
     if [state.state for state in states] in ([], ["done"]):
         return
-    stream.write(f"runs: {count(states)}\n")
+    say(f"runs: {count(states)}", stream)
     for state in states:
         if state.state != "done":
-            stream.write(f"  {state.state:<10}  {state.name}: {state.remark}\n")
+            say(f"  {state.state:<10}  {state.name}: {state.remark}", stream)
             if state.traceback is not None:
-                stream.write(f"  {'':<10}  traceback: {state.traceback}\n")
-    stream.flush()
+                say(f"  {'':<10}  traceback: {state.traceback}", stream)
 
 
 def _load(path: Path) -> DictConfig:
@@ -145,8 +150,7 @@ def _load(path: Path) -> DictConfig:
 def announce(report: "Report") -> None:
     """Say where the report is and the three numbers that matter."""
     for line in (*report.headline, f"report: {report.html}"):
-        sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()
+        say(line)
 
 
 def _parser() -> argparse.ArgumentParser:

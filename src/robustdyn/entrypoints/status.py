@@ -7,9 +7,14 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 from robustdyn.errors import UserError
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Print a line at once, on the terminal or on ``stream``."""
+    print(text, file=stream or sys.stdout, flush=True)
 
 
 def status_of(action: Callable[[], None]) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from robustdyn.entrypoints.config import register_resolvers
-from robustdyn.entrypoints.status import status_of
+from robustdyn.entrypoints.status import say, status_of
 
 EPILOG = """\
 examples:
@@ -32,8 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def study() -> None:
         written = conduct(arguments.study, paths, output)
-        sys.stdout.write(written.findings.read_text(encoding="utf-8"))
-        sys.stdout.write(f"figures and tables: {output}\n")
+        say(written.findings.read_text(encoding="utf-8").rstrip("\n"))
+        say(f"figures and tables: {output}")
 
     return status_of(study)
 

@@ -3,6 +3,7 @@
 import gc
 import logging
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -24,11 +25,15 @@ from omegaconf.errors import OmegaConfBaseException
 from robustdyn.analysis.report import build_report
 from robustdyn.entrypoints.report import announce, plan_of, say_states, states_of
 from robustdyn.errors import RecordError, UserError
+from robustdyn.records.command_line import at, hydra_quoted
 from robustdyn.records.files import sole_process
 from robustdyn.records.progress import Plan, RunStatus, folder_name, identity, is_done, one_line
 
 LOCAL = (".BasicLauncher", ".JoblibLauncher")
 """Launchers that know of a run's failure from its status; others, of a cluster, are to see it themselves."""
+
+SWEEP_PROCESS = "ROBUSTDYN_SWEEP_PROCESS"
+"""Tells the workers of a parallel sweep whose they are."""
 
 log = logging.getLogger(__name__)
 
@@ -73,10 +78,10 @@ def run_in_its_directory(task: Callable[[DictConfig], None], cfg: DictConfig) ->
 @cache
 def _end_with_parent() -> None:
     """Kill this worker of a parallel sweep once the sweep's process is gone, which may be started again."""
-    parent = os.getppid()
+    sweep = int(os.environ[SWEEP_PROCESS])
 
     def watch() -> None:
-        while os.getppid() == parent:
+        while os.getppid() == sweep:
             time.sleep(1.0)
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -113,6 +118,7 @@ class SweepReport(Callback):
         """Hydra's hook: tell all runs their directory and keys; refuse runs that would share a folder."""
         HydraConfig.instance().set_config(config)  # which ${hydra:...} reads, and Hydra sets for runs only
         self._enter(Path(config.hydra.sweep.dir), "choose another hydra.sweep.dir")
+        os.environ[SWEEP_PROCESS] = str(os.getpid())
         plan = plan_of(config)
         # each run composes its configuration anew, and its own name must not move it to another sweep
         pinned: dict[str, str | list[str]] = {"hydra.sweep.dir": str(config.hydra.sweep.dir)}
@@ -122,7 +128,7 @@ class SweepReport(Callback):
         with read_write(config.hydra), open_dict(config.hydra):
             for key, value in pinned.items():
                 OmegaConf.update(config, key, value)
-                config.hydra.overrides.hydra.append(f"{key}={_quoted(value)}")
+                config.hydra.overrides.hydra.append(f"{key}={_in_grammar(value)}")
         SweepReport.running = config
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
@@ -154,6 +160,8 @@ def end_sweep(*, report: bool = True) -> bool:
     if all(state.state == "missing" for state in states):
         return False
     if report and config.report:
+        sys.stdout.write(f"building the report of {folder}\n")
+        sys.stdout.flush()
         try:
             announce(build_report([folder], folder / "report", states))
         except UserError as error:  # none of the runs finished an epoch, say
@@ -161,7 +169,9 @@ def end_sweep(*, report: bool = True) -> bool:
     say_states(states, sys.stderr)
     done = all(state.state == "done" for state in states if state.asked)
     if not done:
-        sys.stderr.write(f"the same command with hydra.sweep.dir={folder} runs what is not done\n")
+        sys.stderr.write(
+            f"the same command with {shlex.quote(at('hydra.sweep.dir', folder))} runs what is not done\n"
+        )
     return done
 
 
@@ -174,6 +184,7 @@ def forget_sweep() -> None:
     """Say nothing at its end, for it never began; leave Hydra's state as it was before the command."""
     SweepReport.running = None
     SweepReport.inside.close()
+    os.environ.pop(SWEEP_PROCESS, None)
     HydraConfig.instance().cfg = None
 
 
@@ -197,12 +208,9 @@ def _refuse_shared_folders(config: DictConfig, plan: Plan) -> None:
             sys.exit(1)  # Hydra would turn an exception of a callback into a warning
 
 
-def _quoted(value: str | Sequence[str]) -> str:
+def _in_grammar(value: str | Sequence[str]) -> str:
     """A value in the grammar of Hydra's overrides."""
-    if isinstance(value, str):
-        escaped = value.replace("'", "\\'")
-        return f"'{escaped}'"
-    return f"[{','.join(map(_quoted, value))}]"
+    return hydra_quoted(value) if isinstance(value, str) else f"[{','.join(map(hydra_quoted, value))}]"
 
 
 def _settings(cfg: DictConfig) -> dict[str, Any]:

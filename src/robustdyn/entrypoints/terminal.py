@@ -5,7 +5,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import nullcontext
 
 import hydra
@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from robustdyn.entrypoints.cluster import in_slurm
 from robustdyn.entrypoints.config import config_dir
+from robustdyn.entrypoints.paths import anchor, quoted_paths
 from robustdyn.entrypoints.status import Terminated, speak_safely, terminable
 from robustdyn.entrypoints.sweep import end_sweep, forget_sweep, run_in_its_directory, sweeping
 from robustdyn.errors import UserError
@@ -26,17 +27,19 @@ SHORT = "ROBUSTDYN_SHORT_ERRORS"
 INTERRUPTED, TERMINATED = 130, 143  # the shells' exit status after Ctrl-C and after SIGTERM
 
 
-def run_app(task: Callable[[DictConfig], None], config_name: str) -> None:
+def run_app(task: Callable[[DictConfig], None], config_name: str, paths: Collection[str] = ()) -> None:
     """Run ``task`` under Hydra; a :class:`UserError` or a composition error becomes one line and status 1.
 
     With ``HYDRA_FULL_ERROR=1`` every error keeps its stack trace. A sweep runs to its end whatever happens to
     its runs, and ends with status 1 unless all of them are done; see :mod:`robustdyn.entrypoints.sweep`.
+    ``paths``: its keys that hold paths, beside those that all commands have.
     """
     speak_safely()
     for chatty in ("fontTools", "matplotlib"):  # Hydra's handlers would print their notes on every figure
         logging.getLogger(chatty).setLevel(logging.WARNING)
     # argparse cannot take overrides on both sides of a flag: "a=1 -m b=2" would be refused
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))
+    sys.argv[1:] = quoted_paths(sys.argv[1:], paths)
     short = SHORT in os.environ or not os.environ.get("HYDRA_FULL_ERROR")
     if short:
         # Hydra then hands errors over instead of printing them; the mark tells the processes that a
@@ -80,6 +83,7 @@ def _task_with_short_errors(
     def run(cfg: DictConfig) -> None:
         started.append(True)
         hydra_cfg = HydraConfig.get()
+        anchor(cfg, hydra_cfg.runtime.cwd)
         try:
             if hydra_cfg.output_subdir is None:  # writes no run directory
                 task(cfg)

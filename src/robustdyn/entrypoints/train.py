@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import warnings
 from pathlib import Path
 
@@ -97,6 +98,9 @@ def _train(cfg: DictConfig) -> None:
         with publisher:
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
             if cfg.report and trainer.is_global_zero and (alone or publisher.shows_figures):
+                if alone:
+                    sys.stdout.write("building the report\n")
+                    sys.stdout.flush()
                 report = build_report([run_dir], run_dir / "report")
                 publisher.show(report.figures)
                 if alone:

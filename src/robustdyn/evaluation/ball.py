@@ -6,6 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from robustdyn.attacks.pgd import check_radius
+
 Norm = Literal["linf", "l2"]
 
 # float32 sums of some thousand terms near 1, as an l2 projection rounds them: sqrt(3e3) * 6e-8, times ten.
@@ -21,7 +23,7 @@ class Ball:
         eps: Radius ≥ 0 on the [0, 1] pixel scale.
 
     Raises:
-        ValueError: An unknown norm or a negative radius.
+        ValueError: An unknown norm, a negative radius, or an l∞ radius above 1.
     """
 
     norm: Norm
@@ -32,6 +34,7 @@ class Ball:
             raise ValueError(f"norm must be linf or l2, got {self.norm}")
         if not self.eps >= 0:
             raise ValueError(f"eps must be at least 0, got {self.eps}")
+        check_radius(self.norm, self.eps, 1.0)
 
     def holds(self, images: Tensor, moved: Tensor) -> Tensor:
         """Which of ``moved`` (B, C, H, W) lie in the ball around ``images`` and in [0, 1], bool (B,).

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from robustdyn.attacks.pgd import check_range
 from robustdyn.data import Batch, ImageTensors
 from robustdyn.evaluation.ball import Ball
 from robustdyn.evaluation.evaluators import Attack, Evaluator, right
@@ -86,7 +87,8 @@ def evaluate(
         progress: Called after every batch.
 
     Raises:
-        ValueError: A name that cannot be, or an evaluator that is not defined for these data.
+        ValueError: A name that cannot be, an evaluator that is not defined for these data, or images outside
+            [0, 1].
         RuntimeError: An attack left the ball.
         RecordError: The record is of other settings, or cannot be written.
     """
@@ -130,7 +132,9 @@ class _Run:
         self.predictions: list[int] = []
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        return self.data.batch(torch.tensor(list(indices)))
+        batch = self.data.batch(torch.tensor(list(indices)))
+        check_range(batch.images, (0.0, 1.0))  # the ball's, for attacks that are not ours too
+        return batch
 
     def clean(self) -> Tensor:
         """Which examples are right unattacked, bool (N,)."""

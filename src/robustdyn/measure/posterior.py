@@ -156,7 +156,7 @@ class _Direction:
             if self.stable[first] and inside.any():
                 start = self._settled(first) if first > 0 else np.zeros((1, 2, 2))
                 result[0, inside] = self._shuffled(int(first), int(last), start)[ends[inside] - first - 1]
-                result[1, inside] = self._window(int(first), int(last), ends[inside], start)
+                result[1, inside] = self._window(int(first), ends[inside], start)
         return result[0], result[1]
 
     def _settled(self, step: int) -> Array:
@@ -189,22 +189,16 @@ class _Direction:
             initial_covariance=start[0],
         )
 
-    def _window(self, first: int, last: int, ends: NDArray[np.int_], start: Array) -> Array:
-        """σ² after ``ends`` steps, in a stretch of steps that are all stable."""
-        later = self.spectrum.step > first
-        spectrum = MeasuredSpectrum(  # as seen from ``first``
-            step=np.append(0, self.spectrum.step[later] - first),
-            eigenvalue=np.vstack([self.eigenvalue[[first], None], self.spectrum.eigenvalue[later]]),
-            noise=np.vstack([self.noise[[first], None], self.spectrum.noise[later]]),
-            interpolation=self.interpolation,
-        )
+    def _window(self, first: int, ends: NDArray[np.int_], start: Array) -> Array:
+        """σ² after ``ends`` steps, in a stretch of steps from ``first`` on that are all stable."""
         path = propagate(
-            spectrum,
-            self.rates[first:last],
+            self.spectrum,
+            self.rates,
             momentum=self.momentum,
             weight_decay=self.weight_decay,
-            record_steps=ends - first,
+            record_steps=ends,
             initial_covariance=start,
+            first_step=first,
         )
         return path.variance[:, 0]
 

@@ -1,4 +1,4 @@
-"""What tells runs apart: the few settings that differ, under names as short as they can be.
+"""What tells runs apart: the few settings that differ, under the keys that one types.
 
 Labels come from the composed configurations alone. Settings that only follow from another one (everything
 that ``method=awp`` implies) are left out, unless somebody typed them on the command line; where files go and
@@ -111,8 +111,7 @@ def labels(setups: Sequence[Setup], without: Iterable[str] = ()) -> list[str]:
     """
     dropped = set(without)
     facts = {key: values for key, values in distinguishing(setups).items() if key not in dropped}
-    short = _short_names(facts, setups)
-    texts = [_text({short[key]: values[i] for key, values in facts.items()}) for i in range(len(setups))]
+    texts = [_text({key: values[i] for key, values in facts.items()}) for i in range(len(setups))]
     if dropped:
         return texts
     names = _directory_names([setup.path for setup in setups])
@@ -161,21 +160,6 @@ def _ignored(key: str) -> bool:
 
 def _ordered_union(mappings: Iterable[Mapping[str, object]]) -> list[str]:
     return list(dict.fromkeys(key for mapping in mappings for key in mapping))
-
-
-def _short_names(keys: Iterable[str], setups: Sequence[Setup]) -> dict[str, str]:
-    """For each key its shortest ending that no other key of any run has."""
-    every = {key for setup in setups for key in flatten(setup.config)} | set(keys)
-
-    def shortest(key: str) -> str:
-        parts = key.split(".")
-        for n in range(1, len(parts)):
-            ending = ".".join(parts[-n:])
-            if not any(other != key and (other == ending or other.endswith("." + ending)) for other in every):
-                return ending
-        return key
-
-    return {key: shortest(key) for key in keys}
 
 
 def _directory_names(paths: Sequence[Path]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import warnings
 from pathlib import Path
@@ -9,17 +10,22 @@ from typing import Any
 
 from robustdyn.errors import RecordError
 
+LONGEST = 1 << 20
+"""Bytes of a line: a row has some hundred."""
+LAST_EPOCH = 10**9
+
 
 def decode(line: bytes) -> dict[str, Any] | None:
-    """The row in one line, or ``None`` when the line is broken.
+    """The row in one line, or ``None`` when the line is broken; NaN and infinities are null.
 
     A line cut short never decodes: the closing brace is its last character.
     """
     try:
-        row = json.loads(line)
-    except ValueError:
+        row = json.loads(line, parse_constant=lambda name: None)
+    except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) and isinstance(row.get("epoch"), int) else None
+    epoch = row.get("epoch") if isinstance(row, dict) else None
+    return row if type(epoch) is int and 0 <= epoch <= LAST_EPOCH else None
 
 
 def parse_lines(path: Path, *, warn: bool = True) -> list[dict[str, Any]]:
@@ -28,22 +34,35 @@ def parse_lines(path: Path, *, warn: bool = True) -> list[dict[str, Any]]:
     A broken last line (the process was killed while writing it) is left out, with a warning if ``warn``.
 
     Raises:
-        RecordError: The file cannot be read, or a line before the last is broken.
+        RecordError: The file cannot be read, or a line before the last is broken, or one is too long.
     """
-    try:
-        lines = [(n, line) for n, line in enumerate(path.read_bytes().split(b"\n"), start=1) if line.strip()]
-    except OSError as error:
-        raise RecordError(f"{path}: cannot read ({error.strerror})") from error
     rows: list[dict[str, Any]] = []
-    for number, line in lines:
-        row = decode(line)
-        if row is not None:
-            rows.append(row)
-        elif number == lines[-1][0]:
-            if warn:
-                warnings.warn(f"{path}, line {number}: half-written last line left out", stacklevel=3)
-        else:
-            raise RecordError(
-                f"{path}, line {number}: not a record; remove the line, or restore the file from a copy"
-            )
+    broken: int | None = None
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(iter(lambda: file.readline(LONGEST + 1), b""), start=1):
+                if not line.strip():
+                    continue
+                row = decode(line) if len(line) <= LONGEST else None
+                if broken is not None or len(line) > LONGEST:
+                    raise RecordError(
+                        f"{path}, line {broken or number}: not a record; remove the line, or restore the "
+                        "file from a copy"
+                    )
+                if row is None:
+                    broken = number
+                else:
+                    rows.append(row)
+    except OSError as error:
+        if isinstance(error, RecordError):
+            raise
+        raise RecordError(f"{path}: cannot read ({error.strerror})") from error
+    if broken is not None and warn:
+        warn_once(f"{path}, line {broken}: half-written last line left out")
     return rows
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    """Warn of a file once, however often it is read."""
+    warnings.warn(text, stacklevel=2)

@@ -253,7 +253,7 @@ def _status(run_dir: Path) -> dict[str, Any] | None:
     """The status file; None if there is none that can be read."""
     try:
         status = json.loads((run_dir / STATUS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return status if isinstance(status, dict) else None
 

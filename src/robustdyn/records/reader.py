@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +17,12 @@ from omegaconf.errors import OmegaConfBaseException
 from robustdyn.errors import RecordError
 from robustdyn.records import schema
 from robustdyn.records.labels import SEED, Setup, distinguishing, flatten, format_value, labels
-from robustdyn.records.lines import parse_lines
+from robustdyn.records.lines import parse_lines, warn_once
 from robustdyn.records.untrusted import read_yaml, untrusted_config
 from robustdyn.records.writer import RECORDS
 
 CONFIG = Path(".hydra", "config.yaml")
+LARGEST = 2**53  # whole numbers up to here are exact as float64
 ALL_SEEDS = "all seeds"
 
 
@@ -47,8 +48,8 @@ def read_table(run_dir: str | os.PathLike[str], table: str) -> pd.DataFrame:
 
     Returns:
         One row per record in the order written, all columns of the schema in its order (null where not
-        recorded), then any column the schema does not know. Without a file, no rows. Of rows written twice
-        the last counts, with a warning; a half-written last line is left out, with a warning.
+        recorded, NaN or infinite), then any column the schema does not know. Without a file, no rows. Of rows
+        written twice the last counts, with a warning; a half-written last line is left out, with a warning.
 
     Raises:
         RecordError: A line other than the last is broken; the message names file and line.
@@ -62,7 +63,7 @@ def read_table(run_dir: str | os.PathLike[str], table: str) -> pd.DataFrame:
         frame[column.name] = _typed(frame[column.name], column, spec, path)
     repeated = frame.duplicated(list(spec.key), keep="last")
     if repeated.any():
-        warnings.warn(f"{path}: {int(repeated.sum())} rows written twice, the last one counts", stacklevel=2)
+        warn_once(f"{path}: {int(repeated.sum())} rows written twice, the last one counts")
         frame = frame[~repeated].reset_index(drop=True)
     return frame
 
@@ -127,7 +128,9 @@ def combine(runs: Sequence[Run], table: str) -> pd.DataFrame:
 
     Returns:
         ``run`` and ``group`` (labels), one column per setting that tells the runs apart (named by its config
-        key; ``config.<key>`` where the table has a column of that name), then the table's columns.
+        key; ``config.<key>`` where the table has a column of that name), then the table's columns. Of those
+        the schema does not know, ``recorded.<name>`` where a label or a setting has the name, and text where
+        values are of several types.
     """
     spec = schema.table(table)
     settings = {
@@ -139,9 +142,15 @@ def combine(runs: Sequence[Run], table: str) -> pd.DataFrame:
         frame = read_table(run.path, table)
         names = {"run": run.label, "group": run.group} | {key: values[i] for key, values in settings.items()}
         head = pd.DataFrame({key: [value] * len(frame) for key, value in names.items()}, index=frame.index)
+        frame = frame.rename(columns={name: f"recorded.{name}" for name in frame if name in names})
         frames.append(pd.concat([head, frame], axis=1))
     filled = [frame for frame in frames if not frame.empty]
-    return pd.concat(filled, ignore_index=True) if filled else frames[0]
+    whole = pd.concat(filled, ignore_index=True) if filled else frames[0]
+    for name in whole.columns.difference([*settings, *spec.names, "run", "group"]):
+        if whole[name].dtype == "object":
+            known = whole[name].notna()
+            whole.loc[known, name] = pd.Series(_uniform(whole.loc[known, name].tolist()), whole.index[known])
+    return whole
 
 
 def _run_directories(path: Path) -> list[Path]:
@@ -230,8 +239,15 @@ def _typed(values: pd.Series, column: schema.Column, spec: schema.Table, path: P
             raise ValueError("null or absent in some rows")
         if column.kind in ("int", "float"):
             numbers = pd.to_numeric(values).astype("float64")
-            whole = column.kind == "int" and not numbers.isna().any()
-            return numbers.astype("int64") if whole else numbers
+            numbers = numbers.where(numbers.abs() < math.inf)  # 1e999 is read as infinity
+            if column.kind == "float":
+                return numbers
+            known = numbers.dropna()
+            if ((known % 1 != 0) | (known.abs() > LARGEST)).any():
+                raise ValueError("not a whole number, or beyond 2^53")
+            return numbers if len(known) < len(numbers) else numbers.astype("int64")
+        if column.kind == "str" and not values.dropna().map(lambda value: isinstance(value, str)).all():
+            raise ValueError("not text in some rows")
         return values.astype("boolean" if column.kind == "bool" else "object")
     except (TypeError, ValueError) as error:
         raise RecordError(

@@ -198,6 +198,7 @@ def _coupled(
         weight_decay=unit.weight_decay,
         record_steps=ensemble.steps,
         initial_mean=begin,
+        allow_unstable=True,  # what replicas did near the edge of stability is compared all the same
     )
     return Law(name=name, mean=law.position, covariance=law.position_covariance)
 

@@ -208,12 +208,12 @@ def read_ensemble(directory: Path) -> RecordedEnsemble:
         RecordError: There is none, or a file cannot be read.
     """
     if not (directory / SETTINGS).exists():
-        raise RecordError(f"{directory}: no ensemble; make it with robustdyn-replicas output={directory}")
+        raise RecordError(f"{directory}: no ensemble; make one with robustdyn-replicas")
     settings = _settings(directory)
     files = sorted((directory / CHUNKS).glob("*.npz"))
     if not files:
         raise RecordError(
-            f"{directory}: holds no finished replicas; run robustdyn-replicas output={directory}"
+            f"{directory}: holds no finished replicas; run the same robustdyn-replicas command again"
         )
     chunks = [_unpacked(path) for path in files]
     arrays: dict[str, Any] = dict.fromkeys(EXPANDED)

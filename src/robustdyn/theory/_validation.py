@@ -9,6 +9,7 @@ IntArray = NDArray[np.int64]
 # A covariance assembled in float32 from some thousand samples is symmetric and positive up to this share
 # of its largest eigenvalue: sqrt(1e4) * 6e-8, times two.
 _PSD_SLACK = 1e-5
+_LARGEST = 2**53  # up to here float64 holds every whole number
 
 
 def first_offender(values: Array, ok: NDArray[np.bool_]) -> str:
@@ -87,9 +88,51 @@ def count(name: str, value: int, minimum: int = 1) -> int:
     Raises:
         ValueError: It is not a whole number, or smaller than ``minimum``.
     """
-    if value != int(value) or value < minimum:
+    if not np.isfinite(value) or value != int(value) or value < minimum:
         raise ValueError(f"{name} is {value}; it must be a whole number >= {minimum}")
     return int(value)
+
+
+def scalar(name: str, values: ArrayLike) -> float:
+    """``values`` as a float.
+
+    Raises:
+        ValueError: It is an array of numbers.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim:
+        raise ValueError(f"{name} has shape {array.shape}; it must be one number")
+    return float(array)
+
+
+def whole(name: str, values: ArrayLike, minimum: int = 0) -> IntArray:
+    """``values`` as int64.
+
+    Raises:
+        ValueError: An entry is not a whole number in [``minimum``, 2**53].
+    """
+    array = finite(name, values)
+    ok = (array == np.rint(array)) & (array >= minimum) & (array <= _LARGEST)
+    if not ok.all():
+        raise ValueError(f"{name} is {first_offender(array, ok)}; it must be a whole number >= {minimum}")
+    return array.astype(np.int64)
+
+
+def recorded_steps(record_steps: ArrayLike, first: int, last: int) -> IntArray:
+    """``record_steps`` as an int64 vector (R,).
+
+    Raises:
+        ValueError: They are not whole numbers in [``first``, ``last``] that increase.
+    """
+    record = vector("record_steps", np.atleast_1d(finite("record_steps", record_steps)))
+    ok = (record >= first) & (record <= last) & (record == np.rint(record))
+    if not ok.all():
+        raise ValueError(
+            f"record_steps is {first_offender(record, ok)}; it must be a whole number in [{first}, {last}]"
+        )
+    if not (np.diff(record) > 0).all():
+        raise ValueError(f"record_steps is {record.tolist()}; it must be strictly increasing")
+    return record.astype(np.int64)
 
 
 def vector(name: str, values: Array, size: int | None = None) -> Array:
@@ -102,6 +145,31 @@ def vector(name: str, values: Array, size: int | None = None) -> Array:
         wanted = "(k,) with k >= 1" if size is None else f"({size},)"
         raise ValueError(f"{name} has shape {values.shape}; it must be {wanted}")
     return values
+
+
+def state_covariances(name: str, blocks: ArrayLike, shape: tuple[int, ...]) -> Array:
+    """Covariances of (x, v), (k, 2, 2) of single directions or (k, k, 2, 2) of all pairs, as float64.
+
+    Raises:
+        ValueError: Another shape, or no covariances, to the accuracy of :func:`covariance_matrix`.
+    """
+    array = finite(name, blocks)
+    if array.shape != shape:
+        raise ValueError(f"{name} has shape {array.shape}; it must be {shape}")
+    if array.ndim == 4:
+        covariance_matrix(name, array.transpose(0, 2, 1, 3).reshape(2 * shape[0], 2 * shape[0]))
+        return array
+    # in units of each variable's own deviation: η lies between those of x and v
+    deviation = np.sqrt(np.maximum(np.einsum("kii->ki", array), 0))
+    product, mixed = deviation.prod(axis=1), (array[:, 0, 1], array[:, 1, 0])
+    good = (np.einsum("kii->ki", array) >= 0).all(axis=1) & (
+        np.abs(mixed).max(axis=0) <= (1 + _PSD_SLACK) * product
+    )
+    good &= np.abs(mixed[0] - mixed[1]) <= _PSD_SLACK * product
+    if not good.all():
+        index = int(np.argmin(good))
+        raise ValueError(f"{name} is {array[index].tolist()} at index {index}; it must be a covariance")
+    return array
 
 
 def covariance_matrix(name: str, matrix: ArrayLike, size: int | None = None) -> Array:

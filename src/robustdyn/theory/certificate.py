@@ -21,6 +21,7 @@ from robustdyn.theory._validation import (
     non_negative,
     positive,
     probability,
+    vector,
 )
 from robustdyn.theory.bounds import gaussian_kl
 from robustdyn.theory.stationary import total_correlation
@@ -132,7 +133,7 @@ def subspace_kl(
     variances = positive("diagonal of covariance", np.diag(sigma))
     others = count("parameters", parameters, minimum=len(sigma)) - len(sigma)
     prior = float(positive("prior_variance", prior_variance))
-    excess = float(positive("complement_variance", complement_variance)) / prior - 1
+    ratio = float(positive("complement_variance", complement_variance)) / prior
     correlated = total_correlation(sigma)
     if not math.isfinite(correlated):
         raise ValueError("covariance is singular; it takes more replicas than directions")
@@ -146,7 +147,7 @@ def subspace_kl(
         mean=shape.mean,
         variances=shape.trace + shape.log_determinant,
         total_correlation=shape.total_correlation,
-        complement=0.5 * others * (excess - math.log1p(excess)),
+        complement=0.5 * others * (ratio - 1 - math.log(ratio)),
     )
 
 
@@ -199,6 +200,7 @@ def risk_certificate(
     """
     errors = np.atleast_1d(_share("sampled_errors", sampled_errors))
     samples = count("number of sampled_errors", errors.size)
+    vector("sampled_errors", errors)
     n = count("n", n, minimum=8)
     distance = float(non_negative("kl", kl))
     probability(

@@ -21,7 +21,10 @@ from robustdyn.theory._validation import (
     momentum_range,
     non_negative,
     positive,
+    recorded_steps,
+    scalar,
     vector,
+    whole,
 )
 from robustdyn.theory.trajectory import PosteriorTrajectory
 
@@ -63,7 +66,7 @@ class MeasuredDrift:
             raise ValueError(
                 f"interpolation is {self.interpolation!r}; it must be 'piecewise_constant' or 'linear'"
             )
-        object.__setattr__(self, "step", step.astype(np.int64))
+        object.__setattr__(self, "step", whole("step", step))
         object.__setattr__(self, "slope", slope)
         for name in ("example_noise", "attack_noise"):
             noise = finite(name, getattr(self, name))
@@ -112,7 +115,8 @@ class BatchSampling:
             replacement, which are independent.
 
     Raises:
-        ValueError: No examples, or a size or an epoch that is not positive.
+        ValueError: A number of examples, a size or an epoch that is no whole number ≥ 1, or an epoch of more
+            examples than there are.
     """
 
     examples: int
@@ -121,9 +125,16 @@ class BatchSampling:
 
     def __post_init__(self) -> None:
         count("examples", self.examples)
-        positive("sizes", self.sizes)
+        sizes = whole("sizes", vector("sizes", finite("sizes", self.sizes)), minimum=1)
+        object.__setattr__(self, "sizes", sizes)
         if self.epoch is not None:
-            count("epoch", self.epoch)
+            starts = np.arange(0, sizes.size, count("epoch", self.epoch))
+            drawn = int(np.add.reduceat(sizes, starts).max())
+            if drawn > self.examples:
+                raise ValueError(
+                    f"an epoch of {self.epoch} batches has {drawn} examples; without replacement it must "
+                    f"have at most {self.examples}"
+                )
 
 
 def propagate_coupled(
@@ -135,6 +146,7 @@ def propagate_coupled(
     weight_decay: float,
     record_steps: ArrayLike,
     initial_mean: ArrayLike | None = None,
+    allow_unstable: bool = False,
 ) -> PosteriorTrajectory:
     """The exact law of (x, v) from one point, for any slope and either sampling.
 
@@ -143,8 +155,10 @@ def propagate_coupled(
         m ← A m + b g,    S ← A S Aᵀ + b V bᵀ,    Cov s = S − E
 
     where V = C₁ / B + C_a / B and E = 0 with replacement. Without, two batches of an epoch have covariance
-    −C₁ / (n − 1), so that V = n C₁ / ((n − 1) B) + C_a / B, and E is the sum over epochs of G C₁ Gᵀ / (n −
-    1), G the response of s to one noise vector in all steps of an epoch.
+    −C₁ / (n − 1), so that V = n C₁ / ((n − 1) B) + C_a / B, and E is the sum over epochs of G Gᵀ / (n − 1), G
+    the response of s to one noise vector of covariance C₁ in all steps of an epoch: G ← A G + b C₁^{1/2}
+    within it, G ← A G after it. Where C₁ changes within an epoch an example's gradient is taken to change
+    with its symmetric root.
 
     Args:
         drift: J, C₁, C_a and g.
@@ -154,52 +168,89 @@ def propagate_coupled(
         weight_decay: ω ≥ 0.
         record_steps: (S,) steps in [0, N], increasing, at which to report.
         initial_mean: (k, 2), x and v of the point; default 0.
+        allow_unstable: Accept an eigenvalue of J + ω with positive real part along which (x, v) grows. Those
+            whose real part is not positive are accepted always.
 
     Returns:
         Mean (S, k, 2) and covariance (S, k, k, 2, 2).
 
     Raises:
-        ValueError: Invalid hyperparameter, or shapes that disagree.
+        ValueError: Invalid hyperparameter, unstable step, shapes that disagree, or a law that grew out of the
+            range of float64.
 
     Source: ours, equations (25a) to (25c) of docs/theory.md; sampling without replacement: Cochran, Sampling
     Techniques (1977), section 2.5.
     """
     rates = vector("learning_rate", positive("learning_rate", learning_rate))
-    sizes = vector("sizes", np.asarray(sampling.sizes), rates.size)
-    mu, omega = float(momentum_range(momentum)), float(non_negative("weight_decay", weight_decay))
-    record = np.atleast_1d(finite("record_steps", record_steps)).astype(np.int64)
-    if (np.diff(record) <= 0).any() or record[0] < 0 or record[-1] > rates.size:
-        raise ValueError(f"record_steps is {record.tolist()}; they must increase within 0 to {rates.size}")
+    sizes = vector("sizes", sampling.sizes.astype(np.float64), rates.size)
+    mu = scalar("momentum", momentum_range(momentum))
+    omega = scalar("weight_decay", non_negative("weight_decay", weight_decay))
+    record = recorded_steps(record_steps, 0, rates.size)
     k, n, epoch = drift.slope.shape[1], sampling.examples, sampling.epoch
     unit, none = np.eye(k), np.zeros((2 * k, 2 * k))
-    covariance, repaid, response = none, none, np.zeros((2 * k, k))
+    covariance, repaid, response = none, none, np.zeros((2 * k, 2 * k))
     start = np.zeros((k, 2)) if initial_mean is None else finite("initial_mean", initial_mean)
     if start.shape != (k, 2):
         raise ValueError(f"initial_mean has shape {start.shape}; it must be ({k}, 2)")
     mean = start.T.reshape(-1)
     wanted, means, covariances = set(record.tolist()), [], []
+    checked: Array | None = None
     for step in range(int(record[-1]) + 1):
         if step in wanted:
             means.append(mean.reshape(2, k).T)
-            examples = drift.at(max(step - 1, 0))[1]
-            open_epoch = response @ examples @ response.T / (n - 1) if n > 1 else none
-            now = covariance - repaid - (none if epoch is None else open_epoch)
+            now = covariance - repaid - _repaid(response, n)
+            if not (np.isfinite(now).all() and np.isfinite(mean).all()):
+                raise ValueError(
+                    f"the law left the range of float64 before step {step}; the eigenvalues of slope + "
+                    "weight_decay must have positive real parts, or the run be shorter"
+                )
             covariances.append(now.reshape(2, k, 2, k).transpose(1, 3, 0, 2))
         if step == record[-1]:
             break
         eta, (slope, examples, attack) = rates[step], drift.at(step)
         pull = slope + omega * unit
+        if not allow_unstable and (checked is None or not np.array_equal(checked, eta * pull)):
+            checked = eta * pull
+            _require_no_growth(checked, mu, step)
         move = np.block([[unit - eta * pull, -eta * mu * unit], [pull, mu * unit]])
         kick = np.concatenate([-eta * unit, unit])
         noise = examples + attack
-        if epoch is not None:
-            # a single example leaves nothing to draw
-            noise = examples * n / (n - 1) + attack if n > 1 else attack
-            repaid, response = move @ repaid @ move.T, move @ response + kick
-        mean = move @ mean + kick @ drift.gradient
-        covariance = move @ covariance @ move.T + kick @ noise @ kick.T / sizes[step]
+        if epoch is not None and n > 1:  # a single example leaves nothing to draw
+            noise = examples * n / (n - 1) + attack
+            repaid, response = move @ repaid @ move.T, move @ response + kick @ _roots(examples)
+        elif epoch is not None:
+            noise = attack
+        with np.errstate(over="ignore", invalid="ignore"):  # said above, once it is reported
+            mean = move @ mean + kick @ drift.gradient
+            covariance = move @ covariance @ move.T + kick @ noise @ kick.T / sizes[step]
         if epoch is not None and (step + 1) % epoch == 0:
-            if n > 1:
-                repaid = repaid + response @ examples @ response.T / (n - 1)
-            response = np.zeros((2 * k, k))
+            repaid, response = repaid + _repaid(response, n), np.zeros((2 * k, 2 * k))
     return PosteriorTrajectory(step=record, mean=np.stack(means), covariance=np.stack(covariances))
+
+
+def _require_no_growth(scaled: Array, mu: float, step: int) -> None:
+    """Refuse η(J + ω) (k, k) with an eigenvalue of positive real part whose roots of (7) reach size 1."""
+    values = np.linalg.eigvals(scaled).astype(complex)
+    middle = 1 + mu - values
+    root = np.sqrt(middle**2 - 4 * mu)
+    size = np.maximum(np.abs(middle + root), np.abs(middle - root)) / 2
+    bad = (values.real > 0) & (size >= 1)
+    if bad.any():
+        worst = values[np.argmax(np.where(bad, size, 0))]
+        raise ValueError(
+            f"learning_rate times slope has the eigenvalue {worst:.3g} at step {step}, along which momentum "
+            f"SGD with momentum={mu:g} grows; lower the rate (or pass allow_unstable=True)"
+        )
+
+
+def _roots(noise: Array) -> Array:
+    """(R₊, R₋) (k, 2k), symmetric, with C₁ = R₊² − R₋²: the estimate of C₁ may have negative eigenvalues."""
+    values, vectors = np.linalg.eigh(noise)
+    parts = (np.sqrt(np.maximum(sign * values, 0.0)) for sign in (1, -1))
+    return np.hstack([vectors * root @ vectors.T for root in parts])
+
+
+def _repaid(response: Array, examples: int) -> Array:
+    """G Gᵀ / (n − 1), the negative part of C₁ with the other sign."""
+    positive_part, negative_part = np.hsplit(response, 2)
+    return (positive_part @ positive_part.T - negative_part @ negative_part.T) / max(examples - 1, 1)

@@ -12,7 +12,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from robustdyn.theory._validation import Array, finite, first_offender, momentum_range, non_negative, positive
+from robustdyn.theory._validation import (
+    Array,
+    finite,
+    first_offender,
+    momentum_range,
+    non_negative,
+    positive,
+    scalar,
+)
 
 
 def is_stable(
@@ -105,9 +113,9 @@ class MomentumDynamics:
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        positive("learning_rate", self.learning_rate)
-        momentum_range(self.momentum)
-        non_negative("weight_decay", self.weight_decay)
+        scalar("learning_rate", positive("learning_rate", self.learning_rate))
+        scalar("momentum", momentum_range(self.momentum))
+        scalar("weight_decay", non_negative("weight_decay", self.weight_decay))
 
     @property
     def noise_input(self) -> Array:
@@ -157,7 +165,8 @@ class MomentumDynamics:
             near = np.where(slope > 0, 2 * step / (slope + root), (slope - root) / 2)
         far = 2 - (slope + root) / 2  # 1 − |z| of the root that may pass −1
         real = np.minimum(near, far)
-        return np.where(square < 0, 1 - np.sqrt(self.momentum), real), square < 0
+        complex_pair = (1 - self.momentum) / (1 + np.sqrt(self.momentum))  # 1 − √μ, also as μ → 1
+        return np.where(square < 0, complex_pair, real), square < 0
 
     def spectral_radius(self, eigenvalue: ArrayLike) -> Array:
         """ρ(A) (...), equation (7): √μ for a complex pair, else the larger real root's size."""

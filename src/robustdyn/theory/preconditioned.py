@@ -12,7 +12,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from robustdyn.theory._validation import Array, covariance_matrix, finite, non_negative, positive, vector
+from robustdyn.theory._validation import (
+    Array,
+    covariance_matrix,
+    finite,
+    momentum_range,
+    non_negative,
+    positive,
+    scalar,
+    vector,
+)
 from robustdyn.theory.momentum import MomentumDynamics
 from robustdyn.theory.stationary import stationary_covariance
 
@@ -51,7 +60,8 @@ def adam_dynamics(learning_rate: float, beta1: float) -> MomentumDynamics:
 
     Source: equation (27) of docs/theory.md, after Adam's bias correction of m has died out.
     """
-    return MomentumDynamics(learning_rate * (1 - beta1), beta1)
+    mu = scalar("beta1", momentum_range(beta1))
+    return MomentumDynamics(scalar("learning_rate", positive("learning_rate", learning_rate)) * (1 - mu), mu)
 
 
 @dataclass(frozen=True, eq=False)

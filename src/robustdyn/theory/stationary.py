@@ -12,7 +12,7 @@ from robustdyn.theory._validation import (
     positive,
     vector,
 )
-from robustdyn.theory.momentum import is_stable, require_stable
+from robustdyn.theory.momentum import MomentumDynamics, require_stable
 
 
 def stationary_variance(
@@ -74,7 +74,7 @@ def curvature_term_per_noise(
     Source: ours, from (10), which is linear in γ.
     """
     lam = finite("eigenvalue", eigenvalue)
-    counted = (lam > 0) & is_stable(lam, learning_rate, momentum, weight_decay)
+    counted = (lam > 0) & MomentumDynamics(learning_rate, momentum, weight_decay).is_stable(lam)
     terms = np.zeros_like(lam)
     terms[counted] = lam[counted] * stationary_variance(
         lam[counted], 1.0, learning_rate=learning_rate, momentum=momentum, weight_decay=weight_decay
@@ -102,6 +102,7 @@ def stationary_state_covariance(
 
     Source: ours, from the fixed point of the covariance recursion (9).
     """
+    MomentumDynamics(learning_rate, momentum, weight_decay)  # one setting: no arrays
     variance = stationary_variance(
         eigenvalue, noise, learning_rate=learning_rate, momentum=momentum, weight_decay=weight_decay
     )
@@ -137,14 +138,14 @@ def stationary_covariance(
 
     Source: ours (docs/theory.md, section 2.2); it removes the commuting assumption of Liu et al. (2021).
     """
-    require_stable(eigenvalue, learning_rate, momentum, weight_decay)
+    MomentumDynamics(learning_rate, momentum, weight_decay).require_stable(eigenvalue)
     lam = vector("eigenvalue", finite("eigenvalue", eigenvalue)) + weight_decay
     noise = covariance_matrix("noise_covariance", noise_covariance, lam.size)
     eta, mu = learning_rate, momentum
     left, right = lam[:, None], lam[None, :]
-    friction = (1 - mu) ** 2 * (1 + mu) * (left + right)
-    overshoot = eta * (mu * (left**2 + right**2) - (1 + mu**2) * left * right)
-    return np.asarray(noise * eta * (1 - mu**2) / (friction + overshoot))
+    # (14) divided by 1 − μ, its squares collected: no digits are lost as μ → 1
+    own = (1 - mu) * ((1 + mu) * (left + right) - eta * left * right)
+    return np.asarray(noise * eta * (1 + mu) / (own + eta * mu * (left - right) ** 2 / (1 - mu)))
 
 
 def stationary_block_covariance(
@@ -186,8 +187,9 @@ def _with_buffer(position: Array, left: Array, right: Array, eta: float, mu: flo
     """Add the momentum buffer to stationary Cov(x_i, x_j): equations (15) and (16)."""
     blocks = np.empty((*position.shape, 2, 2))
     blocks[..., 0, 0] = position
-    blocks[..., 0, 1] = position * (mu * right - left) / (1 - mu**2)
-    blocks[..., 1, 0] = position * (mu * left - right) / (1 - mu**2)
+    apart = mu * (right - left) / (1 - mu)
+    blocks[..., 0, 1] = position * (apart - left) / (1 + mu)
+    blocks[..., 1, 0] = position * (-apart - right) / (1 + mu)
     blocks[..., 1, 1] = position * (left + right) / (eta * (1 + mu))
     return blocks
 
@@ -202,10 +204,10 @@ def total_correlation(covariance: ArrayLike) -> float:
         covariance: Σ (k, k), symmetric, positive definite on its diagonal.
 
     Returns:
-        TC; infinite for a singular Σ.
+        TC; infinite for a Σ that is singular as far as float64 can tell.
 
     Raises:
-        ValueError: Not a covariance, or with a diagonal entry ≤ 0.
+        ValueError: Not a covariance, whatever the units of its directions, or with a diagonal entry ≤ 0.
 
     Source: Watanabe (1960); non-negativity is Hadamard's inequality.
     """
@@ -213,5 +215,8 @@ def total_correlation(covariance: ArrayLike) -> float:
     scale = np.sqrt(positive("diagonal of covariance", np.diag(matrix)))
     correlation = matrix / np.outer(scale, scale)
     np.fill_diagonal(correlation, 1.0)
-    sign, log_det = np.linalg.slogdet(correlation)
-    return max(0.0, -0.5 * float(log_det)) if sign > 0 else float("inf")
+    # in the covariance's own units a block of small variances could be anything
+    spectrum = np.linalg.eigvalsh(covariance_matrix("correlation matrix of covariance", correlation))
+    if spectrum[0] <= len(spectrum) * np.finfo(float).eps * spectrum[-1]:
+        return float("inf")
+    return max(0.0, -0.5 * float(np.linalg.slogdet(correlation)[1]))

@@ -14,13 +14,17 @@ from robustdyn.theory import _evolution
 from robustdyn.theory._validation import (
     Array,
     IntArray,
+    count,
     covariance_matrix,
     finite,
-    first_offender,
     momentum_range,
     non_negative,
     positive,
+    recorded_steps,
+    scalar,
+    state_covariances,
     vector,
+    whole,
 )
 
 Interpolation = Literal["piecewise_constant", "log_linear"]
@@ -68,7 +72,7 @@ class MeasuredSpectrum:
                 f"interpolation is {self.interpolation!r}; it must be 'piecewise_constant' or 'log_linear'"
             )
         gradient = finite("gradient", 0.0 if self.gradient is None else self.gradient)
-        object.__setattr__(self, "step", step.astype(np.int64))
+        object.__setattr__(self, "step", whole("step", step))
         object.__setattr__(self, "eigenvalue", eigenvalue)
         object.__setattr__(self, "noise", _checked_noise(self.noise, eigenvalue))
         object.__setattr__(self, "gradient", np.broadcast_to(gradient, eigenvalue.shape))
@@ -184,6 +188,7 @@ def propagate(
     record_steps: ArrayLike,
     initial_covariance: ArrayLike | None = None,
     initial_mean: ArrayLike | None = None,
+    first_step: int = 0,
     method: Method = "auto",
     allow_unstable: bool = False,
 ) -> PosteriorTrajectory:
@@ -198,9 +203,10 @@ def propagate(
         learning_rate: η (N,) > 0, the rate each update used.
         momentum: μ in [0, 1).
         weight_decay: ω ≥ 0.
-        record_steps: (R,) steps in [0, N], increasing, at which to report.
+        record_steps: (R,) steps in [``first_step``, N], increasing, at which to report.
         initial_covariance: (k, 2, 2), or (k, k, 2, 2) with a noise matrix; default 0, a run from one point.
         initial_mean: (k, 2); default 0.
+        first_step: Step in [0, N] at which the initial state is that of the run.
         method: ``"auto"`` takes the cheaper way for each stretch, ``"recurrence"`` single steps throughout,
             ``"doubling"`` doubling wherever λ and γ are held.
         allow_unstable: Accept η(λ + ω) ≥ 2(1 + μ), where the iteration diverges by overshooting.
@@ -215,15 +221,17 @@ def propagate(
     Source: ours (docs/theory.md, section 3).
     """
     rates = vector("learning_rate", positive("learning_rate", learning_rate))
-    record = _record_steps(record_steps, rates.size)
+    record = recorded_steps(record_steps, count("first_step", first_step, 0), rates.size)
     if method not in ("auto", "doubling", "recurrence"):
         raise ValueError(f"method is {method!r}; it must be 'auto', 'doubling' or 'recurrence'")
-    mover = _Mover(spectrum, rates, float(momentum_range(momentum)), weight_decay, method, allow_unstable)
+    mover = _Mover(
+        spectrum, rates, scalar("momentum", momentum_range(momentum)), weight_decay, method, allow_unstable
+    )
     mover.start(initial_mean, initial_covariance)
-    cuts = np.union1d(np.union1d(record, spectrum.step), [0, rates.size])
-    cuts = cuts[cuts <= rates.size]
+    cuts = np.union1d(np.union1d(record, spectrum.step), [first_step, rates.size])
+    cuts = cuts[(cuts >= first_step) & (cuts <= rates.size)]
     wanted = set(record.tolist())
-    kept = [mover.state()] if 0 in wanted else []
+    kept = [mover.state()] if first_step in wanted else []
     for first, last in pairwise(cuts.tolist()):
         mover.advance(first, last)
         if last in wanted:
@@ -232,19 +240,6 @@ def propagate(
             break
     means, covariances = zip(*kept, strict=True)
     return PosteriorTrajectory(step=record, mean=np.stack(means), covariance=np.stack(covariances))
-
-
-def _record_steps(record_steps: ArrayLike, n: int) -> IntArray:
-    """Increasing whole steps in [0, n]."""
-    record = np.atleast_1d(finite("record_steps", record_steps))
-    ok = (record >= 0) & (record <= n) & (record == np.rint(record))
-    if not ok.all():
-        raise ValueError(
-            f"record_steps is {first_offender(record, ok)}; it must be a whole number in [0, {n}]"
-        )
-    if vector("record_steps", record).size > 1 and not (np.diff(record) > 0).all():
-        raise ValueError(f"record_steps is {record.tolist()}; it must be strictly increasing")
-    return record.astype(np.int64)
 
 
 class _Mover:
@@ -260,8 +255,8 @@ class _Mover:
         allow_unstable: bool,
     ) -> None:
         self.spectrum, self.rates, self.mu, self.method = spectrum, rates, mu, method
-        self.decay = float(non_negative("weight_decay", weight_decay))
-        self.limit = np.inf if allow_unstable else 2 * (1 + mu)
+        self.decay = scalar("weight_decay", non_negative("weight_decay", weight_decay))
+        self.allow_unstable = allow_unstable
         self.mean, self.block = np.zeros(()), np.zeros(())
         self.moving = False
 
@@ -269,10 +264,12 @@ class _Mover:
         """Take the initial state, or zeros."""
         k = self.spectrum.directions
         wanted = (k, k, 2, 2) if self.spectrum.is_full else (k, 2, 2)
-        block = np.zeros(wanted) if covariance is None else finite("initial_covariance", covariance)
+        block = (
+            np.zeros(wanted)
+            if covariance is None
+            else state_covariances("initial_covariance", covariance, wanted)
+        )
         centre = np.zeros((k, 2)) if mean is None else finite("initial_mean", mean)
-        if block.shape != wanted:
-            raise ValueError(f"initial_covariance has shape {block.shape}; it must be {wanted}")
         if centre.shape != (k, 2):
             raise ValueError(f"initial_mean has shape {centre.shape}; it must be {(k, 2)}")
         self.block = np.ascontiguousarray(np.moveaxis(block, (-2, -1), (0, 1)))
@@ -296,10 +293,15 @@ class _Mover:
         if not good.all():
             index = int(np.argwhere(~good)[0][-1])
             lam = self.spectrum.between(first, first + 1)[0][0, index]
+            highest = self._highest(self.rates[first])
             raise ValueError(
                 f"direction {index} (eigenvalue {lam:g}) left the range of float64 before step {last}; "
-                f"eigenvalue must be > {-self.decay:g}, or the run shorter"
+                f"eigenvalue must be in ({-self.decay:g}, {highest:g}), or the run shorter"
             )
+
+    def _highest(self, eta: Array) -> Array:
+        """The eigenvalue at which steps of these rates begin to overshoot, equation (6)."""
+        return 2 * (1 + self.mu) / eta - self.decay
 
     def _advance_constant(self, first: int, last: int) -> None:
         """As :meth:`advance` with λ, γ and g held: leap over stretches of one rate where that pays."""
@@ -344,9 +346,9 @@ class _Mover:
 
     def _require_stable(self, lam: Array, eta: Array) -> None:
         """Refuse overshooting steps; λ ≤ 0 passes."""
-        highest = self.limit / eta - self.decay
+        highest = self._highest(eta)
         worst = lam.max(axis=1)
-        if (worst < highest).all():
+        if self.allow_unstable or (worst < highest).all():
             return
         at = int(np.argmin(worst < highest))
         raise ValueError(

@@ -17,7 +17,9 @@ from robustdyn.theory._validation import (
     first_offender,
     non_negative,
     positive,
+    state_covariances,
     vector,
+    whole,
 )
 from robustdyn.theory.momentum import MomentumDynamics
 from robustdyn.theory.stationary import (
@@ -29,11 +31,7 @@ from robustdyn.theory.stationary import (
 
 def _times(steps: ArrayLike) -> IntArray:
     """Whole non-negative times as an integer vector (T,)."""
-    times = np.atleast_1d(non_negative("steps", steps))
-    whole = times == np.rint(times)
-    if not whole.all():
-        raise ValueError(f"steps is {first_offender(times, whole)}; it must be a whole number >= 0")
-    return vector("steps", times).astype(np.int64)
+    return whole("steps", vector("steps", np.atleast_1d(non_negative("steps", steps))))
 
 
 def _powers(dynamics: MomentumDynamics, eigenvalue: Array, times: IntArray) -> Array:
@@ -74,9 +72,7 @@ def covariance_after(
     times = _times(steps)
     lam = vector("eigenvalue", finite("eigenvalue", eigenvalue))
     limit = _limit(lam, finite("noise", noise), dynamics)
-    start = finite("initial", initial)
-    if start.shape != limit.shape:
-        raise ValueError(f"initial has shape {start.shape}; it must be {limit.shape}")
+    start = state_covariances("initial", initial, limit.shape)
     power = _powers(dynamics, lam, times)
     left, right = (power, power) if limit.ndim == 3 else (power[..., :, None], power[..., None, :])
     excess = np.moveaxis(start - limit, (-2, -1), (0, 1))[:, :, None]
@@ -114,13 +110,23 @@ def mean_after(
         (T, k, 2).
 
     Raises:
-        ValueError: Negative or fractional time, or shapes that disagree.
+        ValueError: Negative or fractional time, shapes that disagree, or a direction that grew out of the
+            range of float64.
     """
     lam = vector("eigenvalue", finite("eigenvalue", eigenvalue))
     start = finite("initial", initial)
     if start.shape != (lam.size, 2):
         raise ValueError(f"initial has shape {start.shape}; it must be ({lam.size}, 2)")
-    return np.asarray(np.einsum("abtk,kb->tka", _powers(dynamics, lam, _times(steps)), start))
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean = np.einsum("abtk,kb->tka", _powers(dynamics, lam, _times(steps)), start)
+    good = np.isfinite(mean).all(axis=(0, 2))
+    if not good.all():
+        low, high = dynamics.stable_eigenvalues
+        raise ValueError(
+            f"eigenvalue is {first_offender(lam, good)} and the mean leaves the range of float64; it must be "
+            f"in ({low:g}, {high:g}), or the times shorter"
+        )
+    return np.asarray(mean)
 
 
 def slow_mode_variance(
