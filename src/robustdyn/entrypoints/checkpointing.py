@@ -227,13 +227,15 @@ def _own_command(checkpoint: Mapping[str, Any], run_dir: Path) -> str:
     Settings that follow from one that changes, such as milestones from the number of epochs, stay.
     """
     hydra_cfg = HydraConfig.get()
-    typed = [
-        text for text in hydra_cfg.overrides.task if is_of(text, CHANGEABLE) and not is_of(text, ["resume"])
-    ]
-    keys = [text.partition("=")[0] for text in typed]
+    typed = {
+        text.partition("=")[0]: text
+        for text in hydra_cfg.overrides.task
+        if is_of(text, CHANGEABLE) and not is_of(text, ["resume"])
+    }
     try:
         earlier = read_yaml(run_dir / ".hydra" / "overrides.yaml")
-        overrides = [text for text in earlier if not is_of(text, [*keys, "resume"])] + typed
+        overrides = [text for text in earlier if not is_of(text, [*typed, "resume"])]
+        overrides += typed.values()
         overrides += [
             _override(key, old) for key, old, _ in _differences(checkpoint["config"], _composed(overrides))
         ]

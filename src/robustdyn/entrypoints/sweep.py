@@ -143,14 +143,15 @@ class SweepReport(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Hydra's hook: tell all runs their directory and keys; refuse runs that would share a folder."""
         HydraConfig.instance().set_config(config)  # which ${hydra:...} reads, and Hydra sets for runs only
+        plan = plan_of(config)
+        if plan is not None:
+            _refuse_shared_folders(config, plan)
         self._enter(Path(config.hydra.sweep.dir), "choose another hydra.sweep.dir")
         os.environ[SWEEP_PROCESS] = str(os.getpid())
-        plan = plan_of(config)
         # each run composes its configuration anew, and its own name must not move it to another sweep
         pinned: dict[str, str | list[str]] = {"hydra.sweep.dir": str(config.hydra.sweep.dir)}
         if plan is not None:
             pinned["hydra.callbacks.sweep_report.swept"] = list(plan.swept)
-            _refuse_shared_folders(config, plan)
         with read_write(config.hydra), open_dict(config.hydra):
             for key, value in pinned.items():
                 OmegaConf.update(config, key, value)

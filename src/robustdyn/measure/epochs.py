@@ -36,8 +36,8 @@ class RecordEpochs(Callback):
             if recorded < trainer.current_epoch or (rates.empty and trainer.global_step):
                 raise RecordError(
                     f"{self._records.path('epochs').parent}: the records of the checkpoint's "
-                    f"{trainer.current_epoch} epochs are not all there; restore them from a copy, or remove the "
-                    "checkpoint to start from the beginning"
+                    f"{trainer.current_epoch} epochs are not all there; restore them from a copy, or remove "
+                    "the checkpoint to start from the beginning"
                 )
             self._rate = None if rates.empty else float(rates.iloc[-1])
 
