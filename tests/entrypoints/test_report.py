@@ -2,6 +2,7 @@ import json
 import os
 import re
 import sys
+from contextlib import suppress
 
 import pytest
 from omegaconf import OmegaConf
@@ -144,7 +145,9 @@ def test_a_figure_that_cannot_be_drawn_costs_no_report(run, tmp_path, monkeypatc
 def test_a_reader_that_has_gone_ends_nothing(quick, run, monkeypatch):
     reading, writing = os.pipe()
     os.close(reading)
-    with os.fdopen(writing, "w") as stream:
-        monkeypatch.setattr(sys, "stdout", stream)
-        assert main([str(run)]) == 0
+    stream = os.fdopen(writing, "w")
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert main([str(run)]) == 0
+    with suppress(BrokenPipeError):
+        stream.close()
     assert (run / "report/index.html").is_file()
