@@ -8,6 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from robustdyn.analysis import report as analysis
+from robustdyn.entrypoints import posterior
 from robustdyn.entrypoints.report import main
 from tests.records.synthetic import write_run
 
@@ -151,3 +152,13 @@ def test_a_reader_that_has_gone_ends_nothing(quick, run, monkeypatch):
     with suppress(BrokenPipeError):
         stream.close()
     assert (run / "report/index.html").is_file()
+
+
+@pytest.mark.parametrize("table", ["epochs", "rates"])
+def test_a_posterior_needs_steps_that_increase(run, table, capsys):
+    path = run / "records" / f"{table}.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    steps = [row["step"] for row in reversed(rows)]
+    path.write_text("".join(f"{json.dumps(row | {'step': s})}\n" for row, s in zip(rows, steps, strict=True)))
+    assert posterior.main([str(run)]) == 1
+    assert f"the steps of the table {table} do not increase" in capsys.readouterr().err
