@@ -215,7 +215,7 @@ def test_what_cannot_be_is_named():
         law(good, independent(), [1.5])
     with pytest.raises(ValueError, match=r"record_steps has shape \(0,\)"):
         law(good, independent(), [])
-    with pytest.raises(ValueError, match=r"an epoch of 8 batches has 32 examples; .* at most 10"):
+    with pytest.raises(ValueError, match=r"an epoch's sizes add up to 32; .* at most 10"):
         BatchSampling(examples=10, sizes=np.full(16, 4), epoch=8)
     with pytest.raises(ValueError, match=r"sizes is 1.5 at index 0; it must be a whole number >= 1"):
         BatchSampling(examples=10, sizes=[1.5, 2], epoch=None)
