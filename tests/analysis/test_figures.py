@@ -4,7 +4,7 @@ import pytest
 
 from robustdyn.analysis import figures, style
 from robustdyn.analysis.figures import FIGURES
-from robustdyn.analysis.plotting import Cast, named
+from robustdyn.analysis.plotting import Cast, mark_decays, named
 from robustdyn.records import find_runs
 from tests.analysis.conftest import frames_of
 from tests.records.synthetic import DECAYS, LAYERS, write_run, write_sweep
@@ -95,7 +95,7 @@ def test_the_mean_stops_where_a_seed_does(tmp_path):
 
 def test_methods_have_a_colour_each_and_splits_a_dash(methods_frames):
     figure = figures.robust_loss(methods_frames["epochs"])
-    bold = [line for line in curves(figure.axes[0]) if line.get_linewidth() == 2.4]
+    bold = [line for line in curves(figure.axes[0]) if line.get_linewidth() >= 2.4]
     assert [line.get_linestyle() for line in bold] == ["--"] * 3 + ["-"] * 3
     assert [line.get_color() for line in bold] == list(style.PALETTE[:3]) * 2
     assert legend(figure)[:3] == [f"method={m} (mean of 2 seeds)" for m in ("at", "awp", "wci_lr")]
@@ -333,3 +333,12 @@ def test_a_tower_of_first_epochs_does_not_flatten_the_rest(one_frames):
         assert "first epochs reach 40.0" in texts(ax)
     untouched = SPECS["robust_loss"].draw(one_frames).axes[0]
     assert not [text for text in texts(untouched) if "first epochs" in text]
+
+
+def test_decays_beyond_counting_are_not_marked(tmp_path):
+    epochs = frames_of(write_run(tmp_path, epochs=240, measured=()))["epochs"]
+    for period, marks in ((10, 24), (4, 0)):
+        axes = style.new_figure("", 3.0).subplots()
+        lr = np.where(epochs["epoch"] % period < period // 2, 0.1, 0.01)
+        mark_decays([axes], epochs.assign(lr=lr), Cast.of(epochs))
+        assert len(axes.lines) == marks

@@ -25,6 +25,9 @@ def rates(values):
         ([0.1, 0.05], [1]),
         ([0.1, 0.1, 0.09, 0.09], []),  # less than a fifth
         (0.1 * (1 - np.arange(20) / 20), []),  # linear to zero
+        (0.1 * (1 - np.arange(4) / 4), []),  # steep from its first epoch on
+        (0.1 * 0.5 ** np.arange(6), []),  # exponential
+        ([0.1, 0.01, 0.01, 0.001, 0.001], [1, 3]),
         (0.05 * (1 + np.cos(np.pi * np.arange(30) / 30)), []),  # cosine
         ([0.01, 0.05, 0.1, 0.05, 0.01], []),  # cyclic
         ([0.1] * 2 + [0.01, 0.006, 0.006, 0.004, 0.01, 0.01], [2, 5]),  # a rate that follows the WCI

@@ -155,6 +155,15 @@ def test_guard_restores_after_an_error():
     assert torch.equal(torch.get_rng_state(), rng)
 
 
+def test_weights_made_in_inference_mode_are_refused():
+    with torch.inference_mode():
+        model = nn.Linear(3, 3)
+    inputs, targets = torch.ones(4, 3), torch.arange(4) % 3
+    with pytest.raises(ValueError, match=r"copy\.deepcopy\(model\)"):
+        EmpiricalRisk(model, inputs, targets)
+    assert EmpiricalRisk(copy.deepcopy(model), inputs, targets).gradient().isfinite().all()
+
+
 def test_autocast_and_inference_mode_do_not_matter():
     model, inputs, targets = CASES["norm_mlp"].problem()
     model, inputs = model.float(), inputs.float()

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
@@ -303,6 +303,57 @@ class Mixing(nn.Module):
         return self.b(hidden - hidden.mean(dim=0))
 
 
+class MixingLate(Mixing):
+    """Does so for some examples only, which come late in the set."""
+
+    def forward(self, x):
+        late = bool((x[:, 0, 0, 0] == LATE).any())
+        return super().forward(x) if late else self.b(self.a(x.flatten(1)).relu())
+
+
+class Relu(torch.autograd.Function):
+    """A softplus, whatever its name."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = F.softplus(x)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, slopes):
+        (y,) = ctx.saved_tensors
+        return slopes * -torch.expm1(-y)
+
+
+class Overwrite(Relu):
+    """The same in place."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = x.copy_(F.softplus(x))
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(y)
+        return y
+
+
+def overwrites_a_part(x: Tensor) -> Tensor:
+    x = x.clone()
+    Overwrite.apply(x[:, :1])
+    return x
+
+
+def modulus(x: Tensor) -> Tensor:
+    return (x + 1j * x.flip(1)).abs()
+
+
+def patched() -> nn.Module:
+    model = Functional(F.relu)
+    weight, bias = model.linear.weight, model.linear.bias
+    model.linear.forward = lambda x: F.linear(x.relu(), weight, bias)
+    return model
+
+
 def shared() -> nn.Module:
     model = nn.Sequential(nn.Flatten(), nn.Linear(72, 72), nn.ReLU(), nn.Linear(72, 72), nn.Linear(72, 3))
     model[3].weight = model[1].weight
@@ -330,7 +381,12 @@ OBSTACLES = {
     "late": (Late, "Gelu is not known"),
     "hooked": (hooked, "Linear '1' has forward hooks"),
     "owned": (Scaled, "owns parameters"),
-    "mixing": (Mixing, "per-example gradient of"),
+    "named": (lambda: Functional(Relu.apply), "ReluBackward is not known to be piecewise linear"),
+    "overwriting": (lambda: Functional(overwrites_a_part), "a custom function overwrites a part"),
+    "modulus": (lambda: Functional(modulus), "Abs is not known to be piecewise linear"),
+    "patched": (patched, "Linear 'linear' has forward hooks or a forward method of its own"),
+    "mixing": (Mixing, "depends on which others pass"),
+    "mixing late": (MixingLate, "depends on which others pass"),
     "shared": (shared, "share a parameter"),
     "reparametrised": (reparametrised, "parametriz|reparametrised|owns parameters|not known"),
 }
@@ -377,10 +433,12 @@ def test_cross_entropy_is_recognised_however_it_is_called(loss):
     [
         nn.CrossEntropyLoss(reduction="none", weight=torch.tensor([1.0, 2.0, 3.0]).double()),
         nn.CrossEntropyLoss(reduction="none", label_smoothing=0.1),
+        nn.CrossEntropyLoss(reduction="none", ignore_index=1),
+        lambda z, y: F.cross_entropy(z, torch.where(y == 1, -100, y), reduction="none"),
         lambda z, y: F.cross_entropy(2 * z, y, reduction="none"),
         lambda z, y: F.cross_entropy(z, y, reduction="none").square(),
     ],
-    ids=["weighted", "smoothed", "sharpened", "squared"],
+    ids=["weighted", "smoothed", "ignoring", "relabelled", "sharpened", "squared"],
 )
 def test_other_losses_are_estimated_with_a_hint(loss):
     model, inputs, targets = CASES["relu_mlp"].problem()

@@ -2,11 +2,13 @@ import json
 import os
 import re
 import sys
+from contextlib import suppress
 
 import pytest
 from omegaconf import OmegaConf
 
 from robustdyn.analysis import report as analysis
+from robustdyn.entrypoints import posterior
 from robustdyn.entrypoints.report import main
 from tests.records.synthetic import write_run
 
@@ -144,7 +146,19 @@ def test_a_figure_that_cannot_be_drawn_costs_no_report(run, tmp_path, monkeypatc
 def test_a_reader_that_has_gone_ends_nothing(quick, run, monkeypatch):
     reading, writing = os.pipe()
     os.close(reading)
-    with os.fdopen(writing, "w") as stream:
-        monkeypatch.setattr(sys, "stdout", stream)
-        assert main([str(run)]) == 0
+    stream = os.fdopen(writing, "w")
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert main([str(run)]) == 0
+    with suppress(BrokenPipeError):
+        stream.close()
     assert (run / "report/index.html").is_file()
+
+
+@pytest.mark.parametrize("table", ["epochs", "rates"])
+def test_a_posterior_needs_steps_that_increase(run, table, capsys):
+    path = run / "records" / f"{table}.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    steps = [row["step"] for row in reversed(rows)]
+    path.write_text("".join(f"{json.dumps(row | {'step': s})}\n" for row, s in zip(rows, steps, strict=True)))
+    assert posterior.main([str(run)]) == 1
+    assert f"the steps of the table {table} do not increase" in capsys.readouterr().err

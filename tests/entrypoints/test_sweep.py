@@ -118,7 +118,8 @@ def test_failed_runs_stop_no_other_and_all_is_told(tmp_path, monkeypatch, withou
     assert lines[1].startswith("failed model.num_classes=3 seed=0: IndexError: Target")
     assert lines[2] == f"traceback: {crashed / 'error.txt'}"
     assert lines[3:5] == [
-        f"failed model.num_classes={n} seed=-1: seed=-1 must be a whole number of at least 0" for n in (10, 3)
+        f"failed model.num_classes={n} seed=-1: seed=-1 must be a whole number from 0 to 2^63 - 1"
+        for n in (10, 3)
     ]
     assert f"hydra.sweep.dir={tmp_path}" in lines[5]
     assert (crashed / "error.txt").read_text().startswith("Traceback (most recent call last)")
@@ -127,7 +128,7 @@ def test_failed_runs_stop_no_other_and_all_is_told(tmp_path, monkeypatch, withou
     assert f"report: {tmp_path / 'report' / 'index.html'}" in captured.out
     page = (tmp_path / "report" / "index.html").read_text()
     assert "1 done, 3 failed." in page
-    assert "<strong>failed</strong></td><td>seed=-1 must be a whole number of at least 0" in page
+    assert "<strong>failed</strong></td><td>seed=-1 must be a whole number from 0 to 2^63 - 1" in page
 
 
 def test_a_launcher_that_breaks_off_leaves_a_word_on_all_runs(tmp_path, monkeypatch, capsys):
@@ -187,10 +188,7 @@ def test_a_composition_error_is_one_line_as_ever(tmp_path, monkeypatch, capsys):
     ("arguments", "reason"),
     [
         (("seed=0,1,0",), "are the same ("),
-        (
-            ("seed=0", "data.root=a,b"),
-            f"differ only in data.root='{Path('a').absolute()}' data.root='{Path('b').absolute()}' and",
-        ),
+        (("seed=0", "data.root=/a,/b"), "differ only in data.root='/a' data.root='/b' and"),
     ],
 )
 def test_runs_that_would_share_a_folder_are_refused(arguments, reason, tmp_path, monkeypatch, capsys):
@@ -287,7 +285,7 @@ def test_all_runs_of_a_sweep_lie_in_its_directory_whatever_their_names(tmp_path,
     monkeypatch.setattr(HydraConfig.instance(), "cfg", None)  # as when the command starts
     assert command(monkeypatch, "-m", "method=at,awp", "trainer.max_epochs=0", "report=false") == 1
     (folder,) = (tmp_path / "multirun" / "digits_at").iterdir()
-    assert sorted(path.name for path in folder.iterdir()) == [
+    assert sorted(path.name for path in folder.iterdir() if path.name != ".lock") == [
         "method=at,trainer.max_epochs=0",
         "method=awp,trainer.max_epochs=0",
         "multirun.yaml",
@@ -571,7 +569,7 @@ def test_24_runs_of_which_two_fail(launcher, start, tmp_path, monkeypatch):
     ending = [
         " ".join(line.split()) for line in error[error.index("runs: 22 done, 2 failed\n") :].splitlines()
     ]
-    assert ending[1] == "failed seed=-1: seed=-1 must be a whole number of at least 0"
+    assert ending[1] == "failed seed=-1: seed=-1 must be a whole number from 0 to 2^63 - 1"
     assert ending[2].startswith("failed seed=7: IndexError: Target")
     assert ending[3] == f"traceback: {only(folder, 'seed=7') / 'error.txt'}"
     assert len(ending) == 5

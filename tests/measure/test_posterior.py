@@ -81,7 +81,7 @@ def test_log_linear_lines_are_the_measurements_own_after_a_change_of_sign():
     lam = np.interp(step, [10, 100, 200], [0.2, -0.1, 0.31])
     gamma = np.exp(np.interp(step, [10, 100, 200], np.log([0.1, 0.2, 0.4])))
     first = int(np.argmax((step > 100) & (lam + OMEGA > 0)))
-    found = posterior(given, "log_linear")["posterior_variance"][0]
+    found = posterior(given, "log_linear")["posterior_variance_independent"][0]
     settled = stationary_state_covariance(
         lam[first], gamma[first], learning_rate=0.05, momentum=MU, weight_decay=OMEGA
     )

@@ -165,7 +165,7 @@ def measure_spectrum(records, rng, stamp, growth, directions):
         }
         records.append("spectrum", stamp | row)
     sums = {
-        "train_examples": 1000,
+        "train_examples": 1280,
         "batch_size": 128,
         "tracked_directions": directions,
         "unstable_directions": (~stable).sum(),

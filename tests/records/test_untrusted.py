@@ -111,4 +111,6 @@ def test_every_resolver_of_conf_is_known():
         for file in config_dir().rglob("*.yaml")
         for name in re.findall(r"\$\{([\w.]+):", file.read_text())
     }
-    assert said - {"hydra", "now", "oc.env", "run_folder"} <= set(PURE_RESOLVERS)
+    assert said - {"hydra", "now", "oc.env", "run_folder", "help_groups", "help_settings"} <= set(
+        PURE_RESOLVERS
+    )

@@ -215,7 +215,7 @@ def test_what_cannot_be_is_named():
         law(good, independent(), [1.5])
     with pytest.raises(ValueError, match=r"record_steps has shape \(0,\)"):
         law(good, independent(), [])
-    with pytest.raises(ValueError, match=r"an epoch of 8 batches has 32 examples; .* at most 10"):
+    with pytest.raises(ValueError, match=r"an epoch's sizes add up to 32; .* at most 10"):
         BatchSampling(examples=10, sizes=np.full(16, 4), epoch=8)
     with pytest.raises(ValueError, match=r"sizes is 1.5 at index 0; it must be a whole number >= 1"):
         BatchSampling(examples=10, sizes=[1.5, 2], epoch=None)
@@ -256,3 +256,21 @@ def test_growth_begins_where_equation_6_says(share, grows):
             propagate_coupled(drift, np.full(50, 0.1), **run)
     else:
         propagate_coupled(drift, np.full(50, 0.1), **run)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "left"), [([50] * 8, 0.0), ([64] * 6 + [16], 0.37), ([64] * 6, 0.05)], ids=str
+)
+def test_what_a_shuffled_epoch_leaves_along_a_flat_direction(sizes, left):
+    """Against as many independent batches of the first's size, of variance (n − B) / (B (n − 1)) each."""
+    n, one = 400, np.ones((1, 1))
+    found = propagate_coupled(
+        drift_of(0 * one, one, 0 * one, np.zeros(1)),
+        np.ones(len(sizes)),
+        sampling=BatchSampling(examples=n, sizes=sizes, epoch=len(sizes)),
+        momentum=0.0,
+        weight_decay=0.0,
+        record_steps=[len(sizes)],
+    ).variance[0, 0]
+    independent = len(sizes) * (n - sizes[0]) / (sizes[0] * (n - 1))
+    assert abs(found / independent - left) < 0.005

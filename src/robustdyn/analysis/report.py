@@ -7,7 +7,6 @@ import hashlib
 import math
 import os
 import re
-import shlex
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,7 +135,7 @@ def build_report(
     except OSError as error:
         raise RecordError(
             f"{output}: cannot write the report ({error.strerror}); free space, or write it elsewhere: "
-            f"robustdyn-report {shlex.join(map(str, given))} --output DIR"
+            f"{command('robustdyn-report', *(str(path.absolute()) for path in given))} --output DIR"
         ) from error
     return Report(
         html=page,

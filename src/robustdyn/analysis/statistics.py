@@ -35,7 +35,8 @@ def decay_epochs(epochs: pd.DataFrame) -> list[int]:
     """Epochs at which the learning rate drops: the first epochs at the lower rate.
 
     A drop counts when the rate falls by more than 20 % from one recorded epoch to the next after an epoch in
-    which it was held, so that smooth schedules (linear, cosine, cyclic) have none.
+    which it was held, so that smooth schedules (linear, exponential, cosine, cyclic) have none. After the
+    first epoch it counts if the new rate is held in the next.
 
     Args:
         epochs: ``epochs`` rows of one run.
@@ -48,7 +49,9 @@ def decay_epochs(epochs: pd.DataFrame) -> list[int]:
     numbers = known["epoch"].to_numpy(dtype=int)
     drops = []
     for i in range(1, len(rates)):
-        held = i == 1 or abs(rates[i - 1] - rates[i - 2]) <= HELD * rates[i - 2]
+        # no epoch before the first can tell; a schedule that goes on to fall is a smooth one
+        before, after = (i - 2, i - 1) if i > 1 else (i, min(i + 1, len(rates) - 1))
+        held = abs(rates[after] - rates[before]) <= HELD * rates[before]
         if held and rates[i] < (1.0 - DECAY) * rates[i - 1]:
             drops.append(int(numbers[i]))
     return drops

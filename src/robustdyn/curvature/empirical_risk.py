@@ -767,6 +767,11 @@ def _select(model: nn.Module, wanted: ParameterFilter | None) -> dict[str, nn.Pa
 
 
 def _common_type(chosen: Mapping[str, nn.Parameter]) -> tuple[torch.dtype, torch.device]:
+    if any(p.is_inference() for p in chosen.values()):
+        raise ValueError(
+            "the model was made under torch.inference_mode, so that autograd cannot use its weights: measure "
+            "copy.deepcopy(model), copied outside of it"
+        )
     kinds = {(p.dtype, p.device) for p in chosen.values()}
     if len(kinds) > 1:
         raise ValueError(f"the measured parameters mix precisions or devices: {sorted(map(str, kinds))}")

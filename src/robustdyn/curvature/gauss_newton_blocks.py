@@ -24,6 +24,7 @@ from robustdyn.curvature.probes import child, gaussian, rademacher
 
 _BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 _LAYERS = (nn.Conv2d, nn.Linear, *_BATCHNORMS)  # those that may own measured parameters
+_MIXED = "what an example gives depends on which others pass through the model with it"
 # How far a squared gradient norm and autograd's may differ, relatively: rounding stays some orders below.
 _FORMULA_TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-6}
 
@@ -160,18 +161,28 @@ def _inspect(
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """See by the graph that the identity holds for these examples; inputs, logits and weights on the graph.
 
+    That examples do not mix is seen by passing a random half of them alone.
+
     Raises:
         UnsupportedPassError: It does not, or the graph does not show that it does.
     """
+    leaves = risk.leaves()
+    half = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))[: (len(inputs) + 1) // 2]
+    half = half.to(inputs.device)
+    norms.begin(len(half), inputs.device)
+    alone = risk.outputs(leaves, inputs[half].requires_grad_())
     inputs = inputs.detach().requires_grad_()
     norms.begin(len(inputs), inputs.device)
-    leaves = risk.leaves()
     with Overwrites() as overwrites:
         logits = risk.outputs(leaves, inputs)
     norms.check_used_once()
-    if not isinstance(logits, Tensor) or logits.dim() != 2:
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(inputs):
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise UnsupportedPassError(f"the model's output is {shape}, not (examples, classes)")
+    # NaN passes: what is not finite is named where the traces are
+    away = (alone - logits[half]).detach().abs().max()
+    if bool(away > torch.finfo(risk.dtype).eps ** 0.5 * logits.detach().abs().max()):
+        raise UnsupportedPassError(_MIXED)
     measured = {name: leaves[name] for name in names}
     problem = nonlinearity(logits, measured, overwrites) or stray_use(logits, measured, norms.nodes())
     if problem is None and risk.loss is not cross_entropy:
@@ -196,6 +207,8 @@ def _reverse(inputs: Tensor, logits: Tensor, cotangent: Tensor, *, last: bool) -
 def _structural_obstacle(risk: EmpiricalRisk, names: tuple[str, ...]) -> str | None:
     if risk.batchnorm == "train" and risk.has_batchnorm:
         return "BatchNorm uses batch statistics"
+    if not risk.independent:
+        return _MIXED
     inputs, targets = risk.inputs, risk.targets
     if not inputs.is_floating_point():
         return "the inputs are not floating-point numbers"

@@ -151,7 +151,10 @@ class _ConvolutionBackward(torch.autograd.Function):
 
 def _convolve(x: Tensor, w: Tensor, settings: _Settings) -> Tensor:
     stride, padding, dilation, groups = settings
-    return torch.convolution(x, w, None, stride, padding, dilation, False, [0] * len(stride), groups)
+    wide = (_summable(x), _summable(w))
+    return torch.convolution(*wide, None, stride, padding, dilation, False, [0] * len(stride), groups).to(
+        x.dtype
+    )
 
 
 def _convolve_backward(
@@ -160,10 +163,18 @@ def _convolve_backward(
     if not (wants_x or wants_w):
         return None, None
     stride, padding, dilation, groups = settings
+    wide = (_summable(dy), _summable(x), _summable(w))
+    wanted = [wants_x, wants_w, False]
     dx, dw, _ = torch.ops.aten.convolution_backward(
-        dy, x, w, None, stride, padding, dilation, False, [0] * len(stride), groups, [wants_x, wants_w, False]
+        *wide, None, stride, padding, dilation, False, [0] * len(stride), groups, wanted
     )
-    return dx, dw
+    return (None if dx is None else dx.to(x.dtype)), (None if dw is None else dw.to(w.dtype))
+
+
+def _summable(tensor: Tensor) -> Tensor:
+    """The tensor, in float32 if this processor would add up products of bfloat16 numbers in bfloat16."""
+    half = tensor.dtype is torch.bfloat16 and tensor.device.type == "cpu"
+    return tensor.float() if half and not torch.ops.mkldnn._is_mkldnn_bf16_supported() else tensor
 
 
 def _batch_norm(

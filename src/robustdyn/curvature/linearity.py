@@ -231,11 +231,12 @@ def plain_cross_entropy(losses: Tensor, outputs: Tensor) -> bool:
 
     That is ``torch.nn.functional.cross_entropy(outputs, classes, reduction="none")``, however it was called.
     """
-    picked = losses.grad_fn
-    if picked is None or _kind(picked) != "NllLoss" or picked._saved_weight is not None:  # type: ignore[attr-defined]
+    picked: Any = losses.grad_fn
+    if picked is None or _kind(picked) != "NllLoss" or picked._saved_weight is not None:
         return False
-    if bool((picked._saved_target == _signed(picked._saved_ignore_index)).any()):  # type: ignore[attr-defined]
+    if bool((picked._saved_target == _signed(picked._saved_ignore_index)).any()):
         return False
+    logarithm: Any
     ((logarithm, _),) = [edge for edge in picked.next_functions if edge[0] is not None]
     if logarithm is None or _kind(logarithm) != "LogSoftmax" or outputs.dim() != 2:
         return False

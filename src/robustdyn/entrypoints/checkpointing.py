@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from robustdyn.errors import CheckpointError, ConfigError
 from robustdyn.models.checkpoints import why_not_loaded
+from robustdyn.records.command_line import at, command
 from robustdyn.records.progress import is_of
 from robustdyn.records.untrusted import read_yaml
 
@@ -244,10 +244,9 @@ def _own_command(checkpoint: Mapping[str, Any], run_dir: Path) -> str:
     except Exception:  # of a file that may be a stranger's: the refusal stands without it
         return ""
     own = [source.path for source in hydra_cfg.runtime.config_sources if source.provider == "command-line"]
-    line = ["robustdyn-train", *(word for path in own for word in ("--config-dir", path)), *overrides]
-    return (
-        f"; to go on with its own: {shlex.join([*line, _override('hydra.run.dir', str(run_dir.absolute()))])}"
-    )
+    folders = [word for path in own for word in ("--config-dir", path)]
+    line = command("robustdyn-train", *folders, *overrides, at("hydra.run.dir", run_dir))
+    return f"; to go on with its own: {line}"
 
 
 def _composed(overrides: Sequence[str]) -> Any:

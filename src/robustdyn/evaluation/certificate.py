@@ -49,7 +49,7 @@ class CertificateSettings:
     Attributes:
         shift: Shares of the mean's move, ≥ 0.
         scale: Factors on the measured standard deviations, > 0.
-        prior_std: Standard deviations s of the prior, > 0; they share ``alpha``.
+        prior_std: Standard deviations s of the prior, > 0; they share ``alpha``, half of it for themselves.
         alpha: Probability over the draw of S with which a bound may fail.
         alpha_sampling: Probability over the weights drawn with which one may.
         screening: Networks and examples for every point of the grid.
@@ -196,7 +196,8 @@ class Certifier:
         self.theta, self.statistics = network.theta(), network.statistics(1)
         self.move, self.directions = (part.to(self.theta) for part in (measured.move, measured.directions))
         self.n = len(data["S"][1])
-        self.alpha = settings.alpha / len(settings.prior_std)
+        # each prior may fail Maurer's bound, for all posteriors, and Chernoff's, for itself
+        self.alpha = settings.alpha / (2 * len(settings.prior_std))
 
     def certify(self) -> dict[str, Any]:
         """Screen the grid, certify the best of every shift, and compare."""
@@ -236,7 +237,7 @@ class Certifier:
         least: dict[tuple[float, bool], float] = {}
         found = []
         for kl, choice in choices:
-            budget = (kl + math.log(2 * math.sqrt(self.n) / self.alpha)) / self.n
+            budget = self._budget(None if choice.scale is None else kl)
             bound, error = float(binary_kl_upper(0.0, budget)), None
             if bound < least.get(choice.group, math.inf):
                 error = float(self._errors(choice, self.settings.screening, "S", "certify-screening").mean())
@@ -259,13 +260,14 @@ class Certifier:
         stream = f"certify-{choice.name}"
         errors = self._errors(choice, self.settings.sampling, "S", stream)
 
-        def bound(sampled: Array, distance: float) -> RiskCertificate:
+        def bound(sampled: Array, distance: float | None) -> RiskCertificate:
             return risk_certificate(
                 sampled, kl=distance, n=self.n, alpha=self.alpha, alpha_sampling=alpha_sampling
             )
 
-        found = bound(errors, kl.total)
-        no_kl, no_error = bound(errors, 0.0).risk_bound, bound(0 * errors, kl.total).risk_bound
+        distance, none = (kl.total, 0.0) if choice.scale is not None else (None, None)
+        found = bound(errors, distance)
+        no_kl, no_error = bound(errors, none).risk_bound, bound(0 * errors, distance).risk_bound
         tested = self._errors(choice, self.settings.test, "test", f"{stream}-test")
         mean = self.theta + choice.shift * self.move
         return {
@@ -318,12 +320,14 @@ class Certifier:
         if std:
             kl = self._kl(_Choice(1.0, 1.0, std))
             found["kl"] = {**asdict(kl), "total": kl.total}
-            found["bound_at_zero_error"] = float(
-                binary_kl_upper(0.0, (kl.total + math.log(2 * math.sqrt(self.n) / self.alpha)) / self.n)
-            )
+            found["bound_at_zero_error"] = float(binary_kl_upper(0.0, self._budget(kl.total)))
         return found
 
     # -- parts
+
+    def _budget(self, kl: float | None) -> float:
+        """Nats an example, as in :func:`robustdyn.theory.risk_certificate`."""
+        return ((kl or 0.0) + math.log((1 if kl is None else 2 * math.sqrt(self.n)) / self.alpha)) / self.n
 
     def _distance_sq(self) -> float:
         return float(self.move.double().square().sum())

@@ -36,9 +36,7 @@ def sole_process(directory: Path, remedy: str) -> Iterator[None]:
         raise RecordError(f"{directory}: running in {who}; wait for it, or {remedy}") from error
     except OSError as error:
         lock.release()
-        raise RecordError(
-            f"{directory}: cannot write ({error.strerror}); check its permissions, or {remedy}"
-        ) from error
+        raise RecordError(f"{directory}: cannot write ({error.strerror}); {remedy}") from error
     try:
         yield
     finally:

@@ -4,8 +4,9 @@ With C₁ the population covariance of one example's gradient (denominator n), a
 
 - with replacement: covariance C₁ / B, independent from step to step;
 - without replacement within an epoch: covariance C₁ (n − B) / (B (n − 1)), and −C₁ / (n − 1) between any two
-  batches of the same epoch, whatever their sizes: an epoch's gradients at fixed weights sum to n ḡ without
-  any noise. Noise along slow directions (relaxation time over an epoch) largely cancels, so that the formula
+  batches of the same epoch, whatever their sizes. At fixed weights the mean over an epoch of equal batches
+  that uses all examples has no noise; a short last batch, or examples left out, keep some. Noise along slow
+  directions (relaxation time over an epoch) largely cancels, so that the formula
   for independent batches overestimates their variance; :func:`robustdyn.theory.propagate_coupled` has
   the exact one.
 

@@ -118,6 +118,24 @@ def whole(name: str, values: ArrayLike, minimum: int = 0) -> IntArray:
     return array.astype(np.int64)
 
 
+def shuffled_sizes(sizes: IntArray, epoch_starts: IntArray, examples: int) -> None:
+    """Refuse epochs in which an example would have to come twice.
+
+    Args:
+        sizes: B (N,).
+        epoch_starts: First steps of the epochs, increasing from 0.
+        examples: n.
+
+    Raises:
+        ValueError: The batches of an epoch have more than n examples.
+    """
+    drawn = int(np.add.reduceat(sizes, epoch_starts).max())
+    if drawn > examples:
+        raise ValueError(
+            f"an epoch's sizes add up to {drawn}; without replacement they must have at most {examples}"
+        )
+
+
 def recorded_steps(record_steps: ArrayLike, first: int, last: int) -> IntArray:
     """``record_steps`` as an int64 vector (R,).
 

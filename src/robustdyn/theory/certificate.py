@@ -177,15 +177,16 @@ class RiskCertificate:
 
 
 def risk_certificate(
-    sampled_errors: ArrayLike, *, kl: float, n: int, alpha: float, alpha_sampling: float
+    sampled_errors: ArrayLike, *, kl: float | None, n: int, alpha: float, alpha_sampling: float
 ) -> RiskCertificate:
-    """Maurer's bound on top of a sampled empirical risk, equations (36) and (37) of docs/theory.md.
+    """Maurer's bound on top of a sampled empirical risk, equations (36) to (37a) of docs/theory.md.
 
     Args:
         sampled_errors: (m,) in [0, 1], robust 0-1 error of weights drawn independently from Q, each on all of
             S or on examples of S that are drawn uniformly for these weights alone: all that is used is that
             they are independent and that their mean is the empirical error of Q.
-        kl: KL(Q‖P) ≥ 0 over all parameters, nats.
+        kl: KL(Q‖P) ≥ 0 over all parameters, nats; None where Q is the prior itself, for which Chernoff's
+            bound does without 2√n. The two may fail apart: claimed together they share α.
         n: Examples in S, at least 8 (Maurer's condition), those the prior has seen left out.
         alpha: In (0, 1), for the draw of S.
         alpha_sampling: In (0, 1), for the draw of the weights.
@@ -196,19 +197,19 @@ def risk_certificate(
     Raises:
         ValueError: A value outside its range, or α + α_sampling ≥ 1.
 
-    Source: Langford & Caruana (2001) for the sampling step; Maurer (2004) for 2√n.
+    Source: Langford & Caruana (2001) for the sampling step and for Q = P; Maurer (2004) for 2√n.
     """
     errors = np.atleast_1d(_share("sampled_errors", sampled_errors))
     samples = count("number of sampled_errors", errors.size)
     vector("sampled_errors", errors)
     n = count("n", n, minimum=8)
-    distance = float(non_negative("kl", kl))
+    distance = 0.0 if kl is None else float(non_negative("kl", kl))
     probability(
         "alpha + alpha_sampling", probability("alpha", alpha) + probability("alpha_sampling", alpha_sampling)
     )
     mean = float(errors.mean())
     upper = float(binary_kl_upper(mean, math.log(1 / alpha_sampling) / samples))
-    budget = (distance + math.log(2 * math.sqrt(n) / alpha)) / n
+    budget = (distance + math.log((1 if kl is None else 2 * math.sqrt(n)) / alpha)) / n
     return RiskCertificate(
         risk_bound=float(binary_kl_upper(upper, budget)),
         empirical_upper=upper,

@@ -23,6 +23,7 @@ from robustdyn.theory._validation import (
     positive,
     recorded_steps,
     scalar,
+    shuffled_sizes,
     vector,
     whole,
 )
@@ -129,12 +130,7 @@ class BatchSampling:
         object.__setattr__(self, "sizes", sizes)
         if self.epoch is not None:
             starts = np.arange(0, sizes.size, count("epoch", self.epoch))
-            drawn = int(np.add.reduceat(sizes, starts).max())
-            if drawn > self.examples:
-                raise ValueError(
-                    f"an epoch of {self.epoch} batches has {drawn} examples; without replacement it must "
-                    f"have at most {self.examples}"
-                )
+            shuffled_sizes(sizes, starts, self.examples)
 
 
 def propagate_coupled(

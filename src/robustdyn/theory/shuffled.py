@@ -9,7 +9,19 @@ from math import sqrt
 import numpy as np
 from numpy.typing import ArrayLike
 
-from robustdyn.theory._validation import Array, finite, momentum_range, non_negative, positive, vector
+from robustdyn.theory._validation import (
+    Array,
+    count,
+    finite,
+    momentum_range,
+    non_negative,
+    positive,
+    scalar,
+    shuffled_sizes,
+    state_covariances,
+    vector,
+    whole,
+)
 
 
 def shuffled_variance(
@@ -51,7 +63,8 @@ def shuffled_variance(
         (N,).
 
     Raises:
-        ValueError: Invalid hyperparameter, fewer than two examples, or shapes that disagree.
+        ValueError: Invalid hyperparameter, fewer than two examples, an epoch of more than n, a start that is
+            no covariance, shapes that disagree, or a variance that grew out of the range of float64.
 
     Source: ours, equations (25b) and (25c) of docs/theory.md.
     """
@@ -63,16 +76,17 @@ def shuffled_variance(
         rates,
         vector("sizes", positive("sizes", sizes), rates.size),
     )
-    mu, omega = float(momentum_range(momentum)), float(non_negative("weight_decay", weight_decay))
-    if examples < 2:
-        raise ValueError(f"examples is {examples}; it must be at least 2")
-    ends = {int(step) for step in np.atleast_1d(np.asarray(epoch_ends))}
-    start = finite("initial_covariance", initial_covariance)
-    if start.shape != (2, 2):
-        raise ValueError(f"initial_covariance has shape {start.shape}; it must be (2, 2)")
+    mu = scalar("momentum", momentum_range(momentum))
+    omega = scalar("weight_decay", non_negative("weight_decay", weight_decay))
+    count("examples", examples, 2)
+    ends = np.unique(finite("epoch_ends", epoch_ends)).astype(np.int64)
+    inside = ends[(ends > 0) & (ends < rates.size)]
+    shuffled_sizes(whole("sizes", columns[-1], minimum=1), np.append(0, inside), examples)
+    start = state_covariances("initial_covariance", np.asarray(initial_covariance)[None], (1, 2, 2))[0]
     a, p, w = float(start[0, 0]), float(start[0, 1]), float(start[1, 1])
     of_x = of_v = 0.0  # G
     found = np.empty(rates.size)
+    shuffled_after = set(ends.tolist())
     rows = zip(*(column.tolist() for column in columns), strict=True)
     for step, (lam, one, attack, eta, size) in enumerate(rows, start=1):
         pull = lam + omega
@@ -84,9 +98,14 @@ def shuffled_variance(
         of_v = mu * of_v + pull * of_x + sqrt(one)
         of_x -= eta * of_v
         found[step - 1] = a - of_x * of_x / (examples - 1)
-        if step in ends:
+        if step in shuffled_after:
             a -= of_x * of_x / (examples - 1)
             p -= of_x * of_v / (examples - 1)
             w -= of_v * of_v / (examples - 1)
             of_x = of_v = 0.0
+    if not np.isfinite(found).all():
+        raise ValueError(
+            f"the variance left the range of float64 at step {int(np.argmin(np.isfinite(found))) + 1}; "
+            "eigenvalue must be stable, or the run shorter"
+        )
     return found

@@ -18,7 +18,7 @@ from scipy import stats
 
 from robustdyn.analysis import style
 from robustdyn.analysis.alike import require_alike, require_repetitions
-from robustdyn.analysis.over_seeds import LEVEL
+from robustdyn.analysis.over_seeds import COVERAGE, LEVEL
 from robustdyn.analysis.plotting import End, key, label_ends
 from robustdyn.analysis.study import Answer, Picture, Study
 from robustdyn.analysis.tracked import (
@@ -195,7 +195,7 @@ def _findings(
     yield (
         f"γ (seeds): {', '.join(f'{gamma:g} ({n})' for gamma, n in seeds.items())}; γ = 0 is AT. {k} tracked "
         "directions: sums and means are over these, no statement about the whole model. Intervals of means: "
-        "95 %, Student, over seeds, said from three on. Correlations and slopes are over all "
+        f"95 %, Student, over seeds, said from three on ({COVERAGE}). Correlations and slopes are over all "
         f"{seeds.sum()} runs, taken for independent, and their p-values not corrected for their number."
     )
     epochs = (

@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 
 from robustdyn.analysis import style
 from robustdyn.analysis.alike import require_alike, require_repetitions
-from robustdyn.analysis.over_seeds import draw_with_interval
+from robustdyn.analysis.over_seeds import COVERAGE, draw_with_interval
 from robustdyn.analysis.plotting import Cast, End, finish, key, label_ends, log_axis, mark_decays
 from robustdyn.analysis.statistics import format_number
 from robustdyn.analysis.study import Answer, Picture, Study
@@ -201,7 +201,7 @@ def _findings(
     yield (
         f"{'; '.join(f'{method}: seeds {n}' for method, n in seeds.items())}; {k} tracked "
         f"directions: sums and means are over these, no statement about the whole model. Intervals: 95 %, "
-        f"Student, over seeds; ×: factors, with geometric means."
+        f"Student, over seeds ({COVERAGE}); ×: factors, with geometric means."
     )
     yield f"Moments: {where}."
     lines = [

@@ -25,7 +25,7 @@ from robustdyn.analysis.comparison import (
     said,
     seeds_named,
 )
-from robustdyn.analysis.over_seeds import mean_with_interval
+from robustdyn.analysis.over_seeds import COVERAGE, mean_with_interval
 from robustdyn.analysis.plotting import finish, label_ends, log_axis
 from robustdyn.analysis.statistics import of_run
 from robustdyn.analysis.study import Answer, Picture, Study
@@ -324,9 +324,9 @@ def _findings(
     slope = slopes.set_index(["setting", "metric"])
     highest = rule[rule["quantity"] == "highest WCI"]["mean"].max()
     findings = [
-        f"{seeds_named(means)}; mean ± half of the 95 % interval over seeds. τ is in units of this "
-        f"network's index, which was at most {highest:.3g}. Best is the epoch of lowest test robust error, "
-        "chosen on the test set."
+        f"{seeds_named(means)}; mean ± half of the 95 % interval over seeds ({COVERAGE}). τ is in "
+        f"units of this network's index, which was at most {highest:.3g}. Best is the epoch of lowest test "
+        "robust error, chosen on the test set."
     ]
     for setting in order:
         trend = slope.loc[(setting, error.name)]
