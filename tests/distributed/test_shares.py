@@ -56,6 +56,8 @@ def on_rank(rank, ranks, split, *overrides):
         train_dataloader=loader,
         val_dataloaders=[loader],
         global_step=5,
+        accumulate_grad_batches=1,
+        gradient_clip_val=None,
         current_epoch=0,
         precision_plugin=None,
         optimizers=[torch.optim.SGD(module.parameters(), lr=0.1)],

@@ -120,7 +120,7 @@ def test_a_run_directory_that_cannot_be_made_is_one_line(tmp_path, monkeypatch, 
     (tmp_path / "file").touch()
     assert command(monkeypatch, *RUN, f"hydra.run.dir={tmp_path}/file/run") == 1
     line = last_line(capsys)
-    assert line.startswith("error: cannot make the run's folder: ")
+    assert line.startswith(f"error: {tmp_path}/file/run: cannot write (")
     assert str(tmp_path / "file") in line
     assert "hydra.run.dir" in line
 
