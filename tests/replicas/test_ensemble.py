@@ -258,6 +258,7 @@ def test_a_quadratic_loss_has_the_predicted_covariance(replacement):
         images=z,
         targets=torch.zeros(n, dtype=torch.int64),
         objective=_MeanOutput(),
+        attack=attack(valid_range=(-5.0, 5.0)),
         update=MomentumUpdate(momentum=mu, weight_decay=omega, initial_buffer=None),
         learning_rate=rates.tolist(),
         sampling=drawn,
