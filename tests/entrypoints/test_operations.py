@@ -14,6 +14,7 @@ import torch
 
 from robustdyn.curvature import EmpiricalRisk
 from robustdyn.entrypoints.config import build
+from robustdyn.measure import Measure
 from robustdyn.methods import AdversarialTraining
 from robustdyn.records.files import sole_process
 from tests.runs import TINY, command, compose, rows
@@ -261,3 +262,28 @@ def test_workers_of_a_parallel_sweep_end_with_it(tmp_path):
     while any(Path(f"/proc/{worker}").exists() for worker in workers):
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+@pytest.mark.parametrize("weight", [torch.inf, 1e30], ids=["infinite", "huge"])
+def test_a_diverged_network_that_is_measured_is_one_line(weight, tmp_path, monkeypatch, capsys):
+    measure = Measure.on_train_epoch_end
+
+    def diverged(self, trainer, module):
+        with torch.no_grad():
+            module.model.linear.weight.fill_(weight)
+        measure(self, trainer, module)
+
+    monkeypatch.setattr(Measure, "on_train_epoch_end", diverged)
+    assert command(monkeypatch, *RUN, f"hydra.run.dir={tmp_path}") == 1
+    message = last_line(capsys)
+    assert message.startswith("error: the network cannot be measured after epoch 0: ")
+    assert "a lower optimizer.lr may help" in message
+
+
+def test_an_image_alone_in_the_last_batch_is_refused_before_training(tmp_path, monkeypatch, capsys):
+    small = ("data.train_size=33", "data.batch_size=32", "model.blocks=[1,1,1,1]", "model.strides=[1,2,2,2]")
+    assert command(monkeypatch, *RUN, *small, f"hydra.run.dir={tmp_path}") == 1
+    assert last_line(capsys).startswith(
+        "error: data.batch_size=32 leaves one of 33 training images for the last"
+    )
+    assert not list((tmp_path / "records").glob("epochs*"))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from robustdyn import streams
 from robustdyn.curvature import EmpiricalRisk, Precision, shard
 from robustdyn.data import ImageDataModule
-from robustdyn.errors import ConfigError, TrainingError
+from robustdyn.errors import ConfigError, TrainingError, UserError
 from robustdyn.measure.snapshot import Eigenpairs, Snapshot
 from robustdyn.measure.when import EpochSpec, measured_epochs
 from robustdyn.methods import AdversarialTraining
@@ -129,7 +129,7 @@ class Measure(Callback):
 
         Raises:
             ConfigError: The learning-rate rule cannot follow what was measured.
-            TrainingError: Losses or products are not finite.
+            TrainingError: The network cannot be measured, because losses or products are not finite, say.
         """
         assert isinstance(pl_module, AdversarialTraining)
         measurements = self._due(trainer.current_epoch, pl_module.schedule.reads)
@@ -142,17 +142,19 @@ class Measure(Callback):
             mode(pl_module.model, training=False),  # the network as deployed: no dropout, running statistics
         ):
             began = time.perf_counter()
-            snapshot = self._snapshot(trainer, pl_module)
             try:
+                snapshot = self._snapshot(trainer, pl_module)
                 for measurement in measurements:
                     for table, row in measurement.measure(snapshot):
                         if trainer.is_global_zero:
                             self._records.append(table, row)
                         _observe(pl_module, table, row)
-            except FloatingPointError as error:
+            except UserError:
+                raise
+            except (FloatingPointError, ValueError) as error:
                 raise TrainingError(
-                    f"the network cannot be measured after epoch {trainer.current_epoch}, because training "
-                    f"diverged ({error}); a lower optimizer.lr may help"
+                    f"the network cannot be measured after epoch {trainer.current_epoch}: {error}; if "
+                    "training diverged, a lower optimizer.lr may help"
                 ) from error
             seconds = time.perf_counter() - began
         if trainer.is_global_zero:
