@@ -52,8 +52,13 @@ def due(*overrides):
         records=RunRecords("nowhere"),
     )
     optimizer = build(cfg, "optimizer")(module.parameters())
-    trainer = SimpleNamespace(
-        max_epochs=EPOCHS, datamodule=data, world_size=1, is_global_zero=True, optimizers=[optimizer]
+    trainer = module.trainer = SimpleNamespace(
+        gradient_clip_val=None,
+        max_epochs=EPOCHS,
+        datamodule=data,
+        world_size=1,
+        is_global_zero=True,
+        optimizers=[optimizer],
     )
     measure.on_train_start(trainer, module)
     return [[type(m).__name__ for m in measure._due(epoch, module.schedule.reads)] for epoch in range(EPOCHS)]
