@@ -89,7 +89,7 @@ def test_the_launcher_without_multirun_is_refused(tmp_path, monkeypatch, capsys)
     arguments = (*TINY, "hydra/launcher=slurm", f"hydra.run.dir={tmp_path}", "report=false")
     assert command(monkeypatch, *arguments) == 1
     assert capsys.readouterr().err == (
-        "error: hydra/launcher=slurm submits jobs only with -m, for a single run, too; add it\n"
+        "error: hydra/launcher takes effect with -m only, for a single run too; add it\n"
     )
 
 

@@ -161,7 +161,7 @@ def test_a_notebook_s_backend_that_is_not_here_does_not_matter(backend):
 def test_what_is_of_sweeps_is_refused_for_a_run(typed, tmp_path, monkeypatch, capsys):
     also = ["hydra/launcher=parallel"] if typed == "hydra.launcher.n_jobs=2" else []
     assert command(monkeypatch, *RUN, typed, *also, f"hydra.run.dir={tmp_path / 'run'}") == 1
-    assert f"error: {typed.partition('=')[0]} is for sweeps alone; add -m" in capsys.readouterr().err
+    assert f"error: {typed.partition('=')[0]} takes effect with -m only" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

@@ -218,7 +218,7 @@ def configured():
         cfg = copy.deepcopy(composed)
         for setting in settings:
             key, _, value = setting.partition("=")
-            OmegaConf.update(cfg, key, yaml.safe_load(value))
+            OmegaConf.update(cfg, key, yaml.safe_load(value), force_add=key.startswith("trainer."))
         return cfg
 
     return changed
@@ -269,7 +269,7 @@ def test_wrong_runs_are_refused_when_composed(configured):
         check_ensemble(cfg)
     for setting in ("accumulate_grad_batches=2", "gradient_clip_val=0.5"):
         with pytest.raises(ConfigError, match=rf"^trainer\.{setting} of the run .* train without it"):
-            check_ensemble(configured(f"+trainer.{setting}"))
+            check_ensemble(configured(f"trainer.{setting}"))
     cfg = configured()
     cfg.ensemble = {"chunk": 2}
     with pytest.raises(ConfigError, match=r"^ensemble\.chunk is set but ensemble=none takes no settings"):

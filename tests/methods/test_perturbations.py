@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 from typing import NamedTuple
 
 import lightning
@@ -238,6 +239,7 @@ def module_of(model, perturbation, *, steps=0, l1=0.0):
         random_start="none",
         start_std=1e-3,
         batchnorm="eval",
+        valid_range=(-math.inf, math.inf),
     )
     return AdversarialTraining(
         model=model,

@@ -172,15 +172,18 @@ def test_a_run_records_the_formula_at_the_middle_of_every_step(name, tmp_path, m
     assert sorted(posterior) == [(epoch, index) for epoch in range(EPOCHS) for index in range(2)]
     for index in range(2):
         truth = _variances([measured[e, index] for e in (0, 0, 0, 2)], expected)
-        found = [posterior[epoch, index]["posterior_variance"] for epoch in range(EPOCHS)]
+        found = [posterior[epoch, index]["posterior_variance_independent"] for epoch in range(EPOCHS)]
         np.testing.assert_allclose(found, truth, rtol=1e-9)
 
 
 def _variances(spectrum, rates):
-    """Var θ after every epoch, from its row of the ``spectrum`` table: v ← μv + g, θ ← θ − ηv."""
+    """Var θ after every epoch, from its row of the ``spectrum`` table: v ← μv + g, θ ← θ − ηv.
+
+    Of independent batches: one matrix a step.
+    """
     state, found = np.zeros((2, 2)), []
     for row, etas in zip(spectrum, rates.reshape(EPOCHS, STEPS), strict=True):
-        c, noise = row["hessian_eigenvalue"] + 5e-4, row["gradient_noise"]
+        c, noise = row["curvature"] + 5e-4, row["gradient_noise"]
         for eta in etas:
             move, kick = np.array([[1 - eta * c, -eta * 0.9], [c, 0.9]]), np.array([-eta, 1.0])
             state = move @ state @ move.T + noise * np.outer(kick, kick)

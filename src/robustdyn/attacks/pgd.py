@@ -101,8 +101,7 @@ class PGD:
             ValueError: ``images`` are outside ``valid_range``.
             RuntimeError: Called under ``torch.inference_mode``, where no input gradient exists.
         """
-        if self.steps or self.eps > 0:
-            check_range(images, self.valid_range)
+        self.check(images)
         return self.climb(model, images, targets, self.start(images, generator), loss)
 
     def climb(
@@ -113,12 +112,10 @@ class PGD:
         start: Tensor,
         loss: AttackLoss = summed_cross_entropy,
     ) -> Tensor:
-        """As :meth:`perturb`, from a given starting point (B, C, H, W), which is not changed."""
+        """As :meth:`perturb`, but unchecked and from a starting point (B, C, H, W), which is not changed."""
         if torch.is_inference_mode_enabled():
             raise RuntimeError("an attack needs gradients: construct the Trainer with inference_mode=False")
         images = images.detach()
-        if self.steps and images.device.type == "cpu":  # elsewhere the host would wait at every training step
-            check_range(images, self.valid_range)
         adversarial = torch.empty_like(images).copy_(start.detach())  # in the images' memory layout
         step = self._stepper(images)
         with torch.enable_grad(), self.mode(model), frozen_parameters(model):
@@ -131,20 +128,23 @@ class PGD:
                 adversarial = step(adversarial.detach(), gradient)
         return adversarial
 
+    def check(self, images: Tensor) -> None:
+        """Refuse ``images`` that this attack would clamp out of their ball. On a GPU the host waits for it.
+
+        Raises:
+            ValueError: ``images`` are outside ``valid_range``.
+        """
+        if self.steps or (self.eps and self.random_start != "none"):
+            check_range(images, self.valid_range)
+
     def mode(self, model: nn.Module) -> AbstractContextManager[None]:
         """The scope in which the attack sees ``model``: train or eval, as ``batchnorm`` says."""
         return mode(model, training=self.batchnorm == "train")
 
     def start(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Where the attack begins: a random point of the ball, or a copy of ``images`` (B, C, H, W).
-
-        Raises:
-            ValueError: ``images`` on the CPU are outside ``valid_range``; :meth:`perturb` checks everywhere.
-        """
+        """Where the attack begins: a random point of the ball, or a copy of ``images`` (B, C, H, W)."""
         if self.random_start == "none" or self.eps == 0:
             return images.clone()
-        if images.device.type == "cpu":
-            check_range(images, self.valid_range)
         # numbers are drawn in memory order: one order, so that they do not depend on the images' layout
         noise = torch.empty_like(images, memory_format=torch.contiguous_format)
         if self.random_start == "gaussian":

@@ -136,7 +136,7 @@ class SweepReport(Callback):
         for typed in config.hydra.overrides.hydra:
             if re.match(r"\+*hydra[./](launcher|sweeper|sweep)\b", typed):
                 key = typed.partition("=")[0]
-                sys.stderr.write(f"error: {key} is for sweeps alone; add -m, or leave it out\n")
+                sys.stderr.write(f"error: {key} takes effect with -m only, for a single run too; add it\n")
                 sys.exit(1)
         self._enter(Path(config.hydra.run.dir), "choose another hydra.run.dir")
         self.inside.close()  # the run itself enters

@@ -226,7 +226,7 @@ class AdversarialTraining(lightning.LightningModule):
 
         The epoch's training metrics are those at the unperturbed weights, whatever the perturbation.
         """
-        part = self._part(self.trainer.train_dataloader, batch_idx, batch)
+        part = self._part(self.trainer.train_dataloader, batch_idx, batch, self.attack)
         number = batch_idx % self.trainer.accumulate_grad_batches
         with self.execution.step(len(batch.images), "train"):
             loss = self._train_on(_Examples(self.execution.images(batch.images), batch.targets), part, number)
@@ -282,7 +282,7 @@ class AdversarialTraining(lightning.LightningModule):
         split = self.evaluation_splits[dataloader_idx]
         loaders = self.trainer.val_dataloaders
         assert loaders is not None
-        part = self._part(loaders[dataloader_idx], batch_idx, batch)
+        part = self._part(loaders[dataloader_idx], batch_idx, batch, self.evaluation_attack)
         generator = self._generator(f"attack-{split}", batch_idx)
         with self.execution.step(len(batch.images), split):
             examples = _Examples(self.execution.images(batch.images), batch.targets)
@@ -350,8 +350,14 @@ class AdversarialTraining(lightning.LightningModule):
         batches = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
         return batches if math.isinf(batches) else math.ceil(batches)
 
-    def _part(self, loader: Any, number: int, batch: Batch) -> Part:
-        """Which part of batch ``number`` this rank has: all of it where it is the only one."""
+    def _part(self, loader: Any, number: int, batch: Batch, attack: PGD) -> Part:
+        """Which part of batch ``number`` this rank has: all of it where it is the only one.
+
+        Raises:
+            ValueError: The first images of an epoch, from a loader not ours, are out of ``attack``'s range.
+        """
+        if number == 0 and not isinstance(loader, TensorBatches):
+            attack.check(batch.images)  # one batch, since looking makes the host wait for a GPU
         if self.trainer.world_size == 1:
             return Part(slice(None), len(batch.images))
         assert isinstance(loader, TensorBatches)
