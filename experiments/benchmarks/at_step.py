@@ -49,6 +49,7 @@ from robustdyn.attacks import PGD
 from robustdyn.data import ImageDataModule
 from robustdyn.entrypoints.config import build, config_dir
 from robustdyn.entrypoints.train import build_module
+from robustdyn.methods.execution import Execution
 from robustdyn.methods.metrics import RobustMetrics
 from robustdyn.models.modes import frozen_parameters, mode
 
@@ -253,7 +254,9 @@ class BareLoop:
         self._batches.data = self._batches.data.to(device)
         self.model: nn.Module = build(cfg, "model")
         self.model.load_state_dict(start)
-        self.model.to(device, memory_format=torch.channels_last)
+        self.model.to(device)
+        self._execution: Execution = build(cfg, "execution")
+        self._execution.prepare(self.model)
         self._attack: PGD = build(cfg, "attack.train")
         self._optimizer: torch.optim.Optimizer = build(cfg, "optimizer")(self.model.parameters())
         self._metrics = RobustMetrics().to(device)
@@ -262,8 +265,7 @@ class BareLoop:
     def seconds(self) -> float:
         with kernels(**self._kernels):
             for number, batch in enumerate(self._batches):
-                images = batch.images.contiguous(memory_format=torch.channels_last)
-                self._step(images, batch.targets)
+                self._step(self._execution.images(batch.images), batch.targets)
                 if number == 0:
                     started = now(self._device)
             return (now(self._device) - started) / number

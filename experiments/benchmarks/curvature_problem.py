@@ -213,8 +213,7 @@ def _attacked(model: PreActResNet, images: Tensor, labels: Tensor, measured: Ten
 def _digits() -> tuple[Tensor, Tensor]:
     digits = read_digits()
     images = F.interpolate(digits.images.float() / 255, size=(SIZE, SIZE), mode="bilinear")
-    # in this layout training takes a fifth less time on a CPU
-    return images.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last), digits.labels
+    return images.expand(-1, 3, -1, -1).contiguous(), digits.labels
 
 
 def _network(width: int, channels: int, classes: int, mean: list[float], std: list[float]) -> PreActResNet:

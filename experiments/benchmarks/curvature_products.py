@@ -34,6 +34,7 @@ from robustdyn.curvature import (
     Precision,
     lanczos,
 )
+from robustdyn.curvature.memory_layout import trains_channels_last
 from robustdyn.curvature.tape import count_saved_bytes
 
 Product = Callable[[Tensor], Tensor]
@@ -98,7 +99,7 @@ def others(problem: Problem, chunk: int | None) -> dict[str, Product]:
     """Products with other matrices or other numbers than the Hessian's."""
     kept, _ = ours(problem, chunk, "full")
     half_kept, half_not_kept = ours(problem, chunk, "bfloat16")
-    channels_last = Plain(problem, chunk, channels_last=True)
+    channels_last = Plain(problem, chunk, channels_last=trains_channels_last(problem.model))
     return {
         CHANNELS_LAST: lambda _: channels_last.gradient(),
         GAUSS_NEWTON: GaussNewton(kept).matvec,

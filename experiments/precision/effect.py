@@ -33,6 +33,7 @@ from robustdyn.entrypoints.environment import processor
 from robustdyn.errors import DataFileError
 from robustdyn.evaluation import Ball
 from robustdyn.evaluation.evaluators import right
+from robustdyn.methods.execution import Execution
 from robustdyn.models import load_weights
 from robustdyn.models.modes import frozen_parameters, mode
 from robustdyn.records import Run, find_runs
@@ -240,13 +241,13 @@ def of_checkpoint(run: Run, path: Path, seed: int) -> dict[str, Any]:
     data.prepare_data()
     model: nn.Module = build(cfg, "model")
     load_weights(model, path, layout="robustdyn")
-    layout = torch.channels_last if run.config["execution"]["channels_last"] else torch.contiguous_format
-    model.to(memory_format=layout)  # type: ignore[call-overload]
+    execution = Execution(channels_last=cfg.execution.channels_last, compile="none")
+    execution.prepare(model)
     evaluator = build(OmegaConf.create({"pgd20": OmegaConf.load(config_dir() / PGD20)}), "pgd20")
     pgd = evaluator.pgd(Ball(cfg.attack.norm, cfg.attack.eps_255 / 255))
     batches = {
         split: [
-            Batch(batch.images.contiguous(memory_format=layout), *batch[1:])
+            Batch(execution.images(batch.images), *batch[1:])
             for batch in TensorBatches(data.split(split), cfg.data.eval_batch_size, rank=0, world_size=1)
         ]
         for split in ("test", "train")

@@ -230,10 +230,8 @@ def problem(run):
     data, model = build(cfg, "data"), build(cfg, "model")
     state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     model.load_state_dict({k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")})
-    model.eval().to(memory_format=torch.channels_last)
-    batches = [
-        Batch(x.contiguous(memory_format=torch.channels_last), y, i) for x, y, i in data.test_dataloader()
-    ]
+    model.eval()
+    batches = list(data.test_dataloader())
     evaluator = build(compose_evaluation(), "pgd20")
     return model, batches, evaluator.pgd(Ball("linf", cfg.attack.eps_255 / 255))
 
