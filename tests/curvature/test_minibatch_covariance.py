@@ -404,9 +404,12 @@ def test_a_risk_over_other_examples():
     with other.guard():
         assert_close(other.flatten(next(other.tapes())[0].gradient) / 4, fresh.gradient(), **EXACT64)
     assert risk.value() == EmpiricalRisk(model, inputs[:4], targets[:4], batchnorm="train").value()
-    for few in ((inputs[5:], targets[5:]), (inputs[4:], targets[5:])):
-        with pytest.raises(ValueError, match="expected 4 examples"):
-            risk.over(*few)
+    fewer = EmpiricalRisk(model, inputs[5:], targets[5:], batchnorm="train")
+    assert risk.over(inputs[5:], targets[5:]).value() == fewer.value()
+    whole = EmpiricalRisk(model, inputs, targets, batchnorm="train")
+    assert risk.over(inputs, targets).value() == whole.value()
+    with pytest.raises(ValueError, match="4 examples and targets 3"):
+        risk.over(inputs[4:], targets[5:])
 
 
 # ---------------------------------------------------------------------- several processes

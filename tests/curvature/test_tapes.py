@@ -649,9 +649,10 @@ def test_over_other_examples():
     other = risk.over(others, labels)
     assert_same_bits(products_of(other), products_of(EmpiricalRisk(model, others, labels, chunk_size=2)))
     assert_same_bits(products_of(risk), here)
-    for wrong in ((inputs[:4], targets[:4]), (inputs, targets[:4])):
-        with pytest.raises(ValueError, match="expected 5 examples"):
-            risk.over(*wrong)
+    fewer = EmpiricalRisk(model, inputs[:3], targets[:3], chunk_size=2)
+    assert_same_bits(products_of(risk.over(inputs[:3], targets[:3])), products_of(fewer))
+    with pytest.raises(ValueError, match="5 examples and targets 4"):
+        risk.over(inputs, targets[:4])
 
 
 # ---------------------------------------------------------------------- matrices

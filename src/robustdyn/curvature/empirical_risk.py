@@ -197,15 +197,19 @@ class EmpiricalRisk:
         return moved
 
     def over(self, inputs: Tensor, targets: Tensor) -> "EmpiricalRisk":
-        """The same risk over other examples, as many on this process, without the cost of checking them.
+        """The same risk over other examples, without the cost of checking them; collective.
 
         Raises:
-            ValueError: If there are more or fewer.
+            ValueError: If there are not as many targets as inputs.
         """
-        if len(inputs) != len(self.inputs) or len(targets) != len(self.inputs):
-            raise ValueError(f"expected {len(self.inputs)} examples, got {len(inputs)} and {len(targets)}")
+        if len(inputs) != len(targets):
+            raise ValueError(f"inputs has {len(inputs)} examples and targets {len(targets)}")
         other = copy.copy(self)
         other.inputs, other.targets, other._kept = plain(inputs), plain(targets), {}
+        other.shards = Shards(len(inputs), self.device, self.shards.group)
+        other.examples = other.shards.total
+        if not self.independent:
+            other.chunk_size = max(1, len(inputs))
         return other
 
     # ------------------------------------------------------------------ the function

@@ -178,7 +178,7 @@ class Measure(Callback):
         assert module.last_step is not None
         data = _data(trainer)
 
-        def risk(count: int, *draw: int) -> EmpiricalRisk:
+        def attacked(count: int, *draw: int) -> tuple[Tensor, Tensor]:
             subset = data.measurement_subset(count, module.seed)
             attack = module.evaluation_attack
             # drawn for all examples, so that they do not depend on the number of ranks
@@ -196,21 +196,21 @@ class Measure(Callback):
                 # in batches as large as training's: no more activations than training needs
                 batches = zip(*(t.split(data.batch_size) for t in (images, labels, starts)), strict=True)
                 images = torch.cat([attack.climb(module.model, *batch) for batch in batches])
-            return EmpiricalRisk(
-                module.model,
-                images,
-                labels,
-                memory=self._memory,
-                precision=self._precision,
-                batchnorm="eval",
-                group=dist.group.WORLD if trainer.world_size > 1 else None,
-            )
+            return images, labels
 
+        risk = EmpiricalRisk(
+            module.model,
+            *attacked(self._examples),
+            memory=self._memory,
+            precision=self._precision,
+            batchnorm="eval",
+            group=dist.group.WORLD if trainer.world_size > 1 else None,
+        )
         return Snapshot(
             epoch=trainer.current_epoch,
             step=trainer.global_step,
-            risk=risk(self._examples),
-            again=lambda: risk(self._second_attack, 1),
+            risk=risk,
+            again=lambda: risk.over(*attacked(self._second_attack, 1)),
             optimizer=module.last_step,
             train_examples=len(data.split("train").labels),
             batch_size=data.batch_size * trainer.accumulate_grad_batches,

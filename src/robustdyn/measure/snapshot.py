@@ -157,7 +157,9 @@ class Snapshot:
         directions, projections = self.hessian.eigenvectors, self.projected.projections.numpy()
         again = self.again()
         m, s = self.risk.examples, again.examples
-        (_, curved), (g, curved_again) = (_of_examples(risk, directions, s) for risk in (self.risk, again))
+        (_, curved), (g, curved_again) = (
+            _of_examples(risk, directions) for risk in (_first(self.risk, s), again)
+        )
         middle = projections.mean(axis=0)
         first, second = projections[:s] - middle, g - middle
         ratio = (second**2).sum(axis=0) / (first**2).sum(axis=0)
@@ -183,20 +185,21 @@ class Snapshot:
         return {name: self.__dict__[name] for name in ("hessian", "noise") if name in self.__dict__}
 
 
-def _of_examples(risk: EmpiricalRisk, directions: Tensor, count: int) -> tuple[Array, Array]:
-    """g_iᵀ u_j and u_jᵀ G_i u_j of the first examples of all processes, (count, k) each."""
+def _first(risk: EmpiricalRisk, count: int) -> EmpiricalRisk:
+    """Over the first ``count`` examples of all processes."""
+    own = slice(max(0, count - risk.shards.own.start))
+    return risk.over(risk.inputs[own], risk.targets[own])
+
+
+def _of_examples(risk: EmpiricalRisk, directions: Tensor) -> tuple[Array, Array]:
+    """g_iᵀ u_j and u_jᵀ G_i u_j of every example of all processes, (m, k) each."""
     parts = [tuple(risk.split(column).values()) for column in directions.unbind(dim=1)]
     own = torch.zeros(len(risk.inputs), 2, len(parts), dtype=risk.dtype, device=risk.device)
-    first = risk.shards.own.start
     with risk.guard(products=True):
-        for number, ((tape, _), rows) in enumerate(
-            zip(risk.tapes(), own.split(risk.chunk_size), strict=True)
-        ):
-            if first + number * risk.chunk_size >= count:
-                break
+        for (tape, _), rows in zip(risk.tapes(), own.split(risk.chunk_size), strict=True):
             for index, part in enumerate(parts):
                 change = tape.jacobian_product(part)
                 rows[:, 0, index] = (tape.slopes.detach() * change).flatten(1).sum(dim=1)
                 rows[:, 1, index] = (change * tape.loss_curvature_product(change)).flatten(1).sum(dim=1)
-    values = risk.shards.rows(own)[:count].double().cpu().numpy()
+    values = risk.shards.rows(own).double().cpu().numpy()
     return values[:, 0], values[:, 1]
