@@ -58,7 +58,7 @@ docs: $(READY) ## Build the documentation into site/
 	@$(BIN)/mkdocs build --strict
 
 bench: $(READY) ## Run the benchmarks; results land in experiments/benchmarks/results/
-	@for script in $(filter-out %/common.py %/curvature_problem.py %/study_loops.py %/gpu_correctness.py %/gpu_passes.py,$(wildcard experiments/benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script; done
+	@for script in $(filter-out %/common.py %/curvature_problem.py %/study_loops.py %/gpu_correctness.py %/gpu_passes.py %/measurement_versions.py,$(wildcard experiments/benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script; done
 
 wheel: $(READY) ## Build wheel and source archive into dist/
 	@$(BIN)/python -m build --outdir dist .

@@ -1,4 +1,4 @@
-"""Errors a user can mend.
+"""Errors that a user can put right.
 
 Every message is one line that names the config key or the file at fault and what to do. The entry points
 print it without a stack trace and exit with status 1; as a library they are ordinary exceptions.
@@ -6,7 +6,7 @@ print it without a stack trace and exit with status 1; as a library they are ord
 
 
 class UserError(Exception):
-    """Something the user can mend; the message is one line with the culprit and the remedy."""
+    """Something the user can put right; the message is one line with the culprit and the remedy."""
 
 
 class ConfigError(UserError, ValueError):

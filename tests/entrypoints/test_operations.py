@@ -218,7 +218,10 @@ def test_a_lock_goes_with_its_process_however_it_ends(tmp_path):
         pass
 
 
-@pytest.mark.parametrize("sweep", [False, True], ids=["run", "serial sweep"])
+@pytest.mark.parametrize(
+    "sweep",
+    [pytest.param(False, id="run"), pytest.param(True, id="serial sweep", marks=pytest.mark.slow)],
+)
 def test_sigterm_interrupts_as_ctrl_c_does(sweep, tmp_path):
     where = ["-m", "seed=0,1", f"hydra.sweep.dir={tmp_path}", "hydra.sweep.subdir='${hydra.job.num}'"]
     run_dir = tmp_path / "0" if sweep else tmp_path

@@ -69,7 +69,9 @@ def assert_same_end(found, wanted):
     assert len(momenta) > 0
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=pytest.mark.slow if name == "at" else ()) for name in VARIANTS]
+)
 def test_interrupted_within_and_between_epochs(variant, tmp_path, monkeypatch):
     assert command(monkeypatch, *arguments(variant, f"hydra.run.dir={tmp_path / 'alone'}")) == 0
     undisturbed = end_of(tmp_path / "alone")

@@ -10,7 +10,7 @@ import torch
 
 BENCHMARKS = Path(__file__).parents[2] / "experiments" / "benchmarks"
 MODULES = ("common", "curvature_problem", "curvature_products", "layer_traces", "leading_eigenpairs")
-TINY = ["--width=4", "--examples=8", "--steps=2", f"--threads={torch.get_num_threads()}"]
+TINY = ["--width=2", "--examples=8", "--steps=2", f"--threads={torch.get_num_threads()}"]
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using backward.. with create_graph:UserWarning")
 

@@ -227,6 +227,7 @@ def test_sums_over_a_law_are_null_where_the_optimiser_has_none_that_is_known(sna
     assert all(theirs[name] == ours[name] for name in ours.keys() - unknown - {"seconds"})
 
 
+@pytest.mark.slow
 def test_a_run_measures_it_when_asked(tmp_path, monkeypatch):
     settings = [f"measure.measurements.density.{name}" for name in ("probes=2", "steps=6", "noise_probes=3")]
     assert command(monkeypatch, *TINY, "measure=full", *settings, f"hydra.run.dir={tmp_path}") == 0

@@ -137,6 +137,7 @@ def test_values_along_them_are_those_of_the_second_attack(snapshot, spectrum, de
     np.testing.assert_allclose(column(rows, "gradient_noise"), truth, rtol=VECTORS["rtol"])
 
 
+@pytest.mark.slow
 def test_values_along_eigenvectors_have_neither_bias_nor_wrong_errors(snapshot):
     """Few examples in noise of their own: what the eigenvectors fit of it is not in what is recorded."""
     torch.manual_seed(0)

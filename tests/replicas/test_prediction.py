@@ -167,7 +167,7 @@ def test_directions_without_a_stationary_law_have_none():
 def test_the_error_of_slopes_is_carried_through():
     """One direction, stationary: σ² ∝ 1/λ to leading order, so that 5 % of λ are 5 % of σ²."""
     start = point([[2.0]], np.array([[1.0]]), [0.0], slopes=[[2.0]], errors=0.1)
-    lone = recorded(start, np.zeros((5, 1, 1)), [3000], np.full(3000, 1e-3))
+    lone = recorded(start, np.zeros((5, 1, 1)), [600], np.full(600, 5e-3))
     found = refreshed_with_error(lone, draws=100, seed=0)[:, 0, 0]
     assert found.std() / found.mean() == pytest.approx(0.05, rel=0.25)  # a deviation of 100 draws: 7 %
 

@@ -21,7 +21,7 @@ command for another interpolation between measured epochs, or for runs that were
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status: 0, or 1 for what the user can mend."""
+    """The command; returns its exit status: 0, or 1 for what the user can put right."""
     parser = argparse.ArgumentParser(prog="robustdyn-posterior", description=DESCRIPTION)
     parser.add_argument("path", nargs="+", type=Path, help="a run directory, or a folder to search for runs")
     parser.add_argument(

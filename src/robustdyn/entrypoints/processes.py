@@ -207,7 +207,7 @@ class Ranks:
                     process.stdin.close()
 
     def _raise(self, failed: int, errors: Path) -> NoReturn:
-        """The error that began it: one that a user can mend, a process that was killed, or the earliest."""
+        """The error that began it: one that a user can put right, a killed process, or the earliest."""
         told = sorted(
             (json.loads(path.read_text()) for path in errors.glob("*.json")), key=lambda error: error["time"]
         )
@@ -280,7 +280,7 @@ class _RankTraceback(Exception):
 
 
 def _user_error(name: str) -> type[UserError] | None:
-    """The class of this full name, if it is an error that a user can mend."""
+    """The class of this full name, if it is an error that a user can put right."""
     module, _, kind = name.rpartition(".")
     if not module.startswith("robustdyn."):
         return None

@@ -22,7 +22,7 @@ Writes into the output directory:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status: 0, or 1 for what the user can mend."""
+    """The command; returns its exit status: 0, or 1 for what the user can put right."""
     arguments = _parser().parse_args(argv)
     paths: list[Path] = arguments.path
     output: Path = arguments.output or (paths[0] if len(paths) == 1 else Path()) / arguments.study

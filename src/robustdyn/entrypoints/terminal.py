@@ -1,4 +1,4 @@
-"""How a Hydra application ends on a terminal: one line for what a user can mend, status 1."""
+"""How a Hydra application ends on a terminal: one line for what a user can put right, status 1."""
 
 import difflib
 import logging

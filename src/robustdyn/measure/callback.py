@@ -193,8 +193,9 @@ class Measure(Callback):
                 trainer.world_size,
             )
             if self._inputs == "adversarial":
-                # in batches as large as training's: no more activations than training needs
-                batches = zip(*(t.split(data.batch_size) for t in (images, labels, starts)), strict=True)
+                # in evaluation's batches: it attacks the same way and has needed as much memory
+                size = -(-data.eval_batch_size // trainer.world_size)
+                batches = zip(*(t.split(size) for t in (images, labels, starts)), strict=True)
                 images = torch.cat([attack.climb(module.model, *batch) for batch in batches])
             return images, labels
 

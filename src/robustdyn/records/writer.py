@@ -58,7 +58,7 @@ class RunRecords:
 
         Raises:
             ValueError: A row lacks a required column, has an unknown one, or has a value of the wrong kind.
-            RecordError: The file cannot be written, or cannot be read to mend its last line; or a file
+            RecordError: The file cannot be written, or cannot be read to complete its last line; or a file
                 that this object wrote is gone.
         """
         spec = schema.table(table)
