@@ -42,11 +42,12 @@ reproduce-%: $(READY) ## One of the papers' figures or tables at small scale, e.
 	@$(BIN)/robustdyn-train experiment=$* hydra/launcher=parallel $(SET)
 	@$(BIN)/robustdyn-study $* multirun/$*
 
-lint: $(READY) ## Check format and style
+lint: $(READY) ## Check format, style and which package imports which
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
+	@$(BIN)/lint-imports --no-logo --no-cache
 
-format: $(READY) ## Mend format and style
+format: $(READY) ## Correct format and style
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from robustdyn.entrypoints.config import config_dir
 from robustdyn.records.schema import TIMING
+from robustdyn.run.config import config_dir
 
 TINY = (
     "data=digits",
@@ -37,7 +37,7 @@ def compose(*overrides: str) -> DictConfig:
 
 def command(monkeypatch, *arguments: str) -> int:
     """Run ``robustdyn-train`` with these arguments in this process; its exit status."""
-    from robustdyn.entrypoints.train import main
+    from robustdyn.commands.train import main
 
     return invoke(main, monkeypatch, *arguments)
 

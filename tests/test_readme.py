@@ -11,8 +11,8 @@ import pytest
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from robustdyn.analysis.study import names
-from robustdyn.entrypoints.config import check, config_dir
+from robustdyn.run.config import check, config_dir
+from robustdyn.studies.shared.study import names
 from tests.runs import compose
 
 ROOT = Path(__file__).parents[1]

@@ -48,14 +48,14 @@ def test_carries_the_launcher_where_hydra_looks_for_it(site):
 
 def test_trains_in_an_empty_folder_and_reports(site, tmp_path):
     short = ("hydra.run.dir=run", "trainer.max_epochs=1", "measure.epochs=0")
-    ended = run(site, tmp_path, "robustdyn.entrypoints.train", *TINY, *short)
+    ended = run(site, tmp_path, "robustdyn.commands.train", *TINY, *short)
     assert ended.returncode == 0, ended.stderr
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["final"]["epoch"] == 0
     assert (tmp_path / "run" / "report" / "index.html").exists()
 
 
 def test_help_lists_groups_and_settings(site, tmp_path):
-    ended = run(site, tmp_path, "robustdyn.entrypoints.train", "--help")
+    ended = run(site, tmp_path, "robustdyn.commands.train", "--help")
     assert ended.returncode == 0
     for part in (
         "data: cifar10, cifar100, digits, svhn",
@@ -67,6 +67,6 @@ def test_help_lists_groups_and_settings(site, tmp_path):
 
 
 def test_a_mistake_ends_with_status_one(site, tmp_path):
-    ended = run(site, tmp_path, "robustdyn.entrypoints.train", "attack.eps_255=-8", "hydra.run.dir=run")
+    ended = run(site, tmp_path, "robustdyn.commands.train", "attack.eps_255=-8", "hydra.run.dir=run")
     assert ended.returncode == 1
     assert ended.stderr == "error: attack.eps_255=-8 must be a number of at least 0\n"

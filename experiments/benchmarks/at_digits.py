@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 from robustdyn import streams
 from robustdyn.data import ImageDataModule
-from robustdyn.entrypoints.config import build, config_dir
-from robustdyn.entrypoints.train import build_module
 from robustdyn.measure import RecordEpochs
 from robustdyn.records import RunRecords
+from robustdyn.run.config import build, config_dir
+from robustdyn.run.parts import build_module
 
 PLAIN = ("execution.channels_last=false", "optimizer.fused=false")
 """The kernels of a loop that does nothing for its speed: to the bit, rounding depends on them."""

@@ -48,8 +48,8 @@ from study_loops import (
 )
 
 from robustdyn.data import ImageDataModule
-from robustdyn.entrypoints.config import build
 from robustdyn.records import read_table
+from robustdyn.run.config import build
 
 STUDY = STUDY_NAMES["at"]
 FAST, FAST_TARGET = "fast", 4.0
@@ -71,7 +71,7 @@ def our_epochs(args: argparse.Namespace, asked: Sequence[str]) -> tuple[list[flo
     with tempfile.TemporaryDirectory() as folder, compiling():
         record = Path(folder) / "records" / "epochs.jsonl"
         log = Path(folder) / "output"
-        command = [sys.executable, "-m", "robustdyn.entrypoints.train", *asked]
+        command = [sys.executable, "-m", "robustdyn.commands.train", *asked]
         command += [f"trainer.max_epochs={1 + args.epochs}", f"hydra.run.dir={folder}"]
         stamps = [time.perf_counter()]
         with log.open("w") as output:

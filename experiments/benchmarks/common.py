@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from robustdyn.entrypoints.environment import processor
+from robustdyn.run.environment import processor
 
 RESULTS = Path(__file__).parent / "results"
 

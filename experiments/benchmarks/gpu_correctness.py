@@ -49,7 +49,7 @@ TOLERANCE = {"64-true": 1e-5, "32-true": 5e-2}
 
 def train(folder: Path, *settings: str) -> str:
     """Run ``robustdyn-train`` into ``folder``; what it said if it failed, else nothing."""
-    code = "from robustdyn.entrypoints.train import main; main()"
+    code = "from robustdyn.commands.train import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", code, *SIZE, *settings, f"hydra.run.dir={folder}"],
         capture_output=True,

@@ -14,7 +14,7 @@ import common
 from at_step import BareLoop, Ours, add_arguments, batches_of, compose, images_in, sizes, told, warmed
 from study_loops import chosen_device
 
-from robustdyn.entrypoints.config import build
+from robustdyn.run.config import build
 
 AIM = 1.03  # times the bare loop
 

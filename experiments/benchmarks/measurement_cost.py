@@ -35,7 +35,7 @@ def rows(run_dir: Path, table: str) -> list[dict[str, Any]]:
 def train(run_dir: Path, args: argparse.Namespace, *overrides: str) -> float:
     """Run; the seconds of a full epoch of training steps, from the fastest epoch."""
     command = [
-        *(sys.executable, "-m", "robustdyn.entrypoints.train", "data=cifar10", f"data.root={args.root}"),
+        *(sys.executable, "-m", "robustdyn.commands.train", "data=cifar10", f"data.root={args.root}"),
         *("data.partial=true", f"data.train_size={args.train}", "data.test_size=128"),
         *(f"model.width={args.width}", "trainer.check_val_every_n_epoch=1000", "report=false"),
         *(f"hydra.run.dir={run_dir}", f"measure.memory_mib={args.memory}", *overrides),

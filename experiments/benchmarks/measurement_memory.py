@@ -55,7 +55,7 @@ def main() -> None:
         root = Path(folder)
         write_images(root)
         base = [
-            *(sys.executable, "-m", "robustdyn.entrypoints.train", "data=cifar10", f"data.root={root}"),
+            *(sys.executable, "-m", "robustdyn.commands.train", "data=cifar10", f"data.root={root}"),
             *("data.partial=true", "data.train_size=128", "data.test_size=64", f"model.width={args.width}"),
             *("data.eval_batch_size=64", "attack.steps=1", "trainer.max_epochs=1", "report=false"),
         ]

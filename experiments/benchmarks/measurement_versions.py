@@ -19,6 +19,13 @@ from pathlib import Path
 
 import common
 
+TRAIN = """
+try:
+    from robustdyn.commands.train import main
+except ImportError:  # as it was called until November 2026
+    from robustdyn.entrypoints.train import main
+main()
+"""
 HERE = Path(__file__).parents[2]
 
 
@@ -26,7 +33,7 @@ def costs(checkout: Path, args: argparse.Namespace) -> dict[str, float]:
     """Seconds by measured epoch and part."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
-            *(sys.executable, "-m", "robustdyn.entrypoints.train", "data=digits", "report=false"),
+            *(sys.executable, "-c", TRAIN, "data=digits", "report=false"),
             *(f"hydra.run.dir={folder}", f"model.width={args.width}", f"trainer.max_epochs={args.epochs}"),
             *("data.train_size=300", "measure.epochs=every 1"),
         ]

@@ -108,9 +108,9 @@ def steps(rounds: int) -> dict[str, list[float]]:
 def ensemble(folder: Path, replicas: int, count: int) -> float:
     """Seconds of a whole ``robustdyn-replicas``."""
     run = folder / "run"
-    train = [sys.executable, "-m", "robustdyn.entrypoints.train", *RUN, f"hydra.run.dir={run}"]
+    train = [sys.executable, "-m", "robustdyn.commands.train", *RUN, f"hydra.run.dir={run}"]
     subprocess.run(train, check=True, stdout=subprocess.DEVNULL)
-    code = "from robustdyn.entrypoints.replicas import main; main()"
+    code = "from robustdyn.commands.replicas import main; main()"
     options = [
         *(
             f"checkpoint={run / 'checkpoints' / 'last.ckpt'}",

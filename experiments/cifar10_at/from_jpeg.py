@@ -23,8 +23,8 @@ from PIL import Image
 
 from robustdyn.data.cifar import CIFAR10_FILES, PIXELS, SHAPE
 from robustdyn.data.source import Split
-from robustdyn.entrypoints.status import status_of
 from robustdyn.errors import ConfigError, DataFileError
+from robustdyn.run.status import status_of
 
 LAYOUT = next(layout for layout in CIFAR10_FILES.layouts if not layout.pickled)
 SPLITS: tuple[Split, ...] = ("train", "test")

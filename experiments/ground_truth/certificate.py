@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from robustdyn.analysis.style import MARK, NEUTRAL, PALETTE, new_figure, save, styled
+from robustdyn.report.style import MARK, NEUTRAL, PALETTE, new_figure, save, styled
 
 RESULTS = Path(__file__).parent / "results" / "certificate"
 METHODS = ("at", "awp")

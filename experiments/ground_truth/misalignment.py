@@ -35,8 +35,8 @@ from matplotlib.figure import Figure
 from misalignment_problems import FAMILIES, NetworkSettings, Problem, digits_network, quadratic
 from misalignment_tables import ANY, TERMS, Tables, compare
 
-from robustdyn.analysis import style
-from robustdyn.entrypoints.environment import processor
+from robustdyn.report import style
+from robustdyn.run.environment import processor
 
 FEWEST = 5  # replicas for each direction; fewer, and a bootstrap resample may be singular
 

@@ -29,7 +29,6 @@ from numpy.typing import NDArray
 from repeated import opened, repeat, training_of
 from torch import Tensor
 
-from robustdyn.analysis import style
 from robustdyn.replicas import (
     Directions,
     Ensemble,
@@ -40,6 +39,7 @@ from robustdyn.replicas import (
     moved,
 )
 from robustdyn.replicas.prediction import example_noise, momentum_dynamics, sampling_of
+from robustdyn.report import style
 from robustdyn.theory import MeasuredDrift, propagate_coupled
 
 Array = NDArray[np.float64]

@@ -7,9 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from robustdyn.commands.replicas import training_state
 from robustdyn.data.tensors import to_unit
-from robustdyn.entrypoints.checkpoint import RUN_CONFIG, load_config
-from robustdyn.entrypoints.replicas import training_state
 from robustdyn.errors import UserError
 from robustdyn.replicas import (
     Ensemble,
@@ -21,6 +20,7 @@ from robustdyn.replicas import (
     read_ensemble,
 )
 from robustdyn.replicas.prediction import sampling_of
+from robustdyn.run.of_checkpoint import RUN_CONFIG, load_config
 
 
 def opened(directory: Path, step: int, replicas: int) -> tuple[RecordedEnsemble, TrainingState]:

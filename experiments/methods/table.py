@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from robustdyn.analysis.statistics import BEST_ON_TEST, BEST_ON_VALIDATION, FINAL, final_and_best
 from robustdyn.records import Run, find_runs
+from robustdyn.report.statistics import BEST_ON_TEST, BEST_ON_VALIDATION, FINAL, final_and_best
 
 PLAIN = "AT"
 EARLY = "AT, early stopping"

@@ -19,12 +19,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import stats
 
-from robustdyn.analysis import style
-from robustdyn.analysis.plotting import Cast, finish, group_legend, log_axis, mark_decays
 from robustdyn.errors import RecordError
 from robustdyn.records import Run, find_runs, read_table
 from robustdyn.records.reader import combine
 from robustdyn.records.schema import EPOCHS
+from robustdyn.report import style
+from robustdyn.report.plotting import Cast, finish, group_legend, log_axis, mark_decays
 
 REFERENCE = "default"
 CURVES = ("train_robust_loss", "test_robust_loss")

@@ -28,8 +28,6 @@ from torch import Tensor, nn
 
 from robustdyn.attacks import PGD, summed_cross_entropy
 from robustdyn.data import Batch, ImageDataModule, TensorBatches
-from robustdyn.entrypoints.config import build, config_dir
-from robustdyn.entrypoints.environment import processor
 from robustdyn.errors import DataFileError
 from robustdyn.evaluation import Ball
 from robustdyn.evaluation.evaluators import right
@@ -37,6 +35,8 @@ from robustdyn.methods.execution import Execution
 from robustdyn.models import load_weights
 from robustdyn.models.modes import frozen_parameters, mode
 from robustdyn.records import Run, find_runs
+from robustdyn.run.config import build, config_dir
+from robustdyn.run.environment import processor
 from robustdyn.streams import generator
 
 FLOAT, HALF = "float32", "bfloat16"

@@ -204,7 +204,7 @@ def images(examples: int) -> tuple[nn.Module, Tensor, Tensor]:
 
 def saved_bytes(risk: EmpiricalRisk, examples: int) -> int:
     with risk.guard(), count_saved_bytes() as counted:
-        Tape(risk, *risk.subset(slice(0, examples)))
+        risk.tape(*risk.subset(slice(0, examples)))
     return counted[0]
 
 
@@ -263,7 +263,7 @@ def test_a_tape_that_is_used_up():
             lambda tape: tape.hessian_product(parts, last=True),
             lambda tape: tape.jacobian_transpose_product(torch.ones_like(tape.slopes), last=True),
         ):
-            tape = Tape(risk, risk.inputs, risk.targets)
+            tape = risk.tape(risk.inputs, risk.targets)
             wanted = tape.hessian_product(parts, last=False)
             assert_close(tape.hessian_product(parts, last=False), wanted, rtol=0.0, atol=0.0)
             use_up(tape)

@@ -10,7 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from robustdyn.data import CIFAR10, Augmentation, Digits, ImageDataModule, ImageFiles, Mixup
-from robustdyn.entrypoints.config import build, check
+from robustdyn.run.config import build, check
 from tests.data.official import SHARED, needs_shared
 from tests.runs import compose
 

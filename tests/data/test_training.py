@@ -4,7 +4,7 @@ import lightning
 import pytest
 import torch
 
-from robustdyn.entrypoints.config import build
+from robustdyn.run.config import build
 from tests.runs import TINY, command, compose, rows
 
 MIXED = (

@@ -11,9 +11,9 @@ import time
 import pytest
 import torch.distributed as dist
 
-from robustdyn.entrypoints import processes
-from robustdyn.entrypoints.processes import OneRun, RankError, Ranks, run_in_ranks
 from robustdyn.errors import ConfigError, DataFileError
+from robustdyn.launch import ranks as processes
+from robustdyn.launch.ranks import OneRun, RankError, Ranks, run_in_ranks
 from tests.runs import compose
 
 RECEIVE = """

@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # every process impor
 
 INSTRUMENTS = Path(instruments.__file__).parent
 LIMIT = 600  # seconds; alone on two cores the longest command needs forty
-TRAIN = (sys.executable, "-m", "robustdyn.entrypoints.train")
+TRAIN = (sys.executable, "-m", "robustdyn.commands.train")
 # 16 examples of a step and 7 of an epoch's last are 8 + 8 and 3 + 4, 61 to evaluate 20 + 20 and 10 + 11
 SMALL = (
     "data.train_size=87",
@@ -274,7 +274,7 @@ def test_torchrun_starts_the_ranks_of_one_wandb_run(tmp_path):
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m")
     arguments = [a for a in SMALL if not a.startswith("measure.")]
     arguments += ["measure=none", "trainer=ddp_cpu", "trainer.max_epochs=1", f"hydra.run.dir={tmp_path}"]
-    done = run("robustdyn.entrypoints.train", *arguments, "logger=wandb_offline", program=torchrun)
+    done = run("robustdyn.commands.train", *arguments, "logger=wandb_offline", program=torchrun)
     assert done.returncode == 0, done.stderr[-3000:]
     assert [row["epoch"] for row in rows(tmp_path, "epochs")] == [0]
     assert json.loads((tmp_path / "environment.json").read_text())["devices"] == 2

@@ -11,8 +11,8 @@ from torch.testing import assert_close
 
 from robustdyn.data import TensorBatches
 from robustdyn.data.tensors import share
-from robustdyn.entrypoints.config import build
-from robustdyn.entrypoints.train import build_module
+from robustdyn.run.config import build
+from robustdyn.run.parts import build_module
 from tests.data.official import digits
 from tests.runs import TINY, compose
 from tests.tolerances import EXACT32, EXACT64

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from robustdyn.entrypoints.processes import Ranks
+from robustdyn.launch.ranks import Ranks
 from tests.distributed.batchnorm import SHARES, problem, work
 from tests.tolerances import EXACT64
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from robustdyn.entrypoints.config import build
+from robustdyn.run.config import build
 from tests.runs import TINY, compose
 
 BENCHMARKS = Path(__file__).parents[2] / "experiments" / "benchmarks"

@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 
 from robustdyn.data import CIFAR10
-from robustdyn.entrypoints.combinations import check_combinations
-from robustdyn.entrypoints.config import build, check
 from robustdyn.errors import ConfigError, DataFileError
 from robustdyn.measure.when import measured_epochs
+from robustdyn.run.combinations import check_combinations
+from robustdyn.run.config import build, check
 from tests.runs import compose
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "cifar10_at"

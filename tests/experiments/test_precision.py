@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from scipy import stats
 
 from robustdyn.data import Batch
-from robustdyn.entrypoints.config import build, check, config_dir
 from robustdyn.errors import RecordError, UserError
 from robustdyn.evaluation import Ball
 from robustdyn.records import RunRecords, find_runs
+from robustdyn.run.config import build, check, config_dir
 from tests.records.synthetic import config, write_hydra
 from tests.runs import TINY, command, compose
 from tests.tolerances import EXACT64

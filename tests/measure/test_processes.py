@@ -7,11 +7,11 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from robustdyn.entrypoints.config import build
-from robustdyn.entrypoints.train import build_module
 from robustdyn.measure import Measure
 from robustdyn.methods import OptimizerState
 from robustdyn.records import RunRecords
+from robustdyn.run.config import build
+from robustdyn.run.parts import build_module
 from tests.runs import TINY, compose, rows
 
 

@@ -4,11 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from robustdyn.entrypoints.config import build
-from robustdyn.entrypoints.train import build_module
 from robustdyn.errors import ConfigError
 from robustdyn.measure import Measure, WeightCurvature
 from robustdyn.records import RunRecords, schema
+from robustdyn.run.config import build
+from robustdyn.run.parts import build_module
 from tests.runs import TINY, command, compose, rows
 
 EPOCHS, START, THRESHOLD = 6, 2, 3.0

@@ -8,12 +8,12 @@ import lightning
 import pytest
 
 from robustdyn.data.tensors import ShuffledBatches
-from robustdyn.entrypoints.config import build
-from robustdyn.entrypoints.train import build_module
 from robustdyn.measure import Measure, RecordTiming, timing
 from robustdyn.methods import AdversarialTraining, stopwatch
 from robustdyn.records import RunRecords
 from robustdyn.records.schema import TIMED, TIMING
+from robustdyn.run.config import build
+from robustdyn.run.parts import build_module
 from tests.runs import TINY, command, compose
 
 MEASURED = [0, 2]

@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from robustdyn.attacks import PGD
-from robustdyn.entrypoints.config import build
-from robustdyn.entrypoints.train import build_module
 from robustdyn.measure import Eigenpairs, Measure, Spectrum
 from robustdyn.records import RunRecords
+from robustdyn.run.config import build
+from robustdyn.run.parts import build_module
 from tests.runs import TINY, compose, rows
 from tests.tolerances import EXACT64
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from robustdyn.entrypoints import train as train_module
-from robustdyn.entrypoints.config import build
+from robustdyn.commands import train as train_module
 from robustdyn.methods import AdversarialTraining, EpochAveraging
 from robustdyn.methods.averaging import ExponentialAveraging
+from robustdyn.run.config import build
 from tests.runs import TINY, command, compose, rows
 from tests.tolerances import EXACT32
 

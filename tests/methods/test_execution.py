@@ -21,12 +21,12 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from robustdyn.attacks import PGD
-from robustdyn.entrypoints.config import build
-from robustdyn.entrypoints.train import build_module
 from robustdyn.errors import ConfigError
 from robustdyn.measure.watch import StopOnNonFinite
 from robustdyn.methods import AdversarialTraining, Execution
 from robustdyn.methods.execution import keep_layout
+from robustdyn.run.config import build
+from robustdyn.run.parts import build_module
 from tests.processes import run_processes
 from tests.runs import TINY, command, compose, rows
 from tests.tolerances import EXACT32, EXACT64

@@ -12,10 +12,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from robustdyn.entrypoints.config import build
-from robustdyn.entrypoints.train import build_module
 from robustdyn.errors import ConfigError
 from robustdyn.methods import AWP, SAM, GlobalAWP
+from robustdyn.run.config import build
+from robustdyn.run.parts import build_module
 from tests.runs import TINY, compose
 from tests.tolerances import EXACT32
 

@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
-from robustdyn.entrypoints.config import build, register_resolvers
-from robustdyn.entrypoints.train import build_module
 from robustdyn.models.modes import frozen_statistics
+from robustdyn.run.config import build, register_resolvers
+from robustdyn.run.parts import build_module
 from tests.curvature.workers import counted
 from tests.methods.test_perturbations import PERTURBATIONS, buffers, problem, values
 from tests.processes import run_processes

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from robustdyn.entrypoints.config import build
 from robustdyn.methods import Regularizer, is_plain_momentum
+from robustdyn.run.config import build
 from tests.runs import compose
 from tests.tolerances import EXACT64
 

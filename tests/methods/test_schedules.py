@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.optim import lr_scheduler
 
-from robustdyn.entrypoints.config import build
 from robustdyn.methods import Constant, Cosine, Interpolated, MultiDecay, Piecewise
+from robustdyn.run.config import build
 from tests.runs import TINY, command, compose, rows
 from tests.tolerances import EXACT64
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from robustdyn.entrypoints.config import build
-from robustdyn.entrypoints.train import build_module
 from robustdyn.measure import RecordEpochs
 from robustdyn.records import RunRecords
+from robustdyn.run.config import build
+from robustdyn.run.parts import build_module
 from tests.data.official import SHARED, needs_shared
 from tests.methods.rendering import Recipe, train
 from tests.runs import TINY, compose, rows

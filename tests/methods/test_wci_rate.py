@@ -6,11 +6,11 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from robustdyn.entrypoints.config import build
-from robustdyn.entrypoints.train import build_module
 from robustdyn.measure import Measure
 from robustdyn.methods import AdversarialTraining, WCIRate
 from robustdyn.records import RunRecords
+from robustdyn.run.config import build
+from robustdyn.run.parts import build_module
 from tests.runs import TINY, command, compose, rows
 
 

@@ -6,9 +6,9 @@ import time
 import pytest
 from omegaconf import OmegaConf
 
-from robustdyn.entrypoints.config import config_dir, register_resolvers
 from robustdyn.records import find_runs
 from robustdyn.records.untrusted import DATA_ROOT, PURE_RESOLVERS, read_yaml, untrusted_config
+from robustdyn.run.config import config_dir, register_resolvers
 
 BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).with_name("single_node.sh")
-TRAIN = ("-c", "from robustdyn.entrypoints.train import main; main()")  # as robustdyn-train does
+TRAIN = ("-c", "from robustdyn.commands.train import main; main()")  # as robustdyn-train does
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
 PATIENCE_S = 240  # for what takes seconds where nothing else runs
 SKIPPED = pytest.StashKey[str]()

@@ -11,9 +11,9 @@ import pytest
 from hydra.core.utils import JobReturn, JobStatus
 
 from hydra_plugins.robustdyn_slurm import launcher
-from robustdyn.entrypoints import cluster_jobs
-from robustdyn.entrypoints.cluster_jobs import Failure, SubmittedRun, job_states, last_error, read_outcome
 from robustdyn.errors import ConfigError
+from robustdyn.launch import cluster_jobs
+from robustdyn.launch.cluster_jobs import Failure, SubmittedRun, job_states, last_error, read_outcome
 from tests.runs import TINY, command
 
 

@@ -199,7 +199,7 @@ def test_a_request_that_slurm_refuses_is_one_line(cluster, tmp_path, monkeypatch
 CHECK = """
 import os, sys
 from omegaconf import OmegaConf
-from robustdyn.entrypoints.cluster import check_slurm, in_slurm
+from robustdyn.launch.cluster import check_slurm, in_slurm
 from robustdyn.errors import ConfigError
 cfg = OmegaConf.create({"trainer": {"devices": int(sys.argv[1]), "num_nodes": 1}})
 try:

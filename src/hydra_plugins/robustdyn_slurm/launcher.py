@@ -22,9 +22,9 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from robustdyn.entrypoints.cluster import INTERACTIVE, check_tasks
-from robustdyn.entrypoints.cluster_jobs import ENDED, SubmittedRun, as_job_return, job_states, report, wait
 from robustdyn.errors import ConfigError
+from robustdyn.launch.cluster import INTERACTIVE, check_tasks
+from robustdyn.launch.cluster_jobs import ENDED, SubmittedRun, as_job_return, job_states, report, wait
 
 try:
     from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher

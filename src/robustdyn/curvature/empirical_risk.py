@@ -352,12 +352,31 @@ class EmpiricalRisk:
         for index, (inputs, targets) in enumerate(self.chunks()):
             tape = self._kept.get(index)
             if tape is None:
-                tape = Tape(self, inputs, targets)
+                tape = self.tape(inputs, targets)
                 if index < self._room:
                     self._kept[index] = tape
             yield tape, index >= self._room
             if index >= self._room:
                 tape.release()  # before the next one is recorded
+
+    def tape(self, inputs: Tensor, targets: Tensor) -> Tape:
+        """A chunk's passes, recorded; inside :meth:`guard`.
+
+        Args:
+            inputs: (b, ...).
+            targets: (b, ...).
+        """
+        leaves = self.leaves()
+        if self.channels_last:
+            # measured on a PreActResNet-18: products take 15 % less time in this layout
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        return Tape(
+            tuple(leaves.values()),
+            lambda: self.outputs(leaves, inputs),
+            lambda outputs: self.losses_of(outputs, targets),
+            examples=len(inputs),
+            precision=self.precision,
+        )
 
     def forget(self) -> None:
         """Free all kept graphs."""
@@ -463,12 +482,12 @@ class EmpiricalRisk:
         whole = not self.independent
         probed = len(self.inputs) if whole else min(_PROBED_EXAMPLES, len(self.inputs))
         with self.guard(products=True), count_saved_bytes() as counted:
-            Tape(self, *self.subset(slice(0, probed)))
+            self.tape(*self.subset(slice(0, probed)))
         needed = max(1, counted[0] // probed)
         if probed > 1 and not whole:
             # the difference of two sizes: what does not grow with the examples is no matter of theirs
             with self.guard(products=True), count_saved_bytes() as fewer:
-                Tape(self, *self.subset(slice(0, probed // 2)))
+                self.tape(*self.subset(slice(0, probed // 2)))
             needed = max(1, (counted[0] - fewer[0]) // (probed - probed // 2))
         # every tape holds its chunk's gradient beside what autograd saves, and a product is as large again
         gradient = self.numel * self.dtype.itemsize
@@ -599,7 +618,7 @@ class EmpiricalRisk:
         vectors = torch.randn(2, self.numel, generator=source, dtype=self.dtype).to(self.device)
         with self.guard():
             try:
-                tape = Tape(full, *self.subset(self.few(_PROBED_EXAMPLES)))
+                tape = full.tape(*self.subset(self.few(_PROBED_EXAMPLES)))
                 images = torch.stack(
                     [
                         self.flatten(tape.hessian_product(tuple(self.split(v).values()), last=False))

@@ -5,9 +5,9 @@
 
 from robustdyn.evaluation.autoattack import AutoAttackEvaluator
 from robustdyn.evaluation.ball import Ball
+from robustdyn.evaluation.evaluation_record import EvaluationRecord
 from robustdyn.evaluation.evaluators import Attack, Description, Evaluator, PGDEvaluator, UnboundedPGD
-from robustdyn.evaluation.record import EvaluationRecord
-from robustdyn.evaluation.run import Result, evaluate
+from robustdyn.evaluation.passes import Result, evaluate
 from robustdyn.evaluation.sanity import Sanity
 
 __all__ = [

@@ -3,7 +3,6 @@
 from robustdyn.measure.alignment import Alignment
 from robustdyn.measure.callback import Measure, Measurement
 from robustdyn.measure.density import Density
-from robustdyn.measure.ensembles import RunEnsembles
 from robustdyn.measure.epochs import RecordEpochs
 from robustdyn.measure.posterior import RecordPosterior, posterior_rows
 from robustdyn.measure.snapshot import Eigenpairs, Snapshot
@@ -22,7 +21,6 @@ __all__ = [
     "RecordEpochs",
     "RecordPosterior",
     "RecordTiming",
-    "RunEnsembles",
     "Snapshot",
     "Spectrum",
     "StopOnNonFinite",

@@ -16,6 +16,7 @@ behind ``robustdyn-replicas``, which starts at a run's checkpoint, and the callb
 """
 
 from robustdyn.replicas.ensemble import Directions, Ensemble, Recorded, Training, loss_around
+from robustdyn.replicas.ensemble_record import EnsembleRecord, RecordedEnsemble, read_ensemble
 from robustdyn.replicas.expansion import Lines, RobustLoss, measure_lines
 from robustdyn.replicas.network import Engine, StackedNetwork
 from robustdyn.replicas.point import (
@@ -27,9 +28,8 @@ from robustdyn.replicas.point import (
     sampled_gradients,
     second_moment,
 )
-from robustdyn.replicas.record import EnsembleRecord, RecordedEnsemble, read_ensemble
-from robustdyn.replicas.run import EnsembleRun, EnsembleSettings, TrainingState, fingerprint, moved
 from robustdyn.replicas.sampling import Sampling
+from robustdyn.replicas.simulation import EnsembleRun, EnsembleSettings, TrainingState, fingerprint, moved
 from robustdyn.replicas.updates import AdamUpdate, MomentumUpdate, Update
 
 __all__ = [

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from robustdyn.replicas.ensemble_record import RecordedEnsemble
 from robustdyn.replicas.prediction import momentum_dynamics, sampling_of
-from robustdyn.replicas.record import RecordedEnsemble
 from robustdyn.theory.coupled import interpolated
 
 Array = NDArray[np.float64]

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustdyn.errors import RecordError
+from robustdyn.replicas.ensemble_record import RecordedEnsemble
 from robustdyn.replicas.own_gradients import OwnGradients, own_gradients
 from robustdyn.replicas.point import MeasuredPoint
-from robustdyn.replicas.record import RecordedEnsemble
 from robustdyn.replicas.sampling import Sampling
 from robustdyn.theory import (
     MeasuredDrift,

@@ -1,1 +1,0 @@
-"""The studies, a module each; :func:`robustdyn.analysis.study.names` lists them."""

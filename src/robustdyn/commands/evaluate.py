@@ -1,0 +1,374 @@
+"""``robustdyn-evaluate``: clean and robust accuracy of a checkpoint, ours or a foreign one."""
+
+import difflib
+import hashlib
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from tqdm import tqdm
+
+from robustdyn.data import ImageDataModule, ImageTensors
+from robustdyn.errors import ConfigError, RecordError
+from robustdyn.evaluation import Ball, EvaluationRecord, Result, evaluate
+from robustdyn.launch.application import run_app
+from robustdyn.launch.paths import load_run
+from robustdyn.models import load_weights
+from robustdyn.records.labels import flatten
+from robustdyn.records.schema import EVALUATION
+from robustdyn.run.config import (
+    COUNT,
+    POSITIVE,
+    SEED,
+    Rule,
+    build,
+    check,
+    check_rules,
+    config_dir,
+)
+from robustdyn.run.environment import processor
+from robustdyn.run.of_checkpoint import (
+    RUN_CONFIG,
+    checkpoint_of,
+    device_of,
+    load_config,
+    run_of,
+    type_name,
+)
+
+NAME = "evaluate"
+OF_THE_RUN = ("data", "model", "attack")
+THREAT = ("norm", "eps_255")
+RUN_CHOICES = Path(".hydra", "hydra.yaml")
+LINES_WITHOUT_TERMINAL = 60.0  # seconds between them
+
+RULES: Mapping[str, Rule] = {
+    "seed": SEED,
+    "evaluation.batch_size": COUNT,
+    "evaluation.split": Rule(
+        lambda v: v in ("test", "validation", "train"), "must be test, validation or train"
+    ),
+}
+
+
+def main() -> None:
+    """The ``robustdyn-evaluate`` command."""
+    sys.argv[1:] = _deferred(sys.argv[1:])
+    run_app(evaluate_checkpoint, NAME)
+
+
+def evaluate_checkpoint(typed: DictConfig) -> None:
+    """Evaluate one checkpoint, record and print the result; go on where a killed evaluation stopped.
+
+    Raises:
+        UserError: The configuration, the checkpoint, the data or the record cannot be used.
+    """
+    checkpoint = checkpoint_of(typed)
+    run_dir = run_of(checkpoint)
+    cfg = _of_run(checkpoint, run_dir)
+    _check(cfg)
+    device = device_of(cfg.device)
+
+    evaluators = {name: build(cfg, f"evaluation.attacks.{name}") for name in cfg.evaluation.attacks}
+    sanity = build(cfg, "evaluation.sanity")
+    ball = Ball(cfg.attack.norm, cfg.attack.eps_255 / 255)
+    model: nn.Module = build(cfg, "model", from_file=run_dir is not None)
+    layout = load_weights(model, checkpoint, layout=cfg.layout)
+    split = _split(cfg, from_file=run_dir is not None)
+    data = split.take(torch.arange(cfg.evaluation.examples or len(split))).to(device)
+    output = (
+        Path(cfg.output) if cfg.output else (run_dir or checkpoint.parent) / "evaluation" / checkpoint.stem
+    )
+    settings = _settings(cfg, checkpoint, layout, ball, data)
+
+    _say(f"checkpoint  {checkpoint} ({layout})")
+    which = "all" if len(data) == len(split) else f"the first {len(data):,} of"
+    _say(f"examples    {which} {len(split):,} of the {cfg.evaluation.split} split of {type_name(cfg.data)}")
+    _say(f"ball        {ball.norm}, radius {cfg.attack.eps_255:g}/255")
+    with EvaluationRecord.open(output, settings, _provenance(device)) as record, _Progress() as progress:
+        try:
+            result = evaluate(
+                model.to(device),
+                data,
+                evaluators,
+                ball=ball,
+                sanity=sanity,
+                batch_size=cfg.evaluation.batch_size,
+                seed=cfg.seed,
+                record=record,
+                progress=progress,
+            )
+        except ValueError as error:
+            raise ConfigError(f"evaluation.attacks: {error}") from error
+    for line in report(result):
+        _say(line)
+    _say(f"record: {output}")
+
+
+def report(result: Result) -> Iterator[str]:
+    """Lines for people: a table of accuracies, then every warning."""
+    width = max(len(row["evaluator"]) for row in result.rows)
+    accuracy = EVALUATION["accuracy"]
+    yield ""
+    yield f"{'attack':<{width}}  {accuracy.shown:>12}  {'s.e.':>5}  {'time (s)':>9}"
+    for row in sorted(result.rows, key=lambda row: row["evaluator"] in result.checks):
+        mean, error = (row[key] * accuracy.scale for key in ("accuracy", "accuracy_se"))
+        aside = "  (a check, not the threat model: should be 0)" if row["evaluator"] in result.checks else ""
+        yield f"{row['evaluator']:<{width}}  {mean:>12.2f}  {error:>5.2f}  {row['seconds']:>9.1f}{aside}"
+    yield ""
+    for (name, evaluator), message in result.warnings.items():
+        yield f"warning: {evaluator}: {message} [{name}]"
+    if result.warnings:
+        many = "this warning" if len(result.warnings) == 1 else f"these {len(result.warnings)} warnings"
+        yield f"robustness may be overstated: look into {many} before quoting the figures above"
+
+
+# ---------------------------------------------------------------------- the configuration
+
+
+def _deferred(arguments: Sequence[str]) -> list[str]:
+    """Settings below data, model and attack wait until the checkpoint has said which of each it is about.
+
+    Hydra composes before it knows the checkpoint and would refuse, say, ``data.root`` for the data set that
+    happens to be the default.
+    """
+    keys = [text.partition("=")[0] for text in arguments]
+    sections = [key.partition(".")[0] if "." in key else "" for key in keys]
+    return [
+        f"++{text}" if section in OF_THE_RUN else text
+        for section, text in zip(sections, arguments, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class _Typed:
+    """The overrides as they were typed: those of keys below data, model and attack, by key, and all others.
+
+    ``groups``: which of data, model and attack were chosen.
+    """
+
+    settings: Mapping[str, str]
+    others: tuple[str, ...]
+    groups: frozenset[str]
+
+
+def _typed() -> _Typed:
+    settings, others, groups = {}, [], set()
+    for override in OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task)):
+        key, text = override.key_or_group, override.input_line or ""
+        section, dot, _ = key.partition(".")
+        if section in OF_THE_RUN and dot:
+            settings[key] = text.removeprefix("++")
+            continue
+        others.append(text)
+        if section in OF_THE_RUN:
+            groups.add(section)
+    return _Typed(settings, tuple(others), frozenset(groups))
+
+
+def _of_run(checkpoint: Path, run_dir: Path | None) -> DictConfig:
+    """The configuration: this command's, data, model and attack of the run, and what was typed.
+
+    Raises:
+        ConfigError: A foreign file without data, or a typed key that does not exist.
+        RecordError: The run's configuration cannot be read.
+    """
+    typed = _typed()
+    if run_dir is None:
+        if "data" not in typed.groups:
+            raise ConfigError(
+                f"checkpoint={checkpoint} does not lie in a run directory (no {RUN_CONFIG} there): say "
+                "what it was trained on and which network it is, data=... model=..."
+            )
+        return _composed([], typed)
+    run = load_run(run_dir)
+    kept = [group for group in OF_THE_RUN if group not in typed.groups and group in run]
+    for group in kept:
+        if not isinstance(run[group], DictConfig):
+            raise RecordError(
+                f"{run_dir / RUN_CONFIG}: {group} is no section; restore it, or move the checkpoint away"
+            )
+    cfg = _composed(
+        [f"{group}={choice}" for group, choice in _choices(run_dir).items() if group in kept], typed
+    )
+    values = {key: OmegaConf.select(cfg, key) for key in typed.settings}
+    for group in kept:
+        if cfg[group].get("_target_") == run[group].get("_target_"):
+            cfg[group] = OmegaConf.merge(
+                cfg[group], run[group]
+            )  # of a run of an older version: what it lacks
+        else:
+            cfg[group] = run[group]
+    for key, value in values.items():
+        OmegaConf.update(cfg, key, value)
+    return cfg
+
+
+def _composed(choices: Sequence[str], typed: _Typed) -> DictConfig:
+    """The command's configuration with these groups.
+
+    Raises:
+        ConfigError: A typed key does not exist with them, or plays no part.
+    """
+    without = _compose([*choices, *typed.others])
+    for key, text in typed.settings.items():
+        section, _, leaf = key.partition(".")
+        if not text.startswith(("+", "~")) and not _has(without, key):
+            known = [f"{section}.{name}" for name in flatten(OmegaConf.to_container(without[section]))]  # type: ignore[arg-type]
+            close = difflib.get_close_matches(key, known, n=2)
+            remedy = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(known)}"
+            raise ConfigError(f"unknown config key {key}; {remedy} (+{key}=... adds a new key)")
+        if section == "attack" and leaf not in THREAT:
+            raise ConfigError(
+                f"{key} belongs to training; an evaluation takes attack.norm and attack.eps_255, and "
+                "steps and the like from evaluation.attacks, e.g. evaluation.attacks.pgd20.steps=100"
+            )
+    overrides = [*choices, *typed.others, *typed.settings.values()]
+    cfg = _compose(overrides) if typed.settings else without
+    OmegaConf.set_struct(cfg, False)
+    return cfg
+
+
+def _compose(overrides: Sequence[str]) -> DictConfig:
+    if GlobalHydra.instance().is_initialized():
+        return hydra.compose(NAME, list(overrides))
+    with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):  # in a launcher's worker
+        return hydra.compose(NAME, list(overrides))
+
+
+def _has(cfg: DictConfig, key: str) -> bool:
+    """Whether the key is there, even with a null value."""
+    parent, _, leaf = key.rpartition(".")
+    node = OmegaConf.select(cfg, parent)
+    return isinstance(node, DictConfig) and leaf in node
+
+
+def _choices(run_dir: Path) -> dict[str, str]:
+    """The option of each group that the run was composed with, as far as there still is one."""
+    path = run_dir / RUN_CHOICES
+    recorded = OmegaConf.select(load_config(path), "hydra.runtime.choices") if path.is_file() else None
+    if not isinstance(recorded, DictConfig):
+        return {}
+    # by comparing names: a choice such as ../../x would compose a file that lies elsewhere
+    return {
+        group: str(recorded[group])
+        for group in OF_THE_RUN
+        if recorded.get(group) in {file.stem for file in (config_dir() / group).glob("*.yaml")}
+    }
+
+
+def _check(cfg: DictConfig) -> None:
+    check(cfg)
+    check_rules(cfg, RULES)
+    examples = cfg.evaluation.examples
+    if examples is not None and not COUNT.holds(examples):
+        raise ConfigError(f"evaluation.examples={examples} {COUNT.requirement}, or null for all")
+    if not POSITIVE.holds(cfg.attack.eps_255):
+        raise ConfigError(
+            f"attack.eps_255={cfg.attack.eps_255} {POSITIVE.requirement}; evaluation=clean attacks nothing"
+        )
+
+
+# ---------------------------------------------------------------------- what is evaluated
+
+
+def _split(cfg: DictConfig, *, from_file: bool) -> ImageTensors:
+    """All images of the split, in its order.
+
+    Raises:
+        ConfigError: There is no such split, or it has fewer images than are to be evaluated.
+        DataFileError: The files are not there or not what they should be.
+    """
+    module: ImageDataModule = build(cfg, "data", from_file=from_file)
+    module.prepare_data()
+    module.setup("test")
+    split, wanted = module.split(cfg.evaluation.split), cfg.evaluation.examples
+    if wanted is not None and wanted > len(split):
+        raise ConfigError(
+            f"evaluation.examples={wanted} exceeds the {len(split)} images of the {cfg.evaluation.split} "
+            "split; choose fewer, or null for all"
+        )
+    return split
+
+
+def _settings(
+    cfg: DictConfig, checkpoint: Path, layout: str, ball: Ball, data: ImageTensors
+) -> dict[str, Any]:
+    """What the outcomes depend on, whatever the attack; compared when an evaluation goes on."""
+    images = hashlib.sha256(data.images.cpu().numpy().tobytes() + data.labels.cpu().numpy().tobytes())
+    return {
+        "checkpoint": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
+        "layout": layout,
+        "model": OmegaConf.to_container(cfg.model, resolve=True),
+        "data": type_name(cfg.data),
+        "evaluation.split": cfg.evaluation.split,
+        "evaluation.examples": len(data),
+        "images": images.hexdigest(),
+        "evaluation.batch_size": cfg.evaluation.batch_size,
+        "attack.norm": ball.norm,
+        "attack.eps_255": cfg.attack.eps_255,
+        "seed": cfg.seed,
+    }
+
+
+def _provenance(device: torch.device) -> dict[str, str]:
+    """What the evaluation was begun with; rounding may differ elsewhere, the outcomes hardly."""
+    versions = {name: version(name) for name in ("robustdyn", "torch", "pyautoattack")}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    return {**versions, "device": name}
+
+
+# ---------------------------------------------------------------------- the terminal
+
+
+class _Progress:
+    """One bar for each attack; where there is no terminal a line now and then."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm[Any] | None = None
+        self._name = ""
+        self._said = time.monotonic()
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            if name != self._name:
+                self.__exit__()
+                self._bar = tqdm(total=total, desc=name, unit="example", dynamic_ncols=True, leave=False)
+            assert self._bar is not None
+            self._bar.n = done
+            self._bar.refresh()
+        elif time.monotonic() - self._said > LINES_WITHOUT_TERMINAL:
+            print(f"{name}: {done}/{total} examples", file=sys.stderr, flush=True)
+            self._said = time.monotonic()
+        self._name = name
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    from robustdyn.commands.evaluate import (
+        main as command,
+    )  # by its name: a launcher's workers look for it there
+
+    command()

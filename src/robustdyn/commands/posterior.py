@@ -1,0 +1,102 @@
+"""``robustdyn-posterior``: the posterior at every epoch of finished runs, from their records."""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from robustdyn.errors import RecordError
+from robustdyn.measure import posterior_rows
+from robustdyn.records import Run, RunRecords, find_runs, read_table
+from robustdyn.run.config import register_resolvers
+from robustdyn.run.status import say, status_of
+from robustdyn.theory.trajectory import Interpolation
+
+DESCRIPTION = """\
+Propagate momentum SGD's covariance through the learning rates and the Hessian and noise spectra that
+runs have recorded, and write each run's table `posterior` anew. Training does this at its end; use the
+command for another interpolation between measured epochs, or for runs that were stopped.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status: 0, or 1 for what the user can put right."""
+    parser = argparse.ArgumentParser(prog="robustdyn-posterior", description=DESCRIPTION)
+    parser.add_argument("path", nargs="+", type=Path, help="a run directory, or a folder to search for runs")
+    parser.add_argument(
+        "--interpolation",
+        choices=("log_linear", "piecewise_constant"),
+        help="of curvature and noise between measured epochs (default: the run's measure.interpolation)",
+    )
+    arguments = parser.parse_args(argv)
+    register_resolvers()  # which settings in the runs' configurations refer to
+
+    found: list[Run] = []
+    failed = status_of(lambda: found.extend(find_runs(arguments.path)))
+
+    def write(run: Run) -> None:
+        count = write_posterior(run, arguments.interpolation)
+        say(f"{run.path}: {count} rows")
+
+    # a run without a law must not keep the others of its sweep from theirs
+    return max([failed, *(status_of(partial(write, run)) for run in found)])
+
+
+def write_posterior(run: Run, interpolation: Interpolation | None) -> int:
+    """Write one run's ``posterior`` table; the number of its rows.
+
+    Raises:
+        RecordError: The run recorded no spectrum, or was not trained with momentum SGD, or its configuration
+            lacks the optimiser's settings.
+    """
+    _require_plain_momentum(run)
+    tables = {name: read_table(run.path, name) for name in ("epochs", "rates", "spectrum", "bounds")}
+    if tables["spectrum"].empty:
+        raise RecordError(f"{run.path}: no spectrum was recorded; train with measure.measurements.spectrum")
+    for name in ("epochs", "rates"):
+        if (tables[name]["step"].diff() <= 0).any():
+            raise RecordError(
+                f"{run.path}: the steps of the table {name} do not increase; restore its record"
+            )
+    try:
+        optimizer, measure = run.config["optimizer"], run.config["measure"]
+        rows = posterior_rows(
+            tables,
+            momentum=float(optimizer["momentum"]),
+            weight_decay=float(optimizer["weight_decay"]),
+            interpolation=interpolation or measure["interpolation"],
+        )
+    except KeyError as error:
+        raise RecordError(
+            f"{run.path}: its configuration has no {error}; was it made by robustdyn-train?"
+        ) from error
+    return RunRecords(run.path).replace("posterior", rows)
+
+
+def _require_plain_momentum(run: Run) -> None:
+    """Refuse what ``AdversarialTraining.plain_momentum`` would, from the configuration alone."""
+    optimizer = run.config.get("optimizer", {})
+    if not isinstance(optimizer, Mapping) or "_target_" not in optimizer:
+        return  # of another program: the settings that are missing will be named
+    decay, on = optimizer.get("weight_decay"), run.config.get("regularizer", {}).get("weight_decay_on", "all")
+    found = None
+    if optimizer["_target_"] not in ("torch.optim.SGD", "torch.optim.sgd.SGD"):
+        found = f"optimizer={str(optimizer['_target_']).rpartition('.')[2]}"
+    elif optimizer.get("nesterov"):
+        found = "optimizer.nesterov=true"
+    elif optimizer.get("dampening"):
+        found = f"optimizer.dampening={optimizer['dampening']}"
+    elif decay and on != "all":
+        found = f"regularizer.weight_decay_on={on}"
+    elif clip := run.config.get("trainer", {}).get("gradient_clip_val"):
+        found = f"trainer.gradient_clip_val={clip}"
+    if found is not None:
+        raise RecordError(
+            f"{run.path}: trained with {found}, but the posterior is that of momentum SGD without Nesterov, "
+            "dampening, several weight decays or clipped gradients; train with optimizer=sgd"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""``robustdyn-replicas``: an ensemble of replicas of a run's checkpoint."""
+
+import hashlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from robustdyn.data import ImageDataModule
+from robustdyn.errors import ConfigError, RecordError
+from robustdyn.launch.application import run_app
+from robustdyn.launch.paths import load_run
+from robustdyn.methods import Regularizer
+from robustdyn.models import load_weights
+from robustdyn.replicas import EnsembleRun, TrainingState
+from robustdyn.run.config import build, config_dir
+from robustdyn.run.ensembles import check_run, description, ensemble_settings, provenance
+from robustdyn.run.of_checkpoint import (
+    changed_run,
+    checkpoint_of,
+    device_of,
+    required_run_of,
+)
+
+NAME = "replicas"
+
+
+def main() -> None:
+    """The ``robustdyn-replicas`` command."""
+    run_app(run_replicas, NAME)
+
+
+def run_replicas(cfg: DictConfig) -> None:
+    """Run what is missing of an ensemble, or of one shard of it.
+
+    Raises:
+        UserError: The configuration, the checkpoint, the data or the record cannot be used.
+    """
+    checkpoint = checkpoint_of(cfg)
+    run_dir = required_run_of(checkpoint)
+    settings = ensemble_settings(cfg)
+    shard, shards = _shard(cfg.shard)
+    run = _run_config(cfg, run_dir)
+    device = device_of(cfg.device)
+    ensemble = EnsembleRun(settings, training_state(run, checkpoint, device))
+    output = Path(cfg.output) if cfg.output else run_dir / "replicas" / checkpoint.stem
+    noted = provenance(settings.engine, device)
+    left = ensemble.run(output, noted, shard=shard, shards=shards, say=_say, wait=None)
+    _say(f"ensemble: {output}" + (f" ({left} chunks are still missing)" if left else ""))
+
+
+def _shard(typed: str | None) -> tuple[int, int]:
+    """Which part of the chunks is ours: as typed, or as the launcher of the processes says."""
+    if typed is None:
+        for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+            if rank in os.environ and size in os.environ:
+                return int(os.environ[rank]), int(os.environ[size])
+        return 0, 1
+    first, slash, last = str(typed).partition("/")
+    if not (slash and first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+        raise ConfigError(f"shard={typed} must be I/N with 0 <= I < N, such as 0/2")
+    return int(first), int(last)
+
+
+def _run_config(cfg: DictConfig, run_dir: Path) -> DictConfig:
+    """The run's configuration with what this command changes."""
+    run = load_run(run_dir)
+    for group in ("perturbation", "optimizer"):
+        name = cfg.method[group]
+        if name == "run":
+            continue
+        path = config_dir() / group / f"{name}.yaml"
+        if not path.is_file():
+            known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
+            raise ConfigError(f"method.{group}={name} is not known; choose run, {known}")
+        run[group] = OmegaConf.load(path)
+    changed = changed_run(run, cfg.run)
+    check_run(changed, "say +run.regularizer.l1=0")
+    return changed
+
+
+def training_state(run: DictConfig, checkpoint: Path, device: torch.device) -> TrainingState:
+    """The training as the checkpoint has it."""
+    model: nn.Module = build(run, "model", from_file=True)
+    load_weights(model, checkpoint, layout="robustdyn")
+    model.to(device).eval()
+    regularizer: Regularizer = build(run, "regularizer", from_file=True)
+    optimizer: torch.optim.Optimizer = build(run, "optimizer", from_file=True)(
+        regularizer.parameter_groups(model)
+    )
+    saved = _saved_optimizer(checkpoint)
+    ours, theirs = optimizer.param_groups, saved["param_groups"]
+    # of groups of other sizes, those of another regularizer, it cannot be told which state is whose
+    if [len(group["params"]) for group in ours] == [len(group["params"]) for group in theirs]:
+        for own, other in zip(ours, theirs, strict=True):
+            for p, number in zip(own["params"], other["params"], strict=True):
+                held = saved["state"].get(number, {})
+                # as it is: the run's optimiser may be of another kind
+                optimizer.state[p] = {
+                    k: v.to(device) if isinstance(v, Tensor) else v for k, v in held.items()
+                }
+    data: ImageDataModule = build(run, "data", from_file=True)
+    data.prepare_data()
+    data.setup("fit")
+    return TrainingState(
+        model=model,
+        optimizer=optimizer,
+        next_rate=float(saved["param_groups"][0]["lr"]),
+        images=data.split("train").to(device),
+        batch_size=run.data.batch_size,
+        objective=build(run, "objective", from_file=True),
+        attack=build(run, "attack.train", from_file=True),
+        perturbation=build(run, "perturbation", from_file=True) if run.get("perturbation") else None,
+        identity=hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
+        description=description(run),
+    )
+
+
+def _saved_optimizer(checkpoint: Path) -> dict[str, Any]:
+    content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    try:
+        state: dict[str, Any] = content["optimizer_states"][0]
+    except (KeyError, IndexError, TypeError) as error:
+        raise RecordError(
+            f"{checkpoint}: holds no optimiser; give one of a run's checkpoints that training goes on from"
+        ) from error
+    return state
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    from robustdyn.commands.replicas import (
+        main as command,
+    )  # by its name: a launcher's workers look for it there
+
+    command()

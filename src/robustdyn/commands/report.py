@@ -1,0 +1,66 @@
+"""``robustdyn-report``: run or sweep directories in; tables, figures and one HTML page out."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from robustdyn.launch.states import announce, say_states, states_of
+from robustdyn.run.config import register_resolvers
+from robustdyn.run.status import status_of
+
+EPILOG = """\
+examples:
+  robustdyn-report outputs/digits_at/2026-01-31_12-00-00     one run
+  robustdyn-report multirun/digits_at/2026-01-31_12-00-00    a sweep: runs overlaid, labelled by what differs
+  robustdyn-report run_a run_b --output comparison           any runs side by side
+
+says which runs are done, failed, unfinished (running, or stopped before their end) and, of a sweep, missing;
+writes into the output directory:
+  index.html   everything on one page that needs no other file and no network
+  figures/     PNG and PDF
+  tables/      Parquet and CSV, one row per record, with each run's settings as columns
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status: 0, or 1 for what the user can put right."""
+    arguments = _parser().parse_args(argv)
+    paths: list[Path] = arguments.path
+    output: Path = arguments.output or (paths[0] if len(paths) == 1 else Path()) / "report"
+    # not for --help: these load slowly
+    from robustdyn.report.page import build_report
+
+    register_resolvers()  # which settings in the runs' configurations refer to
+
+    register_resolvers()  # which settings in the runs' configurations refer to
+
+    def report() -> None:
+        states = states_of(paths)
+        say_states(states, sys.stdout)
+        announce(build_report(paths, output, states))
+
+    return status_of(report)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="robustdyn-report",
+        description="Tables, figures and one HTML page of training runs.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "path", nargs="+", type=Path, help="a run directory, or a folder (of a sweep, say) to search for runs"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="where to write (default: report/ in PATH; in the current folder when several are given)",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""``robustdyn-study``: the runs of an experiment in; the tables and figures of a paper out."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from robustdyn.run.config import register_resolvers
+from robustdyn.run.status import say, status_of
+
+EPILOG = """\
+examples:
+  robustdyn-study correlation multirun/correlation         what the runs of that sweep say
+  robustdyn-study dynamics run_a run_b --output somewhere
+
+`robustdyn-train experiment=NAME` makes the runs of study NAME; experiments/NAME/README.md says at what cost.
+Writes into the output directory:
+  findings.md  the numbers that answer the question
+  tables/      CSV
+  figures/     PNG, PDF, and the CSV that each was drawn from
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status: 0, or 1 for what the user can put right."""
+    arguments = _parser().parse_args(argv)
+    paths: list[Path] = arguments.path
+    output: Path = arguments.output or (paths[0] if len(paths) == 1 else Path()) / arguments.study
+    from robustdyn.studies.shared.study import conduct  # the plotting libraries load slowly: not for --help
+
+    register_resolvers()  # which settings in the runs' configurations refer to
+
+    def study() -> None:
+        written = conduct(arguments.study, paths, output)
+        say(written.findings.read_text(encoding="utf-8").rstrip("\n"))
+        say(f"figures and tables: {output}")
+
+    return status_of(study)
+
+
+def _parser() -> argparse.ArgumentParser:
+    from robustdyn.studies.shared.study import names
+
+    parser = argparse.ArgumentParser(
+        prog="robustdyn-study",
+        description="Tables and figures of a paper, from runs.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("study", choices=names(), help="which")
+    parser.add_argument("path", nargs="+", type=Path, help="a run directory, or a folder to search for runs")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="where to write (default: a folder named like the study in PATH, or here if several are given)",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,310 @@
+"""The evaluation of one model: clean accuracy, attacks, what they say together.
+
+What counts as robust: an example that is right unattacked and right at every attacked image that an
+evaluator shows the model. Examples that are wrong unattacked, or that an earlier attack of the same evaluator
+broke, are not attacked. N examples, B of a batch.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from math import sqrt
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robustdyn.attacks.pgd import check_range
+from robustdyn.data import Batch, ImageTensors
+from robustdyn.evaluation.ball import Ball
+from robustdyn.evaluation.evaluation_record import EvaluationRecord, Row
+from robustdyn.evaluation.evaluators import Attack, Evaluator, right
+from robustdyn.evaluation.sanity import COMPARISONS, Outcome, Sanity, zero_gradients
+from robustdyn.models.modes import mode
+
+CLEAN, WORST_CASE = "clean", "worst_case"
+MODEL = "model"  # stands for no attack in the table of warnings
+
+Columns = Mapping[str, Sequence[object]]
+Progress = Callable[[str, int, int], None]
+"""(attack, examples done, examples to do), after every batch."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What an evaluation found.
+
+    Attributes:
+        rows: Of the table ``evaluation``: clean, every attack, every ensemble, the worst case.
+        warnings: (check, evaluator) -> message; see :mod:`robustdyn.evaluation.sanity`.
+        checks: Names of the attacks outside the ball, which do not count for the worst case.
+    """
+
+    rows: Sequence[Row]
+    warnings: Mapping[tuple[str, str], str]
+    checks: frozenset[str]
+
+    def accuracy(self, evaluator: str) -> float:
+        """Share of the examples right under ``evaluator``.
+
+        Raises:
+            KeyError: It did not run.
+        """
+        for row in self.rows:
+            if row["evaluator"] == evaluator:
+                return float(row["accuracy"])
+        raise KeyError(evaluator)
+
+
+def evaluate(
+    model: nn.Module,
+    data: ImageTensors,
+    evaluators: Mapping[str, Evaluator],
+    *,
+    ball: Ball,
+    sanity: Sanity,
+    batch_size: int,
+    seed: int,
+    record: EvaluationRecord,
+    progress: Progress = lambda attack, done, total: None,
+) -> Result:
+    """Attack ``model`` with every evaluator and record each example's outcome.
+
+    What ``record`` holds already is not computed again. The model is in eval mode and its parameters without
+    gradient meanwhile; the global random numbers are left as they were.
+
+    Args:
+        model: From images in [0, 1] (B, C, H, W) to logits (B, K), on the device of ``data``.
+        data: The N examples.
+        evaluators: In the order to run, by name.
+        ball: The threat model.
+        sanity: What to warn of.
+        batch_size: Examples attacked at once. Outcomes of PGD do not depend on it (but for rounding), those
+            of AutoAttack do, which draws for a whole batch.
+        seed: Of all random numbers.
+        record: Takes the outcomes.
+        progress: Called after every batch.
+
+    Raises:
+        ValueError: A name that cannot be, an evaluator that is not defined for these data, or images outside
+            [0, 1].
+        RuntimeError: An attack left the ball.
+        RecordError: The record is of other settings, or cannot be written.
+    """
+    for name in evaluators:
+        if name in (CLEAN, WORST_CASE, MODEL) or "/" in name:
+            raise ValueError(f"an evaluator cannot be called {name}; choose another name, without a slash")
+    with _attackable(model):
+        run = _Run(model, data, batch_size, record, progress)
+        first = run.batch(range(min(batch_size, len(data))))
+        sanity.check_model(model, first.images, lambda check, text: record.warn(check, MODEL, text))
+        with torch.no_grad():
+            num_classes = model(first.images[:1]).shape[1]
+        attacks = {
+            name: evaluator.attacks(name, ball, num_classes, first.images, seed)
+            for name, evaluator in evaluators.items()
+        }  # all are made before the first one runs: what cannot be shows at once
+        for name, evaluator in evaluators.items():
+            settings = {"kind": type(evaluator).__name__, **evaluator.settings()}
+            record.describe(name, settings, {k: asdict(a.description) for k, a in attacks[name].items()})
+        right_unattacked = run.clean()
+        for parts in attacks.values():
+            standing = right_unattacked
+            for name, attack in parts.items():
+                standing = run.attack(name, attack, standing)
+        return summarise(record, len(data), sanity)
+
+
+class _Run:
+    """One pass over the examples after another."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: ImageTensors,
+        batch_size: int,
+        record: EvaluationRecord,
+        progress: Progress,
+    ) -> None:
+        self.model, self.data, self.batch_size = model, data, batch_size
+        self.record, self.progress = record, progress
+        self.predictions: list[int] = []
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        batch = self.data.batch(torch.tensor(list(indices)))
+        check_range(batch.images, (0.0, 1.0))  # the ball's, for attacks that are not ours too
+        return batch
+
+    def clean(self) -> Tensor:
+        """Which examples are right unattacked, bool (N,)."""
+        chunks = self._split(range(len(self.data)))
+        for chunk in self._left(CLEAN, chunks):
+            started = time.monotonic()
+            batch = self.batch(chunk)
+            with torch.no_grad():
+                logits = self.model(batch.images)
+            columns: Columns = {
+                "prediction": logits.argmax(dim=1).tolist(),
+                "robust": right(logits, batch.targets).tolist(),
+                "zero_gradient": zero_gradients(self.model, batch.images, batch.targets).tolist(),
+            }
+            self._add(CLEAN, batch, columns, attacked=False, seconds=time.monotonic() - started)
+        rows = self.record.outcomes(CLEAN)
+        self.predictions = [row["prediction"] for row in rows]
+        return torch.tensor([row["robust"] for row in rows])
+
+    def attack(self, name: str, attack: Attack, standing: Tensor) -> Tensor:
+        """Which examples are still right after this attack on those ``standing``, both bool (N,)."""
+        skipped, attacked = (which.nonzero()[:, 0].tolist() for which in (~standing, standing))
+        chunks = [skipped, *self._split(attacked)] if skipped else self._split(attacked)
+        for chunk in self._left(name, chunks):
+            if chunk is skipped:
+                batch = self.batch(skipped)
+                columns: Columns = {"prediction": self._predicted(skipped), "robust": [False] * len(skipped)}
+                self._add(name, batch, columns, attacked=False, seconds=0.0)
+                continue
+            started = time.monotonic()
+            batch = self.batch(chunk)
+            robust = self._robust(name, attack, batch)
+            columns = {"prediction": self._predicted(chunk), "robust": robust.tolist()}
+            self._add(name, batch, columns, attacked=True, seconds=time.monotonic() - started)
+        after = torch.zeros(len(self.data), dtype=torch.bool)
+        for row in self.record.outcomes(name):
+            after[row["index"]] = row["robust"]
+        return after
+
+    def _robust(self, name: str, attack: Attack, batch: Batch) -> Tensor:
+        """Whether the model is right at the adversarial images, bool (B,)."""
+        adversarial = attack(self.model, batch, lambda check, text: self.record.warn(check, name, text))
+        broken = ~adversarial.flatten(1).isfinite().all(dim=1)
+        if broken.any():
+            # not a number is no image: the attack failed, the model did not
+            adversarial = torch.where(broken[:, None, None, None], batch.images, adversarial)
+            text = "gradients that are not finite ended attacks: the examples count as right"
+            self.record.warn("not_finite", name, text)
+        ball = Ball(attack.description.norm, attack.description.eps)
+        if not ball.holds(batch.images, adversarial).all():
+            raise RuntimeError(f"{name} left the {ball.norm} ball of radius {ball.eps}")
+        with torch.no_grad():
+            return right(self.model(adversarial), batch.targets)
+
+    def _left(self, name: str, chunks: Sequence[Sequence[int]]) -> Iterator[Sequence[int]]:
+        """The chunks that are not recorded yet, reporting progress."""
+        done = self.record.whole_chunks(name, chunks)
+        total, count = sum(map(len, chunks)), sum(map(len, chunks[:done]))
+        for chunk in chunks[done:]:
+            yield chunk
+            count += len(chunk)
+            self.progress(name, count, total)
+
+    def _split(self, indices: Sequence[int]) -> list[Sequence[int]]:
+        return [indices[i : i + self.batch_size] for i in range(0, len(indices), self.batch_size)]
+
+    def _predicted(self, indices: Sequence[int]) -> list[int]:
+        return [self.predictions[i] for i in indices]
+
+    def _add(self, name: str, batch: Batch, columns: Columns, *, attacked: bool, seconds: float) -> None:
+        count = len(batch.targets)
+        columns = {"index": batch.indices.tolist(), "label": batch.targets.tolist(), **columns}
+        shared = {"evaluator": name, "attacked": attacked, "seconds": seconds / count}
+        self.record.add([shared | {key: values[i] for key, values in columns.items()} for i in range(count)])
+
+
+@contextmanager
+def _attackable(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients for the parameters, inside the scope."""
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        with mode(model, training=False):
+            yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+
+
+def summarise(record: EvaluationRecord, examples: int, sanity: Sanity) -> Result:
+    """Accuracies, ensembles, the worst case and warnings of everything recorded whole; writes them too."""
+    found = {CLEAN: _flags(record.outcomes(CLEAN), examples)}
+    found |= {name: _flags(record.outcomes(name), examples) for name in record.attacks}
+    robust = {name: flags for name, flags in found.items() if flags is not None}
+    ensembles = _ensembles(record.attacks, robust)
+
+    rows: list[Row] = []
+    outcomes: dict[str, Outcome] = {}
+    for name, flags in robust.items():
+        recorded = record.outcomes(name)
+        described = record.attacks.get(name, {})
+        rows.append(_row(name, flags, _seconds(recorded), described))
+        outcomes[name] = Outcome(
+            robust=flags,
+            access=described.get("access"),
+            in_ball=described.get("in_ball", True),
+            tied=described.get("tied"),
+            effort=(described.get("steps", 0), described.get("restarts", 0)),
+            ensemble=ensembles.get(name) if _follows_gradients(record, ensembles.get(name)) else None,
+            zero_gradients=sum(bool(row.get("zero_gradient")) for row in recorded),
+        )
+        if ensemble := ensembles.get(name):
+            parts = [part for part in robust if part.startswith(f"{ensemble}/")]
+            spent = sum(_seconds(record.outcomes(part)) for part in parts)
+            rows.append(_row(ensemble, flags, spent, {}))
+    bounded = [outcome.robust for outcome in outcomes.values() if outcome.in_ball]
+    total = sum(float(row["seconds"]) for row in rows if row["evaluator"] in robust)
+    rows.append(_row(WORST_CASE, torch.stack(bounded).all(dim=0), total, {}))
+
+    warnings = {key: text for key, text in record.warnings.items() if key[0] not in COMPARISONS}
+    for check, evaluator, message in sanity.compare(outcomes):
+        warnings[check, evaluator] = message
+    summary = {
+        "accuracy": {row["evaluator"]: row["accuracy"] for row in rows},
+        "warnings": [{"check": c, "evaluator": e, "message": text} for (c, e), text in warnings.items()],
+    }
+    record.write_results(rows, warnings, summary)
+    return Result(rows, warnings, frozenset(n for n, o in outcomes.items() if not o.in_ball))
+
+
+def _flags(rows: Sequence[Row], examples: int) -> Tensor | None:
+    """Robustness by example, bool (N,); None if not all examples are recorded."""
+    if len(rows) < examples:
+        return None
+    flags = torch.zeros(examples, dtype=torch.bool)
+    for row in rows:
+        flags[row["index"]] = row["robust"]
+    return flags
+
+
+def _ensembles(attacks: Mapping[str, object], robust: Mapping[str, Tensor]) -> dict[str, str]:
+    """Last attack of each finished ensemble -> the ensemble."""
+    last: dict[str, str] = {}
+    for name in attacks:
+        ensemble, slash, _ = name.partition("/")
+        if slash:
+            last[ensemble] = name
+    return {name: ensemble for ensemble, name in last.items() if name in robust}
+
+
+def _follows_gradients(record: EvaluationRecord, ensemble: str | None) -> bool:
+    """Whether some attack of the ensemble does."""
+    parts = [a for name, a in record.attacks.items() if name.startswith(f"{ensemble}/")]
+    return any(part["access"] == "white_box" for part in parts)
+
+
+def _seconds(rows: Sequence[Row]) -> float:
+    return sum(float(row["seconds"]) for row in rows)
+
+
+def _row(name: str, robust: Tensor, seconds: float, described: Mapping[str, Any]) -> Row:
+    count = len(robust)
+    accuracy = robust.double().mean().item()
+    columns = ("norm", "eps", "loss", "step_size", "steps", "restarts")
+    return {
+        "evaluator": name,
+        "examples": count,
+        "accuracy": accuracy,
+        "accuracy_se": sqrt(accuracy * (1 - accuracy) / count),
+        "seconds": seconds,
+        **{column: described.get(column) for column in columns},
+    }

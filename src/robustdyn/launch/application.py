@@ -1,0 +1,136 @@
+"""How a Hydra application ends on a terminal: one line for what a user can put right, status 1."""
+
+import difflib
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Collection, Iterator
+from contextlib import nullcontext
+from typing import NoReturn
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from robustdyn.errors import UserError
+from robustdyn.launch.cluster import in_slurm
+from robustdyn.launch.help import register_help
+from robustdyn.launch.paths import anchor, quoted_paths
+from robustdyn.launch.sweep import end_sweep, forget_sweep, run_in_its_directory, sweeping
+from robustdyn.records.progress import one_line
+from robustdyn.run.config import config_dir
+from robustdyn.run.status import Terminated, speak_safely, terminable
+
+SHORT = "ROBUSTDYN_SHORT_ERRORS"
+INTERRUPTED, TERMINATED = 130, 143  # the shells' exit status after Ctrl-C and after SIGTERM
+
+
+def run_app(task: Callable[[DictConfig], None], config_name: str, paths: Collection[str] = ()) -> None:
+    """Run ``task`` under Hydra; a :class:`UserError` or a composition error becomes one line and status 1.
+
+    With ``HYDRA_FULL_ERROR=1`` every error keeps its stack trace. A sweep runs to its end whatever happens to
+    its runs, and ends with status 1 unless all of them are done; see :mod:`robustdyn.launch.sweep`.
+    ``paths``: its keys that hold paths, beside those that all commands have.
+    """
+    speak_safely()
+    register_help()
+    for chatty in ("fontTools", "matplotlib"):  # Hydra's handlers would print their notes on every figure
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    # argparse cannot take overrides on both sides of a flag: "a=1 -m b=2" would be refused
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))
+    sys.argv[1:] = quoted_paths(sys.argv[1:], paths)
+    short = SHORT in os.environ or not os.environ.get("HYDRA_FULL_ERROR")
+    if short:
+        # Hydra then hands errors over instead of printing them; the mark tells the processes that a
+        # data-parallel run starts, and that inherit both, that it was not the user who asked for it
+        os.environ |= {"HYDRA_FULL_ERROR": "1", SHORT: "1"}
+    app = hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=config_name)
+    started: list[bool] = []
+    try:
+        # SLURM's SIGTERM is a notice; see requeue.py
+        with nullcontext() if in_slurm(os.environ) else terminable():
+            app(_task_with_short_errors(task, started, short=short))()
+    except (UserError, HydraException) as error:
+        if isinstance(error, UserError):  # of the launcher: a job on a cluster that failed, say
+            end_sweep()
+        if not short:
+            raise
+        _fail(_explain(error, config_name))
+    except KeyboardInterrupt as end:
+        end_sweep(report=False)
+        sys.stderr.write("interrupted\n")
+        sys.exit(TERMINATED if isinstance(end, Terminated) else INTERRUPTED)
+    except Exception as error:
+        if isinstance(error, OSError) and short and not started and not sweeping():
+            _fail(f"cannot make the run's folder: {error}; choose another hydra.run.dir, or hydra.sweep.dir")
+        # a launcher whose worker was killed, say: what the other runs did is there
+        if not sweeping():
+            raise
+        end_sweep()
+        if not short:
+            raise
+        _fail(f"the sweep ended early: {one_line(error)}")
+    finally:
+        forget_sweep()
+        if short:
+            del os.environ["HYDRA_FULL_ERROR"], os.environ[SHORT]
+
+
+def _task_with_short_errors(
+    task: Callable[[DictConfig], None], started: list[bool], *, short: bool
+) -> Callable[[DictConfig], float | None]:
+    def run(cfg: DictConfig) -> float | None:
+        started.append(True)
+        hydra_cfg = HydraConfig.get()
+        anchor(cfg, hydra_cfg.runtime.cwd)
+        try:
+            if hydra_cfg.output_subdir is None:  # writes no run directory
+                task(cfg)
+                return None
+            return run_in_its_directory(task, cfg)
+        except UserError as error:
+            if not short or hydra_cfg.mode == RunMode.MULTIRUN:
+                raise
+            _fail(str(error))
+
+    return run
+
+
+def _fail(message: str) -> NoReturn:
+    sys.stderr.write(f"error: {message}\n")
+    sys.exit(1)
+
+
+def _explain(error: BaseException, config_name: str) -> str:
+    text = " ".join(" ".join(str(part).split()) for part in (error, error.__cause__) if part is not None)
+    text = text.partition(" Config search path")[0]
+    if isinstance(error, OverrideParseException):
+        return f"cannot read the override {error.override}: {text}"
+    unknown = re.search(r"Could not override '([^']+)'", text)
+    if unknown is None or "not in struct" not in text:
+        return text
+    key = unknown.group(1)
+    known = set(_all_keys(config_name))
+    if key in known:
+        return f"config key {key} does not exist with the chosen options; leave it out or choose others"
+    close = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
+    remedy = f"did you mean {' or '.join(close)}?" if close else "see --help for all keys"
+    return f"unknown config key {key}; {remedy} (+{key}=... adds a new key)"
+
+
+def _all_keys(config_name: str) -> Iterator[str]:
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
+        cfg = hydra.compose(config_name)
+
+    def walk(node: object, prefix: str) -> Iterator[str]:
+        if isinstance(node, dict):
+            for name, child in node.items():
+                yield f"{prefix}{name}"
+                yield from walk(child, f"{prefix}{name}.")
+
+    yield from walk(OmegaConf.to_container(cfg, resolve=False), "")

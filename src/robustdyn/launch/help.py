@@ -1,0 +1,74 @@
+"""What ``--help`` lists: the groups that a command uses, and its settings with the comments of ``conf/``."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from robustdyn.run.config import config_dir
+
+_LINE = re.compile(r"(?P<indent> *)(?P<key>[\w.]+):(?P<rest>.*)")
+
+
+def register_help() -> None:
+    """What the templates in ``conf/hydra/help`` may say.
+
+    ``help_groups``: a line for each group of the command and its choices.
+    ``help_settings``: the settings of the command that is named.
+    """
+    OmegaConf.register_new_resolver("help_groups", _groups, replace=True)
+    OmegaConf.register_new_resolver("help_settings", _settings, replace=True)
+
+
+def _groups(_root_: DictConfig) -> str:
+    """One line for each group that the command uses, and for those below one."""
+    used = {_group(name) for name in _root_.hydra.runtime.choices} - {""}
+    lines = []
+    for folder in sorted(path for path in config_dir().rglob("*") if path.is_dir()):
+        group = folder.relative_to(config_dir()).as_posix()
+        if group in used or group.rpartition("/")[0] in used:
+            lines.append(f"{group}: {', '.join(sorted(path.stem for path in folder.glob('*.yaml')))}")
+    return "\n".join(lines)
+
+
+def _settings(command: str, _root_: DictConfig) -> str:
+    """The composed configuration as YAML, each line with the comment it has where its value is set."""
+    comments = dict(_comments(config_dir() / f"{command}.yaml", ""))
+    for name, choice in _root_.hydra.runtime.choices.items():
+        group, _, package = name.partition("@")
+        path = config_dir() / group / f"{choice}.yaml"
+        if _group(name) and choice is not None and path.is_file():
+            told = re.match(r"# @package (\S+)", path.read_text(encoding="utf-8"))
+            place = package or (told.group(1) if told else group.replace("/", "."))
+            comments.update(_comments(path, "" if place == "_global_" else f"{place}."))
+    shown = OmegaConf.masked_copy(_root_, [str(key) for key in _root_ if key != "hydra"])
+    lines = [
+        f"{line}  # {comments[key]}" if key in comments else line
+        for key, line in _keys(OmegaConf.to_yaml(shown, resolve=False))
+    ]
+    return "\n".join(lines).replace("$", "$$")  # Hydra fills in the template's $WORDS afterwards
+
+
+def _group(name: str) -> str:
+    return "" if name.startswith("hydra/") else name.partition("@")[0]
+
+
+def _comments(path: Path, prefix: str) -> Iterator[tuple[str, str]]:
+    for key, line in _keys(path.read_text(encoding="utf-8")):
+        comment = re.search(r"\s#\s*(.*)", line)
+        if key and comment is not None:
+            yield prefix + key, comment.group(1)
+
+
+def _keys(text: str) -> Iterator[tuple[str, str]]:
+    """Every line with its dotted key; an empty one for what begins no setting."""
+    above: list[tuple[int, str]] = []
+    for line in text.splitlines():
+        found = _LINE.match(line)
+        if found is None:
+            yield "", line
+            continue
+        indent = len(found["indent"])
+        above = [(i, key) for i, key in above if i < indent] + [(indent, found["key"])]
+        yield ".".join(key for _, key in above), line

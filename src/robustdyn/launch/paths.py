@@ -1,0 +1,87 @@
+"""Paths on the command line, in Hydra's grammar, and relative ones in a run's configuration."""
+
+import re
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+
+from robustdyn.records.command_line import quoted
+from robustdyn.run.of_checkpoint import RUN_CONFIG, load_config
+
+PATHS = ("checkpoint", "output", "data.root", "run.data.root", "hydra.run.dir", "hydra.sweep.dir")
+ROOT = "data.root"
+
+_QUOTED = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
+_SWEEP = re.compile(r"(choice|glob|shuffle|sort|tag)\(")
+
+
+def quoted_paths(arguments: Sequence[str], also: Collection[str] = ()) -> list[str]:
+    """The arguments of a command with its paths quoted, in which Hydra would take ``=`` or ``(`` for grammar.
+
+    ``~`` becomes the home directory, and a relative ``data.root`` absolute. What is quoted already stays the
+    text that it stands for. In a multirun commas part the values of a key, save those in the name of a file.
+
+    Args:
+        arguments: As they were typed.
+        also: Keys of paths, beside those that all commands have.
+    """
+    several = not {"-m", "--multirun", "hydra.mode=MULTIRUN"}.isdisjoint(arguments)
+    found = []
+    for argument in arguments:
+        name, _, text = argument.partition("=")
+        key = name.lstrip("+")
+        if key in (*PATHS, *also) and text not in ("", "null") and not (several and _SWEEP.match(text)):
+            parts = _parted(text) if several and not key.startswith("hydra.") else [text]
+            found.append(f"{name}={','.join(_quoted(key, part) for part in parts)}")
+        else:
+            found.append(argument)
+    return found
+
+
+def anchor(cfg: DictConfig, folder: str | Path) -> None:
+    """Make a relative ``data.root`` absolute: it lies below the folder where the command was given."""
+    root = OmegaConf.select(cfg, ROOT, throw_on_resolution_failure=False)
+    if root is not None:
+        OmegaConf.update(cfg, ROOT, str(Path(folder, Path(str(root)).expanduser())))
+
+
+def load_run(run_dir: Path) -> DictConfig:
+    """The configuration of a run; a relative ``data.root`` is the folder it was for the run, if it exists.
+
+    Raises:
+        RecordError: It cannot be read.
+    """
+    run = load_config(run_dir / RUN_CONFIG)
+    recorded = run_dir / RUN_CONFIG.parent / "hydra.yaml"
+    folder = OmegaConf.select(load_config(recorded), "hydra.runtime.cwd") if recorded.is_file() else None
+    root = OmegaConf.select(run, ROOT, throw_on_resolution_failure=False)
+    if folder is not None and root is not None and Path(str(folder), str(root)).exists():
+        anchor(run, str(folder))
+    return run
+
+
+def _parted(text: str) -> list[str]:
+    """At its commas, save those in quotes and in the names of files that exist: a run's folder has some."""
+    parts = re.findall(rf"(?:{_QUOTED}|[^,])+", text)
+    found = []
+    while parts:
+        joined = (",".join(parts[:n]) for n in range(len(parts), 0, -1))
+        found.append(next((name for name in joined if Path(name).expanduser().exists()), parts[0]))
+        parts = parts[found[-1].count(",") + 1 :]
+    return found
+
+
+def _quoted(key: str, text: str) -> str:
+    if re.fullmatch(_QUOTED, text):
+        try:
+            text = str(OverridesParser.create().parse_override(f"{key}={text}").value())
+        except HydraException:
+            return text  # for Hydra to say what is wrong with it
+    if text.startswith("~"):
+        text = str(Path(text).expanduser())
+    if key.endswith(ROOT) and not text.startswith("${"):
+        text = str(Path(text).absolute())
+    return quoted(text)

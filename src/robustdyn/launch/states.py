@@ -1,0 +1,117 @@
+"""Where the runs of a sweep or of some folders stand, and what is said about it on a terminal."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from robustdyn.errors import ConfigError, RecordError, UserError
+from robustdyn.records import find_runs
+from robustdyn.records.progress import Plan, RunState, count, run_states
+from robustdyn.records.untrusted import read_yaml, untrusted_config
+from robustdyn.run.status import say
+
+if TYPE_CHECKING:
+    from robustdyn.report.page import Report
+
+MULTIRUN = "multirun.yaml"
+MOST_RUNS = 100_000  # of a sweep: each is named in memory
+BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
+
+
+def states_of(paths: Sequence[Path]) -> list[RunState]:
+    """Where the runs at or below these paths stand, those included that a sweep is still to start.
+
+    Raises:
+        UserError: A path holds no run and no sweep, or a record or a configuration cannot be read.
+    """
+    states: list[RunState] = []
+    for path in paths:
+        try:
+            plan = plan_of(_load(path / MULTIRUN)) if (path / MULTIRUN).is_file() else None
+        except ConfigError as error:
+            raise RecordError(f"{path / MULTIRUN}: {error}, or give the run directories alone") from error
+        try:
+            runs = find_runs([path])
+        except UserError:
+            if plan is None:
+                raise
+            runs = []
+        states += run_states(runs, plan)
+    return states
+
+
+def plan_of(config: DictConfig) -> Plan | None:
+    """What a multirun was asked for, from the configuration Hydra composed for it or its ``multirun.yaml``.
+
+    Returns:
+        None if the sweeper is not Hydra's own: another one decides as it goes.
+
+    Raises:
+        ConfigError: They are too many to be listed.
+    """
+    sweeper = OmegaConf.select(config, "hydra.sweeper")
+    task = OmegaConf.select(config, "hydra.overrides.task")
+    if not isinstance(sweeper, DictConfig) or not isinstance(task, ListConfig):
+        return None
+    if sweeper.get("_target_") != BASIC_SWEEPER:
+        return None
+    params, typed = sweeper.get("params"), OmegaConf.to_container(task, resolve=False)
+    assert isinstance(typed, list)
+    lines = [f"{key!s}={value}" for key, value in params.items()] if isinstance(params, DictConfig) else []
+    lines += map(str, typed)
+    values: dict[str, list[str]] = {}  # of a key given twice the last counts, as in the sweeper
+    try:
+        for override in OverridesParser.create().parse_overrides(lines):
+            key = override.get_key_element()
+            several = override.is_sweep_override()
+            texts = override.sweep_string_iterator() if several else [override.get_value_element_as_str()]
+            values[key] = [f"{key}={text}" for text in itertools.islice(texts, MOST_RUNS + 1)]
+    except (HydraException, RecursionError):  # the sweeper says what is wrong with it
+        return None
+    if math.prod(map(len, values.values())) > MOST_RUNS:
+        raise ConfigError(f"a sweep of more than {MOST_RUNS:,} runs; choose fewer values")
+    jobs = [
+        tuple(text for text in job if not text.startswith(("hydra.", "hydra/")))
+        for job in itertools.product(*values.values())
+    ]
+    swept_keys = [key.lstrip("+~") for key, texts in values.items() if len(texts) > 1]
+    without = OmegaConf.select(config, "hydra.job.config.override_dirname.exclude_keys") or []
+    return Plan(tuple(jobs), tuple(swept_keys), tuple(without))
+
+
+def say_states(states: Sequence[RunState], stream: TextIO) -> None:
+    """How many runs are done, and each one that is not; nothing about a single run that is."""
+    if [state.state for state in states] in ([], ["done"]):
+        return
+    say(f"runs: {count(states)}", stream)
+    for state in states:
+        if state.state != "done":
+            say(f"  {state.state:<10}  {state.name}: {state.remark}", stream)
+            if state.traceback is not None:
+                say(f"  {'':<10}  traceback: {state.traceback}", stream)
+
+
+def _load(path: Path) -> DictConfig:
+    try:
+        content = read_yaml(path)
+        config = untrusted_config(content)
+    except ValueError as error:
+        raise RecordError(f"{path}: cannot read ({error}); restore it, or remove it") from error
+    if not isinstance(config, DictConfig):
+        raise RecordError(f"{path}: not a configuration; restore it, or remove it")
+    with suppress(KeyError, TypeError):  # as the runs recorded them: compared, never resolved
+        config.hydra.overrides.task = content["hydra"]["overrides"]["task"]
+    return config
+
+
+def announce(report: "Report") -> None:
+    """Say where the report is and the three numbers that matter."""
+    for line in (*report.headline, f"report: {report.html}"):
+        say(line)

@@ -1,0 +1,267 @@
+"""Runs of a multirun: each fails alone, what is done is skipped, and all end in one report."""
+
+import gc
+import json
+import logging
+import os
+import re
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
+from omegaconf.errors import OmegaConfBaseException
+
+from robustdyn.errors import RecordError, UserError
+from robustdyn.launch.states import announce, plan_of, say_states, states_of
+from robustdyn.records.command_line import at, hydra_quoted
+from robustdyn.records.files import sole_process
+from robustdyn.records.progress import Plan, RunStatus, folder_name, identity, is_done, one_line
+from robustdyn.records.writer import SUMMARY
+from robustdyn.report.page import build_report
+
+LOCAL = (".BasicLauncher", ".JoblibLauncher")
+"""Launchers that know of a run's failure from its status; others, of a cluster, are to see it themselves."""
+
+SWEEP_PROCESS = "ROBUSTDYN_SWEEP_PROCESS"
+"""Tells the workers of a parallel sweep whose they are."""
+
+log = logging.getLogger(__name__)
+
+
+def run_in_its_directory(task: Callable[[DictConfig], None], cfg: DictConfig) -> float | None:
+    """Run ``task`` and keep its status in Hydra's output directory.
+
+    In a sweep a run that is done is skipped. One that fails on this machine leaves its traceback in its
+    directory and lets the others run: its error does not travel to the sweep's process, which would stop at
+    the first one, and could not even read many kinds.
+
+    Returns:
+        What a sweeper that optimises wants to know: the number of ``summary.json`` that the key ``metric``
+        names; None if it names none, or the run failed.
+
+    Raises:
+        Exception: What ``task`` raised, outside a sweep or on a cluster.
+    """
+    hydra_cfg = HydraConfig.get()
+    run_dir = Path(hydra_cfg.runtime.output_dir)
+    in_sweep = hydra_cfg.mode == RunMode.MULTIRUN
+    first = getattr(rank_zero_only, "rank", 0) == 0  # also before there is a trainer
+    settings = _settings(cfg)
+    if in_sweep and is_done(run_dir, settings):
+        log.info("%s: done already", run_dir.name)
+        return _metric(cfg, run_dir)
+    if str(hydra_cfg.launcher.get("_target_")).endswith(".JoblibLauncher") and in_sweep:
+        _end_with_parent()
+    try:
+        with RunStatus(run_dir, settings) if first else nullcontext():
+            task(cfg)
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):  # which Lightning turns into an exit
+            raise type(end.__context__)() from end
+        raise
+    except Exception as error:
+        if not (in_sweep and first and str(hydra_cfg.launcher.get("_target_")).endswith(LOCAL)):
+            raise
+        sys.stderr.write(f"error: {run_dir.name}: {one_line(error)}\n")
+        return None
+    finally:
+        if in_sweep and torch.cuda.is_initialized():  # the next run's memory
+            gc.collect()
+            torch.cuda.empty_cache()
+    return _metric(cfg, run_dir) if first else None
+
+
+def _metric(cfg: DictConfig, run_dir: Path) -> float | None:
+    name = cfg.get("metric")
+    if name is None:
+        return None
+    value: Any = json.loads((run_dir / SUMMARY).read_text(encoding="utf-8"))
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    if not isinstance(value, int | float):
+        sys.stderr.write(f"error: {run_dir / SUMMARY} holds no number for metric={name}\n")
+        return None
+    return float(value)
+
+
+@cache
+def _end_with_parent() -> None:
+    """Kill this worker of a parallel sweep once the sweep's process is gone, which may be started again."""
+    sweep = int(os.environ[SWEEP_PROCESS])
+
+    def watch() -> None:
+        while os.getppid() == sweep:
+            time.sleep(1.0)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+class SweepReport(Callback):
+    """Says at the end of a multirun how its runs went, and builds their report unless ``report=false``.
+
+    Args:
+        swept: The keys that differ between the runs; filled in when a sweep starts, for the folders' names.
+    """
+
+    running: ClassVar[DictConfig | None] = None
+    inside: ClassVar[ExitStack] = ExitStack()  # of the sweep's directory
+
+    def __init__(self, swept: Sequence[str]) -> None:
+        self.swept = swept
+
+    def _enter(self, directory: Path, remedy: str) -> None:
+        try:
+            self.inside.enter_context(sole_process(directory, remedy))
+        except RecordError as error:
+            sys.stderr.write(f"error: {error}\n")
+            sys.exit(1)  # Hydra would turn an exception of a callback into a warning
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Hydra's hook: refuse a directory in which a run is going on, before Hydra writes to it."""
+        HydraConfig.instance().set_config(config)
+        for typed in config.hydra.overrides.hydra:
+            if re.match(r"\+*hydra[./](launcher|sweeper|sweep)\b", typed):
+                key = typed.partition("=")[0]
+                sys.stderr.write(f"error: {key} takes effect with -m only, for a single run too; add it\n")
+                sys.exit(1)
+        self._enter(Path(config.hydra.run.dir), "choose another hydra.run.dir")
+        self.inside.close()  # the run itself enters
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Hydra's hook: tell all runs their directory and keys; refuse runs that would share a folder."""
+        HydraConfig.instance().set_config(config)  # which ${hydra:...} reads, and Hydra sets for runs only
+        plan = plan_of(config)
+        if plan is not None:
+            _refuse_shared_folders(config, plan)
+        self._enter(Path(config.hydra.sweep.dir), "choose another hydra.sweep.dir")
+        os.environ[SWEEP_PROCESS] = str(os.getpid())
+        # each run composes its configuration anew, and its own name must not move it to another sweep
+        pinned: dict[str, str | list[str]] = {"hydra.sweep.dir": str(config.hydra.sweep.dir)}
+        if plan is not None:
+            pinned["hydra.callbacks.sweep_report.swept"] = list(plan.swept)
+        with read_write(config.hydra), open_dict(config.hydra):
+            for key, value in pinned.items():
+                OmegaConf.update(config, key, value)
+                config.hydra.overrides.hydra.append(f"{key}={_in_grammar(value)}")
+        SweepReport.running = config
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Hydra's hook."""
+        if not end_sweep():
+            sys.exit(1)
+
+
+def end_sweep(*, report: bool = True) -> bool:
+    """Build the report of the sweep that is running in this process, and say which of its runs are not done.
+
+    Nothing is said or built before a first run was started, nor a second time.
+
+    Args:
+        report: Whether to build it, if ``cfg.report`` asks for it.
+
+    Returns:
+        Whether all of its runs are done.
+    """
+    config, SweepReport.running = SweepReport.running, None
+    if config is None:
+        return True
+    folder = Path(config.hydra.sweep.dir)
+    try:
+        states = states_of([folder])
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return False
+    if all(state.state == "missing" for state in states):
+        return False
+    if report and config.report:
+        sys.stdout.write(f"building the report of {folder}\n")
+        sys.stdout.flush()
+        try:
+            announce(build_report([folder], folder / "report", states))
+        except UserError as error:  # none of the runs finished an epoch, say
+            sys.stderr.write(f"no report: {error}\n")
+    say_states(states, sys.stderr)
+    done = all(state.state == "done" for state in states if state.asked)
+    if not done:
+        sys.stderr.write(
+            f"the same command with {shlex.quote(at('hydra.sweep.dir', folder))} runs what is not done\n"
+        )
+    return done
+
+
+def sweeping() -> bool:
+    """Whether a sweep is running in this process that has not said how it ended."""
+    return SweepReport.running is not None
+
+
+def forget_sweep() -> None:
+    """Say nothing at its end, for it never began; leave Hydra's state as it was before the command."""
+    SweepReport.running = None
+    SweepReport.inside.close()
+    os.environ.pop(SWEEP_PROCESS, None)
+    HydraConfig.instance().cfg = None
+
+
+def _refuse_shared_folders(config: DictConfig, plan: Plan) -> None:
+    raw = OmegaConf.to_container(config.hydra.sweep, resolve=False)
+    assert isinstance(raw, dict)
+    if "run_folder:" not in str(raw["subdir"]):
+        return  # named by the user
+    seen: dict[tuple[str, ...], tuple[str, ...]] = {}
+    for job in plan.jobs:
+        other = seen.setdefault(identity(job, plan.without), job)
+        if other is not job:
+            different = sorted({*job} ^ {*other})
+            reason = (
+                f"differ only in {' '.join(different)}" if different else f"are the same ({' '.join(job)})"
+            )
+            sys.stderr.write(
+                f"error: two runs of the sweep {reason} and would share a folder; ask for each run once, or "
+                "set hydra.sweep.subdir='${hydra.job.num}'\n"
+            )
+            sys.exit(1)  # Hydra would turn an exception of a callback into a warning
+
+
+def _in_grammar(value: str | Sequence[str]) -> str:
+    """A value in the grammar of Hydra's overrides."""
+    return hydra_quoted(value) if isinstance(value, str) else f"[{','.join(map(hydra_quoted, value))}]"
+
+
+def _settings(cfg: DictConfig) -> dict[str, Any]:
+    try:
+        settings = OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException:
+        return {}  # the task will say what is wrong
+    assert isinstance(settings, dict)
+    return {str(key): value for key, value in settings.items()}
+
+
+def _run_folder(overrides: ListConfig, without: ListConfig, swept: ListConfig, sweep_dir: str) -> str:
+    raw = OmegaConf.to_container(overrides, resolve=False)
+    assert isinstance(raw, list)
+    name = folder_name([str(text) for text in raw], list(without), list(swept))
+    _, dash, digest = name.rpartition("-")
+    if not dash or len(digest) != 8 or not Path(sweep_dir).is_dir():
+        return name
+    # what is said before the hash depends on what is swept, which may be less this time
+    known = sorted(path.name for path in Path(sweep_dir).iterdir() if path.name.endswith(dash + digest))
+    return known[0] if known else name
+
+
+# At import, as the resolvers of config.py: terminal.py imports this module, and so does a launcher's worker
+# when it unpickles the callback.
+OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)

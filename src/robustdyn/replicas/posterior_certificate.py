@@ -1,0 +1,392 @@
+"""PAC-Bayes certificates of the robust error with a posterior that replicas measured.
+
+The prior is N(θ_0, s² I) around the checkpoint, s from a grid; the posterior has a share of the replicas'
+mean move for its mean, their covariance along the directions, scaled, and the prior's noise in all others.
+The grid is screened, and of every share of the move the best is certified with weights drawn anew.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from robustdyn.attacks import PGD
+from robustdyn.errors import ConfigError, RecordError
+from robustdyn.replicas import RecordedEnsemble, StackedNetwork
+from robustdyn.replicas.gibbs import GibbsSampling, WeightPosterior, gibbs_errors, robust_error
+from robustdyn.theory import (
+    RiskCertificate,
+    SubspaceKL,
+    binary_kl_upper,
+    risk_certificate,
+    subspace_kl,
+)
+
+Array = NDArray[np.float64]
+
+ASSUMPTIONS = (
+    "given the prior's examples, those of S are drawn independently from the distribution that the bound "
+    "speaks of, or at random without replacement from a finite set of images; class-balanced draws serve as "
+    "well, and the bound is then of the same balance",
+    "nothing that the prior depends on has seen S: neither the run, its settings, nor the grid of prior.std",
+    "the bound is of the error under this attack, in expectation over its random start; a stronger attack "
+    "may find more",
+    "pseudo-random numbers count as random, and weights rounded to float32 as Gaussian",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CertificateSettings:
+    """What is tried and drawn.
+
+    Attributes:
+        shift: Shares of the mean's move, ≥ 0.
+        scale: Factors on the measured standard deviations, > 0.
+        prior_std: Standard deviations s of the prior, > 0; they share ``alpha``, half of it for themselves.
+        alpha: Probability over the draw of S with which a bound may fail.
+        alpha_sampling: Probability over the weights drawn with which one may.
+        screening: Networks and examples for every point of the grid.
+        sampling: For what is certified.
+        test: For the error on test examples, which is for comparison.
+        chunk: Networks in one pass; memory and speed only.
+        batch_size: Of passes of one network; memory only.
+        seed: Of all random numbers.
+    """
+
+    shift: tuple[float, ...]
+    scale: tuple[float, ...]
+    prior_std: tuple[float, ...]
+    alpha: float
+    alpha_sampling: float
+    screening: GibbsSampling
+    sampling: GibbsSampling
+    test: GibbsSampling
+    chunk: int
+    batch_size: int
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MeasuredPosterior:
+    """What an ensemble says of the posterior at one step.
+
+    Attributes:
+        step: Which, in steps taken.
+        replicas: R.
+        images: Digest of the examples that replicas trained on.
+        move: (P,), mean of θ − θ_0.
+        directions: (P, k), orthonormal.
+        covariance: (k, k), along them.
+        complement_std: Standard deviation of each dimension that they leave, if all had the same.
+    """
+
+    step: int
+    replicas: int
+    images: str
+    move: Tensor
+    directions: Tensor
+    covariance: Array
+    complement_std: float
+
+
+def measured_posterior(ensemble: RecordedEnsemble, folder: Path, step: int | None) -> MeasuredPosterior:
+    """The posterior at a step, or at the last at which the mean of the weights was kept.
+
+    Args:
+        ensemble: Of momentum SGD, with BatchNorm in eval mode.
+        folder: Where it lies, for messages.
+        step: Steps taken; None for the last.
+
+    Raises:
+        RecordError: The ensemble cannot tell.
+    """
+    settings = ensemble.settings
+    if str(settings["optimizer"]["_target_"]).rpartition(".")[2] != "SGD":
+        raise RecordError(f"{folder}: directions of a preconditioned optimiser; give an ensemble of SGD")
+    if settings["batchnorm"] != "eval":
+        raise RecordError(
+            f"{folder}: replicas moved the running statistics, which are no weights; run them with "
+            "batchnorm=eval"
+        )
+    known = [at for at in ensemble.mean_steps.tolist() if at > 0 and at in ensemble.steps]
+    if not known or (step is not None and step not in known):
+        asked = "a step > 0" if step is None else f"step={step}"
+        have = f"; it has {', '.join(map(str, known))}" if known else ""
+        raise RecordError(
+            f"{folder}: no mean weights and positions of {asked}{have}; run robustdyn-replicas with it among "
+            "record.mean_steps and record.steps, in another output=DIR"
+        )
+    at = known[-1] if step is None else step
+    replicas, k = len(ensemble.replicas), ensemble.start.directions.count
+    if replicas <= k:
+        raise RecordError(
+            f"{folder}: {replicas} replicas tell no covariance of {k} directions; run robustdyn-replicas "
+            f"with replicas={2 * k} or more"
+        )
+    row = ensemble.steps.tolist().index(at)
+    move = ensemble.mean_move[ensemble.mean_steps.tolist().index(at)]
+    covariance = np.atleast_2d(np.cov(ensemble.position[:, row], rowvar=False))
+    spread = (ensemble.distance[:, row] ** 2).mean() - np.sum(move.astype(np.float64) ** 2)
+    others = spread * replicas / (replicas - 1) - np.trace(covariance)
+    return MeasuredPosterior(
+        step=at,
+        replicas=replicas,
+        images=settings["images"],
+        move=torch.from_numpy(move),
+        directions=ensemble.start.directions.positions,
+        covariance=covariance,
+        complement_std=math.sqrt(max(others, 0.0) / (len(move) - k)),
+    )
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """A point of the grid; ``scale`` None for the prior's own noise along the directions, too."""
+
+    shift: float
+    scale: float | None
+    prior_std: float
+
+    @property
+    def group(self) -> tuple[float, bool]:
+        """Of each group the best is certified."""
+        return self.shift, self.scale is None
+
+    @property
+    def name(self) -> str:
+        if self.scale is None:
+            return "the prior itself"
+        return f"shift {self.shift:g}, scale {self.scale:g}"
+
+
+class Certifier:
+    """Certificates for one checkpoint.
+
+    Args:
+        network: The stacked network, at the checkpoint's weights θ_0, in eval mode.
+        measured: The posterior.
+        data: ``prior`` (examples that θ_0 was trained on), ``S`` (those that only replicas saw) and ``test``:
+            images (n, ...) in [0, 1] and classes (n,), on the network's device.
+        attack: Of the error that is certified; ``batchnorm="eval"``.
+        settings: What is tried and drawn.
+        classes: K, whose chance 1 − 1/K is where a bound says nothing.
+        say: Told how it goes, a line at a time.
+    """
+
+    def __init__(
+        self,
+        network: StackedNetwork,
+        measured: MeasuredPosterior,
+        data: Mapping[str, tuple[Tensor, Tensor]],
+        attack: PGD,
+        settings: CertificateSettings,
+        *,
+        classes: int,
+        say: Callable[[str], None],
+    ) -> None:
+        self.network, self.measured, self.data, self.attack = network, measured, data, attack
+        self.settings, self.classes, self.say = settings, classes, say
+        self.theta, self.statistics = network.theta(), network.statistics(1)
+        self.move, self.directions = (part.to(self.theta) for part in (measured.move, measured.directions))
+        self.n = len(data["S"][1])
+        # each prior may fail Maurer's bound, for all posteriors, and Chernoff's, for itself
+        self.alpha = settings.alpha / (2 * len(settings.prior_std))
+
+    def certify(self) -> dict[str, Any]:
+        """Screen the grid, certify the best of every shift, and compare."""
+        settings = self.settings
+        screened = self._screened()
+        chosen = self._chosen(screened)
+        self.say(f"certifying  {len(chosen)} posteriors, {settings.sampling.networks} networks each")
+        rows = [self._row(choice, settings.alpha_sampling / len(chosen)) for choice in chosen]
+        bounds = [row["risk_bound"] for row in rows]
+        return {
+            "best": int(np.argmin(bounds)),
+            "risk_bound": min(bounds),
+            "confidence": round(1 - settings.alpha - settings.alpha_sampling, 12),
+            "vacuous": min(bounds) >= 1 - 1 / self.classes,
+            "certificates": rows,
+            "held_out": self._held_out(),
+            "measured": self._as_measured(),
+            "screening": screened,
+            "assumptions": list(ASSUMPTIONS),
+        }
+
+    def _grid(self) -> list[_Choice]:
+        settings = self.settings
+        stds = list(settings.prior_std)
+        measured = itertools.product(settings.shift, settings.scale, stds)
+        return [*(_Choice(*point) for point in measured), *(_Choice(0.0, None, std) for std in stds)]
+
+    def _screened(self) -> list[dict[str, Any]]:
+        """Error and bound of the grid; where KL alone makes the bound worse than another's, not measured.
+
+        All points with the same random numbers: their differences are less noisy than their errors.
+        """
+        choices = sorted(
+            ((self._kl(choice).total, choice) for choice in self._grid()), key=lambda pair: pair[0]
+        )
+        self.say(f"screening   {len(choices)} posteriors, {self.settings.screening.networks} networks each")
+        least: dict[tuple[float, bool], float] = {}
+        found = []
+        for kl, choice in choices:
+            budget = self._budget(None if choice.scale is None else kl)
+            bound, error = float(binary_kl_upper(0.0, budget)), None
+            if bound < least.get(choice.group, math.inf):
+                error = float(self._errors(choice, self.settings.screening, "S", "certify-screening").mean())
+                bound = float(binary_kl_upper(error, budget))
+                least[choice.group] = min(bound, least.get(choice.group, math.inf))
+            found.append({**asdict(choice), "kl": kl, "error": error, "bound": bound})
+        return found
+
+    def _chosen(self, screened: Sequence[Mapping[str, Any]]) -> list[_Choice]:
+        """Of every shift what promises most, and the prior itself; among equals that of least KL."""
+        best: dict[tuple[float, bool], tuple[float, _Choice]] = {}
+        for row in screened:
+            choice = _Choice(row["shift"], row["scale"], row["prior_std"])
+            if row["error"] is not None and row["bound"] < best.get(choice.group, (math.inf, choice))[0]:
+                best[choice.group] = row["bound"], choice
+        return [choice for _, choice in sorted(best.values(), key=lambda pair: pair[1].group[::-1])]
+
+    def _row(self, choice: _Choice, alpha_sampling: float) -> dict[str, Any]:
+        kl = self._kl(choice)
+        stream = f"certify-{choice.name}"
+        errors = self._errors(choice, self.settings.sampling, "S", stream)
+
+        def bound(sampled: Array, distance: float | None) -> RiskCertificate:
+            return risk_certificate(
+                sampled, kl=distance, n=self.n, alpha=self.alpha, alpha_sampling=alpha_sampling
+            )
+
+        distance, none = (kl.total, 0.0) if choice.scale is not None else (None, None)
+        found = bound(errors, distance)
+        no_kl, no_error = bound(errors, none).risk_bound, bound(0 * errors, distance).risk_bound
+        tested = self._errors(choice, self.settings.test, "test", f"{stream}-test")
+        mean = self.theta + choice.shift * self.move
+        return {
+            "posterior": {"name": choice.name, **asdict(choice)},
+            **asdict(found),
+            "kl": {**asdict(kl), "total": kl.total},
+            "sampled_error_se": float(errors.std(ddof=1) / math.sqrt(len(errors)))
+            if len(errors) > 1
+            else None,
+            "kl_per_example": kl.total / self.n,
+            "bound_at_zero_kl": no_kl,
+            "bound_at_zero_error": no_error,
+            "limited_by": _largest(found, no_kl),
+            "test": {
+                "error": float(tested.mean()),
+                "error_se": float(tested.std(ddof=1) / math.sqrt(len(tested))) if len(tested) > 1 else None,
+                "mean_network_error": self._error_of(mean, "test"),
+            },
+            "mean_network_error": self._error_of(mean, "S"),
+        }
+
+    def _held_out(self) -> dict[str, Any]:
+        """What S certifies as a test set of the checkpoint: what the PAC-Bayes bound has to beat."""
+        error = self._error_of(self.theta, "S")
+        risk = self.settings.alpha + self.settings.alpha_sampling
+        return {
+            "error": error,
+            "n": self.n,
+            "risk_bound": float(binary_kl_upper(error, math.log(1 / risk) / self.n)),
+            "alpha": risk,
+            "test_error": self._error_of(self.theta, "test"),
+            "prior_examples_error": self._error_of(self.theta, "prior"),
+        }
+
+    def _as_measured(self) -> dict[str, Any]:
+        """The replicas' law with its own noise outside the directions; its KL with a prior of that noise."""
+        measured = self.measured
+        squared = self._distance_sq()
+        std = measured.complement_std
+        found = {
+            "step": measured.step,
+            "replicas": measured.replicas,
+            "parameters": len(self.theta),
+            "mean_move_norm": math.sqrt(squared),
+            "mean_move_norm_in_directions": float((self.move @ self.directions).norm()),
+            "direction_stds": np.sqrt(np.diag(measured.covariance)).tolist(),
+            "complement_std": std,
+            "weights_norm": float(self.theta.norm()),
+        }
+        if std:
+            kl = self._kl(_Choice(1.0, 1.0, std))
+            found["kl"] = {**asdict(kl), "total": kl.total}
+            found["bound_at_zero_error"] = float(binary_kl_upper(0.0, self._budget(kl.total)))
+        return found
+
+    # -- parts
+
+    def _budget(self, kl: float | None) -> float:
+        """Nats an example, as in :func:`robustdyn.theory.risk_certificate`."""
+        return ((kl or 0.0) + math.log((1 if kl is None else 2 * math.sqrt(self.n)) / self.alpha)) / self.n
+
+    def _distance_sq(self) -> float:
+        return float(self.move.double().square().sum())
+
+    def _covariance(self, choice: _Choice) -> Array:
+        if choice.scale is None:
+            return choice.prior_std**2 * np.eye(len(self.measured.covariance))
+        return choice.scale**2 * self.measured.covariance
+
+    def _kl(self, choice: _Choice) -> SubspaceKL:
+        try:
+            return subspace_kl(
+                self._covariance(choice),
+                complement_variance=choice.prior_std**2,
+                parameters=len(self.theta),
+                distance_sq=choice.shift**2 * self._distance_sq(),
+                prior_variance=choice.prior_std**2,
+            )
+        except ValueError as error:
+            raise ConfigError(f"replicas: {error}") from error
+
+    def _errors(self, choice: _Choice, sampling: GibbsSampling, split: str, stream: str) -> Array:
+        posterior = WeightPosterior(
+            mean=self.theta + choice.shift * self.move,
+            directions=self.directions,
+            covariance=self._covariance(choice),
+            complement_std=choice.prior_std,
+        )
+        return gibbs_errors(
+            self.network,
+            self.statistics,
+            posterior,
+            *self.data[split],
+            self.attack,
+            sampling,
+            chunk=self.settings.chunk,
+            seed=self.settings.seed,
+            stream=stream,
+        )
+
+    def _error_of(self, theta: Tensor, split: str) -> float:
+        return robust_error(
+            self.network,
+            self.statistics,
+            theta,
+            *self.data[split],
+            self.attack,
+            batch_size=self.settings.batch_size,
+            seed=self.settings.seed,
+            stream=f"certify-fixed-{split}",
+        )
+
+
+def _largest(found: RiskCertificate, bound_at_zero_kl: float) -> str:
+    """Which step from nothing to the bound is the largest."""
+    steps = {
+        "error on S": found.sampled_error,
+        "number of weights sampled": found.empirical_upper - found.sampled_error,
+        "number of examples, even without KL": bound_at_zero_kl - found.empirical_upper,
+        "KL": found.risk_bound - bound_at_zero_kl,
+    }
+    return max(steps, key=lambda name: steps[name])

@@ -1,0 +1,369 @@
+"""One way to run an ensemble, whoever asks for it: from a checkpoint's file or from a training that is on.
+
+The network, its optimiser and the data come as they are; what is missing in the ensemble's directory is run.
+"""
+
+import copy
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from robustdyn.attacks import PGD
+from robustdyn.data.tensors import ImageTensors, to_unit
+from robustdyn.errors import ConfigError
+from robustdyn.methods.objectives.objective import Objective
+from robustdyn.methods.perturbations import WeightPerturbation
+from robustdyn.models.sync_batchnorm import desynchronize
+from robustdyn.replicas.ensemble import (
+    BatchNormMode,
+    Ensemble,
+    Recorded,
+    Training,
+    refuse_dropout,
+)
+from robustdyn.replicas.ensemble_record import EnsembleRecord
+from robustdyn.replicas.expansion import measure_lines
+from robustdyn.replicas.network import Engine, StackedNetwork
+from robustdyn.replicas.optimizer import (
+    InitialState,
+    check_optimizer,
+    held_state,
+    initial_buffer,
+    read_update,
+    weight_decay,
+)
+from robustdyn.replicas.point import (
+    MeasuredPoint,
+    PointSettings,
+    example_loss,
+    line_units,
+    measure_point,
+    second_moment,
+)
+from robustdyn.replicas.sampling import Sampling
+from robustdyn.replicas.updates import MomentumUpdate
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnsembleSettings:
+    """What an ensemble is, apart from the point it starts from; conf/ensemble holds the defaults.
+
+    Attributes:
+        replicas: R, a multiple of ``chunk``.
+        chunk: Replicas in one pass.
+        engine: How they pass.
+        seed: Of all random numbers.
+        initial_state: Of the optimiser's buffer.
+        freeze_preconditioner: Hold Adam's preconditioner at the start's.
+        batchnorm: See :class:`robustdyn.replicas.Training`.
+        learning_rate: η that the factors multiply; None for that of the training's next step.
+        factors: Of each step (T,).
+        batch_size: Of a replica's batch; None for the training's.
+        replacement: See :class:`robustdyn.replicas.Sampling`.
+        drop_last: Likewise.
+        recorded: What is recorded; no more loss examples are used than there are.
+        start: How the start is measured, and the path of the mean.
+        multiples: Distances at which the loss is measured along the directions, in predicted standard
+            deviations; empty for no expansion.
+        prefix: Of the names of these settings in errors, e.g. ``"ensemble."``.
+
+    Raises:
+        ValueError: ``replicas`` is no multiple of ``chunk``.
+    """
+
+    replicas: int
+    chunk: int
+    engine: Engine
+    seed: int
+    initial_state: InitialState
+    freeze_preconditioner: bool
+    batchnorm: BatchNormMode
+    learning_rate: float | None
+    factors: tuple[float, ...]
+    batch_size: int | None
+    replacement: bool
+    drop_last: bool
+    recorded: Recorded
+    start: PointSettings
+    multiples: tuple[float, ...]
+    prefix: str
+
+    def __post_init__(self) -> None:
+        if self.replicas % self.chunk:
+            near = -(-self.replicas // self.chunk) * self.chunk
+            raise ValueError(f"replicas={self.replicas} is no multiple of chunk={self.chunk}; choose {near}")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TrainingState:
+    """A training where replicas leave it.
+
+    Attributes:
+        model: The network; not changed. BatchNorm that looks at several processes' batches is taken for one
+            that looks at its own.
+        optimizer: Its optimiser, as it stands.
+        next_rate: η of its next step.
+        images: The training examples.
+        batch_size: B.
+        objective: See :class:`robustdyn.replicas.Training`.
+        attack: Likewise.
+        perturbation: Likewise.
+        identity: Tells this point from others, e.g. its :func:`fingerprint`; for the record.
+        description: More of what the numbers depend on, for the record: how all this is configured.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    next_rate: float
+    images: ImageTensors
+    batch_size: int
+    objective: Objective
+    attack: PGD
+    perturbation: WeightPerturbation | None
+    identity: str
+    description: Mapping[str, object]
+
+
+class EnsembleRun:
+    """An ensemble from a training's state; making one checks what can be checked and computes nothing.
+
+    Args:
+        settings: The ensemble's.
+        state: Where replicas start.
+
+    Raises:
+        ConfigError: A setting, the optimiser or the objective does not do for replicas.
+    """
+
+    def __init__(self, settings: EnsembleSettings, state: TrainingState) -> None:
+        self._settings, self._state = settings, state
+        check_optimizer(state.optimizer)
+        recorded, examples = settings.recorded, len(state.images)
+        self._recorded = replace(recorded, loss_examples=min(recorded.loss_examples, examples))
+        rate = state.next_rate if settings.learning_rate is None else settings.learning_rate
+        with _naming(f"{settings.prefix}sampling."):
+            sampling = Sampling(
+                examples=examples,
+                batch_size=settings.batch_size or state.batch_size,
+                replacement=settings.replacement,
+                drop_last=settings.drop_last,
+            )
+        with _naming(settings.prefix):
+            # with no more of the optimiser than its weight decay: to read the rest may take work
+            self._training = Training(
+                images=to_unit(state.images.images).to(next(state.model.parameters()).dtype),
+                targets=state.images.labels,
+                objective=state.objective,
+                attack=state.attack,
+                perturbation=state.perturbation,
+                update=MomentumUpdate(
+                    momentum=0.0, weight_decay=weight_decay(state.optimizer, state.model), initial_buffer=None
+                ),
+                learning_rate=[rate * factor for factor in settings.factors],
+                sampling=sampling,
+                batchnorm=settings.batchnorm,
+                seed=settings.seed,
+            )
+            if settings.batchnorm == "train":
+                refuse_dropout(state.model)
+        with _naming("objective: "):
+            example_loss(self._training)
+
+    def settings(self) -> dict[str, object]:
+        """What the numbers depend on, as it is recorded."""
+        chosen, state, training = self._settings, self._state, self._training
+        start = asdict(chosen.start)
+        del start["memory"]
+        return {
+            "checkpoint": state.identity,
+            "images": _digest(state.images.images, state.images.labels),
+            "examples": len(state.images),
+            **state.description,
+            "initial_state": chosen.initial_state,
+            "freeze_preconditioner": chosen.freeze_preconditioner,
+            "batchnorm": chosen.batchnorm,
+            "steps": len(chosen.factors),
+            "learning_rate": list(training.learning_rate),
+            "sampling.batch_size": training.sampling.batch_size,
+            "sampling.replacement": training.sampling.replacement,
+            "sampling.drop_last": training.sampling.drop_last,
+            "record.steps": list(self._recorded.steps),
+            "record.loss_steps": list(self._recorded.loss_steps),
+            "record.loss_examples": self._recorded.loss_examples,
+            "record.loss_draws": self._recorded.loss_draws,
+            "expansion.multiples": list(chosen.multiples),
+            "record.mean_steps": list(self._recorded.mean_steps),
+            "start": start,
+            "seed": chosen.seed,
+        }
+
+    def run(
+        self,
+        directory: Path,
+        provenance: Mapping[str, object],
+        *,
+        shard: int,
+        shards: int,
+        say: Callable[[str], None],
+        wait: Callable[[], object] | None,
+    ) -> int:
+        """Run what is missing of the ensemble: the start, a shard's chunks, and the path of the mean.
+
+        Args:
+            directory: Of the ensemble; several processes may be at work in it.
+            provenance: See :class:`robustdyn.replicas.EnsembleRecord`.
+            shard: Which of the shards is this process's.
+            shards: How many there are.
+            say: Told how it goes, a line at a time.
+            wait: Called when this shard's chunks are there, to return when all shards' are; None where
+                nobody waits.
+
+        Returns:
+            How many chunks of other shards are still missing; then the path is left to them.
+
+        Raises:
+            ConfigError: Replicas diverged, or the optimiser holds no state to start with.
+            RecordError: The directory cannot be used, or holds another ensemble.
+        """
+        settings, state = self._settings, self._state
+        with _naming(settings.prefix):
+            buffer = initial_buffer(state.optimizer, state.model, settings.initial_state)
+        record = EnsembleRecord(directory, self.settings(), provenance, chunk=settings.chunk)
+        todo = list(record.missing(settings.replicas, shard=shard, shards=shards))
+        model = _alone(state.model)
+        update, preconditioner = read_update(
+            state.optimizer,
+            state.model,
+            buffer=buffer,
+            frozen=settings.freeze_preconditioner,
+            measured=partial(self._second_moment, model),
+        )
+        training = replace(self._training, update=update)
+        measure = partial(
+            measure_point,
+            training=training,
+            settings=settings.start,
+            engine=settings.engine,
+            chunk=settings.chunk,
+            preconditioner=preconditioner,
+        )
+
+        def measured() -> MeasuredPoint:
+            say("start       measuring curvature and noise where replicas start")
+            return measure(model)
+
+        start = record.start(measured, training.images.device)
+        last = start.eigenvalues[settings.start.eigenvectors - 1]
+        say(
+            f"start       loss {start.loss:.4f}, eigenvalues {start.eigenvalues[0]:.4g} to {last:.4g}"
+            + ("" if start.converged else f" (not all converged: raise {settings.prefix}start.max_products)")
+        )
+        ensemble = Ensemble(
+            model,
+            training,
+            directions=start.directions,
+            recorded=self._recorded,
+            engine=settings.engine,
+        )
+        if settings.multiples:
+            say("lines       measuring the loss along the directions")
+            record.lines(
+                lambda: measure_lines(
+                    ensemble.loss,
+                    start.directions.forces,
+                    line_units(start, training),
+                    multiples=settings.multiples,
+                    chunk=settings.chunk,
+                )
+            )
+        for number, replicas in enumerate(todo, start=1):
+            began = time.perf_counter()
+            try:
+                arrays = ensemble.run(replicas)
+            except FloatingPointError as error:
+                raise ConfigError(
+                    f"{settings.prefix}learning_rate={training.learning_rate[0]:g}: {error}; choose less"
+                ) from error
+            record.add(replicas, arrays)
+            each = 1e3 * (time.perf_counter() - began) / (len(replicas) * len(settings.factors))
+            say(
+                f"replicas    {replicas.start} to {replicas.stop - 1} done, {each:.1f} ms a step "
+                f"({number} of {len(todo)} chunks)"
+            )
+        if wait is not None:
+            wait()
+        left = sum(1 for _ in record.missing(settings.replicas))
+        if self._recorded.mean_steps and not left:
+            say("path        measuring curvature and noise along the replicas' mean")
+            record.path(
+                settings.replicas,
+                self._recorded.mean_steps,
+                lambda move: measure(moved(model, torch.from_numpy(move)), directions=start.directions),
+            )
+        return left
+
+    def _second_moment(self, model: nn.Module) -> Tensor:
+        """Adam's, of a training with another optimiser: from as many batches as the noise."""
+        settings = self._settings
+        network = StackedNetwork(model, settings.engine)
+        batches = max(settings.start.noise_batches, 1)
+        return second_moment(network, self._training, batches=batches, chunk=settings.chunk)
+
+
+def fingerprint(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
+    """A digest of weights, running statistics and the optimiser's state: the same point, the same digest.
+
+    That of a live training is that of the checkpoint written then, whatever the memory layout.
+    """
+    found = hashlib.sha256()
+    for name, tensor in {**model.state_dict(), **held_state(optimizer, model)}.items():
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {_digest(tensor)}".encode())
+    return found.hexdigest()
+
+
+def _digest(*tensors: Tensor) -> str:
+    return hashlib.sha256(b"".join(t.detach().cpu().numpy().tobytes() for t in tensors)).hexdigest()
+
+
+def _alone(model: nn.Module) -> nn.Module:
+    """A copy in eval mode, whose BatchNorm waits for no other process."""
+    copied = copy.deepcopy(model).eval()
+    desynchronize(copied)
+    for module in list(copied.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.SyncBatchNorm):
+                plain = nn.BatchNorm2d(
+                    child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats
+                )
+                # the same tensors, on their device
+                plain._parameters, plain._buffers = child._parameters, child._buffers
+                setattr(module, name, plain.eval())
+    return copied
+
+
+def moved(model: nn.Module, move: Tensor) -> nn.Module:
+    """A copy of a network, its learned weights at θ + move (P,)."""
+    copied = copy.deepcopy(model)
+    learned = [p for p in copied.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for p, part in zip(learned, move.to(learned[0]).split([p.numel() for p in learned]), strict=True):
+            p.add_(part.view_as(p))
+    return copied
+
+
+@contextmanager
+def _naming(prefix: str) -> Iterator[None]:
+    """Errors that start with a setting's name get the rest of the name."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{prefix}{error}") from error

@@ -1,0 +1,316 @@
+"""Runs in, tables, figures and one self-contained HTML page out."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import pandas as pd
+from markupsafe import Markup, escape
+from omegaconf import OmegaConf
+
+import robustdyn
+from robustdyn.errors import RecordError
+from robustdyn.records import schema
+from robustdyn.records.command_line import command
+from robustdyn.records.labels import differences, format_value
+from robustdyn.records.progress import RunState, run_states
+from robustdyn.records.reader import Run, combine, find_runs
+from robustdyn.report import style
+from robustdyn.report.describe import provenance, what_was_run
+from robustdyn.report.figures import FIGURES, FigureSpec
+from robustdyn.report.overview import (
+    TIMES,
+    Evaluations,
+    Overview,
+    curves,
+    evaluations,
+    overview,
+    times,
+)
+from robustdyn.report.statistics import (
+    FINAL,
+    SHOWN_METRICS,
+    Headline,
+    final_and_best,
+    headlines,
+)
+from robustdyn.report.statistics import headline as headline
+
+PAGE = "index.html"
+SCRIPT = "report.js"
+FINAL_AND_BEST = "final_and_best"
+EVALUATION = "evaluation"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a report wrote.
+
+    Attributes:
+        html: The page.
+        tables: The table files.
+        figures: The figure files.
+        skipped: Figure -> why there is none.
+        headline: The three numbers that matter, one line each.
+    """
+
+    html: Path
+    tables: tuple[Path, ...]
+    figures: tuple[Path, ...]
+    skipped: Mapping[str, str]
+    headline: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """A figure and its files."""
+
+    spec: FigureSpec
+    files: tuple[Path, ...]
+
+    @property
+    def data_uri(self) -> str:
+        """The picture itself, for an ``src`` that needs no file."""
+        png = next(file for file in self.files if file.suffix == ".png")
+        return "data:image/png;base64," + base64.b64encode(png.read_bytes()).decode("ascii")
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row of the final/best table as text."""
+
+    label: str
+    span: int
+    selection: str
+    cells: tuple[str, ...]
+    mean: bool
+
+
+def build_report(
+    paths: Iterable[str | os.PathLike[str]] | str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    states: Sequence[RunState] | None = None,
+) -> Report:
+    """Read runs and write ``tables/``, ``figures/`` and ``index.html`` under ``output``.
+
+    Args:
+        paths: Run or sweep directories.
+        output: Where to; made if absent, files of an earlier report are replaced.
+        states: Where the runs stand; of the runs found, if not given. Runs that were asked for and never
+            started can only be known to the caller.
+
+    Returns:
+        What was written.
+
+    Raises:
+        RecordError: No run is found, none has finished an epoch, a record is broken, or ``output`` cannot be
+            written.
+    """
+    given = [Path(paths)] if isinstance(paths, str | os.PathLike) else [Path(path) for path in paths]
+    runs, output = find_runs(given), Path(output)
+    frames = {name: combine(runs, name) for name in schema.TABLES}
+    if frames["epochs"].empty:
+        raise RecordError(
+            f"{runs[0].path}: no run has finished an epoch; train first, or wait for the first epoch"
+        )
+    summary, page = final_and_best(runs), output / PAGE
+    shown = overview(runs, run_states(runs) if states is None else states, frames, summary, page, given)
+    evaluated = evaluations(runs, page)
+    try:
+        tables = _write_tables(
+            {**frames, FINAL_AND_BEST: summary, EVALUATION: evaluated.table}, output / "tables"
+        )
+        figures, skipped = _write_figures(frames, output / "figures")
+        page.write_text(_page(runs, frames, summary, figures, skipped, shown, evaluated), encoding="utf-8")
+    except OSError as error:
+        raise RecordError(
+            f"{output}: cannot write the report ({error.strerror}); free space, or write it elsewhere: "
+            f"{command('robustdyn-report', *(str(path.absolute()) for path in given))} --output DIR"
+        ) from error
+    return Report(
+        html=page,
+        tables=tuple(tables),
+        figures=tuple(file for drawn in figures for file in drawn.files),
+        skipped=skipped,
+        headline=tuple(headline(shown.counted)),
+    )
+
+
+def _write_tables(frames: Mapping[str, pd.DataFrame], folder: Path) -> list[Path]:
+    """Each table that has rows as Parquet and CSV, without columns that were never recorded."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, frame in frames.items():
+        files = [folder / f"{name}.parquet", folder / f"{name}.csv"]
+        if frame.empty:
+            for file in files:
+                file.unlink(missing_ok=True)  # of an earlier report
+            continue
+        kept = frame.drop(columns=[c for c in _optional(name) if c in frame and frame[c].isna().all()])
+        kept.to_parquet(files[0], index=False)
+        kept.to_csv(files[1], index=False)
+        written += files
+    return written
+
+
+def _optional(table: str) -> list[str]:
+    if table not in schema.TABLES:
+        return []
+    return [column.name for column in schema.TABLES[table].columns if not column.required]
+
+
+def _write_figures(frames: Mapping[str, pd.DataFrame], folder: Path) -> tuple[list[_Drawn], dict[str, str]]:
+    """Every figure whose data are there; the others with the reason."""
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn, skipped = [], {}
+    for spec in FIGURES:
+        reason = spec.missing(frames)
+        if reason is None:
+            try:
+                with np.errstate(over="ignore", invalid="ignore"):
+                    drawn.append(_Drawn(spec, tuple(style.save(spec.draw(frames), folder / spec.name))))
+            except (ValueError, ArithmeticError) as error:  # numbers that no axis can show, 1e308 say
+                reason = f"cannot be drawn from these numbers ({' '.join(str(error).split())})"
+        if reason is not None:
+            skipped[spec.name] = reason
+            for ending in (".png", ".pdf"):
+                (folder / f"{spec.name}{ending}").unlink(missing_ok=True)
+    return drawn, skipped
+
+
+def _page(
+    runs: Sequence[Run],
+    frames: Mapping[str, pd.DataFrame],
+    summary: pd.DataFrame,
+    figures: Sequence[_Drawn],
+    skipped: Mapping[str, str],
+    shown: Overview,
+    evaluated: Evaluations,
+) -> str:
+    """The HTML page."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("robustdyn.report", "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["symbols"] = _symbols
+    environment.filters["shell"] = lambda words: command(*words)
+    assert environment.loader is not None
+    script = environment.loader.get_source(environment, SCRIPT)[0]
+    titles = {spec.name: spec.title for spec in FIGURES}
+    differing = differences(runs)
+    return environment.get_template("report.html.j2").render(
+        title=_title(runs),
+        version=robustdyn.__version__,
+        what=what_was_run(runs),
+        headlines=[_card(line) for line in headlines(shown.counted)],
+        columns=[schema.EPOCHS[name].shown for name in SHOWN_METRICS],
+        rows=_final_rows(summary, {run.label for run in shown.counted}),
+        shown=shown,
+        counted=", ".join(f"{n} {state}" for state, n in shown.counts.items()),
+        curves=curves(shown, frames),
+        script=Markup(script),
+        script_hash=_hash(script),
+        evaluated=evaluated,
+        timed=times(runs, frames["timing"]),
+        times=TIMES,
+        figures=figures,
+        skipped=[(titles[name], reason) for name, reason in skipped.items()],
+        runs=runs,
+        differing=[(key, [format_value(value) for value in values]) for key, values in differing.items()],
+        configs=[_yaml(run.config) for run in runs],
+        provenance=provenance(runs),
+        tables=[schema.TABLES[name] for name, frame in frames.items() if not frame.empty]
+        + ([] if evaluated.table.empty else [schema.EVALUATION]),
+    )
+
+
+def _hash(script: str) -> str:
+    """What the page's policy knows its script by: no other one runs on it, whatever a name or error holds."""
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+
+
+def _title(runs: Sequence[Run]) -> str:
+    name = runs[0].config.get("name", runs[0].config.get("experiment_name"))
+    given = {run.config.get("name", run.config.get("experiment_name")) for run in runs}
+    told = len(given) == 1 and isinstance(name, str) and "${" not in name
+    subject = name if told else runs[0].path.resolve().name if len(runs) == 1 else f"{len(runs)} runs"
+    return f"robustdyn report: {subject}"
+
+
+def _card(line: Headline) -> dict[str, object]:
+    """A headline for the page: its name and a row of texts per group."""
+    rows = [
+        {
+            "group": change.group if len(line.changes) > 1 else "",
+            "runs": len(change.pairs),
+            "change": change.short(),
+            "range": " → ".join((change.spread(False), change.spread(True))) if len(change.pairs) > 1 else "",
+            "epochs": " → ".join((change.epochs(False), change.epochs(True))),
+        }
+        for change in line.changes
+    ]
+    sizes = {len(change.pairs) for change in line.changes}
+    seeds = f"{min(sizes)}" if len(sizes) == 1 else f"{min(sizes)} to {max(sizes)}" if sizes else ""
+    return {
+        "name": line.name,
+        "start": line.start,
+        "rows": rows,
+        "seeds": "" if sizes <= {1} else seeds,
+        "missing": line.missing,
+    }
+
+
+def _final_rows(summary: pd.DataFrame, counted: Set[str]) -> list[_Row]:
+    """Rows of the final/best table: each run's selections, then means over those ``counted`` of a group."""
+    rows = []
+    for group, of_group in summary.groupby("group", sort=False):
+        for run, own in of_group.groupby("run", sort=False):
+            for i, (_, values) in enumerate(own.iterrows()):
+                cells = (str(values["epoch"]), *_metric_cells(values))
+                rows.append(_Row(str(run), len(own) if i == 0 else 0, str(values["selection"]), cells, False))
+        of_group = of_group[of_group["run"].isin(counted)]
+        n = of_group["run"].nunique()
+        if n > 1:
+            means = of_group.groupby("selection", sort=False)[list(SHOWN_METRICS)].mean()
+            label = f"mean of {n} seeds" + (f", {group}" if summary["group"].nunique() > 1 else "")
+            for i, (selection, values) in enumerate(means.iterrows()):
+                cells = ("", *_metric_cells(values))
+                rows.append(_Row(label, len(means) if i == 0 else 0, str(selection), cells, True))
+    return rows
+
+
+def _metric_cells(values: pd.Series) -> tuple[str, ...]:
+    return tuple(_cell(schema.EPOCHS[name], float(values[name])) for name in SHOWN_METRICS)
+
+
+def _cell(column: schema.Column, value: float) -> str:
+    """A number as people read it: errors in per cent with two decimals, losses with three."""
+    if math.isnan(value):
+        return "–"
+    return f"{value * column.scale:.2f}" if column.scale > 1 else f"{value:.3f}"
+
+
+def _symbols(text: str) -> Markup:
+    """Subscripts of a schema label as HTML."""
+    return Markup(re.sub(r"_(\w)\b", r"<sub>\1</sub>", str(escape(text))))
+
+
+def _yaml(config: Mapping[str, Any]) -> str:
+    """A configuration as YAML; what could not be resolved stays as it was written."""
+    return OmegaConf.to_yaml(OmegaConf.create(dict(config)), resolve=False)
+
+
+__all__ = ["FINAL", "FINAL_AND_BEST", "Report", "build_report", "headline"]

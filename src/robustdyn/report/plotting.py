@@ -1,0 +1,393 @@
+"""What all figures share: who gets which colour, lines over epochs, decay marks, labels at line ends.
+
+A frame is tidy: ``run`` and ``group`` columns (as ``records.reader.combine`` makes them; a frame without them
+is one run), ``epoch``, and the table's columns. Runs of one group are repetitions with other seeds: thin
+lines, and their mean bold.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from robustdyn.records import schema
+from robustdyn.report import style
+from robustdyn.report.statistics import decay_epochs, format_number
+
+ONE_RUN = "run"
+MAX_GROUP_MARKS = 12  # more decay lines than this, and they are left to the learning-rate figure ...
+MAX_MARKS = 50  # ... of single groups, and of all
+LABEL_WIDTH = 0.62  # inches a decay label takes
+
+
+MARKED_POINTS = 40  # beyond this many, markers run into one another
+
+
+@dataclass(frozen=True)
+class Cast:
+    """Who is in a figure: groups, their colours, and how many runs each has."""
+
+    colours: dict[str, str]
+    sizes: dict[str, int]
+
+    @classmethod
+    def of(cls, *frames: pd.DataFrame) -> Cast:
+        """The groups in the frames, in order of appearance."""
+        runs = pd.concat([frame[["group", "run"]] for frame in frames]).drop_duplicates()
+        groups = list(dict.fromkeys(runs["group"]))
+        return cls(
+            colours=dict(zip(groups, style.colours(len(groups)), strict=True)),
+            sizes={group: int((runs["group"] == group).sum()) for group in groups},
+        )
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is one group only, so that colour is free to tell series apart."""
+        return len(self.colours) == 1
+
+    def colour(self, group: str, own: str) -> str:
+        """The group's colour; ``own``, the series' colour, where there is one group only."""
+        return own if self.alone else self.colours[group]
+
+    def repeats(self) -> str:
+        """``mean of 3 seeds`` for one group of several runs, else nothing."""
+        (n, *others) = self.sizes.values()
+        return f"mean of {n} seeds" if not others and n > 1 else ""
+
+
+@dataclass(frozen=True)
+class End:
+    """Where a line ends and what it is called."""
+
+    x: float
+    y: float
+    text: str
+    colour: str
+
+
+def named(frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame with ``run`` and ``group`` columns, one run where it has none, by epoch."""
+    frame = frame.copy()
+    if "run" not in frame:
+        frame["run"] = ONE_RUN
+    if "group" not in frame:
+        frame["group"] = frame["run"]
+    return frame.sort_values("epoch", kind="stable")
+
+
+def mean_by_epoch(frame: pd.DataFrame, column: str) -> pd.Series:
+    """Mean over runs, at the epochs that every run has."""
+    wide = frame.pivot_table(index="epoch", columns="run", values=column, aggfunc="mean")
+    return wide.dropna().mean(axis=1)
+
+
+def draw(
+    ax: Axes,
+    frame: pd.DataFrame,
+    column: schema.Column,
+    cast: Cast,
+    *,
+    colour: str = style.NEUTRAL,
+    line: str = "-",
+    marker: str = "",
+    spread: str | None = None,
+    text: str = "",
+    steps: bool = False,
+) -> list[End]:
+    """One column over epochs: a line per group, and thin lines per run in groups of several.
+
+    Earlier groups are wider, so that equal ones all show.
+
+    Args:
+        ax: Where to.
+        frame: Tidy rows with ``run`` and ``group``.
+        column: Which column; its scale is applied.
+        cast: Colours.
+        colour: The series' own colour, used where there is one group only.
+        line: Line style.
+        marker: Marker of measured points.
+        spread: Column with a standard error, drawn as a band of ±1.
+        text: What the line is called at its end.
+        steps: Hold each value until the next epoch.
+
+    Returns:
+        The ends of the groups' lines, to be labelled.
+    """
+    ends = []
+    look: dict[str, Any] = {"linestyle": line, "drawstyle": "steps-post" if steps else "default"}
+    for order, (group, rows) in enumerate(frame.dropna(subset=[column.name]).groupby("group", sort=False)):
+        later = len(cast.colours) - 1 - order
+        extra = later * min(1.2, 4.0 / max(len(cast.colours) - 1, 1))
+        shade = cast.colour(str(group), colour)
+        several = cast.sizes[str(group)] > 1
+        for _, own in rows.groupby("run", sort=False):
+            x, y = own["epoch"].to_numpy(), own[column.name].to_numpy(dtype=float) * column.scale
+            if spread is not None and own[spread].notna().any():
+                error = own[spread].fillna(0.0).to_numpy(dtype=float) * column.scale
+                ax.fill_between(x, y - error, y + error, color=shade, alpha=0.15, linewidth=0)
+            if several:
+                ax.plot(x, y, color=shade, linewidth=0.8, alpha=0.45, **look)
+            else:
+                ax.plot(x, y, color=shade, linewidth=1.8 + extra, marker=marker, **look)
+        mean = mean_by_epoch(rows, column.name) * column.scale
+        if several:
+            ax.plot(mean.index, mean, color=shade, linewidth=2.4 + extra, marker=marker, **look)
+        if len(mean):
+            ends.append(End(float(mean.index[-1]), float(mean.iloc[-1]), text, shade))
+    return ends
+
+
+def draw_ranks(
+    ax: Axes,
+    frame: pd.DataFrame,
+    column: schema.Column,
+    cast: Cast,
+    *,
+    spread: str | None = None,
+    line: str = "-",
+) -> None:
+    """One column over epochs for every direction index, on a logarithmic axis; means over a group's runs.
+
+    One group: dark to light by rank, band of ± ``spread``. Several: colour by group, the leading direction
+    bold. Values ≤ 0 have no place on the axis: their magnitude is drawn as an open circle.
+    """
+    ranks = sorted(frame["index"].unique())
+    shade_of = dict(zip(ranks, style.shades(len(ranks)), strict=True))
+    for (group, rank), rows in frame.groupby(["group", "index"], sort=False):
+        shade = cast.colour(str(group), shade_of[rank])
+        strong = cast.alone or rank == ranks[0]
+        mean = mean_by_epoch(rows, column.name)
+        if mean.empty:
+            continue
+        positive = mean.where(mean > 0)
+        look: dict[str, Any] = (
+            {"linewidth": 1.6, "alpha": 1.0} if strong else {"linewidth": 0.8, "alpha": 0.4}
+        )
+        ax.plot(
+            mean.index,
+            positive,
+            color=shade,
+            linestyle=line,
+            marker="o" if strong and len(mean) <= MARKED_POINTS else "",
+            markersize=3,
+            **look,
+        )
+        negative = -mean[mean < 0]
+        ax.plot(
+            negative.index, negative, color=shade, linestyle="", marker="o", fillstyle="none", markersize=4
+        )
+        if spread is not None and cast.alone:
+            error = mean_by_epoch(rows, spread).reindex(mean.index)
+            low = (positive - error).where(positive > error, positive * 0.5)
+            ax.fill_between(mean.index, low, positive + error, color=shade, alpha=0.2, linewidth=0)
+    log_axis(ax)
+
+
+def log_axis(ax: Axes) -> None:
+    """A logarithmic vertical axis with plain ticks: 1, 2, 5 within few decades, else powers of ten.
+
+    A linear one stays where nothing that is drawn is positive.
+    """
+    if (
+        not any((np.asarray(line.get_ydata(), dtype=float) > 0).any() for line in ax.lines)
+        and not ax.collections
+    ):
+        return
+    ax.set_yscale("log")
+    low, high = ax.get_ylim()
+    subs = (1.0, 2.0, 5.0) if high / low < 500 else (1.0,)
+    ax.yaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value, plain=low >= 5e-4)))
+    ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _tick(value: float, *, plain: bool) -> str:
+    """``0.05``, ``20``; as a multiple of a power of ten above 10000, and below 0.01 unless ``plain``."""
+    if (plain or value >= 1e-2) and value < 1e4:
+        return f"{value:g}"
+    mantissa, exponent = f"{value:.0e}".split("e")
+    factor = "" if mantissa == "1" else rf"{mantissa}\times"
+    return rf"${factor}10^{{{int(exponent)}}}$"
+
+
+def finish(ax: Axes, title: str, ylabel: str) -> None:
+    """Title, labels and whole-number epochs."""
+    ax.set_title(title)
+    ax.set_ylabel(style.mathtext(ylabel))
+    ax.set_xlabel("epoch")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, steps=[1, 2, 5, 10]))
+
+
+def leave_out_transient(ax: Axes, epochs: pd.DataFrame, columns: Sequence[schema.Column]) -> None:
+    """Cut the axis where the first epochs tower over the rest of the run, and say so.
+
+    A barely trained network's loss can be several times that of any later epoch; drawn in full it would
+    flatten the curves one came to see. The first tenth of the run is cut at twice the rest's maximum.
+    """
+    values = pd.concat([epochs.set_index("epoch")[column.name] * column.scale for column in columns]).dropna()
+    start = values.index < 0.1 * (values.index.max() + 1)
+    if not start.any() or start.all():
+        return
+    limit, highest = 2 * values[~start].max(), values[start].max()
+    if 0 < limit < highest:
+        ax.set_ylim(top=limit)
+        ax.text(
+            0.99,
+            0.97,
+            f"first epochs reach {format_number(highest)}",
+            transform=ax.transAxes,
+            ha="right",
+            va="top",
+            fontsize=8,
+            color=style.MARK,
+            backgroundcolor="white",
+        )
+
+
+def mark_decays(axes: Iterable[Axes], epochs: pd.DataFrame, cast: Cast) -> None:
+    """Mark decay epochs: grey where every group that got there has them, else coloured.
+
+    Grey ones are labelled, and so are coloured ones that several groups share.
+    """
+    by_group = {group: _decays(epochs[epochs["group"] == group]) for group in cast.colours}
+    reached = epochs.groupby("group")["epoch"].max()
+    every = sorted({e for decays in by_group.values() for e in decays})
+    if len(every) > MAX_MARKS:
+        return
+    shared = {
+        e: {d[e] for d in by_group.values() if e in d}
+        for e in every
+        if all(e in d or reached.get(g, -1) < e for g, d in by_group.items())
+    }
+    counts = Counter(e for decays in by_group.values() for e in decays)
+    partly = {
+        e: {d[e] for d in by_group.values() if e in d} for e in every if e not in shared and counts[e] > 1
+    }
+    single = [(group, e) for group, decays in by_group.items() for e in decays if e not in shared]
+    for ax in axes:
+        for epoch in shared:
+            ax.axvline(epoch, color=style.MARK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
+        if len(single) <= MAX_GROUP_MARKS:
+            for group, epoch in single:
+                ax.axvline(
+                    epoch, color=cast.colours[group], linewidth=0.9, linestyle=":", alpha=0.8, zorder=1
+                )
+        _label_decays(ax, shared | partly)
+
+
+def label_ends(ax: Axes, ends: Sequence[End]) -> None:
+    """Name lines at their right ends, moved apart where they would touch."""
+    ax.get_xlim(), ax.get_ylim()  # settles the limits
+    shown = sorted((end for end in ends if end.text), key=lambda end: _height(ax, end.y))
+    if not shown:
+        return
+    heights = _apart([_height(ax, end.y) for end in shown], gap=0.075)
+    for end, height in zip(shown, heights, strict=True):
+        ax.annotate(
+            end.text,
+            (1.015, height),
+            xycoords="axes fraction",
+            color=end.colour,
+            va="center",
+            fontsize=9,
+            annotation_clip=False,
+        )
+
+
+def group_legend(
+    figure: Figure, cast: Cast, extra: Sequence[Line2D] = (), *, single_seeds: bool = True
+) -> None:
+    """A legend below the panels: groups by colour (means of seeds said so), then ``extra`` entries."""
+    handles: list[Line2D] = []
+    if not cast.alone:
+        for group, colour in cast.colours.items():
+            n = cast.sizes[group]
+            handles.append(
+                Line2D([], [], color=colour, label=f"{group} (mean of {n} seeds)" if n > 1 else group)
+            )
+    handles += extra
+    if single_seeds and any(n > 1 for n in cast.sizes.values()):
+        if cast.alone:
+            handles.append(Line2D([], [], color=style.MARK, linewidth=2.4, label=cast.repeats()))
+        handles.append(Line2D([], [], color=style.MARK, linewidth=0.8, label="single seeds"))
+    if handles:
+        longest = max(len(str(handle.get_label())) for handle in handles)
+        columns = max(1, min(4, len(handles), 128 // (longest + 8)))
+        figure.legend(handles=handles, loc="outside lower center", ncols=columns)
+
+
+def key(label: str, line: str = "-", marker: str = "", colour: str = style.MARK, **more: object) -> Line2D:
+    """A legend entry that explains a line style or a marker."""
+    return Line2D([], [], color=colour, linestyle=line, marker=marker, label=label, **more)  # type: ignore[arg-type]
+
+
+def _decays(epochs: pd.DataFrame) -> dict[int, float]:
+    """Decay epochs that all runs of a group share -> the rate from there on."""
+    runs = [rows for _, rows in epochs.groupby("run", sort=False)]
+    if not runs:
+        return {}
+    shared = set.intersection(*(set(decay_epochs(rows)) for rows in runs))
+    rates = runs[0].set_index("epoch")["lr"]
+    return {epoch: float(rates.loc[epoch]) for epoch in sorted(shared)}
+
+
+def _label_decays(ax: Axes, decays: dict[int, set[float]]) -> None:
+    """``η → 0.01`` above the panel, ``η falls`` if to several rates; neighbours take turns in height."""
+    low, high = ax.get_xlim()
+    spec = ax.get_subplotspec()
+    columns = spec.get_gridspec().ncols if spec is not None else 1
+    needed = LABEL_WIDTH * columns / (0.75 * style.WIDTH)  # of the panel's width
+    last, row = -np.inf, 0
+    for epoch, rates in sorted(decays.items()):
+        shown = {f"{rate:.3g}" for rate in rates}
+        place = (epoch - low) / (high - low)
+        row = 1 - row if place - last < needed else 0
+        last = place
+        ax.annotate(
+            f"η → {shown.pop()}" if len(shown) == 1 else "η falls",
+            (epoch, 1.0),
+            xytext=(0, 2 + 9 * row),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            ha="center",
+            va="bottom",
+            fontsize=7.5,
+            color=style.MARK,
+            annotation_clip=False,
+        )
+    if decays:
+        ax.set_title(ax.get_title(loc="left"), loc="left", pad=24)
+
+
+def _height(ax: Axes, y: float) -> float:
+    """Height of a data value as a fraction of the panel."""
+    point = ax.transData.transform((0.0 if ax.get_xscale() == "linear" else 1.0, y))
+    return float(ax.transAxes.inverted().transform(point)[1])
+
+
+def _apart(heights: Sequence[float], gap: float) -> list[float]:
+    """Ascending heights moved as little as needed to be ``gap`` apart, centred where they were."""
+    placed: list[list[float]] = []  # clusters of wanted heights
+    for height in heights:
+        placed.append([height])
+        while len(placed) > 1 and _bottom(placed[-1], gap) < _top(placed[-2], gap) + gap:
+            tail = placed.pop()
+            placed[-1] += tail
+    return [_bottom(cluster, gap) + i * gap for cluster in placed for i in range(len(cluster))]
+
+
+def _bottom(cluster: Sequence[float], gap: float) -> float:
+    return float(np.mean(cluster)) - gap * (len(cluster) - 1) / 2
+
+
+def _top(cluster: Sequence[float], gap: float) -> float:
+    return float(np.mean(cluster)) + gap * (len(cluster) - 1) / 2

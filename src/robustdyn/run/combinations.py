@@ -1,0 +1,157 @@
+"""Choices along different axes that cannot go together, refused before anything is read."""
+
+import difflib
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from robustdyn.errors import ConfigError
+from robustdyn.records.schema import EPOCHS
+from robustdyn.run.config import build
+
+HALF = ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16")
+"""Lightning's precisions in which the weights themselves are rounded."""
+
+
+def check_combinations(cfg: DictConfig) -> None:
+    """Refuse combinations that cannot be.
+
+    Raises:
+        ConfigError: Names the keys and the remedy.
+    """
+    _trainer(cfg)
+    _settings_of_nothing(cfg)
+    _mixed_targets(cfg)
+    _optimizer(cfg)
+    _rates(cfg)
+    _measured_rate(cfg)
+    _averaging(cfg)
+    _early_stopping(cfg)
+    _metric(cfg)
+
+
+def _trainer(cfg: DictConfig) -> None:
+    precision = str(cfg.trainer.precision)
+    if precision in HALF:
+        raise ConfigError(
+            f"trainer.precision={precision} holds the weights and the metrics in half precision; choose "
+            "bf16-mixed (execution=bf16)"
+        )
+    if overfit := cfg.trainer.get("overfit_batches"):
+        raise ConfigError(
+            f"trainer.overfit_batches={overfit} would take other images in every epoch, because the order is "
+            f"drawn for all of them; choose data.train_size for a few images"
+        )
+    if cfg.trainer.inference_mode:
+        raise ConfigError(
+            "trainer.inference_mode=true leaves the attacks of an evaluation without gradients; choose false"
+        )
+
+
+def _settings_of_nothing(cfg: DictConfig) -> None:
+    """``none`` on the command line, and an experiment's settings of what it replaced."""
+    for group in ("perturbation", "averaging", "stopping"):
+        settings = cfg[group]
+        if settings and "_target_" not in settings:
+            raise ConfigError(
+                f"{group}.{next(iter(settings))} is set but {group}=none takes no settings; choose another "
+                f"{group}, or leave the settings out"
+            )
+
+
+def _mixed_targets(cfg: DictConfig) -> None:
+    if OmegaConf.select(cfg, "data.mixup") and not build(cfg, "objective").takes_probabilities:
+        raise ConfigError(
+            f"data.mixup={cfg.data.mixup} mixes labels, but {_choice(cfg, 'objective')} compares the "
+            "labelled class with the others; choose data.mixup=0, or objective=at or trades"
+        )
+
+
+def _optimizer(cfg: DictConfig) -> None:
+    """What its constructor refuses, it refuses now: Nesterov without momentum, say."""
+    factory = build(cfg, "optimizer")
+    try:
+        factory([torch.nn.Parameter(torch.zeros(1))])
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"optimizer: {error}") from error
+
+
+def _rates(cfg: DictConfig) -> None:
+    """A rate of 0 trains nothing and has no law to settle to."""
+    schedule = build(cfg, "schedule")
+    for epoch in range(cfg.trainer.max_epochs):
+        if not schedule.factor(epoch + 0.5) > 0:
+            raise ConfigError(
+                f"schedule: the learning rate is 0 in epoch {epoch} of trainer.max_epochs="
+                f"{cfg.trainer.max_epochs}; choose schedule.length={cfg.trainer.max_epochs}, or positive "
+                "schedule.factors"
+            )
+
+
+def _measured_rate(cfg: DictConfig) -> None:
+    schedule = build(cfg, "schedule")
+    if schedule.reads is None:
+        return
+    names = [name for name, chosen in cfg.measure.measurements.items() if chosen is not None]
+    if not any(schedule.reads in build(cfg, f"measure.measurements.{name}").tables for name in names):
+        raise ConfigError(
+            f"{_choice(cfg, 'schedule')} follows the measured table {schedule.reads}, but "
+            "measure.measurements has nothing that measures it; keep measure.measurements.weight_curvature "
+            "or choose another schedule"
+        )
+    if not schedule.reading_epochs(cfg.trainer.max_epochs):
+        raise ConfigError(
+            f"schedule.start_epoch={cfg.schedule.start_epoch} is not reached by trainer.max_epochs="
+            f"{cfg.trainer.max_epochs}, so that no rate follows a measurement; choose an earlier "
+            "start_epoch, or schedule=constant"
+        )
+
+
+def _averaging(cfg: DictConfig) -> None:
+    start = cfg.averaging.get("start_epoch")
+    if start is not None and start >= cfg.trainer.max_epochs:
+        raise ConfigError(
+            f"averaging.start_epoch={start} is not reached by trainer.max_epochs={cfg.trainer.max_epochs}, "
+            "so that nothing is averaged; choose an earlier start_epoch, or averaging=none"
+        )
+
+
+def _early_stopping(cfg: DictConfig) -> None:
+    if not cfg.stopping:
+        return
+    monitor = str(cfg.stopping.get("monitor", ""))
+    if monitor not in EPOCHS.names:
+        raise ConfigError(
+            f"stopping.monitor={monitor} is no column of the epochs table; choose validation_robust_error or "
+            "another one"
+        )
+    if monitor.startswith("validation_") and not cfg.data.validation_size:
+        raise ConfigError(
+            "stopping=early watches held-out training images, but data.validation_size=0; choose a size, "
+            "or stopping=none"
+        )
+    if cfg.trainer.check_val_every_n_epoch != 1:
+        raise ConfigError(
+            f"stopping=early needs an evaluation after every epoch, but trainer.check_val_every_n_epoch="
+            f"{cfg.trainer.check_val_every_n_epoch}; choose 1, or stopping=none"
+        )
+
+
+def _choice(cfg: DictConfig, group: str) -> str:
+    """``objective MART``: the group and the class it chose."""
+    return f"{group} {cfg[group]._target_.rpartition('.')[2]}"
+
+
+def _metric(cfg: DictConfig) -> None:
+    if cfg.metric is None:
+        return
+    held_out = bool(OmegaConf.select(cfg, "data.validation_size"))
+    rows = ("final", "best_on_test", *(["best_on_validation"] if held_out else []))
+    columns = [c for c in EPOCHS.names if held_out or not c.startswith("validation_")]
+    known = [f"{row}.{column}" for row in rows for column in columns]
+    known += ["min_test_robust_loss.value", "min_test_robust_loss.epoch", "robust_loss_rise"]
+    if cfg.metric not in known:
+        close = difflib.get_close_matches(str(cfg.metric), known, n=3, cutoff=0.3)
+        raise ConfigError(
+            f"metric={cfg.metric} is no number of summary.json; choose {' or '.join(close or known)}"
+        )

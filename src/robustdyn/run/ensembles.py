@@ -1,0 +1,195 @@
+"""The settings of an ensemble of replicas, in ``conf/ensemble`` for ``robustdyn-replicas`` and ``-train``."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import Callback
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from robustdyn.errors import ConfigError
+from robustdyn.replicas import EnsembleSettings, PointSettings, Recorded
+from robustdyn.run.config import COUNT, POSITIVE, SEED, SWITCH, WHOLE, Rule, build, check_rules
+from robustdyn.run.ensemble_callback import RunEnsembles
+from robustdyn.run.environment import processor
+from robustdyn.run.of_checkpoint import type_name
+
+GROUP = "ensemble"
+
+
+def _one_of(*choices: str) -> Rule:
+    return Rule(lambda v: v in choices, f"must be {' or '.join(choices)}")
+
+
+def _or_null(rule: Rule) -> Rule:
+    return Rule(lambda v: v is None or rule.holds(v), f"{rule.requirement}, or null")
+
+
+STEPS = Rule(
+    lambda v: isinstance(v, list | ListConfig) and all(WHOLE.holds(step) for step in v),
+    "must be a list of whole numbers of at least 0",
+)
+
+RULES: Mapping[str, Rule] = {
+    "seed": SEED,
+    "replicas": COUNT,
+    "chunk": COUNT,
+    "engine": _one_of("vmapped", "looped"),
+    "initial_state": _one_of("zero", "checkpoint"),
+    "freeze_preconditioner": SWITCH,
+    "batchnorm": _one_of("eval", "train"),
+    "steps": COUNT,
+    "learning_rate": _or_null(POSITIVE),
+    "sampling.batch_size": _or_null(COUNT),
+    "sampling.replacement": SWITCH,
+    "sampling.drop_last": SWITCH,
+    "record.steps": STEPS,
+    "record.loss_steps": STEPS,
+    "record.mean_steps": STEPS,
+    "record.loss_examples": COUNT,
+    "record.loss_draws": COUNT,
+    "expansion.multiples": Rule(
+        lambda v: (
+            isinstance(v, list | ListConfig)
+            and all(POSITIVE.holds(distance) for distance in v)
+            and list(v) == sorted(set(v))
+        ),
+        "must be a list of positive numbers that increase, or []",
+    ),
+    "start.memory_mib": COUNT,
+}
+
+
+def ensemble_settings(cfg: DictConfig, prefix: str = "") -> EnsembleSettings:
+    """The settings as ``cfg`` has them under ``prefix``: at the top level, or ``"ensemble."``.
+
+    Raises:
+        ConfigError: A value that cannot be, by its key.
+    """
+    check_rules(cfg, RULES, prefix)
+    chosen = OmegaConf.select(cfg, prefix.rstrip(".")) if prefix else cfg
+    steps, schedule = chosen.steps, build(cfg, f"{prefix}schedule")
+    with _naming(f"{prefix}start."):
+        given = {key: value for key, value in chosen.start.items() if key != "memory_mib"}
+        start = PointSettings(memory=chosen.start.memory_mib * 2**20, **given)
+    with _naming(f"{prefix}record."):
+        when: dict[str, Any] = {
+            name: tuple(step for step in chosen.record[name] if step <= steps)
+            for name in ("steps", "loss_steps", "mean_steps")
+        }
+        recorded = Recorded(
+            loss_examples=chosen.record.loss_examples,
+            loss_draws=chosen.record.loss_draws,
+            expansion=len(chosen.expansion.multiples) > 0,
+            **when,
+        )
+    with _naming(prefix):
+        return EnsembleSettings(
+            replicas=chosen.replicas,
+            chunk=chosen.chunk,
+            engine=chosen.engine,
+            seed=chosen.seed,
+            initial_state=chosen.initial_state,
+            freeze_preconditioner=chosen.freeze_preconditioner,
+            batchnorm=chosen.batchnorm,
+            learning_rate=None if chosen.learning_rate is None else float(chosen.learning_rate),
+            factors=tuple(schedule.factor(step + 0.5) for step in range(steps)),
+            batch_size=chosen.sampling.batch_size,
+            replacement=chosen.sampling.replacement,
+            drop_last=chosen.sampling.drop_last,
+            recorded=recorded,
+            start=start,
+            multiples=tuple(float(distance) for distance in chosen.expansion.multiples),
+            prefix=prefix,
+        )
+
+
+def check_run(run: DictConfig, remedy: str) -> None:
+    """Refuse a run that replicas cannot follow.
+
+    Raises:
+        ConfigError: Names the key and the remedy.
+    """
+    if penalty := OmegaConf.select(run, "regularizer.l1"):
+        raise ConfigError(
+            f"regularizer.l1={penalty} of the run is not 0, which replicas do not know; {remedy}"
+        )
+    for key, plain in (("accumulate_grad_batches", 1), ("gradient_clip_val", None)):
+        if (value := run.trainer.get(key, plain)) not in (plain, 0):
+            raise ConfigError(
+                f"trainer.{key}={value} of the run changes its steps in a way that replicas do not know; "
+                "train without it"
+            )
+
+
+def description(run: DictConfig) -> dict[str, object]:
+    """What replicas' numbers depend on, of a run's configuration."""
+    return {
+        "data": type_name(run.data),
+        **{key: _plain(run, key) for key in ("model", "objective", "perturbation", "optimizer")},
+        "attack": _plain(run, "attack.train"),
+        "weight_decay_on": run.regularizer.weight_decay_on,
+    }
+
+
+def provenance(engine: str, device: torch.device) -> dict[str, object]:
+    """What the numbers should not depend on."""
+    versions = {name: version(name) for name in ("robustdyn", "torch")}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    return {**versions, "device": name, "engine": engine}
+
+
+def check_ensemble(cfg: DictConfig) -> None:
+    """Refuse settings of a training's ensembles that cannot be, before anything is read.
+
+    Raises:
+        ConfigError: Names the key.
+    """
+    settings = cfg[GROUP]
+    if not settings:
+        return
+    if (
+        "epochs" not in settings or "engine" not in settings
+    ):  # the command line may take away a preset's group
+        raise ConfigError(
+            f"{GROUP}.{next(iter(settings))} is set but {GROUP}=none takes no settings; choose "
+            f"{GROUP}=default, and {GROUP}.epochs=[] to run none, or leave the settings out"
+        )
+    ensemble_settings(cfg, f"{GROUP}.")
+    check_run(cfg, f"choose 0, or {GROUP}=none")
+
+
+def ensemble_callbacks(cfg: DictConfig, run_dir: Path) -> list[Callback]:
+    """The callback that runs a training's ensembles; none where there are none."""
+    if not cfg[GROUP]:
+        return []
+    settings = ensemble_settings(cfg, f"{GROUP}.")
+    noted: Callable[[torch.device], Mapping[str, object]] = partial(provenance, settings.engine)
+    epochs: Any = OmegaConf.to_container(cfg[GROUP], resolve=True)
+    return [
+        RunEnsembles(
+            epochs=epochs["epochs"],
+            settings=settings,
+            description=description(cfg),
+            provenance=noted,
+            folder=run_dir / "replicas",
+        )
+    ]
+
+
+def _plain(run: DictConfig, key: str) -> Any:
+    node = OmegaConf.select(run, key)
+    return OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else node
+
+
+@contextmanager
+def _naming(prefix: str) -> Iterator[None]:
+    """Errors that start with a setting's name get the rest of the name."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(f"{prefix}{error}") from error

@@ -1,0 +1,89 @@
+"""What a training run is put together from: the LightningModule and the callbacks."""
+
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from lightning.pytorch.callbacks import Callback
+from omegaconf import DictConfig, OmegaConf
+
+from robustdyn.data import ImageDataModule
+from robustdyn.measure import Measure, RecordEpochs, RecordPosterior, RecordTiming, StopOnNonFinite
+from robustdyn.methods import AdversarialTraining
+from robustdyn.records import RunRecords
+from robustdyn.run.checkpointing import BestCheckpoint, LastCheckpoint
+from robustdyn.run.config import build
+from robustdyn.run.ensembles import ensemble_callbacks
+from robustdyn.run.progress_lines import RunProgress
+
+
+def build_module(cfg: DictConfig, data: ImageDataModule) -> AdversarialTraining:
+    """The LightningModule, put together from one choice along each axis."""
+    return AdversarialTraining(
+        model=build(cfg, "model"),
+        objective=build(cfg, "objective"),
+        attack=build(cfg, "attack.train"),
+        evaluation_attack=build(cfg, "attack.evaluation"),
+        perturbation=build(cfg, "perturbation"),
+        regularizer=build(cfg, "regularizer"),
+        optimizer=build(cfg, "optimizer"),
+        schedule=build(cfg, "schedule"),
+        execution=build(cfg, "execution"),
+        evaluation_splits=data.evaluation_splits,
+        seed=cfg.seed,
+    )
+
+
+def build_callbacks(
+    cfg: DictConfig, data: ImageDataModule, records: RunRecords, run_dir: Path
+) -> list[Callback]:
+    """All of them, in the order in which they must run."""
+    settings = OmegaConf.to_container(cfg.measure, resolve=True)
+    assert isinstance(settings, dict)
+    measure = Measure(
+        epochs=settings["epochs"],
+        examples=settings["examples"],
+        second_attack=settings["second_attack"],
+        inputs=settings["inputs"],
+        memory_mib=settings["memory_mib"],
+        precision=settings["precision"],
+        eigenpairs=build(cfg, "measure.eigenpairs"),
+        measurements={
+            name: build(cfg, f"measure.measurements.{name}")
+            for name, chosen in cfg.measure.measurements.items()
+            if chosen is not None
+        },
+        records=records,
+    )
+    posterior = RecordPosterior(records, interpolation=settings["interpolation"])
+    callbacks: list[Callback] = [RecordEpochs(records), measure, *ensemble_callbacks(cfg, run_dir)]
+    callbacks += [posterior, RecordTiming(records)]
+    callbacks.append(StopOnNonFinite(run_dir, every_steps=cfg.nonfinite.every_steps))
+    callbacks += [c for c in (build(cfg, "averaging"), build(cfg, "stopping")) if c is not None]
+    folder = run_dir / "checkpoints"
+    callbacks += [
+        # selection on test examples, as the papers' "best", flatters: the name says which it was
+        BestCheckpoint(
+            dirpath=folder,
+            filename=f"best_on_{split}",
+            monitor=f"{split}_robust_error",
+            mode="min",
+            save_on_train_epoch_end=True,
+            enable_version_counter=False,
+        )
+        for split in data.evaluation_splits
+    ]
+    callbacks.append(
+        LastCheckpoint(
+            folder, every_minutes=cfg.checkpoint.every_minutes, cfg=cfg, hydra_dir=run_dir / ".hydra"
+        )
+    )
+    callbacks.append(RunProgress(_label(cfg)))
+    return callbacks
+
+
+def _label(cfg: DictConfig) -> str:
+    """The run's name and, in a sweep, what it was given."""
+    hydra_cfg = HydraConfig.get()
+    swept = Path(hydra_cfg.sweep.subdir).name if hydra_cfg.mode == RunMode.MULTIRUN else f"seed={cfg.seed}"
+    return f"{cfg.name} {swept}"

@@ -1,0 +1,494 @@
+"""Does the Weight-Curvature Index go with the robust generalisation gaps, within runs and across seeds?
+
+Epochs of one run are not independent, and index and gap both have a trend over epochs. Beside the paper's
+numbers stand those that allow for it: intervals clustered by seed, and the same statistics of changes from
+one measured epoch to the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from scipy import stats
+from statsmodels.regression.linear_model import OLS  # type: ignore[import-untyped]
+from statsmodels.tools.tools import add_constant  # type: ignore[import-untyped]
+
+from robustdyn.errors import RecordError
+from robustdyn.records.labels import SEED
+from robustdyn.records.reader import Run, combine
+from robustdyn.records.schema import EPOCHS, WCI
+from robustdyn.report import style
+from robustdyn.report.plotting import Cast, finish, key, mark_decays
+from robustdyn.report.statistics import decay_epochs, of_run
+from robustdyn.studies.shared.alike import require_repetitions
+from robustdyn.studies.shared.over_seeds import LEVEL, draw_with_interval, mean_with_interval
+from robustdyn.studies.shared.study import Answer, Picture, Study
+
+GAPS = ("robust_loss_gap", "robust_error_gap")
+DECAYED, ALL = "from the first decay on", "all"
+VALUES, CHANGES = "values", "changes"
+MIN_SEEDS = 3
+MIN_EPOCHS = 4  # three changes, the fewest that a correlation says anything about
+SIGNIFICANT = 0.05
+GRID = 60  # points of a drawn line
+PAPER = {  # WCI paper, appendix C.1, CIFAR-10, six seeds, counted as if epochs were independent
+    "robust_loss_gap": "0.0030 [0.0029, 0.0032], R² 0.685",
+    "robust_error_gap": "0.0007 [0.0007, 0.0008], R² 0.679",
+}
+
+
+def pairs_of(runs: Sequence[Run]) -> pd.DataFrame:
+    """WCI and gaps at every epoch at which both are known.
+
+    Args:
+        runs: Repetitions of one setting with different seeds.
+
+    Returns:
+        ``seed``, ``epoch``, ``wci``, ``wci_se``, the two gaps in recorded units, and ``decayed``: whether the
+        run's learning rate had decayed before that epoch's training.
+
+    Raises:
+        RecordError: Fewer than three seeds, runs that differ in more, a seed given twice, or a run without
+            decay or with fewer than four such epochs since.
+    """
+    require_repetitions(runs)
+    if len(runs) < MIN_SEEDS:
+        raise RecordError(
+            f"{runs[0].path}: {len(runs)} seeds, at least {MIN_SEEDS} are needed;"
+            " robustdyn-train experiment=correlation trains six"
+        )
+    epochs, wci = combine(runs, "epochs"), combine(runs, "wci")
+    parts = []
+    for run in runs:
+        own, measured = of_run(epochs, run.label), of_run(wci, run.label).dropna(subset=["wci"])
+        if measured.empty:
+            raise RecordError(f"{run.path}: no measured WCI; train with measure=index or default")
+        decays = decay_epochs(own)
+        if not decays:
+            raise RecordError(
+                f"{run.path}: no decay of the learning rate; train with a schedule that has one"
+                " (schedule=piecewise)"
+            )
+        both = measured[["epoch", "wci", "wci_se"]].merge(
+            own[["epoch", *GAPS]].dropna(), on="epoch", validate="one_to_one"
+        )
+        both = both.assign(seed=run.config[SEED], decayed=both["epoch"] >= decays[0])
+        if both["decayed"].sum() < MIN_EPOCHS:
+            raise RecordError(
+                f"{run.path}: WCI and gaps are both known at {both['decayed'].sum()} epochs since the first"
+                f" decay, {MIN_EPOCHS} are needed; let measure.epochs hold epochs that are evaluated"
+                " (trainer.check_val_every_n_epoch=2: 1, 3, 5, ...)"
+            )
+        parts.append(both)
+    columns = ["seed", "epoch", "decayed", "wci", "wci_se", *GAPS]
+    return pd.concat(parts, ignore_index=True)[columns].sort_values(["seed", "epoch"], ignore_index=True)
+
+
+def per_seed(pairs: pd.DataFrame) -> pd.DataFrame:
+    """Pearson's correlation and the slope of gap on WCI in each run.
+
+    Args:
+        pairs: As ``pairs_of`` returns them.
+
+    Returns:
+        One row per choice of epochs, form (values or changes), gap and seed: ``points``, ``slope`` (recorded
+        units of the gap per unit of WCI), ``r`` with its 95 % interval (Fisher) and ``p``. Interval and p
+        take epochs for independent.
+    """
+    rows = []
+    for what, sample in _samples(pairs):
+        for seed, own in sample.groupby("seed"):
+            found = stats.pearsonr(own["wci"], own["value"])
+            slope = stats.linregress(own["wci"], own["value"]).slope
+            low, high = found.confidence_interval(LEVEL)
+            row = {"seed": seed, "points": len(own), "slope": slope}
+            rows.append(what | row | {"r": found.statistic, "low": low, "high": high, "p": found.pvalue})
+    return pd.DataFrame(rows)
+
+
+def pooled(pairs: pd.DataFrame) -> pd.DataFrame:
+    """Least squares of gap on WCI over all seeds' epochs, with three 95 % intervals of the slope.
+
+    ``naive`` takes epochs for independent, as the paper does; ``cluster`` allows for any dependence within a
+    seed (Student's t with seeds − 1 degrees of freedom); ``seeds`` is the mean of the seeds' own slopes with
+    Student's interval (Ibragimov & Müller, JBES 2010), sound with few seeds too.
+
+    Args:
+        pairs: As ``pairs_of`` returns them.
+
+    Returns:
+        One row per choice of epochs, form and gap; slopes in recorded units of the gap per unit of WCI.
+    """
+    names = ["epochs", "form", "gap"]
+    of_seeds = mean_with_interval(per_seed(pairs), names, "slope").drop(columns="seeds")
+    of_seeds = of_seeds.rename(columns={end: f"seeds_{end}" for end in ("mean", "low", "high")})
+    rows = []
+    for what, sample in _samples(pairs):
+        naive, cluster = _fits(sample)
+        row: dict[str, Any] = {
+            "points": len(sample),
+            "seeds": sample["seed"].nunique(),
+            "r2": naive.rsquared,
+            "slope": naive.params["wci"],
+        }
+        for name, fit in (("naive", naive), ("cluster", cluster)):
+            low, high = fit.conf_int(1 - LEVEL).loc["wci"]
+            row |= {f"{name}_low": low, f"{name}_high": high, f"{name}_p": fit.pvalues["wci"]}
+        rows.append(what | row)
+    return pd.DataFrame(rows).merge(of_seeds, on=names, validate="one_to_one")
+
+
+def across_seeds(pairs: pd.DataFrame) -> pd.DataFrame:
+    """Pearson's correlation over seeds of WCI and gap at one epoch, with Fisher's 95 % interval.
+
+    Args:
+        pairs: As ``pairs_of`` returns them.
+
+    Returns:
+        ``epoch``, ``gap``, ``seeds``, ``r``, ``low``, ``high``, ``p``, at the epochs that all seeds have.
+    """
+    seeds = pairs["seed"].nunique()
+    rows = []
+    for gap in GAPS:
+        for epoch, own in pairs.groupby("epoch"):
+            if len(own) == seeds:
+                found = stats.pearsonr(own["wci"], own[gap])
+                low, high = found.confidence_interval(LEVEL)
+                row = {"r": found.statistic, "low": low, "high": high, "p": found.pvalue}
+                rows.append({"epoch": epoch, "gap": gap, "seeds": seeds} | row)
+    return pd.DataFrame(rows, columns=["epoch", "gap", "seeds", "r", "low", "high", "p"])
+
+
+def spread(wci: pd.DataFrame) -> pd.DataFrame:
+    """WCI over seeds by epoch: mean and standard deviation, each with a 95 % interval.
+
+    Args:
+        wci: Rows of the ``wci`` table of all seeds.
+
+    Returns:
+        ``epoch``, ``mean``, ``low``, ``high``, ``seeds``, ``sd`` with ``sd_low`` and ``sd_high`` (χ², of
+        normal values), ``sd_share`` of the mean, and ``measurement_se``: root mean square of the seeds'
+        standard errors, what of ``sd`` is measuring. Epochs with one seed are left out.
+    """
+    found = mean_with_interval(wci, ["epoch"], "wci")
+    by_epoch = wci.dropna(subset=["wci"]).groupby("epoch")
+    found = found.merge(by_epoch["wci"].std().rename("sd"), on="epoch")
+    error = by_epoch["wci_se"].agg(lambda errors: np.sqrt(np.mean(errors**2))).rename("measurement_se")
+    found = found.merge(error, on="epoch")
+    found = found[found["seeds"] > 1].sort_values("epoch", ignore_index=True)
+    freedom, tail = found["seeds"] - 1, (1 - LEVEL) / 2
+    return found.assign(
+        sd_low=found["sd"] * np.sqrt(freedom / stats.chi2.ppf(1 - tail, freedom)),
+        sd_high=found["sd"] * np.sqrt(freedom / stats.chi2.ppf(tail, freedom)),
+        sd_share=found["sd"] / found["mean"],
+    )
+
+
+def answer(runs: Sequence[Run]) -> Answer:
+    """Tables, figures and findings; see the functions above."""
+    pairs = pairs_of(runs)
+    seed_of = {run.label: run.config[SEED] for run in runs}
+    wci = combine(runs, "wci")
+    wci = wci.assign(seed=wci["run"].map(seed_of))
+    rates = _rates(combine(runs, "epochs"))
+    of_seed, regression, by_epoch, spreads = per_seed(pairs), pooled(pairs), across_seeds(pairs), spread(wci)
+    pictures = (
+        Picture("wci_against_gaps", _scatter_table(pairs), draw_scatter),
+        Picture("correlation_by_epoch", _with_rates(by_epoch, rates), draw_by_epoch),
+        Picture("wci_spread", _spread_table(wci, spreads, rates), draw_spread),
+    )
+    return Answer(
+        tables={
+            "pairs": pairs,
+            "per_seed": of_seed,
+            "pooled": regression,
+            "across_seeds": by_epoch,
+            "wci_spread": spreads,
+        },
+        pictures=pictures,
+        findings=_findings(pairs, of_seed, regression, by_epoch, spreads),
+    )
+
+
+@style.styled
+def draw_scatter(table: pd.DataFrame) -> Figure:
+    """Gap against WCI (above) and their changes (below), the pooled line and both its intervals.
+
+    Args:
+        table: ``kind`` ``point`` (hollow before the first decay) or ``line``, for each form and gap.
+    """
+    points = table[table["kind"] == "point"]
+    seeds = sorted(points["seed"].unique())
+    colour_of = dict(zip(seeds, style.colours(len(seeds)), strict=True))
+    figure = style.new_figure(f"WCI against robust generalisation gaps, {len(seeds)} seeds", 7.2)
+    axes = figure.subplots(2, 2)
+    for row, form in zip(axes, (VALUES, CHANGES), strict=True):
+        for ax, gap in zip(row, GAPS, strict=True):
+            own = table[(table["form"] == form) & (table["gap"] == gap)]
+            _draw_points(ax, own[own["kind"] == "point"], colour_of, EPOCHS[gap].scale)
+            _draw_line(ax, own[own["kind"] == "line"], EPOCHS[gap].scale)
+            sign = "" if form == VALUES else "Δ "
+            ax.set_xlabel(f"{sign}{WCI['wci'].shown}")
+            ax.set_ylabel(f"{sign}gap ({EPOCHS[gap].shown_unit})")
+            name = EPOCHS[gap].label.capitalize()
+            ax.set_title(name if form == VALUES else f"{name}: changes between epochs")
+    grey = style.NEUTRAL
+    handles: list[Line2D | Patch] = [key(f"seed {seed}", "", "o", colour_of[seed]) for seed in seeds]
+    handles += [
+        key("before, or across, the first decay", "", "o", style.MARK, fillstyle="none"),
+        key("pooled line since the first decay", colour=grey),
+        Patch(color=grey, alpha=0.15, label="95 %, clustered by seed"),
+        Patch(color=grey, alpha=0.5, label="95 %, epochs as independent"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=5)
+    return figure
+
+
+@style.styled
+def draw_by_epoch(table: pd.DataFrame) -> Figure:
+    """Correlation over seeds by epoch with its interval.
+
+    Args:
+        table: ``across_seeds`` with the learning rate of every epoch, empty where nothing was measured.
+    """
+    seeds = int(table["seeds"].max())
+    figure = style.new_figure(f"Correlation of WCI and gap over {seeds} seeds, by epoch (band: 95 %)", 3.8)
+    axes = figure.subplots(1, 2, sharey=True)
+    for ax, gap, colour in zip(axes, GAPS, style.PALETTE, strict=False):
+        own = table[table["gap"] == gap]
+        curve = own.dropna(subset=["r"]).rename(columns={"r": "mean"})
+        draw_with_interval(ax, curve, "epoch", colour=colour, marker="o")
+        ax.axhline(0.0, color=style.MARK, linewidth=0.8)
+        ax.set_ylim(-1.05, 1.05)
+        finish(ax, EPOCHS[gap].label.capitalize(), "Pearson's r over seeds")
+    axes[1].set_ylabel("")
+    _mark_rates(axes, table[table["gap"] == GAPS[0]])
+    return figure
+
+
+@style.styled
+def draw_spread(table: pd.DataFrame) -> Figure:
+    """WCI of the seeds and their mean; their standard deviation beside that of measuring.
+
+    Args:
+        table: ``kind`` ``seed`` (one WCI) or ``over seeds``, with the learning rate of every epoch.
+    """
+    single, over = table[table["kind"] == "seed"], table[table["kind"] == "over seeds"]
+    measured = over.dropna(subset=["mean"])
+    seeds = single["seed"].nunique()
+    figure = style.new_figure(f"WCI over {seeds} seeds (bands: 95 %)", 4.1)
+    left, right = figure.subplots(1, 2)
+    for _, own in single.groupby("seed"):
+        left.plot(own["epoch"], own["wci"], color=style.PALETTE[0], linewidth=0.8, alpha=0.45)
+    draw_with_interval(left, measured, "epoch", colour=style.PALETTE[0])
+    finish(left, "Mean and single seeds", WCI["wci"].shown)
+    deviation = measured[["epoch", "sd", "sd_low", "sd_high"]]
+    deviation = deviation.set_axis(["epoch", "mean", "low", "high"], axis=1)
+    draw_with_interval(right, deviation, "epoch", colour=style.PALETTE[1])
+    right.plot(measured["epoch"], measured["measurement_se"], color=style.MARK, linestyle="--")
+    finish(right, "Standard deviation over seeds", "standard deviation of WCI")
+    right.set_ylim(bottom=0.0)
+    _mark_rates((left, right), over)
+    handles = [
+        key(f"mean of {seeds} seeds", colour=style.PALETTE[0], linewidth=2.0),
+        key("single seeds", colour=style.PALETTE[0], linewidth=0.8, alpha=0.45),
+        key("standard deviation over seeds", colour=style.PALETTE[1]),
+        key("standard error of one measurement", "--"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4)
+    return figure
+
+
+def _samples(pairs: pd.DataFrame) -> Iterator[tuple[dict[str, str], pd.DataFrame]]:
+    """What is counted, and its points (seed, epoch, wci, value): each choice of epochs, form and gap."""
+    for epochs, rows in ((DECAYED, pairs[pairs["decayed"]]), (ALL, pairs)):
+        for form, points in ((VALUES, rows), (CHANGES, _changes(rows))):
+            for gap in GAPS:
+                sample = points[["seed", "epoch", "wci", gap]].rename(columns={gap: "value"})
+                yield {"epochs": epochs, "form": form, "gap": gap}, sample
+
+
+def _changes(rows: pd.DataFrame) -> pd.DataFrame:
+    """The same columns, WCI and gaps as changes since the seed's row before; its first row is dropped."""
+    columns = ["wci", *GAPS]
+    return rows.assign(**rows.groupby("seed")[columns].diff()).dropna(subset=columns)
+
+
+def _fits(sample: pd.DataFrame) -> tuple[Any, Any]:
+    """Least squares of ``value`` on ``wci``: with the naive covariance, and clustered by seed."""
+    model = OLS(sample["value"], add_constant(sample["wci"]))
+    groups = pd.factorize(sample["seed"])[0]
+    return model.fit(), model.fit(cov_type="cluster", cov_kwds={"groups": groups}, use_t=True)
+
+
+def _rates(epochs: pd.DataFrame) -> pd.DataFrame:
+    """``epoch`` and ``lr`` of all trained epochs; no rate where seeds differ."""
+    by_epoch = epochs.groupby("epoch")["lr"]
+    return by_epoch.first().where(by_epoch.nunique() == 1).reset_index()
+
+
+def _with_rates(by_epoch: pd.DataFrame, rates: pd.DataFrame) -> pd.DataFrame:
+    parts = [
+        rates.merge(by_epoch[by_epoch["gap"] == gap], on="epoch", how="left").assign(gap=gap) for gap in GAPS
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+def _scatter_table(pairs: pd.DataFrame) -> pd.DataFrame:
+    """All points, and the lines and bands of those since the first decay (``in_line``)."""
+    samples = {tuple(what.values()): sample for what, sample in _samples(pairs)}
+    parts = []
+    for form in (VALUES, CHANGES):
+        for gap in GAPS:
+            head = {"form": form, "gap": gap}
+            points, used = samples[ALL, form, gap], samples[DECAYED, form, gap]
+            parts.append(points.assign(kind="point", in_line=points.index.isin(used.index), **head))
+            parts.append(_line(used).assign(kind="line", **head))
+    columns = ["kind", "form", "gap", "seed", "epoch", "in_line", "wci", "value"]
+    bands = ["naive_low", "naive_high", "cluster_low", "cluster_high"]
+    types = {"seed": "Int64", "epoch": "Int64", "in_line": "boolean"}
+    return pd.concat(parts, ignore_index=True)[columns + bands].astype(types)
+
+
+def _line(sample: pd.DataFrame) -> pd.DataFrame:
+    """The pooled line over the points' range of WCI, and both 95 % intervals of its height."""
+    line = pd.DataFrame({"wci": np.linspace(sample["wci"].min(), sample["wci"].max(), GRID)})
+    for name, fit in zip(("naive", "cluster"), _fits(sample), strict=True):
+        # not get_prediction: it takes Student's t of points − 2 degrees of freedom, clusters or not
+        height = fit.t_test(add_constant(line[["wci"]]).to_numpy())
+        line["value"] = height.effect
+        line[f"{name}_low"], line[f"{name}_high"] = height.conf_int(1 - LEVEL).T
+    return line
+
+
+def _spread_table(wci: pd.DataFrame, spreads: pd.DataFrame, rates: pd.DataFrame) -> pd.DataFrame:
+    single = wci.dropna(subset=["wci"])[["seed", "epoch", "wci"]].assign(kind="seed")
+    over = rates.merge(spreads, on="epoch", how="left").assign(kind="over seeds")
+    columns = ["kind", "seed", "epoch", "wci", *over.columns[1:-1]]
+    both = pd.concat([single, over], ignore_index=True)[columns]
+    return both.astype({"seed": "Int64", "seeds": "Int64"})
+
+
+def _draw_points(ax: Axes, points: pd.DataFrame, colour_of: dict[Any, str], scale: float) -> None:
+    for seed, own in points.groupby("seed"):
+        for filled, some in own.groupby("in_line"):
+            ax.plot(
+                some["wci"],
+                some["value"] * scale,
+                color=colour_of[seed],
+                linestyle="",
+                marker="o",
+                markersize=3.5 if filled else 3.0,
+                fillstyle="full" if filled else "none",
+                markeredgewidth=0.0 if filled else 0.6,
+                alpha=0.7 if filled else 0.35,
+            )
+
+
+def _draw_line(ax: Axes, line: pd.DataFrame, scale: float) -> None:
+    for name, alpha in (("cluster", 0.15), ("naive", 0.5)):
+        low, high = line[f"{name}_low"] * scale, line[f"{name}_high"] * scale
+        ax.fill_between(line["wci"], low, high, color=style.NEUTRAL, alpha=alpha, linewidth=0)
+    ax.plot(line["wci"], line["value"] * scale, color=style.NEUTRAL, linewidth=1.4)
+
+
+def _mark_rates(axes: Sequence[Axes], rates: pd.DataFrame) -> None:
+    """Decays, from the rate of every epoch."""
+    one = rates.assign(run="", group="")
+    mark_decays(axes, one, Cast.of(one))
+
+
+def _findings(
+    pairs: pd.DataFrame,
+    of_seed: pd.DataFrame,
+    regression: pd.DataFrame,
+    by_epoch: pd.DataFrame,
+    spreads: pd.DataFrame,
+) -> list[str]:
+    seeds, since = pairs["seed"].nunique(), pairs[pairs["decayed"]]
+    found = [
+        f"{seeds} seeds, {len(pairs)} pairs of WCI and gap at epochs {_range(pairs['epoch'])}, of which"
+        f" {len(since)} from the first decay on (epochs {_range(since['epoch'])}). Slopes are in nats (loss)"
+        " or fractions of 1 (error) per unit of WCI; intervals are of 95 %."
+    ]
+    for gap in GAPS:
+        name = EPOCHS[gap].label
+        for epochs in (DECAYED, ALL):
+            own, row = _of(of_seed, epochs, VALUES, gap), _of(regression, epochs, VALUES, gap).iloc[0]
+            within = own["slope"].between(row["naive_low"], row["naive_high"]).sum()
+            found += [
+                f"{name}, epochs {epochs}: {_r_over_seeds(own)}.",
+                f"{name}, epochs {epochs}, pooled: slope {row['slope']:.3g}, R² {row['r2']:.3f}; 95 % naive"
+                f" {_interval(row, 'naive')}, clustered by seed {_interval(row, 'cluster')}"
+                f" (p = {row['cluster_p']:.2g}); mean of the seeds' own slopes {row['seeds_mean']:.3g}"
+                f" {_interval(row, 'seeds')}, {within} of {seeds} of them in the naive interval."
+                + (f" Paper, on CIFAR-10, naive: {PAPER[gap]}." if epochs == ALL else ""),
+            ]
+    found.append(
+        "Caution: index and gap both have a trend over epochs, and any two trends correlate; p-values per"
+        " seed and naive intervals take epochs for independent, which they are not. Changes from one measured"
+        " epoch to the next are free of a steady trend:"
+    )
+    for gap in GAPS:
+        own, row = _of(of_seed, DECAYED, CHANGES, gap), _of(regression, DECAYED, CHANGES, gap).iloc[0]
+        found.append(
+            f"{EPOCHS[gap].label}, changes since the first decay: {_r_over_seeds(own)}; pooled slope"
+            f" {row['slope']:.3g}, clustered by seed {_interval(row, 'cluster')}."
+        )
+    for gap in GAPS:
+        own = by_epoch[by_epoch["gap"] == gap]
+        if len(own):
+            found.append(
+                f"{EPOCHS[gap].label}, over {seeds} seeds at one epoch: median r {own['r'].median():.2f} over"
+                f" {len(own)} epochs ({own['r'].min():.2f} to {own['r'].max():.2f}); Fisher's interval lies"
+                f" above 0 at {(own['low'] > 0).sum()} of them and below at {(own['high'] < 0).sum()}; by"
+                f" chance it would at {0.5 * (1 - LEVEL) * len(own):.1f} each."
+            )
+    if len(spreads):
+        share, noise = spreads["sd_share"], spreads["measurement_se"] / spreads["sd"]
+        found.append(
+            f"WCI's standard deviation over seeds is {100 * share.min():.0f}–{100 * share.max():.0f} % of its"
+            f" mean (median {100 * share.median():.0f} %); the standard error of one measurement is"
+            f" {100 * noise.median():.0f} % of it (median over epochs)."
+        )
+    found.append(
+        "The clustered interval says how the slope would vary with other seeds, not that a line fits:"
+        " where all seeds follow one bent curve it is even the shorter one. With"
+        f" {seeds} clusters it tends to be too short; that of the seeds' own slopes is not, and leaves"
+        " differences of level between seeds out."
+    )
+    return found
+
+
+def _of(table: pd.DataFrame, epochs: str, form: str, gap: str) -> pd.DataFrame:
+    return table[(table["epochs"] == epochs) & (table["form"] == form) & (table["gap"] == gap)]
+
+
+def _r_over_seeds(own: pd.DataFrame) -> str:
+    """``r per seed 0.61 on average (0.55 to 0.70), p < 0.05 in 6 of 6``."""
+    return (
+        f"r per seed {own['r'].mean():.2f} on average ({own['r'].min():.2f} to {own['r'].max():.2f}),"
+        f" p < {SIGNIFICANT} in {(own['p'] < SIGNIFICANT).sum()} of {len(own)}"
+    )
+
+
+def _interval(row: pd.Series, name: str) -> str:
+    return f"[{row[f'{name}_low']:.3g}, {row[f'{name}_high']:.3g}]"
+
+
+def _range(epochs: pd.Series) -> str:
+    return f"{epochs.min()}–{epochs.max()}"
+
+
+STUDY = Study(
+    question="Does the Weight-Curvature Index go with the robust gaps, within runs and across seeds?",
+    source="Weight-Curvature Index paper, figures 5 and 6, appendix C.1",
+    answer=answer,
+)

@@ -1,0 +1,472 @@
+"""Is the theory right? The distribution of replicas' weights against what curvature and noise predict.
+
+Xu and Zhang, How Learning Dynamics Drive Adversarially Robust Generalization?, arXiv 2410.07719, predict
+posterior variances and do not measure them. Replicas of one checkpoint do: ``robustdyn-replicas``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from robustdyn.errors import RecordError
+from robustdyn.records.reader import Run
+from robustdyn.replicas.agreement import Agreement, agreement
+from robustdyn.replicas.ensemble_record import RecordedEnsemble, read_ensemble
+from robustdyn.replicas.memory import memory
+from robustdyn.replicas.prediction import (
+    EXACT,
+    REFRESHED,
+    SETTLED,
+    example_noise,
+    predicted_laws,
+    refreshed_with_error,
+    sampling_of,
+    seen_by_replicas,
+)
+from robustdyn.report.statistics import DECAY
+from robustdyn.studies.shared.ensemble_figures import (
+    DRAWN,
+    GOAL,
+    NAMES,
+    draw_drift,
+    draw_mean,
+    draw_memory,
+    draw_ratio,
+    draw_ratio_by_eigenvalue,
+    draw_variances,
+)
+from robustdyn.studies.shared.expansion_figures import draw_expansion, expansion_findings, expansion_tables
+from robustdyn.studies.shared.study import Answer, Picture, Study
+
+CONFIDENCE, RESAMPLES, DRAWS = 0.95, 1000, 40
+BACK = 0.2  # of the steps so far: how far back what is said of memory looks
+MANY = 4  # changes of the rate from which on a schedule counts as smooth
+SHOWN = 6  # directions in the figure of variances
+REMEMBERED = ["ensemble", "reference", "step", "learning_rate", "correlation", "error", "expected"]
+SEEN = ["ensemble", "step", "learning_rate", "slope", "slope_error", "noise", "noise_error"]
+
+# by what ensembles of one kind are told apart, where they differ
+TOLD_APART: tuple[tuple[str, Callable[[RecordedEnsemble], float]], ...] = (
+    ("first rate", lambda e: float(e.learning_rate[0])),
+    ("steps", lambda e: len(e.learning_rate)),
+)
+
+
+def label_of(settings: Mapping[str, Any]) -> str:
+    """``CIFAR10, AWP``: data, method, and what is unusual about an ensemble."""
+    objective = str(settings["objective"]["_target_"]).rpartition(".")[2]
+    perturbation = settings.get("perturbation")
+    method = (
+        str(perturbation["_target_"]).rpartition(".")[2]
+        if perturbation
+        else {"AdversarialCrossEntropy": "AT", "CrossEntropy": "standard"}.get(objective, objective)
+    )
+    parts = [str(settings["data"]).rpartition(".")[2], method]
+    if "betas" in settings["optimizer"]:
+        parts.append("Adam, D held" if settings.get("freeze_preconditioner") else "Adam")
+    if not settings["sampling.replacement"]:
+        parts.append("shuffled epochs")
+    if settings.get("batchnorm") == "train":
+        parts.append("BatchNorm in train mode")
+    changes = np.diff(settings["learning_rate"])
+    if (changes > 0).any():
+        parts.append("rate rises and falls")
+    elif np.count_nonzero(changes) > MANY:
+        parts.append("rate falls smoothly")
+    return ", ".join(parts)
+
+
+def find_ensembles(runs: Sequence[Run]) -> dict[str, RecordedEnsemble]:
+    """The runs' ensembles by label, in the runs' order.
+
+    Raises:
+        RecordError: There is none, or one cannot be read.
+    """
+    read = [
+        (run, settings.parent.name, read_ensemble(settings.parent))
+        for run in runs
+        for settings in sorted((run.path / "replicas").glob("*/settings.json"))
+    ]
+    found: dict[str, RecordedEnsemble] = {}
+    for run, folder, ensemble in read:
+        name = base = label_of(ensemble.settings)
+        alike = [other for _, _, other in read if label_of(other.settings) == base]
+        for text, value in TOLD_APART:
+            if len({value(other) for other in alike}) > 1:
+                name += f", {text} {value(ensemble):g}"
+        found[f"{name} ({run.label} {folder})" if name in found else name] = ensemble
+    if not found:
+        raise RecordError(
+            f"{', '.join(str(run.path) for run in runs)}: no ensemble of replicas; make one with "
+            "robustdyn-replicas checkpoint=RUN/checkpoints/last.ckpt, or train with ensemble=default"
+        )
+    return found
+
+
+def answer(runs: Sequence[Run]) -> Answer:
+    """Compare every ensemble of the runs with every law."""
+    ensembles = find_ensembles(runs)
+    agreements = {
+        name: {
+            law: agreement(e.position, predicted, confidence=CONFIDENCE, resamples=RESAMPLES, seed=0)
+            for law, predicted in predicted_laws(e).items()
+        }
+        for name, e in ensembles.items()
+    }
+    steps = pd.concat([_steps(name, e, agreements[name]) for name, e in ensembles.items()], ignore_index=True)
+    directions = pd.concat(
+        [_directions(name, e, agreements[name]) for name, e in ensembles.items()], ignore_index=True
+    )
+    path = pd.concat([_path(name, e) for name, e in ensembles.items()], ignore_index=True)
+    replicas = pd.concat([_seen_at_replicas(name, e) for name, e in ensembles.items()], ignore_index=True)
+    described = pd.DataFrame([_described(name, e) for name, e in ensembles.items()])
+    remembered = pd.concat([_memory(name, e) for name, e in ensembles.items()], ignore_index=True)
+    pictures = [
+        Picture("ratio", steps[steps["step"] >= 1].reset_index(drop=True), draw_ratio),
+        Picture("ratio_by_eigenvalue", _ends(directions, described), draw_ratio_by_eigenvalue),
+        Picture("mean", steps[steps["step"] >= 1].reset_index(drop=True), draw_mean),
+    ]
+    for name in ensembles:
+        rows = _shown(directions[directions["ensemble"] == name])
+        pictures.append(Picture(f"variance_{_slug(name)}", rows, partial(draw_variances, name=name)))
+    if not (path.empty and replicas.empty):
+        both = pd.concat([path.assign(source="path"), replicas.assign(source="replicas")], ignore_index=True)
+        pictures.append(Picture("drift", both, draw_drift))
+    if not remembered.empty:
+        pictures.append(Picture("memory", remembered, draw_memory))
+    expanded = {name: e for name, e in ensembles.items() if e.lines is not None}
+    tables = expansion_tables(expanded) if expanded else {}
+    findings = _findings(described, steps, path, replicas, remembered)
+    if expanded:
+        pictures.append(Picture("expansion", tables["expansion_means"], draw_expansion))
+        findings += expansion_findings(tables)
+    return Answer(
+        tables={
+            "ensembles": described,
+            "agreement": steps,
+            "along_the_path": path,
+            "at_the_replicas": replicas,
+            "memory": remembered,
+            **tables,
+        },
+        pictures=pictures,
+        findings=findings,
+    )
+
+
+# ---------------------------------------------------------------------- tables
+
+
+def _described(name: str, ensemble: RecordedEnsemble) -> dict[str, object]:
+    start, rates = ensemble.start, ensemble.learning_rate
+    known = np.isfinite(start.slopes).all()
+    led = np.isfinite(start.residuals)  # random directions have no residual
+    changes = np.flatnonzero(np.diff(rates) < -DECAY * rates[:-1]) + 1
+    return {
+        "ensemble": name,
+        "replicas": len(ensemble.replicas),
+        "steps": len(rates),
+        "directions": start.directions.count,
+        "learning_rate": rates[0],
+        "decay_step": int(changes[0]) if len(changes) == 1 else None,
+        "last_learning_rate": rates[-1],
+        "robust_loss": start.loss,
+        "largest_eigenvalue": start.eigenvalues[led].max(),
+        "smallest_eigenvalue": start.eigenvalues[led].min(),
+        "slope_over_eigenvalue": float(np.mean((np.diag(start.slopes) / start.eigenvalues)[led]))
+        if known
+        else np.nan,
+        "slope_asymmetry": _asymmetry(start.slopes) if known else np.nan,
+    }
+
+
+def _asymmetry(slopes: np.ndarray) -> float:
+    """‖J − Jᵀ‖ / (2‖J‖), 0 for the gradient of a function."""
+    return float(np.linalg.norm(slopes - slopes.T) / (2 * np.linalg.norm(slopes)))
+
+
+def _steps(name: str, ensemble: RecordedEnsemble, found: Mapping[str, Agreement]) -> pd.DataFrame:
+    """One row per law and recorded step."""
+    rows = []
+    errors = np.zeros(len(ensemble.steps))
+    if REFRESHED in found:
+        variances = refreshed_with_error(ensemble, draws=DRAWS, seed=0)
+        with np.errstate(divide="ignore"):
+            logs = np.log(variances)
+        moved = ensemble.steps > 0
+        errors[moved] = logs[:, moved].mean(axis=2).std(axis=0, ddof=1)
+    for law, seen in found.items():
+        for row, step in enumerate(ensemble.steps):
+            usable = np.isfinite(seen.offset[row]).any()
+            rows.append(
+                {
+                    "ensemble": name,
+                    "law": law,
+                    "step": int(step),
+                    "learning_rate": float(ensemble.learning_rate[max(step - 1, 0)]),
+                    "directions": int(seen.directions[row]),
+                    "geometric_mean": seen.geometric_mean[row],
+                    "low": seen.geometric_low[row],
+                    "high": seen.geometric_high[row],
+                    "prediction_error": errors[row] if law == REFRESHED else np.nan,
+                    "rms_offset": _rms(seen.offset[row]) if usable else np.nan,
+                    "rms_move": _rms(seen.move[row]) if usable else np.nan,
+                    "rms_offset_of_chance": seen.offset_error,
+                    "correlation_misfit": seen.correlation_misfit[row],
+                    "commuting_misfit": seen.commuting_misfit[row],
+                    "total_correlation": seen.total_correlation[row],
+                    "total_correlation_expected": seen.total_correlation_expected[row],
+                    "total_correlation_spread": seen.total_correlation_spread[row],
+                    "total_correlation_commuting": seen.total_correlation_commuting[row],
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def _rms(values: np.ndarray) -> float:
+    return float(np.sqrt(np.nanmean(values**2)))
+
+
+def _directions(name: str, ensemble: RecordedEnsemble, found: Mapping[str, Agreement]) -> pd.DataFrame:
+    """One row per law, recorded step and direction."""
+    start = ensemble.start
+    parts = []
+    for law, seen in found.items():
+        for row, step in enumerate(ensemble.steps):
+            if step == 0:
+                continue
+            parts.append(
+                pd.DataFrame(
+                    {
+                        "ensemble": name,
+                        "law": law,
+                        "step": int(step),
+                        "learning_rate": float(ensemble.learning_rate[step - 1]),
+                        "direction": np.arange(1, start.directions.count + 1),
+                        "eigenvalue": start.eigenvalues,
+                        "slope": np.diag(start.slopes),
+                        "measured": seen.variance[row],
+                        "low": seen.low[row],
+                        "high": seen.high[row],
+                        "predicted": seen.predicted[row],
+                        "offset": seen.offset[row],
+                    }
+                )
+            )
+    return pd.concat(parts, ignore_index=True)
+
+
+def _path(name: str, ensemble: RecordedEnsemble) -> pd.DataFrame:
+    """Curvature and noise along the mean's path, relative to the start; geometric means over directions."""
+    start = ensemble.start
+    rows = []
+    for step, point in zip([0, *ensemble.path_steps], [start, *ensemble.path], strict=True):
+        gamma, first = (np.diag(sum(example_noise(ensemble, p))) for p in (point, start))
+        curved = np.diag(point.hessian) / np.diag(start.hessian)
+        steep = np.diag(point.slopes) / np.diag(start.slopes)
+        rows.append(
+            {
+                "ensemble": name,
+                "step": int(step),
+                "learning_rate": float(ensemble.learning_rate[max(step - 1, 0)]),
+                "robust_loss": point.loss,
+                "curvature": _geometric(curved),
+                "slope": _geometric(steep),
+                "noise": _geometric(gamma / first),
+            }
+        )
+    return pd.DataFrame(rows).drop_duplicates("step")
+
+
+def _geometric(values: np.ndarray) -> float:
+    good = values[np.isfinite(values) & (values > 0)]
+    return float(np.exp(np.log(good).mean())) if len(good) == len(values) else float("nan")
+
+
+def _seen_at_replicas(name: str, ensemble: RecordedEnsemble) -> pd.DataFrame:
+    """One row per step at which replicas' own gradients show slope and noise, relative to the start."""
+    own = seen_by_replicas(ensemble)
+    if own is None:
+        return pd.DataFrame(columns=SEEN)
+    return pd.DataFrame(
+        {
+            "ensemble": name,
+            "step": own.step,
+            "learning_rate": ensemble.learning_rate[own.step - 1],
+            "slope": own.slope,
+            "slope_error": own.slope_error,
+            "noise": own.noise,
+            "noise_error": own.noise_error,
+        }
+    )
+
+
+def _memory(name: str, ensemble: RecordedEnsemble) -> pd.DataFrame:
+    """One row per recorded step before the decay or the end: what replicas remember of it there."""
+    sampled = sampling_of(ensemble).replacement
+    if not (sampled and np.isfinite(ensemble.start.slopes).all()):
+        return pd.DataFrame(columns=REMEMBERED)
+    steps = ensemble.steps.tolist()
+    decay = _described(name, ensemble)["decay_step"]
+    references = [s for s in (decay, steps[-1]) if isinstance(s, int) and s in steps]
+    return pd.concat(
+        [
+            pd.DataFrame(
+                {
+                    "ensemble": name,
+                    "reference": found.reference,
+                    "step": found.step,
+                    "learning_rate": ensemble.learning_rate[found.step - 1],
+                    "correlation": found.correlation,
+                    "error": found.error,
+                    "expected": found.expected,
+                }
+            )
+            for found in (memory(ensemble, reference) for reference in references)
+        ],
+        ignore_index=True,
+    )
+
+
+def _shown(directions: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a few directions, spread evenly over the logarithm of their rank."""
+    last = int(directions["direction"].max())
+    chosen = np.unique(np.rint(np.geomspace(1, last, min(SHOWN, last))).astype(int))
+    laws = directions["law"].isin(DRAWN)
+    rows: pd.DataFrame = directions[laws & directions["direction"].isin(chosen)]
+    return rows.reset_index(drop=True)
+
+
+def _ends(directions: pd.DataFrame, described: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the last step before the decay, and of the last of all."""
+    parts = []
+    for row in described.to_dict("records"):
+        own = directions[directions["ensemble"] == row["ensemble"]]
+        steps = sorted(own["step"].unique())
+        before = [s for s in steps if pd.isna(row["decay_step"]) or s <= row["decay_step"]]
+        chosen = {before[-1]: "at the first rate", steps[-1]: "at the end"}
+        if before[-1] == steps[-1]:
+            chosen = {steps[-1]: "at the end"}
+        for step, when in chosen.items():
+            parts.append(own[own["step"] == step].assign(when=f"{when}, step {step}"))
+    ends = pd.concat(parts, ignore_index=True)
+    kept: pd.DataFrame = ends[ends["law"].isin([EXACT, REFRESHED])].reset_index(drop=True)
+    return kept
+
+
+# ---------------------------------------------------------------------- findings
+
+
+def _findings(
+    described: pd.DataFrame,
+    steps: pd.DataFrame,
+    path: pd.DataFrame,
+    replicas: pd.DataFrame,
+    remembered: pd.DataFrame,
+) -> list[str]:
+    said = []
+    for about in described.to_dict("records"):
+        name, own = about["ensemble"], steps[steps["ensemble"] == about["ensemble"]]
+        said += [
+            _said_of(about),
+            *_said_of_variances(name, own[own["step"] >= SETTLED]),
+            _said_at_end(name, own),
+        ]
+        along = path[(path["ensemble"] == name) & (path["step"] > 0)]
+        if len(along):
+            end = along.iloc[-1]
+            said.append(
+                f"{name}, at the replicas' mean after {end['step']:.0f} steps: λ × {end['curvature']:.2f}, "
+                f"slope × {end['slope']:.2f}, noise × {end['noise']:.2f}, robust loss "
+                f"{end['robust_loss']:.3f} (start {about['robust_loss']:.3f})."
+            )
+        seen = replicas[replicas["ensemble"] == name]
+        if len(seen):
+            mean = np.average(seen["noise"], weights=1 / seen["noise_error"] ** 2)
+            late = seen.iloc[-1]
+            said.append(
+                f"{name}, from the replicas' own gradients: noise × {mean:.2f} over all recorded pairs of "
+                f"steps, × {late['noise']:.2f} ± {late['noise_error']:.2f} at the last."
+            )
+        own = remembered[remembered["ensemble"] == name]
+        said += [_said_of_memory(name, rows) for _, rows in own.groupby("reference", sort=True)]
+    return said
+
+
+def _said_of_memory(name: str, rows: pd.DataFrame) -> str:
+    """Of the recorded step that is nearest to a fifth of the way back."""
+    reference = rows["reference"].iloc[0]
+    row = rows.iloc[(rows["step"] - (1 - BACK) * reference).abs().argmin()]
+    return (
+        f"{name}, memory: where replicas are at step {reference} has a correlation of "
+        f"{row['correlation']:.2f} ± {row['error']:.2f} (mean over directions) with where they were at step "
+        f"{row['step']}; their slopes would leave {row['expected']:.2f}."
+    )
+
+
+def _said_of(about: Mapping[Any, Any]) -> str:
+    rate = f"rate {about['learning_rate']:g}"
+    if not pd.isna(about["decay_step"]):
+        rate += f", {about['last_learning_rate']:g} from step {about['decay_step']:.0f}"
+    spectrum = f"λ from {about['largest_eigenvalue']:.3g} to {about['smallest_eigenvalue']:.2g}"
+    text = (
+        f"**{about['ensemble']}**: {about['replicas']} replicas × {about['steps']} steps, "
+        f"{about['directions']} directions, {spectrum}, {rate}."
+    )
+    if not pd.isna(about["slope_over_eigenvalue"]):
+        text += (
+            f" With the attack made anew the gradient is {about['slope_over_eigenvalue']:.2f} times as steep "
+            "as λ (mean over directions)."
+        )
+    return text
+
+
+def _said_of_variances(name: str, settled: pd.DataFrame) -> list[str]:
+    said = []
+    for law in NAMES:
+        rows = settled[settled["law"] == law].dropna(subset=["geometric_mean"])
+        if rows.empty:
+            continue
+        inside = rows["geometric_mean"].between(*GOAL).sum()
+        possible = ((rows["low"] <= GOAL[1]) & (rows["high"] >= GOAL[0])).sum()
+        said.append(
+            f"{name}, {NAMES[law]}: measured / predicted variance {rows['geometric_mean'].min():.2f} to "
+            f"{rows['geometric_mean'].max():.2f} from step {SETTLED} on, {inside} of {len(rows)} recorded "
+            f"steps within {GOAL[0]} to {GOAL[1]} ({possible} by their 95 % intervals)."
+        )
+    return said
+
+
+def _said_at_end(name: str, own: pd.DataFrame) -> str:
+    last = own[own["law"] == (REFRESHED if (own["law"] == REFRESHED).any() else EXACT)].iloc[-1]
+    text = (
+        f"{name}, at the end: the mean has moved {last['rms_move']:.2f} predicted standard deviations (rms "
+        f"over directions), {last['rms_offset']:.2f} of them not predicted (chance: "
+        f"{last['rms_offset_of_chance']:.2f}); correlations misfit z² = {last['correlation_misfit']:.2f} "
+        f"with the full C and {last['commuting_misfit']:.2f} without correlations"
+    )
+    if not np.isfinite(last["total_correlation"]):  # no more replicas than directions
+        return f"{text}."
+    return (
+        f"{text}; total correlation {last['total_correlation']:.2f} nats, expected "
+        f"{last['total_correlation_expected']:.2f} ± {last['total_correlation_spread']:.2f}, "
+        f"{last['total_correlation_commuting']:.2f} if H and C commuted."
+    )
+
+
+def _slug(name: str) -> str:
+    return "_".join(
+        name.lower().replace(",", " ").replace("(", " ").replace(")", " ").replace("=", " ").split()
+    )
+
+
+STUDY = Study(
+    question="Do replicas reach the distribution of weights that curvature and noise predict?",
+    source="beyond the papers: arXiv 2410.07719 predicts posterior variances and does not measure them",
+    answer=answer,
+)

@@ -1,0 +1,63 @@
+"""Initial learning rate and decay factor (WCI paper, figure 2 b)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+from robustdyn.errors import RecordError
+from robustdyn.records.reader import Run, read_table
+from robustdyn.report.statistics import decay_epochs
+from robustdyn.studies.shared.curves import COLUMNS, ERROR, compared, outcomes, summary
+from robustdyn.studies.shared.study import Answer, Study
+
+BASELINE = "0.1 → 0.01"  # best in the paper
+
+
+def rates(run: Run) -> tuple[float, float]:
+    """The rate before and after the first decay.
+
+    Raises:
+        RecordError: It never decays.
+    """
+    epochs = read_table(run.path, "epochs")
+    decays = decay_epochs(epochs)
+    if not decays:
+        raise RecordError(f"{run.path}: its learning rate never decays; leave the run out")
+    rate = epochs.set_index("epoch")["lr"]
+    return float(rate.iloc[0]), float(rate.loc[decays[0]])
+
+
+def answer(runs: Sequence[Run]) -> Answer:
+    """See ``STUDY``."""
+    found = {run.path: rates(run) for run in runs}
+
+    def setting(run: Run) -> str:
+        before, after = found[run.path]
+        return f"{before:g} → {after:.3g}"
+
+    ordered = sorted(runs, key=lambda run: found[run.path], reverse=True)
+    title = "Robust overfitting by learning rate before and after the decay"
+    return compared(ordered, setting, title=title, baseline=BASELINE, findings=_best)
+
+
+def _best(rows: pd.DataFrame) -> list[str]:
+    """Which setting has the lowest robust error, at its best epoch and at the end."""
+    table = summary(outcomes(rows))
+    table = table[table["quantity"] == ERROR]
+    lines = []
+    for panel, own in table.groupby("panel", sort=False):
+        parts = []
+        for outcome in ("best robust error", "final robust error"):
+            row = own[own["outcome"] == outcome].sort_values("mean", kind="stable").iloc[0]
+            parts.append(f"{outcome}: {row['setting']} ({row['mean'] * COLUMNS[ERROR].scale:.1f} %)")
+        lines.append(f"{panel}, lowest {'; lowest '.join(parts)}.")
+    return lines
+
+
+STUDY = Study(
+    question="Which initial learning rate and which decay leave the network most robust, best and final?",
+    source="WCI paper, figure 2 b",
+    answer=answer,
+)

@@ -1,0 +1,295 @@
+"""How does the WCI learning rate compare with the usual schedules, best and final, and what does it cost?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from robustdyn.errors import RecordError
+from robustdyn.records.reader import Run, combine
+from robustdyn.records.schema import EPOCHS, TIMED
+from robustdyn.report import style
+from robustdyn.report.plotting import finish, label_ends, log_axis
+from robustdyn.report.statistics import FINAL, of_run
+from robustdyn.studies.shared import comparison
+from robustdyn.studies.shared.alike import require_alike
+from robustdyn.studies.shared.comparison import (
+    DIFFERENCE,
+    draw_over_epochs,
+    ends_of,
+    of_seeds,
+    picked,
+    said,
+    seeds_named,
+)
+from robustdyn.studies.shared.over_seeds import mean_with_interval
+from robustdyn.studies.shared.study import Answer, Picture, Study
+
+NAMES = {
+    "piecewise": "piecewise",
+    "multi_decay": "multiple decays",
+    "linear": "linear",
+    "cosine": "cosine",
+    "cyclic": "one-cycle",
+    "one_cycle": "one-cycle",
+    "constant": "constant",
+}
+WCI_RATE = "WCI-LR"
+MAY_DIFFER = ("schedule", "optimizer.lr")  # one-cycle has a higher peak
+CURVES = ("test_robust_error", "test_clean_error", "lr")
+TRAINING, EVALUATION, MEASUREMENT = "training", "evaluation", "measurement"
+PARTS = {name: name if name in (EVALUATION, MEASUREMENT) else TRAINING for name in TIMED}
+SETTLED = 0.4  # of the run: a barely trained network's errors would flatten the curves
+NEGLIGIBLE = 1e-3  # of the highest rate: curves of lower ones are cut
+
+
+def settings_of(runs: Sequence[Run]) -> dict[str, str]:
+    """Label of each run -> name of its schedule, in the order of the paper's table, the WCI rate last.
+
+    Raises:
+        RecordError: A schedule is not known, runs differ in more, or there is no WCI rate to compare.
+    """
+    require_alike(runs, MAY_DIFFER)
+    names = {}
+    for run in runs:
+        choice = run.choices.get("schedule", "")
+        threshold = run.config["schedule"].get("threshold")
+        name = f"{WCI_RATE}, τ = {threshold:g}" if threshold is not None else NAMES.get(choice)
+        if name is None:
+            raise RecordError(
+                f"{run.path}: schedule {choice or 'unknown'} is none of {', '.join(NAMES)}, wci"
+            )
+        names[run.label] = name
+    if len(set(names.values())) < 2 or not any(name.startswith(WCI_RATE) for name in names.values()):
+        raise RecordError(f"{runs[0].path} and others: the study needs runs of schedule=wci and of another")
+    order = [*dict.fromkeys(NAMES.values()), *names.values()]
+    return dict(sorted(names.items(), key=lambda item: order.index(item[1])))
+
+
+def seconds(runs: Sequence[Run], settings: Mapping[str, str]) -> pd.DataFrame:
+    """Where the time of a run's epochs went.
+
+    Epochs after the first, which warms up and may compile.
+
+    Returns:
+        ``setting``, ``seed`` and, in seconds: ``training``, ``evaluation``, ``measurement`` and ``all`` per
+        epoch of the run; ``one_evaluation`` and ``one_measurement`` where there was one;
+        ``measurement_share`` in per cent. No rows where times were not recorded.
+    """
+    timing = combine(runs, "timing")
+    found = []
+    for run in runs:
+        own = of_run(timing, run.label).iloc[1:]
+        if own.empty:
+            continue
+        spent = {name: own[f"{name}_share"] * own["seconds"] for name in TIMED}
+        row: dict[str, object] = {"setting": settings[run.label], "seed": run.config["seed"]}
+        row |= {
+            part: sum(float(spent[name].mean()) for name in TIMED if PARTS[name] == part)
+            for part in dict.fromkeys(PARTS.values())
+        }
+        row["all"] = float(own["seconds"].mean())
+        for part in (EVALUATION, MEASUREMENT):
+            row[f"one_{part}"] = float(spent[part][spent[part] > 0].mean())
+        row["measurement_share"] = 100 * float(spent[MEASUREMENT].sum() / own["seconds"].sum())
+        found.append(row)
+    columns = ["setting", "seed", *dict.fromkeys(PARTS.values()), "all", "one_evaluation", "one_measurement"]
+    return pd.DataFrame(found, columns=[*columns, "measurement_share"])
+
+
+def of_training(times: pd.DataFrame) -> pd.DataFrame:
+    """The epochs of :func:`seconds` in per cent of their run's own training, which slows down with the rest.
+
+    Returns:
+        ``setting``, ``seed``, the parts and ``all``.
+    """
+    names = [*dict.fromkeys(PARTS.values()), "all"]
+    shares = 100 * times[names].div(times[TRAINING], axis=0)
+    return pd.concat([times[["setting", "seed"]], shares], axis=1)
+
+
+def cost(times: pd.DataFrame, order: Sequence[str], unit: str = "s") -> pd.DataFrame:
+    """Mean and interval over seeds of each column of :func:`seconds` or its like, as ``quantity``."""
+    long = times.drop(columns="seed").melt("setting", var_name="quantity")
+    found = mean_with_interval(long, ["setting", "quantity"], "value")
+    found = found.sort_values("setting", key=lambda names: names.map(list(order).index), kind="stable")
+    return found.assign(unit=found["quantity"].map({"measurement_share": "%"}).fillna(unit)).reset_index(
+        drop=True
+    )
+
+
+def answer(runs: Sequence[Run]) -> Answer:
+    """Best and final of each schedule, learning curves, and times."""
+    settings = settings_of(runs)
+    comparison.check_complete(runs)
+    order = list(dict.fromkeys(settings.values()))
+    values = comparison.best_and_final(runs, settings)
+    means = comparison.over_seeds(values)
+    reference = [name for name in order if name.startswith(WCI_RATE)][-1]
+    differences = comparison.against(values, reference)
+    over_epochs = comparison.curves(runs, settings, [EPOCHS[name] for name in CURVES])
+    tables = {
+        "schedules": means,
+        "schedules_shown": comparison.shown_table(means),
+        "against_wci": differences,
+        "runs": values,
+    }
+    pictures = [
+        Picture("best_and_final", means[means["moment"] != DIFFERENCE], draw_best_and_final),
+        Picture("learning_curves", over_epochs, draw_curves),
+    ]
+    times = seconds(runs, settings)
+    if len(times):
+        tables["cost"] = cost(times, order)
+        tables["cost_of_training"] = cost(of_training(times), order, "%")
+        pictures.append(Picture("cost", tables["cost_of_training"], draw_cost))
+    findings = [
+        *_compared(means, differences, reference),
+        *_costs(tables.get("cost"), tables.get("cost_of_training"), reference),
+    ]
+    return Answer(tables, pictures, findings)
+
+
+@style.styled
+def draw_best_and_final(means: pd.DataFrame) -> Figure:
+    """The paper's table 1 as rows of points."""
+    panels = {
+        "test_robust_error": "Robust error",
+        "test_clean_error": "Clean error",
+        "robust_error_gap": "Gap in error",
+        "robust_loss_gap": "Gap in loss",
+    }
+    title = "Best and final epoch of each schedule"
+    return comparison.draw_best_and_final(title, means, panels, _colours(means))
+
+
+@style.styled
+def draw_curves(over_epochs: pd.DataFrame) -> Figure:
+    """What the rates lead to, and the rates, whose curves end apart (the paper's figure 9 b)."""
+    colours = _colours(over_epochs)
+    figure = style.new_figure(f"Learning curves ({of_seeds(over_epochs, colours)})", 3.6)
+    axes = figure.subplots(1, len(CURVES))
+    for ax, name, title in zip(axes, CURVES, ("Robust error", "Clean error", "Rate"), strict=True):
+        own = over_epochs[over_epochs["metric"] == name]
+        draw_over_epochs(ax, own, colours, bands=name != "lr")
+        finish(ax, title, EPOCHS[name].shown)
+        if name == "lr":
+            log_axis(ax)
+            lowest = max(ax.get_ylim()[0], NEGLIGIBLE * own["mean"].max())
+            ax.set_ylim(bottom=lowest)
+            label_ends(ax, [replace(end, y=max(end.y, 1.5 * lowest)) for end in ends_of(own, colours)])
+            continue
+        settled = own.loc[own["epoch"] >= SETTLED * (own["epoch"].max() + 1), ["mean", "high"]]
+        limit = 1.05 * settled.max(axis=None)
+        ax.set_ylim(bottom=max(0.0, 0.9 * own["mean"].min()))
+        if own["mean"].max() > limit:
+            ax.set_ylim(top=limit)
+            said_top = f"first epochs reach {own['mean'].max():.0f} %"
+            ax.text(0.99, 0.98, said_top, transform=ax.transAxes, ha="right", va="top", fontsize=8)
+    return figure
+
+
+@style.styled
+def draw_cost(costs: pd.DataFrame) -> Figure:
+    """Time per epoch by what took it (the paper's table 2), in per cent of the run's own training."""
+    order = list(dict.fromkeys(costs["setting"]))
+    figure = style.new_figure(
+        f"Time per epoch, mean over the run ({seeds_named(costs)})", 1.4 + 0.36 * len(order)
+    )
+    ax = figure.subplots()
+    start = dict.fromkeys(order, 0.0)
+    for part, colour in zip(dict.fromkeys(PARTS.values()), style.PALETTE, strict=False):
+        own = costs[costs["quantity"] == part].set_index("setting")["mean"]
+        places = [len(order) - 1 - order.index(name) for name in own.index]
+        left = [start[name] for name in own.index]
+        ax.barh(places, own.to_numpy(), height=0.6, color=colour, left=left, label=part)
+        start = {name: start[name] + float(own.get(name, 0.0)) for name in order}
+    whole = costs[costs["quantity"] == "all"].set_index("setting")
+    for name, row in whole.iterrows():
+        y = len(order) - 1 - order.index(str(name))
+        if not pd.isna(row["low"]):
+            ax.plot([row["low"], row["high"]], [y, y], color=style.NEUTRAL, linewidth=1.2)
+    ax.set_yticks(range(len(order)), list(reversed(order)))
+    ax.set_xlim(left=0)
+    ax.set_xlabel("% of the run's own training; black: 95 % interval of the sum")
+    ax.grid(visible=False, axis="y")
+    figure.legend(loc="outside lower center", ncols=3)
+    return figure
+
+
+def _colours(frame: pd.DataFrame) -> dict[str, str]:
+    order = list(dict.fromkeys(frame["setting"]))
+    return dict(zip(order, style.colours(len(order)), strict=True))
+
+
+def _compared(means: pd.DataFrame, differences: pd.DataFrame, reference: str) -> list[str]:
+    order = list(dict.fromkeys(means["setting"]))
+    robust, clean = EPOCHS["test_robust_error"], EPOCHS["test_clean_error"]
+    findings = [
+        f"{seeds_named(means)}; mean ± half of the 95 % interval over seeds. Best is the epoch of lowest "
+        "test robust error, chosen on the test set as in the paper, so that final − best of that error is "
+        "never negative."
+    ]
+    for setting in order:
+        numbers = [
+            f"robust error best {said(picked(means, setting, robust.name, 'best'), robust)} %, final "
+            f"{said(picked(means, setting, robust.name), robust)} %, difference "
+            f"{said(picked(means, setting, robust.name, DIFFERENCE), robust)}",
+            f"clean error final {said(picked(means, setting, clean.name), clean)} %",
+            f"robust loss gap final "
+            f"{said(picked(means, setting, 'robust_loss_gap'), EPOCHS['robust_loss_gap'])} nats",
+        ]
+        findings.append(f"{setting}: {'; '.join(numbers)}.")
+    for moment in ("best", FINAL):
+        told = []
+        for setting in order:
+            if setting != reference:
+                row = picked(differences, setting, robust.name, moment)
+                told.append(f"{setting} {row['mean']:+.1f}{_interval(row)}")
+        findings.append(
+            f"Robust error, {moment}, minus that of {reference}, paired by seed (percentage points, "
+            f"95 % intervals not adjusted for their number): {', '.join(told)}."
+        )
+    return findings
+
+
+def _interval(row: pd.Series) -> str:
+    return "" if pd.isna(row["low"]) else f" [{row['low']:+.1f}, {row['high']:+.1f}]"
+
+
+def _costs(costs: pd.DataFrame | None, shares: pd.DataFrame | None, reference: str) -> list[str]:
+    if costs is None or shares is None:
+        return ["Cost: not recorded in these runs (table timing)."]
+    mean = costs.set_index(["setting", "quantity"])["mean"]
+    relative = shares.set_index(["setting", "quantity"])["mean"]
+    names = list(dict.fromkeys(costs["setting"]))
+    whole, measuring = mean[reference, "all"], mean[reference, MEASUREMENT]
+    one = mean.get((reference, "one_measurement"))
+    measured = (
+        f"{one:.3g} s for each measurement" if one is not None else "nothing measured after the first epoch"
+    )
+    by_setting = ", ".join(f"{name} {relative[name, 'all']:.0f} %" for name in names)
+    seconds_each = ", ".join(f"{name} {mean[name, 'all']:.3g} s" for name in names)
+    evaluating = ", ".join(
+        f"{name} {mean[name, 'one_evaluation']:.3g} s"
+        for name in names
+        if (name, "one_evaluation") in mean.index
+    )
+    return [
+        f"Cost of {reference}: {whole:.3g} s an epoch, mean over the run, of which measuring takes "
+        f"{mean[reference, 'measurement_share']:.0f} % ({measured}); without it {whole - measuring:.3g} s.",
+        f"An epoch takes, of its run's own training: {by_setting}. In seconds, on the machine as loaded as "
+        f"it was, {seconds_each}; one evaluation of the test set: {evaluating}.",
+        "Memory: not recorded.",
+    ]
+
+
+STUDY = Study(
+    question="How does the WCI learning rate compare with the usual schedules, best and final, and what does "
+    "it cost?",
+    source="WCI paper, tables 1 and 2, figure 9 b",
+    answer=answer,
+)

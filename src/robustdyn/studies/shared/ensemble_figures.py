@@ -1,0 +1,371 @@
+"""Figures of replica ensembles beside the laws that predict them, from the tables of ``ground_truth``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from robustdyn.replicas.prediction import (
+    EXACT,
+    EXACT_PATH,
+    REFRESHED,
+    REFRESHED_PATH,
+    SLOW_MODE,
+    STATIONARY,
+)
+from robustdyn.report import style
+from robustdyn.report.plotting import End, key, label_ends, log_axis
+from robustdyn.report.statistics import DECAY
+
+GOAL = (0.9, 1.11)  # of a geometric mean that counts as agreement
+FLOOR = 0.02  # of a ratio to the start, below which the drift's axis does not go
+GAP = 0.25  # decades between what precedes a decay and what follows
+
+NAMES = {
+    STATIONARY: "stationary",
+    SLOW_MODE: "slow mode",
+    EXACT: "exact, attack held fixed",
+    REFRESHED: "exact, attack made anew",
+    EXACT_PATH: "attack held fixed, along the mean's path",
+    REFRESHED_PATH: "attack made anew, along the mean's path",
+}
+COLOURS = {
+    STATIONARY: style.PALETTE[3],
+    SLOW_MODE: style.PALETTE[4],
+    EXACT: style.PALETTE[0],
+    REFRESHED: style.PALETTE[1],
+    EXACT_PATH: style.PALETTE[0],
+    REFRESHED_PATH: style.PALETTE[1],
+}
+LINES = {EXACT_PATH: ":", REFRESHED_PATH: ":"}
+DRAWN = (STATIONARY, SLOW_MODE, EXACT, REFRESHED, REFRESHED_PATH)  # beside single variances
+SHORT = {STATIONARY: "stationary", SLOW_MODE: "slow mode", EXACT: "held fixed", REFRESHED: "made anew"}
+
+
+class _Steps:
+    """A step axis, logarithmic from the start and, where the rate falls at once, again from there."""
+
+    def __init__(self, rows: pd.DataFrame) -> None:
+        known = rows.drop_duplicates("step").sort_values("step")
+        self.last = int(known["step"].max())
+        steps, rates = known["step"].to_numpy(), known["learning_rate"].to_numpy()
+        falls = np.flatnonzero(rates[1:] < (1 - DECAY) * rates[:-1])
+        self.decay = int(steps[falls[0]]) if len(falls) == 1 and steps[falls[0]] > 1 else None
+
+    def place(self, steps: Sequence[int] | np.ndarray | pd.Series) -> np.ndarray:
+        """Where steps ≥ 1 lie."""
+        values = np.maximum(np.asarray(steps, dtype=np.float64), 1)
+        places: np.ndarray = np.log10(values)
+        if self.decay is not None:
+            since = np.log10(np.maximum(values - self.decay, 1))
+            places = np.where(values > self.decay, np.log10(self.decay) + GAP + since, places)
+        return places
+
+    def dress(self, ax: Axes) -> None:
+        """Ticks, labels and the mark of the decay."""
+        first = [step for step in (1, 10, 100, 1000, 10000) if step <= (self.decay or self.last)]
+        ticks = [*first]
+        texts = [str(step) for step in first]
+        ax.set_xlabel("optimiser step")
+        if self.decay is not None:
+            later = [step for step in (1, 10, 100, 1000) if self.decay + step <= self.last]
+            ticks += [self.decay + step for step in later]
+            texts += [f"+{step}" for step in later]
+            ax.axvline(
+                np.log10(self.decay) + GAP / 2,
+                color=style.MARK,
+                linewidth=0.9,
+                linestyle=(0, (4, 3)),
+                zorder=1,
+            )
+            ax.set_xlabel(f"optimiser step, + after {self.decay}")
+        ax.set_xticks(self.place(ticks), texts)
+        ax.set_xlim(-0.05, float(self.place([self.last])[0]) + 0.05)
+
+
+def _ratio_axis(ax: Axes, limits: tuple[float, float]) -> None:
+    ax.set_yscale("log")
+    ax.set_ylim(*limits)
+    ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _grid(figure: Figure, count: int, **shared: Any) -> list[Axes]:
+    columns = min(2, count)
+    axes = figure.subplots(-(-count // columns), columns, squeeze=False, **shared).ravel()
+    for ax in axes[count:]:
+        ax.set_visible(False)
+    return list(axes[:count])
+
+
+@style.styled
+def draw_ratio(data: pd.DataFrame) -> Figure:
+    """Geometric mean of measured / predicted variance against the step, a panel for each ensemble.
+
+    Args:
+        data: Table ``agreement`` from step 1 on.
+    """
+    names = list(dict.fromkeys(data["ensemble"]))
+    rows = -(-len(names) // 2)
+    figure = style.new_figure("Variance of the weights, measured / predicted", 0.9 + 3.0 * rows)
+    for ax, name in zip(_grid(figure, len(names), sharey=True), names, strict=True):
+        own = data[data["ensemble"] == name]
+        axis = _Steps(own)
+        ax.axhspan(*GOAL, color=style.MARK, alpha=0.15, linewidth=0)
+        ax.axhline(1, color=style.MARK, linewidth=0.8)
+        for law in NAMES:
+            line = own[own["law"] == law].dropna(subset=["geometric_mean"])
+            if line.empty:
+                continue
+            ax.plot(
+                axis.place(line["step"]),
+                line["geometric_mean"],
+                color=COLOURS[law],
+                linestyle=LINES.get(law, "-"),
+                linewidth=1.3 if law in LINES else 1.8,
+                marker="o" if law in (EXACT, REFRESHED) else "",
+                markersize=2.5,
+            )
+            if law in (EXACT, REFRESHED):
+                ax.fill_between(
+                    axis.place(line["step"]),
+                    line["low"],
+                    line["high"],
+                    color=COLOURS[law],
+                    alpha=0.15,
+                    linewidth=0,
+                )
+        _ratio_axis(ax, (0.15, 8.0))
+        axis.dress(ax)
+        ax.set_title(name)
+        ax.set_ylabel("geometric mean over directions")
+    present = [law for law in NAMES if (data["law"] == law).any()]
+    handles = [key(NAMES[law], LINES.get(law, "-"), colour=COLOURS[law]) for law in present]
+    handles.append(key("learning rate falls", "--"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+    return figure
+
+
+@style.styled
+def draw_variances(data: pd.DataFrame, name: str) -> Figure:
+    """Variance against the step, measured and predicted, a panel for each direction.
+
+    Args:
+        data: A row for each law, step and direction of one ensemble.
+        name: The ensemble's.
+    """
+    figure = style.new_figure(f"Variance of the weights along Hessian eigenvectors: {name}", 6.4)
+    axis, chosen = _Steps(data), sorted(data["direction"].unique())
+    axes = figure.subplots(2, -(-len(chosen) // 2), squeeze=False, sharex=True).ravel()
+    for ax in axes[len(chosen) :]:
+        ax.set_visible(False)
+    for ax, direction in zip(axes, chosen, strict=False):
+        own = data[data["direction"] == direction]
+        seen = own[own["law"] == EXACT]
+        places = axis.place(seen["step"])
+        ax.fill_between(places, seen["low"], seen["high"], color="#000000", alpha=0.13, linewidth=0)
+        ax.plot(places, seen["measured"], color="#000000", marker="o", markersize=3, linewidth=0)
+        for law in DRAWN:
+            line = own[own["law"] == law].dropna(subset=["predicted"])
+            look = "steps-post" if law == STATIONARY else "default"
+            ax.plot(
+                axis.place(line["step"]),
+                line["predicted"],
+                color=COLOURS[law],
+                linestyle=LINES.get(law, "-"),
+                linewidth=1.5,
+                drawstyle=look,
+            )
+        low, high = seen["low"].min(), seen["high"].max()
+        ax.set_yscale("log")
+        ax.set_ylim(low / 2, high * 2)
+        axis.dress(ax)
+        ax.set_title(f"direction {direction}, λ = {seen['eigenvalue'].iloc[0]:.3g}")
+        ax.set_ylabel("variance σ²")
+    handles = [key("measured, 95 % interval", "", "o", "#000000")]
+    handles += [
+        key(NAMES[law], LINES.get(law, "-"), colour=COLOURS[law])
+        for law in DRAWN
+        if (data["law"] == law).any()
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+    return figure
+
+
+@style.styled
+def draw_ratio_by_eigenvalue(data: pd.DataFrame) -> Figure:
+    """Measured / predicted variance of each direction against λ, a panel for each ensemble and time.
+
+    Args:
+        data: A row for each law and direction, with ``when``, the panel's time in words.
+    """
+    panels = list(dict.fromkeys(zip(data["ensemble"], data["when"], strict=True)))
+    figure = style.new_figure("Measured / predicted variance against λ", 0.9 + 2.7 * -(-len(panels) // 2))
+    for ax, (name, when) in zip(_grid(figure, len(panels), sharey=True), panels, strict=True):
+        own = data[(data["ensemble"] == name) & (data["when"] == when)]
+        ax.axhline(1, color=style.MARK, linewidth=0.8)
+        for law, shift in ((EXACT, 0.985), (REFRESHED, 1.015)):
+            rows = own[own["law"] == law]
+            ratio = rows["measured"] / rows["predicted"]
+            ax.errorbar(
+                rows["eigenvalue"] * shift,
+                ratio,
+                yerr=[ratio - rows["low"] / rows["predicted"], rows["high"] / rows["predicted"] - ratio],
+                fmt="o",
+                color=COLOURS[law],
+                markersize=3.5,
+                elinewidth=0.8,
+            )
+        ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        ax.xaxis.set_minor_formatter(NullFormatter())
+        _ratio_axis(ax, (0.07, 7.0))
+        ax.set_title(f"{name}: {when}")
+        ax.set_xlabel("λ of H at the start")
+        ax.set_ylabel("measured / predicted")
+    handles = [
+        key(NAMES[law], "", "o", COLOURS[law]) for law in (EXACT, REFRESHED) if (data["law"] == law).any()
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2)
+    return figure
+
+
+@style.styled
+def draw_mean(data: pd.DataFrame) -> Figure:
+    """How far the mean moved and how much of that laws leave, a panel for each ensemble.
+
+    Args:
+        data: Table ``agreement`` from step 1 on.
+    """
+    names = list(dict.fromkeys(data["ensemble"]))
+    figure = style.new_figure(
+        "Mean of the weights, in predicted standard deviations", 0.9 + 2.7 * -(-len(names) // 2)
+    )
+    for ax, name in zip(_grid(figure, len(names)), names, strict=True):
+        own = data[data["ensemble"] == name]
+        axis, ends = _Steps(own), []
+        right = float(axis.place([axis.last])[0])
+        for law in (EXACT, REFRESHED):
+            rows = own[own["law"] == law]
+            if rows.empty:
+                continue
+            ax.plot(axis.place(rows["step"]), rows["rms_offset"], color=COLOURS[law])
+            ends.append(End(right, rows["rms_offset"].iloc[-1], f"left by {SHORT[law]}", COLOURS[law]))
+        rows = own[own["law"] == (REFRESHED if (own["law"] == REFRESHED).any() else EXACT)]
+        ax.plot(axis.place(rows["step"]), rows["rms_move"], color="#000000")
+        ends.append(End(right, rows["rms_move"].iloc[-1], "moved", "#000000"))
+        chance = rows["rms_offset_of_chance"].iloc[0]
+        ax.axhline(chance, color=style.MARK, linewidth=0.9, linestyle=":")
+        ends.append(End(right, chance, "chance", style.MARK))
+        ax.set_ylim(bottom=0)
+        axis.dress(ax)
+        ax.set_title(name)
+        ax.set_ylabel("rms over directions (σ)")
+        label_ends(ax, ends)
+    return figure
+
+
+@style.styled
+def draw_drift(data: pd.DataFrame) -> Figure:
+    """Curvature, slope and noise relative to the start, a panel for each ensemble.
+
+    Args:
+        data: Tables ``along_the_path`` and ``at_the_replicas``, told apart by ``source``, path or replicas.
+    """
+    names = list(dict.fromkeys(data["ensemble"]))
+    figure = style.new_figure(
+        "What drifts while replicas train, relative to the start", 0.9 + 2.7 * -(-len(names) // 2)
+    )
+    values = data[["curvature", "slope", "noise"]].to_numpy(dtype=float)
+    values = values[values > FLOOR]  # an estimate may be negative
+    limits = (min(0.5, values.min() / 1.3), max(2.0, 1.3 * values.max()))
+    looks = {"curvature": style.PALETTE[0], "slope": style.PALETTE[1], "noise": style.PALETTE[2]}
+    for ax, name in zip(_grid(figure, len(names), sharey=True), names, strict=True):
+        own = data[data["ensemble"] == name]
+        axis = _Steps(own)
+        ax.axhline(1, color=style.MARK, linewidth=0.8)
+        path = own[own["source"] == "path"].sort_values("step")
+        for column, colour in looks.items():
+            # between these nothing was measured
+            ax.plot(
+                axis.place(path["step"]), path[column], color=colour, marker="o", markersize=4, linewidth=0.8
+            )
+        seen = own[own["source"] == "replicas"].sort_values("step")
+        for column in ("slope", "noise"):
+            ax.errorbar(
+                axis.place(seen["step"]),
+                seen[column],
+                yerr=2 * seen[f"{column}_error"],
+                fmt="D",
+                markersize=3.5,
+                fillstyle="none",
+                elinewidth=0.8,
+                color=looks[column],
+            )
+        axis.dress(ax)
+        ax.set_ylim(*limits)
+        log_axis(ax)
+        ax.set_title(name)
+        ax.set_ylabel("relative to the start")
+    handles = [
+        key("λ of H, attack held fixed", colour=looks["curvature"]),
+        key("slope, attack made anew", colour=looks["slope"]),
+        key("gradient noise", colour=looks["noise"]),
+        key("at the replicas' mean", marker="o"),
+        key("from the replicas' own gradients, ± 2 s.e.", "", "D", fillstyle="none"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+    return figure
+
+
+@style.styled
+def draw_memory(data: pd.DataFrame) -> Figure:
+    """What replicas remember of earlier steps at the decay and at the end, a panel for each ensemble.
+
+    Args:
+        data: Table ``memory``.
+    """
+    names = list(dict.fromkeys(data["ensemble"]))
+    figure = style.new_figure(
+        "Correlation of replicas' places with those at an earlier step", 0.9 + 2.7 * -(-len(names) // 2)
+    )
+    for ax, name in zip(_grid(figure, len(names), sharey=True), names, strict=True):
+        own = data[data["ensemble"] == name]
+        axis = _Steps(own)
+        ax.axhline(0, color=style.MARK, linewidth=0.8)
+        for (reference, rows), colour in zip(
+            own.groupby("reference", sort=True), style.PALETTE, strict=False
+        ):
+            rows = rows.sort_values("step")
+            places = axis.place(rows["step"])
+            ax.errorbar(
+                places,
+                rows["correlation"],
+                yerr=2 * rows["error"],
+                fmt="o-",
+                markersize=3,
+                linewidth=1.2,
+                elinewidth=0.8,
+                color=colour,
+                label=f"at step {reference}",
+            )
+            ax.plot(places, rows["expected"], color=colour, linestyle=":", linewidth=1.3)
+        axis.dress(ax)
+        ax.legend(loc="upper left")
+        ax.set_title(name)
+        ax.set_ylabel("mean correlation")
+    handles = [
+        key("measured, ± 2 s.e.", marker="o", colour=style.MARK),
+        key("what the slopes would leave", ":", colour=style.MARK),
+        key("learning rate falls", "--"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+    return figure

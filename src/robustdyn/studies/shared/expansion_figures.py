@@ -1,0 +1,486 @@
+"""Where the second-order expansion of the robust loss breaks, in units of the posterior's deviation.
+
+The error of an expansion is counted in its own second-order term: (L − L_0 − g·Δ − ½ Δᵀ A Δ) / |½ Δᵀ A Δ|. It
+says by how much the curvature would have to be another one for the loss to be right, and stays finite where
+the loss neither rises nor falls. Three expansions are compared: the loss on held adversarial examples with
+its Hessian H; the loss with examples made anew with the slopes J of its own gradient; and the latter with H,
+as the theory has it. Weight decay is no part of these losses.
+
+The loss made anew is known up to the random starts of its attack: its standard errors are over draws of
+these, with the differences to L_0 taken draw by draw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from robustdyn.errors import RecordError
+from robustdyn.replicas import Lines, RecordedEnsemble
+from robustdyn.report import style
+from robustdyn.report.plotting import key, log_axis
+from robustdyn.report.statistics import format_number
+
+Array = NDArray[np.float64]
+
+EIGENVECTOR, RANDOM, REPLICA = "eigenvector", "random", "replica"
+HELD, ANEW = "held", "anew"
+BREAKS = 0.2  # of the second-order term; ours: a fifth of the curvature
+RESOLVED = BREAKS / 2  # ours: the largest standard error with which an error counts for where it breaks
+FLOOR = 1e-6  # of L_0: a second-order term below is lost in the rounding of float32 losses
+
+_CASE = ["ensemble", "kind", "attack", "curvature"]
+
+
+@dataclass(frozen=True)
+class _Case:
+    """Which loss is compared with the expansion by which curvature."""
+
+    attack: str
+    curvature: str
+    text: str
+
+
+CASES = (
+    _Case(HELD, "H", "examples held, expanded with H"),
+    _Case(ANEW, "J", "examples made anew, expanded with J"),
+    _Case(ANEW, "H", "examples made anew, expanded with H"),
+)
+
+
+def expansion_tables(ensembles: Mapping[str, RecordedEnsemble]) -> dict[str, pd.DataFrame]:
+    """The loss against its expansions, along lines and at replicas.
+
+    Args:
+        ensembles: Label -> an ensemble whose lines were measured.
+
+    Returns:
+        ``expansion``, a row for each point, loss and curvature: ``ensemble``; ``kind``, of the direction, or
+        ``replica``; ``attack``, held or anew; ``curvature``, H or J; ``direction``, its number, or the
+        replica's; ``step`` (replicas); ``distance`` in the lines' units, predicted deviations
+        σ (along random directions √P σ; :func:`robustdyn.replicas.line_units`), of a replica
+        √(mean (x_i/σ_i)²) over the eigenvectors; ``side``, −1 or 1 (0: a replica); ``rise``, L − L_0 in
+        nats; ``expanded``, what the expansion says; ``first_order`` and ``second_order``, its parts;
+        ``error``, the rest over the size of the second-order term, missing where that is lost in rounding;
+        ``error_se``, over draws of the attack's starts, 0 for held examples, missing with one draw.
+
+        ``expansion_means``, a row for each kind, distance or step, loss and curvature: means over ``points``
+        (directions and both sides, in which odd orders cancel, or replicas) of ``distance``, ``beyond`` (rise
+        without the first-order part) with its standard error ``beyond_se``, and ``second_order``; ``error``
+        and ``error_se`` of these means. For lines with examples made anew, ``slope_ratio``, Σ σ² J_ii /
+        Σ σ² H_ii with J measured between ± that distance, and ``gradient_ratio``, the loss's own slopes
+        s_i between these points, Σ σ² s_i g_i / Σ σ² g_i² (1 by Danskin, to first order), with
+        ``gradient_ratio_se``. At replicas ``outside``, share of the squared distance that the directions do
+        not span. Standard errors at replicas are over these for held examples and over draws for examples
+        made anew.
+
+        ``expansion_limits``, a row for each direction, loss and curvature: ``limit``, the distance from which
+        the error is above a fifth on the worse side, and ``limit_of_mean``, in the mean of both sides;
+        ``bound`` and ``bound_of_mean`` say ``at least`` or ``at most`` where that lies outside of the
+        distances at which the error is known to a tenth. Missing where it is at none.
+
+    Raises:
+        RecordError: An ensemble without lines, or with lines over other examples than its losses.
+    """
+    points, means = [], []
+    for label, ensemble in ensembles.items():
+        for part in _parts(label, ensemble):
+            points.append(part.points().assign(ensemble=label))
+            means.append(part.means().assign(ensemble=label))
+    every, pooled = pd.concat(points, ignore_index=True), pd.concat(means, ignore_index=True)
+    first = [*_CASE, "direction", "step", "distance", "side"]
+    return {
+        "expansion": every[[*first, *(c for c in every if c not in first)]],
+        "expansion_means": pooled[[*_CASE, "step", *(c for c in pooled if c not in (*_CASE, "step"))]],
+        "expansion_limits": _limits(every),
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """Points of one kind that are averaged together, with one loss and one curvature.
+
+    All (N,), but ``by_draw`` (A, N), the rise of each draw, or None where it does not depend on draws.
+    """
+
+    kind: str
+    case: _Case
+    step: int | None
+    direction: NDArray[np.int64]
+    distance: Array
+    side: NDArray[np.int64]
+    rise: Array
+    by_draw: Array | None
+    first: Array
+    second: Array
+    floor: float
+    more: Mapping[str, float]  # further columns of the means
+
+    def points(self) -> pd.DataFrame:
+        known = np.where(np.abs(self.second) > self.floor, np.abs(self.second), np.nan)
+        noise = np.zeros(len(known)) if self.by_draw is None else _standard_error(self.by_draw)
+        return self._named(
+            {
+                "direction": self.direction,
+                "distance": self.distance,
+                "side": self.side,
+                "rise": self.rise,
+                "expanded": self.first + self.second,
+                "first_order": self.first,
+                "second_order": self.second,
+                "error": (self.rise - self.first - self.second) / known,
+                "error_se": noise / known,
+            }
+        )
+
+    def means(self) -> pd.DataFrame:
+        beyond, second = self.rise - self.first, float(self.second.mean())
+        if self.by_draw is not None:
+            noise = float(_standard_error(self.by_draw.mean(axis=1, keepdims=True))[0])
+        elif self.kind == REPLICA:
+            noise = float(np.std(beyond - self.second, ddof=1) / np.sqrt(len(beyond)))
+        else:
+            noise = 0.0
+        size = abs(second) if abs(second) > self.floor else np.nan
+        return self._named(
+            {
+                "distance": self.distance.mean(),
+                "beyond": beyond.mean(),
+                "beyond_se": noise,
+                "second_order": second,
+                "error": (beyond.mean() - second) / size,
+                "error_se": noise / size,
+                "points": len(beyond),
+                **dict.fromkeys(("slope_ratio", "gradient_ratio", "gradient_ratio_se", "outside"), np.nan),
+                **self.more,
+            }
+        )
+
+    def _named(self, columns: Mapping[str, object]) -> pd.DataFrame:
+        frame = pd.DataFrame({name: np.atleast_1d(np.asarray(value)) for name, value in columns.items()})
+        return frame.assign(
+            kind=self.kind,
+            attack=self.case.attack,
+            curvature=self.case.curvature,
+            step=pd.array([self.step] * len(frame), dtype="Int64"),
+        )
+
+
+def _standard_error(by_draw: Array) -> Array:
+    """Of the mean over draws (A, N) -> (N,); NaN with one draw."""
+    draws = len(by_draw)
+    if draws == 1:
+        return np.full(by_draw.shape[1], np.nan)
+    found: Array = by_draw.std(axis=0, ddof=1) / np.sqrt(draws)
+    return found
+
+
+def _parts(label: str, ensemble: RecordedEnsemble) -> Iterator[_Part]:
+    lines = ensemble.lines
+    if lines is None:
+        raise RecordError(f"{label}: the loss along its directions was not measured; leave this ensemble out")
+    # random directions have no residual of an eigenpair
+    random = np.isnan(ensemble.start.residuals)
+    for kind, which in ((EIGENVECTOR, ~random), (RANDOM, random)):
+        if which.any():
+            yield from _along_lines(lines, kind, np.flatnonzero(which))
+    if ensemble.anew_loss is not None:
+        of_replicas = ensemble.settings["record.loss_examples"], ensemble.anew_loss.shape[2]
+        if of_replicas != (lines.examples, len(lines.starts)):
+            raise RecordError(
+                f"{label}: lines and replicas have losses over other examples or draws "
+                f"({lines.examples}, {len(lines.starts)} and {of_replicas[0]}, {of_replicas[1]}); leave this "
+                "ensemble out"
+            )
+        yield from _at_replicas(ensemble, lines)
+
+
+def _along_lines(lines: Lines, kind: str, which: NDArray[np.intp]) -> Iterator[_Part]:
+    far = len(lines.multiples) // 2
+    deviations, slope, curved = (
+        values[which] for values in (lines.deviations, lines.gradient, np.diag(lines.hessian))
+    )
+    for j in range(far, 2 * far):
+        low, high = 2 * far - 1 - j, j
+        x = deviations[:, None] * lines.multiples[[low, high]]
+        rises = lines.anew[:, which][:, :, [low, high]] - lines.starts[:, None, None]
+        by_draw = rises.reshape(len(rises), -1)
+        weights = deviations**2
+        between = (lines.anew_gradient[which, high] - lines.anew_gradient[which, low]) / (x[:, 1] - x[:, 0])
+        own = (rises[:, :, 1] - rises[:, :, 0]) / (x[:, 1] - x[:, 0])
+        ratio = own @ (weights * slope) / (weights @ slope**2)
+        of_anew = {
+            "slope_ratio": float(weights @ between / (weights @ curved)),
+            "gradient_ratio": float(ratio.mean()),
+            "gradient_ratio_se": float(_standard_error(ratio[:, None])[0]),
+        }
+        for case in CASES:
+            curvature = curved if case.curvature == "H" else np.diag(lines.slopes)[which]
+            held = lines.held[which][:, [low, high]].ravel() - lines.loss
+            anew = case.attack == ANEW
+            yield _Part(
+                kind=kind,
+                case=case,
+                step=None,
+                direction=np.repeat(which, 2).astype(np.int64),
+                distance=np.full(2 * len(which), lines.multiples[high]),
+                side=np.tile(np.array([-1, 1], dtype=np.int64), len(which)),
+                rise=by_draw.mean(axis=0) if anew else held,
+                by_draw=by_draw if anew else None,
+                first=(slope[:, None] * x).ravel(),
+                second=(curvature[:, None] * x**2 / 2).ravel(),
+                floor=FLOOR * lines.loss,
+                more=of_anew if anew else {},
+            )
+
+
+def _at_replicas(ensemble: RecordedEnsemble, lines: Lines) -> Iterator[_Part]:
+    """Along the tracked directions J, elsewhere H: what J is there is not known."""
+    anew, held, linear = ensemble.anew_loss, ensemble.held_loss, ensemble.linear_loss
+    expanded, outside = ensemble.expanded_loss, ensemble.outside
+    assert anew is not None
+    assert held is not None
+    assert linear is not None
+    assert expanded is not None
+    assert outside is not None
+    steps, known = ensemble.steps.tolist(), ~np.isnan(ensemble.start.residuals)
+    for column, step in enumerate(ensemble.loss_steps.tolist()):
+        if step == 0:
+            continue  # all replicas are at θ_0
+        x, total = ensemble.position[:, steps.index(step)], ensemble.distance[:, steps.index(step)]
+        share = float((outside[:, column] ** 2).sum() / (total**2).sum())
+        extra = np.einsum("ri,ij,rj->r", x, lines.slopes - lines.hessian, x) / 2
+        by_draw = anew[:, column].T - lines.starts[:, None]
+        for case in CASES:
+            yield _Part(
+                kind=REPLICA,
+                case=case,
+                step=step,
+                direction=ensemble.replicas,
+                distance=np.sqrt(((x / lines.deviations)[:, known] ** 2).mean(axis=1)),
+                side=np.zeros(len(x), dtype=np.int64),
+                rise=by_draw.mean(axis=0) if case.attack == ANEW else held[:, column] - lines.loss,
+                by_draw=by_draw if case.attack == ANEW else None,
+                first=linear[:, column] - lines.loss,
+                second=expanded[:, column] - linear[:, column] + (case.curvature == "J") * extra,
+                floor=FLOOR * lines.loss,
+                more={"outside": share},
+            )
+
+
+def _limits(points: pd.DataFrame) -> pd.DataFrame:
+    found = []
+    by = [*_CASE, "direction"]
+    for names, rows in points[points["kind"] != REPLICA].groupby(by, sort=False):
+        known = rows.assign(error=rows["error"].where(rows["error_se"] <= RESOLVED))
+        sides = known.set_index(["distance", "side"])["error"].unstack("side").sort_index()
+        distance = sides.index.to_numpy(dtype=float)
+        worse, bound = _limit(distance, sides.abs().max(axis=1, skipna=False).to_numpy())
+        mean, bound_of_mean = _limit(distance, sides.mean(axis=1, skipna=False).abs().to_numpy())
+        limits = {"limit": worse, "bound": bound, "limit_of_mean": mean, "bound_of_mean": bound_of_mean}
+        found.append(dict(zip(by, names, strict=True)) | limits)
+    return pd.DataFrame(found)
+
+
+def _limit(distance: Array, error: Array) -> tuple[float, str]:
+    """Where the error first exceeds the fifth, by linear interpolation; NaN if no error is known."""
+    known = np.isfinite(error)
+    distance, error = distance[known], error[known]
+    if not len(distance):
+        return np.nan, ""
+    above = np.flatnonzero(error > BREAKS)
+    if not len(above):
+        return float(distance[-1]), "at least"
+    first = above[0]
+    if first == 0:
+        return float(distance[0]), "at most"
+    near, far = error[first - 1], error[first]
+    share = (BREAKS - near) / (far - near)
+    return float(distance[first - 1] + share * (distance[first] - distance[first - 1])), ""
+
+
+# ---------------------------------------------------------------------- the figure
+
+_TITLES = {
+    EIGENVECTOR: "Eigenvectors, mean of {}",
+    RANDOM: "Random directions, mean of {}",
+    REPLICA: "Replicas, mean of {}",
+}
+_UNITS = {
+    EIGENVECTOR: "distance (predicted deviation σ)",
+    RANDOM: "distance (predicted norm √P σ)",
+    REPLICA: "r.m.s. distance (σ)",
+}
+_COLOURS = {HELD: style.PALETTE[0], ANEW: style.PALETTE[1]}
+_OWN = {HELD: "H", ANEW: "J"}
+
+
+@style.styled
+def draw_expansion(data: pd.DataFrame) -> Figure:
+    """The loss beyond its first-order part against distance, a row of panels for each ensemble.
+
+    Args:
+        data: ``expansion_means`` of :func:`expansion_tables`.
+    """
+    labels = list(dict.fromkeys(data["ensemble"]))
+    kinds = [kind for kind in _TITLES if (data["kind"] == kind).any()]
+    figure = style.new_figure(
+        "Robust loss beyond first order, against its second-order expansion", 1.0 + 2.8 * len(labels)
+    )
+    axes = figure.subplots(len(labels), len(kinds), squeeze=False)
+    for row, label in zip(axes, labels, strict=True):
+        for ax, kind in zip(row, kinds, strict=True):
+            rows = data[(data["ensemble"] == label) & (data["kind"] == kind)]
+            _draw_panel(ax, rows, lines=kind != REPLICA)
+            points = int(rows["points"].max()) if len(rows) else 0
+            title = _TITLES[kind].format(points if kind == REPLICA else points // 2)
+            ax.set_title(f"{label}\n{title}" if len(labels) > 1 and ax is row[0] else title)
+            ax.set_xlabel(_UNITS[kind])
+        row[0].set_ylabel("rise beyond first order (nats)")
+    handles = [key(f"examples {text}", "", "o", colour) for text, colour in _COLOURS.items()]
+    handles += [key(f"expansion with {name}", "--", "", _COLOURS[attack]) for attack, name in _OWN.items()]
+    bars = key("error bars: standard errors; open: the loss falls", "", "o", fillstyle="none")
+    figure.legend(handles=[*handles, bars], loc="outside lower center", ncols=3)
+    return figure
+
+
+def _draw_panel(ax: Axes, rows: pd.DataFrame, *, lines: bool) -> None:
+    for attack, curvature in _OWN.items():
+        own = rows[(rows["attack"] == attack) & (rows["curvature"] == curvature)].sort_values("distance")
+        place, value, noise = (own[name].to_numpy(float) for name in ("distance", "beyond", "beyond_se"))
+        colour = _COLOURS[attack]
+        # a logarithmic axis has no place for a fall: its size, in an open circle
+        low = np.minimum(np.nan_to_num(noise), 0.7 * np.abs(value))
+        up = value > 0
+        for which, style_of in ((up, "full"), (~up, "none")):
+            ax.errorbar(
+                place[which],
+                np.abs(value[which]),
+                yerr=np.stack([low, np.nan_to_num(noise)])[:, which],
+                fmt="o",
+                fillstyle=style_of,
+                color=colour,
+                markersize=4.5,
+                linewidth=1.2,
+            )
+        # a dash of its own for each point, where lines do not join them
+        ax.plot(
+            place,
+            own["second_order"].where(own["second_order"] > 0),
+            linestyle="--" if lines else "",
+            marker="" if lines else "_",
+            markersize=14,
+            color=colour,
+            linewidth=1.4,
+        )
+    if lines:
+        ax.set_xscale("log")
+        ticks = sorted(set(np.round(rows["distance"], 2)))
+        ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        ax.set_xticks([], minor=True)
+    else:
+        ax.set_xlim(0, 1.1 * rows["distance"].max())
+        ax.margins(y=0.15)
+        for step, place in rows.groupby("step")["distance"].first().items():
+            ax.annotate(
+                f"step {step}",
+                (place, 0.03),
+                xycoords=("data", "axes fraction"),
+                xytext=(-14, 0),  # beside the points: neighbours may be close
+                textcoords="offset points",
+                rotation=90,
+                ha="center",
+                va="bottom",
+                fontsize=8,
+                color=style.MARK,
+            )
+    log_axis(ax)
+
+
+# ---------------------------------------------------------------------- findings
+
+
+def expansion_findings(tables: Mapping[str, pd.DataFrame]) -> list[str]:
+    """What the tables of :func:`expansion_tables` say, in sentences with numbers."""
+    means, limits = tables["expansion_means"], tables["expansion_limits"]
+    found = []
+    for label in dict.fromkeys(means["ensemble"]):
+        own = means[means["ensemble"] == label]
+        said = [*_of_lines(own, limits[limits["ensemble"] == label]), *_of_replicas(own)]
+        found += [f"{label}: {text}" for text in said]
+    return found
+
+
+def _of_lines(means: pd.DataFrame, limits: pd.DataFrame) -> Iterator[str]:
+    for kind, text, unit in ((EIGENVECTOR, "eigenvectors", "σ"), (RANDOM, "random directions", "√P σ")):
+        own, where = means[means["kind"] == kind], limits[limits["kind"] == kind]
+        if own.empty:
+            continue
+        count = where["direction"].nunique()
+        slopes = _of_case(own, CASES[2]).dropna(subset=["error"])  # where H is more than rounding
+        said = ", ".join(
+            f"{format_number(ratio)} between ± {far:g} {unit}"
+            for far, ratio in zip(slopes["distance"], slopes["slope_ratio"], strict=True)
+        )
+        if len(slopes):
+            yield f"along {count} {text} the gradient with examples made anew rises by, of H's slope, {said}."
+        if kind == EIGENVECTOR and len(slopes):
+            near = slopes.iloc[(slopes["distance"] - 1).abs().argmin()]
+            yield (
+                f"along {text} the loss made anew has between ± {near['distance']:g} σ "
+                f"{near['gradient_ratio']:.2f} ± {near['gradient_ratio_se']:.2f} times the slope at fixed "
+                "examples (1 for a true maximum)."
+            )
+        for case in CASES:
+            breaks, errors = _limits_said(_of_case(where, case), unit), _errors(own, case, unit)
+            yield f"along {text}, {case.text}: {breaks} {errors}."
+
+
+def _of_replicas(means: pd.DataFrame) -> Iterator[str]:
+    for step, rows in means[means["kind"] == REPLICA].groupby("step", sort=True):
+        first = rows.iloc[0]
+        said = [f"{case.text}, {_error(_of_case(rows, case).iloc[0])}" for case in CASES]
+        yield (
+            f"{first['points']:.0f} replicas at step {step}, {first['distance']:.2g} σ from the start with "
+            f"{first['outside']:.0%} of the squared distance outside of the directions; error in the "
+            f"second-order term: {'; '.join(said)}."
+        )
+
+
+def _of_case(rows: pd.DataFrame, case: _Case) -> pd.DataFrame:
+    return rows[(rows["attack"] == case.attack) & (rows["curvature"] == case.curvature)]
+
+
+def _limits_said(limits: pd.DataFrame, unit: str) -> str:
+    """The median over directions; a bound on it where it lies outside of what was measured."""
+    said = []
+    for end, side in (("", "on the worse side"), ("_of_mean", "in the mean of both sides")):
+        known = limits[[f"limit{end}", f"bound{end}"]].dropna().sort_values(f"limit{end}")
+        if known.empty:
+            return "in no direction is the error known to a tenth;"
+        middle = known.iloc[(len(known) - 1) // 2]
+        bound, limit = middle[f"bound{end}"], f"{middle[f'limit{end}']:.2g} {unit}"
+        said.append(f"{bound} {limit} {side}".strip())
+    return (
+        f"the error exceeds {BREAKS:.0%} of the second-order term from {' and from '.join(said)} (median of "
+        f"{len(known)} directions);"
+    )
+
+
+def _errors(means: pd.DataFrame, case: _Case, unit: str) -> str:
+    rows = _of_case(means, case)
+    said = [f"{_error(row)} at {row['distance']:g} {unit}" for _, row in rows.iterrows()]
+    return f"in the mean over directions and sides it is {', '.join(said)}"
+
+
+def _error(row: pd.Series) -> str:
+    if not np.isfinite(row["error"]):
+        return "lost in rounding"
+    noise = f" ± {100 * row['error_se']:.0f}" if row["error_se"] > 0 else ""
+    return f"{100 * row['error']:+.0f}{noise} %"

@@ -1,0 +1,135 @@
+"""A study: runs in; the tables, figures and findings that answer its question out.
+
+Each module of :mod:`robustdyn.studies` is one study and has a ``STUDY``. A figure is drawn from one
+tidy table, which is written beside it, and from nothing else.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from robustdyn import studies
+from robustdyn.errors import RecordError
+from robustdyn.records.reader import Run, find_runs
+from robustdyn.report import style
+
+FINDINGS = "findings.md"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure and the tidy table it is drawn from.
+
+    Attributes:
+        name: File name without ending.
+        data: One row per drawn number.
+        draw: Draws the table.
+    """
+
+    name: str
+    data: pd.DataFrame
+    draw: Callable[[pd.DataFrame], Figure]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a study found.
+
+    Attributes:
+        tables: File name without ending -> table.
+        pictures: The figures.
+        findings: Sentences with the numbers that answer the question, in Markdown, in order.
+    """
+
+    tables: Mapping[str, pd.DataFrame]
+    pictures: Sequence[Picture]
+    findings: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A question to runs.
+
+    Attributes:
+        question: What it answers, one sentence.
+        source: Paper and figures or tables.
+        answer: Answers it from runs; raises RecordError where they lack what it needs, saying what.
+    """
+
+    question: str
+    source: str
+    answer: Callable[[Sequence[Run]], Answer]
+
+
+@dataclass(frozen=True)
+class Written:
+    """The files of an answered study."""
+
+    tables: tuple[Path, ...]
+    figures: tuple[Path, ...]
+    findings: Path
+
+
+def names() -> list[str]:
+    """The studies there are."""
+    return sorted(module.name for module in pkgutil.iter_modules(studies.__path__))
+
+
+def load(name: str) -> Study:
+    """The study of this name.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if name not in names():
+        raise ValueError(f"no study {name}; there are {', '.join(names())}")
+    study = importlib.import_module(f"{studies.__name__}.{name}").STUDY
+    assert isinstance(study, Study)
+    return study
+
+
+def conduct(
+    name: str,
+    paths: Iterable[str | os.PathLike[str]] | str | os.PathLike[str],
+    output: str | os.PathLike[str],
+) -> Written:
+    """Answer a study from runs and write ``tables/``, ``figures/`` and ``findings.md`` under ``output``.
+
+    Args:
+        name: Of the study.
+        paths: Run or sweep directories.
+        output: Where to; made if absent, files of the same names are replaced.
+
+    Raises:
+        RecordError: No run is found, the runs lack what the study needs, or ``output`` cannot be written.
+        ValueError: There is no such study.
+    """
+    study, output = load(name), Path(output)
+    answer = study.answer(find_runs(paths))
+    tables, figures = output / "tables", output / "figures"
+    try:
+        for folder in (tables, figures):
+            folder.mkdir(parents=True, exist_ok=True)
+        written = []
+        for stem, table in answer.tables.items():
+            written.append(tables / f"{stem}.csv")
+            table.to_csv(written[-1], index=False)
+        drawn: list[Path] = []
+        for picture in answer.pictures:
+            drawn += style.save(picture.draw(picture.data), figures / picture.name)
+            drawn.append(figures / f"{picture.name}.csv")
+            picture.data.to_csv(drawn[-1], index=False)
+        findings = output / FINDINGS
+        lines = [study.question, "", *(f"- {finding}" for finding in answer.findings)]
+        findings.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise RecordError(f"{output}: cannot write ({error.strerror}); pick another --output") from error
+    return Written(tuple(written), tuple(drawn), findings)

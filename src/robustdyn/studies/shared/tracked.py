@@ -1,0 +1,318 @@
+"""Tracked directions of several runs: quantities over them, moments about the decay, changes between these.
+
+What is said of ``k`` tracked directions is said of that subspace, never of the whole model. Positive
+quantities change by factors: their means over seeds are geometric, their intervals those of the logarithm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+
+from robustdyn.errors import RecordError
+from robustdyn.records.reader import Run, read_table
+from robustdyn.report.statistics import decay_epochs, format_number
+from robustdyn.studies.shared.over_seeds import geometric_mean_with_interval, mean_with_interval
+
+Change = Literal["factor", "difference"]
+
+LEARNING_RATE = "lr"
+BEFORE, AFTER, LATE, END = "before", "after", "late", "end"
+SHOWN_SEEDS = 3  # Student's interval of two seeds is 9 times the distance between them
+MOMENTS = {
+    BEFORE: "last measured before the first decay",
+    AFTER: "first measured at or after the first decay",
+    LATE: "last measured before the second decay, or at all",
+    END: "last measured",
+}
+STEPS = ((BEFORE, AFTER), (AFTER, LATE), (BEFORE, LATE), (BEFORE, END))
+"""Between which moments changes are counted."""
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A number at an epoch of a run.
+
+    Attributes:
+        label: For people; ``{k}`` stands for the number of tracked directions.
+        change: How two values of it are compared: ``factor`` for what is positive.
+        scale: Factor from the recorded number to the one people read.
+    """
+
+    label: str
+    change: Change
+    scale: float = 1.0
+
+
+TOP, MEAN = "_top", "_mean"
+_RANKED = {
+    "hessian_eigenvalue": "Hessian eigenvalue λ",
+    "gradient_noise": "gradient noise γ along H's directions",
+    "noise_eigenvalue": "noise eigenvalue (of C)",
+    "stationary_variance": "stationary σ²",
+    "resolved_variance": "time-resolved σ²",
+}
+_SUMS = {"stationary": "stationary σ²", "resolved": "time-resolved σ²"}
+_TERMS: Mapping[str, tuple[str, Change]] = {
+    "curvature_term": ("Σ λσ²", "factor"),
+    "log_variance_term": ("−Σ ln σ² (nats)", "difference"),
+    "dominant_terms": ("Σ λσ² − Σ ln σ²", "difference"),
+}
+WITHOUT_RATE = "log_variance_term_without_rate"
+_ROBUSTNESS = {
+    "test_robust_loss": Quantity("test robust loss (nats)", "difference"),
+    "robust_loss_gap": Quantity("robust loss gap, test − train (nats)", "difference"),
+    "test_robust_error": Quantity("test robust error (%)", "difference", 100.0),
+    "robust_error_gap": Quantity("robust error gap (percentage points)", "difference", 100.0),
+    "test_clean_error": Quantity("test clean error (%)", "difference", 100.0),
+}
+_ALIGNMENT = {
+    "commutator": Quantity("relative commutator of H and C", "difference"),
+    "commutator_null": Quantity("commutator's null: H and C commute", "difference"),
+    "commutator_excess": Quantity("(commutator − null) / spread of the null", "difference"),
+    "subspace_overlap": Quantity("subspace overlap", "difference"),
+    "captured_noise": Quantity("captured noise", "difference"),
+    "cosine": Quantity("cosine of H and C", "difference"),
+    "total_correlation": Quantity("total correlation (nats)", "difference"),
+    "total_correlation_null": Quantity("total correlation's null: H and C commute (nats)", "difference"),
+    "total_correlation_excess": Quantity("(total correlation − null) / spread of the null", "difference"),
+}
+QUANTITIES: Mapping[str, Quantity] = {
+    **{f"{name}{TOP}": Quantity(f"{label}, leading direction", "factor") for name, label in _RANKED.items()},
+    **{
+        f"{name}{MEAN}": Quantity(f"{label}, geometric mean of {{k}} tracked directions", "factor")
+        for name, label in _RANKED.items()
+    },
+    **{
+        f"{name}_{kind}": Quantity(f"{label}, {{k}} tracked directions, {variance}", change)
+        for kind, variance in _SUMS.items()
+        for name, (label, change) in _TERMS.items()
+    },
+    WITHOUT_RATE: Quantity("−Σ ln(σ²/η) (nats), {k} tracked directions, stationary", "difference"),
+    **{name: Quantity(f"{q.label}, {{k}} tracked directions", q.change) for name, q in _ALIGNMENT.items()},
+    **_ROBUSTNESS,
+}
+
+
+def tracked_directions(runs: Sequence[Run]) -> int:
+    """k, the number of directions all runs tracked.
+
+    Raises:
+        RecordError: A run has no measured spectrum, or they tracked different numbers.
+    """
+    counts = {
+        run.path: int(table_of(run, "spectrum").groupby("epoch")["index"].nunique().min()) for run in runs
+    }
+    if len(set(counts.values())) > 1:
+        raise RecordError(
+            f"runs tracked {', '.join(map(str, sorted(set(counts.values()))))} directions; "
+            "give those with one measure.eigenpairs.directions"
+        )
+    return next(iter(counts.values()))
+
+
+def table_of(run: Run, table: str) -> pd.DataFrame:
+    """A table that the run must have.
+
+    Raises:
+        RecordError: It has no rows.
+    """
+    frame = read_table(run.path, table)
+    if frame.empty:
+        wanted = "finish the run" if table == "epochs" else "train with measure=default"
+        raise RecordError(f"{run.path}: no {table} recorded; {wanted}")
+    return frame
+
+
+def over_epochs(run: Run) -> pd.DataFrame:
+    """All quantities of one run.
+
+    Returns:
+        Columns ``epoch``, ``quantity`` and ``value``: spectrum, sums and alignment at measured epochs, with
+        missing values where some direction has no posterior; variances after every epoch; robustness where
+        evaluated; the learning rate.
+
+    Raises:
+        RecordError: The run lacks a table, or a posterior altogether.
+    """
+    epochs, spectrum, posterior, alignment = (
+        table_of(run, name) for name in ("epochs", "spectrum", "posterior", "alignment")
+    )
+    if spectrum["posterior_variance_stationary"].isna().all():
+        raise RecordError(f"{run.path}: no stationary posterior recorded; train with optimizer=sgd")
+    spectrum = spectrum.merge(
+        posterior[["epoch", "index", "posterior_variance"]],
+        on=["epoch", "index"],
+        how="left",
+        validate="one_to_one",
+    )
+    spectrum["curvature_term_resolved"] = spectrum["curvature"] * spectrum["posterior_variance"]
+    spectrum["log_variance_term_resolved"] = -np.log(spectrum["posterior_variance"].where(lambda v: v > 0))
+    measured = _ranked(spectrum, ["hessian_eigenvalue", "gradient_noise", "noise_eigenvalue"])
+    variances = posterior.rename(
+        columns={
+            "posterior_variance_stationary": "stationary_variance",
+            "posterior_variance": "resolved_variance",
+        }
+    )
+    sums = _sums(
+        spectrum,
+        {
+            "curvature_term": "curvature_term_stationary",
+            "log_variance_term": "log_variance_term_stationary",
+            "curvature_term_resolved": "curvature_term_resolved",
+            "log_variance_term_resolved": "log_variance_term_resolved",
+        },
+    )
+    for kind in _SUMS:
+        sums[f"dominant_terms_{kind}"] = sums[f"curvature_term_{kind}"] + sums[f"log_variance_term_{kind}"]
+    rate = epochs.set_index("epoch")[LEARNING_RATE]
+    own = _count(spectrum) * np.log(
+        rate.reindex(sums.index)
+    )  # the stationary σ² goes with η, whatever the network
+    sums[WITHOUT_RATE] = sums["log_variance_term_stationary"] + own
+    alignment = alignment.set_index("epoch")
+    for name in ("commutator", "total_correlation"):
+        above = alignment[name] - alignment[f"{name}_null"]
+        alignment[f"{name}_excess"] = above / alignment[f"{name}_null_spread"].where(lambda v: v > 0)
+    evaluated = epochs.set_index("epoch")[[*_ROBUSTNESS, LEARNING_RATE]]
+    parts = [
+        _long(measured),
+        _long(_ranked(variances, ["stationary_variance", "resolved_variance"])),
+        _long(sums),
+        _long(alignment[list(_ALIGNMENT)]),
+        _long(evaluated).dropna(subset=["value"]),
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+def moments(values: pd.DataFrame, path: object) -> pd.DataFrame:
+    """The values of one run at the moments about its decays.
+
+    Args:
+        values: Rows of ``over_epochs``.
+        path: The run's, for messages.
+
+    Returns:
+        Columns ``moment``, ``epoch``, ``quantity`` and ``value``. Each quantity is taken at the nearest epoch
+        that has it on the same side of the decay; the learning rate and the variances, known at all epochs,
+        where the spectrum was measured.
+
+    Raises:
+        RecordError: There is no decay, or nothing measured on one side of it.
+    """
+    rates = values[values["quantity"] == LEARNING_RATE].rename(columns={"value": "lr"})
+    decays = decay_epochs(rates)
+    if not decays:
+        raise RecordError(f"{path}: no learning-rate decay to compare across; train with schedule=piecewise")
+    first, second = decays[0], decays[1] if len(decays) > 1 else None
+    measured = set(values.loc[values["quantity"] == f"hessian_eigenvalue{TOP}", "epoch"])
+    if not (min(measured) < first <= max(measured)):
+        raise RecordError(
+            f"{path}: measured on one side of the decay at epoch {first} only; "
+            "train with measure.epochs=[every 4, around decays 1]"
+        )
+    known = values[values["quantity"].isin(_ROBUSTNESS) | values["epoch"].isin(measured)].sort_values("epoch")
+    sides = {
+        BEFORE: known[known["epoch"] < first].drop_duplicates("quantity", keep="last"),
+        AFTER: known[known["epoch"] >= first].drop_duplicates("quantity", keep="first"),
+        LATE: (known[known["epoch"] < second] if second is not None else known).drop_duplicates(
+            "quantity", keep="last"
+        ),
+        END: known.drop_duplicates("quantity", keep="last"),
+    }
+    found = pd.concat([side.assign(moment=moment) for moment, side in sides.items()], ignore_index=True)
+    return found[["moment", "epoch", "quantity", "value"]]
+
+
+def mean(frame: pd.DataFrame, by: Sequence[str], *, changes: bool = False) -> pd.DataFrame:
+    """Mean over seeds of ``value`` with its 95 % interval, geometric where the quantity changes by factors.
+
+    Args:
+        frame: Columns ``by``, ``quantity``, ``value``.
+        by: As in ``mean_with_interval``; ``quantity`` is added.
+        changes: Whether values are already logarithms of factors there.
+    """
+    keys = [*by, "quantity"]
+    factor = frame["quantity"].map(lambda q: q in QUANTITIES and QUANTITIES[q].change == "factor")
+    logs = frame[factor]
+    geometric = geometric_mean_with_interval(
+        logs.assign(value=np.exp(logs["value"])) if changes else logs, keys, "value"
+    )
+    return pd.concat([geometric, mean_with_interval(frame[~factor], keys, "value")], ignore_index=True)
+
+
+def changed(start: pd.Series, end: pd.Series, quantity: pd.Series) -> pd.Series:
+    """From ``start`` to ``end``: the logarithm of the factor or the difference, as the quantity has it."""
+    factor = quantity.map(lambda q: q in QUANTITIES and QUANTITIES[q].change == "factor")
+    ratio = (end / start).where((end > 0) & (start > 0))
+    return pd.Series(np.where(factor, np.log(ratio), end - start), index=start.index)
+
+
+def told(row: pd.Series) -> str:
+    """A mean change with its interval and what that says: ``×1.8 [1.5, 2.1], rises``."""
+    quantity = QUANTITIES[row["quantity"]]
+    factor = quantity.change == "factor"
+    scale = 1.0 if factor else quantity.scale
+
+    def shown(value: float) -> str:
+        return f"×{_factor(value)}" if factor else f"{scale * value:+.3g}"
+
+    if pd.isna(row["low"]):
+        return f"{shown(row['mean'])} (one seed)"
+    neutral = 1.0 if factor else 0.0
+    word = "rises" if row["low"] > neutral else "falls" if row["high"] < neutral else "no clear change"
+    low, high = (_factor(row[end]) if factor else f"{scale * row[end]:+.3g}" for end in ("low", "high"))
+    return f"{shown(row['mean'])} [{low}, {high}], {word}"
+
+
+def number(row: pd.Series) -> str:
+    """A mean with its interval, from three seeds on: ``0.42 [0.40, 0.44]``."""
+    quantity = QUANTITIES[row["quantity"]]
+    numbers = [quantity.scale * row[name] for name in ("mean", "low", "high")]
+    middle, low, high = map(_factor if quantity.change == "factor" else format_number, numbers)
+    return f"{middle} [{low}, {high}]" if row["seeds"] >= SHOWN_SEEDS else middle
+
+
+def label(quantity: str, k: int) -> str:
+    """A quantity's label with the number of tracked directions."""
+    return QUANTITIES[quantity].label.format(k=k)
+
+
+def _factor(value: float) -> str:
+    return f"{value:.3g}" if 1e-3 <= value < 1e4 else f"{value:.1e}"
+
+
+def _ranked(frame: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
+    """By epoch: the values of the leading direction, and the geometric means over all (missing if any is)."""
+    top = frame[frame["index"] == 0].set_index("epoch")[list(names)]
+    logs = frame[["epoch"]].assign(**{name: np.log(frame[name].where(frame[name] > 0)) for name in names})
+    means = (_whole_sums(logs) / _count(frame)).apply(np.exp)
+    return top.add_suffix(TOP).join(means.add_suffix(MEAN))
+
+
+def _sums(spectrum: pd.DataFrame, names: Mapping[str, str]) -> pd.DataFrame:
+    """Sums over the directions by epoch (missing if any is), renamed."""
+    return _whole_sums(spectrum[["epoch", *names]]).rename(columns=dict(names))
+
+
+def _whole_sums(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame.groupby("epoch").agg(_whole_sum)
+
+
+def _whole_sum(values: pd.Series) -> float:
+    return float(values.sum(skipna=False))
+
+
+def _count(frame: pd.DataFrame) -> int:
+    return int(frame["index"].nunique())
+
+
+def _long(wide: pd.DataFrame) -> pd.DataFrame:
+    return (
+        wide.rename_axis(index="epoch", columns="quantity").reset_index().melt("epoch", var_name="quantity")
+    )

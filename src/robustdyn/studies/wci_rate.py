@@ -1,0 +1,372 @@
+"""Does a learning rate that follows the WCI prevent robust overfitting, and does its threshold matter?
+
+η = η₁ · min(1, τ / WCI) from the first decay on. The runs of the largest threshold are the control
+where their rate was never lowered: η₁ throughout, everything else the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scipy import stats
+
+from robustdyn.errors import RecordError
+from robustdyn.records.reader import Run, combine
+from robustdyn.records.schema import EPOCHS, WCI
+from robustdyn.report import style
+from robustdyn.report.plotting import finish, label_ends, log_axis
+from robustdyn.report.statistics import of_run
+from robustdyn.studies.shared import comparison
+from robustdyn.studies.shared.alike import require_alike
+from robustdyn.studies.shared.comparison import (
+    DIFFERENCE,
+    draw_over_epochs,
+    ends_of,
+    of_seeds,
+    picked,
+    said,
+    seeds_named,
+)
+from robustdyn.studies.shared.over_seeds import COVERAGE, mean_with_interval
+from robustdyn.studies.shared.study import Answer, Picture, Study
+
+STATIC = "static η₁"
+SHOWN = ("test_robust_error", "test_robust_loss")
+TRENDS = (*SHOWN, "robust_loss_gap")
+PER = 10  # epochs that a slope is said for
+LEAST = 3  # evaluated epochs that a line is fitted to
+UNDAMPED = 1 - 1e-6  # of η₁: not lowered
+ROOM = 0.08  # of the run, shown before the decay
+RATE_AND_INDEX = {"lr": EPOCHS["lr"], "wci": WCI["wci"]}
+
+
+def damping(runs: Sequence[Run]) -> pd.DataFrame:
+    """What the rule did: every epoch from the first decay on.
+
+    Returns:
+        ``run``, ``seed``, ``threshold``, ``epoch``, ``lr``, ``damping`` (η / η₁) and ``wci``, as
+        measured at the end of the epoch, missing where it was not.
+
+    Raises:
+        RecordError: A run has another schedule, follows another quantity, has no decay, or lacks the WCI.
+    """
+    epochs, wci = combine(runs, "epochs"), combine(runs, "wci")
+    found = []
+    for run in runs:
+        schedule = run.config["schedule"]
+        if schedule.get("quantity") != "wci":
+            raise RecordError(
+                f"{run.path}: the study needs runs of schedule=wci that follow the WCI; leave this one out"
+            )
+        own = of_run(epochs, run.label)[["run", "epoch", "lr"]]
+        # not from schedule.start_epoch, which is derived and cannot always be read back
+        lowered = schedule["factor"] * run.config["optimizer"]["lr"]
+        own = own[own["lr"] * UNDAMPED <= lowered]
+        if own.empty:
+            raise RecordError(f"{run.path}: its rate never decayed; leave it out, or train it to the end")
+        measured = of_run(wci, run.label)[["epoch", "wci"]]
+        if measured["wci"].isna().all():
+            raise RecordError(f"{run.path}: needs the measured WCI; train with measure=index or default")
+        found.append(
+            own.merge(measured, on="epoch", how="left").assign(
+                seed=run.config["seed"],
+                threshold=float(schedule["threshold"]),
+                damping=own["lr"].to_numpy() / lowered,
+            )
+        )
+    columns = ["run", "seed", "threshold", "epoch", "lr", "damping", "wci"]
+    together: pd.DataFrame = pd.concat(found, ignore_index=True)
+    return together[columns]
+
+
+def settings_of(runs: Sequence[Run], damped: pd.DataFrame) -> dict[str, str]:
+    """Label of each run -> ``τ = 10``, ascending; ``static η₁`` for the largest if never lowered."""
+    thresholds = {run.label: float(run.config["schedule"]["threshold"]) for run in runs}
+    largest = max(thresholds.values())
+    lowest = damped.groupby("threshold")["damping"].min()
+    static = lowest[largest] >= UNDAMPED
+    return {
+        label: STATIC if static and threshold == largest else f"τ = {threshold:g}"
+        for label, threshold in sorted(thresholds.items(), key=lambda item: item[1])
+    }
+
+
+def trends(runs: Sequence[Run], settings: Mapping[str, str], start: int) -> pd.DataFrame:
+    """Least-squares line of each run's test metrics over its epochs from ``start`` on.
+
+    Returns:
+        ``setting``, ``seed``, ``metric``, ``slope`` (per ten epochs) and ``intercept`` (at epoch 0), in the
+        units people read.
+
+    Raises:
+        RecordError: Fewer than three evaluated epochs.
+    """
+    epochs = combine(runs, "epochs")
+    labelled = {run.label: run for run in runs}
+    found = []
+    for label, setting in settings.items():
+        run = labelled[label]
+        own = of_run(epochs, label).dropna(subset=list(TRENDS))
+        own = own[own["epoch"] >= start]
+        if len(own) < LEAST:
+            raise RecordError(
+                f"{run.path}: {len(own)} evaluated epochs from the decay on, a trend needs {LEAST}; "
+                "lower trainer.check_val_every_n_epoch"
+            )
+        for metric in TRENDS:
+            line = stats.linregress(own["epoch"], own[metric] * EPOCHS[metric].scale)
+            row = {"setting": setting, "seed": run.config["seed"], "metric": metric}
+            found.append(row | {"slope": PER * line.slope, "intercept": line.intercept})
+    return pd.DataFrame(found)
+
+
+def answer(runs: Sequence[Run]) -> Answer:
+    """Best and final of each threshold, the trend since the decay, and rate and index over epochs."""
+    require_alike(runs, ["schedule.threshold"])
+    damped = damping(runs)
+    comparison.check_complete(runs)
+    settings = settings_of(runs, damped)
+    values = comparison.best_and_final(runs, settings)
+    means = comparison.over_seeds(values)
+    start = int(damped["epoch"].min())  # of all runs: they differ in nothing that moves it
+    fitted = trends(runs, settings, start)
+    slopes = mean_with_interval(fitted, ["setting", "metric"], "slope")
+    rule = _rule(damped, settings)
+    shown_from = max(0, start - max(2, round(ROOM * int(runs[0].config["trainer"]["max_epochs"]))))
+    over_epochs = comparison.curves(runs, settings, [EPOCHS[name] for name in ("lr", *SHOWN)])
+    over_epochs = over_epochs[over_epochs["epoch"] >= shown_from].assign(start=start)
+    tables = {
+        "thresholds": means,
+        "thresholds_shown": comparison.shown_table(means),
+        "runs": values,
+        "trend": slopes,
+        "rule": rule,
+    }
+    if STATIC in settings.values():
+        tables["against_static"] = comparison.against(values, STATIC)
+    pictures = [
+        Picture("thresholds", over_epochs[over_epochs["metric"] != "lr"], draw_thresholds),
+        Picture("best_and_final", means[means["moment"] != DIFFERENCE], draw_best_and_final),
+        Picture("trend", _trend_table(over_epochs, fitted, slopes), draw_trend),
+        Picture("rate_and_wci", _rate_and_wci(over_epochs, damped, runs, settings), draw_rate_and_wci),
+    ]
+    return Answer(tables, pictures, _findings(means, tables.get("against_static"), slopes, rule))
+
+
+@style.styled
+def draw_thresholds(over_epochs: pd.DataFrame) -> Figure:
+    """Robust error and loss over epochs (the paper's figures 3 a and 8)."""
+    colours = _colours(over_epochs)
+    figure = style.new_figure(
+        f"The WCI rate at several thresholds τ ({of_seeds(over_epochs, colours)})", _height(colours)
+    )
+    for ax, metric in zip(figure.subplots(1, len(SHOWN)), SHOWN, strict=True):
+        own = over_epochs[over_epochs["metric"] == metric]
+        draw_over_epochs(ax, own, colours)
+        finish(ax, EPOCHS[metric].label.capitalize(), EPOCHS[metric].shown)
+        _mark_decay(ax, over_epochs)
+        label_ends(ax, ends_of(own, colours))
+    return figure
+
+
+@style.styled
+def draw_best_and_final(means: pd.DataFrame) -> Figure:
+    """Best and final of each threshold: how sensitive the result is to it."""
+    panels = {name: EPOCHS[name].label.capitalize() for name in TRENDS}
+    return comparison.draw_best_and_final(
+        "Best and final epoch at each threshold τ", means, panels, _colours(means)
+    )
+
+
+@style.styled
+def draw_trend(table: pd.DataFrame) -> Figure:
+    """Lines through the robust error since the decay, and all their slopes (the paper's figure 3 b)."""
+    colours = _colours(table)
+    figure = style.new_figure(f"Trend since the decay ({seeds_named(table)}, 95 % interval)", 3.8)
+    left, right = figure.subplots(1, 2, width_ratios=(1.2, 1.0))
+    column = EPOCHS["test_robust_error"]
+    points, lines = table[table["kind"] == "measured"], table[table["kind"] == "line"]
+    for setting, rows in points.groupby("setting", sort=False):
+        left.plot(rows["epoch"], rows["mean"], "o", color=colours[str(setting)], alpha=0.55)
+    for setting, rows in lines.groupby("setting", sort=False):
+        left.plot(rows["epoch"], rows["mean"], color=colours[str(setting)])
+    finish(left, "Mean over seeds, and least-squares line", column.shown)
+    label_ends(left, ends_of(lines, colours))
+    slopes = table[table["kind"] == "slope"]
+    for i, (_, row) in enumerate(slopes.iloc[::-1].iterrows()):
+        colour = colours[row["setting"]]
+        if not pd.isna(row["low"]):
+            right.plot([row["low"], row["high"]], [i, i], color=colour, linewidth=1.4)
+        right.plot([row["mean"]], [i], "o", color=colour, markersize=6)
+    right.axvline(0.0, color=style.MARK, linewidth=0.8)
+    right.set_yticks(range(len(slopes)), slopes["setting"].iloc[::-1])
+    right.set_ylim(-0.6, len(slopes) - 0.4)
+    right.grid(visible=False, axis="y")
+    right.set_title(f"Slope of the {column.label}")
+    right.set_xlabel(f"percentage points per {PER} epochs")
+    return figure
+
+
+@style.styled
+def draw_rate_and_wci(table: pd.DataFrame) -> Figure:
+    """The rate above the index that it follows (the paper's figure 9 a)."""
+    colours = _colours(table)
+    whose = " of the WCI" if len(colours) <= comparison.BANDS else ""
+    title = f"Rate and WCI ({of_seeds(table, colours)}{whose})"
+    figure = style.new_figure(title, 1.5 * _height(colours))
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    for ax, (name, column) in zip((upper, lower), RATE_AND_INDEX.items(), strict=True):
+        draw_over_epochs(ax, table[table["metric"] == name], colours, bands=name == "wci")
+        finish(ax, "", column.shown)
+        _mark_decay(ax, table)
+    upper.set_xlabel("")
+    log_axis(upper)
+    lower.set_ylim(bottom=0)
+    for ax, name in ((upper, "lr"), (lower, "wci")):
+        label_ends(ax, ends_of(table[table["metric"] == name], colours))
+    return figure
+
+
+def _height(colours: Mapping[str, str]) -> float:
+    """Inches, so that the labels of many curves fit beside them."""
+    return 3.7 if len(colours) <= comparison.BANDS else 4.6
+
+
+def _mark_decay(ax: Axes, table: pd.DataFrame) -> None:
+    """The first epoch at the lower rate."""
+    start = table["start"].iloc[0]
+    ax.axvline(start, color=style.MARK, linewidth=0.9, linestyle=(0, (4, 3)))
+    place = ax.get_xaxis_transform()
+    ax.text(start, 0.99, " decay", transform=place, va="top", fontsize=8, color=style.MARK)
+
+
+def _colours(frame: pd.DataFrame) -> dict[str, str]:
+    """Thresholds from dark to light, the control apart from them."""
+    order = list(dict.fromkeys(frame["setting"]))
+    thresholds = [name for name in order if name != STATIC]
+    n = len(thresholds)
+    shades = style.shades(n + 1 + n // 4)[:n]  # the lightest are faint on white
+    colours = dict(zip(thresholds, shades, strict=True))
+    return {name: colours.get(name, style.PALETTE[1]) for name in order}
+
+
+def _rule(damped: pd.DataFrame, settings: Mapping[str, str]) -> pd.DataFrame:
+    """How far the rate was lowered, and what became of the index: over seeds."""
+    found = []
+    for label in settings:
+        own = damped[damped["run"] == label].sort_values("epoch")
+        measured = own.dropna(subset=["wci"])
+        numbers = {
+            "final η / η₁": own["damping"].iloc[-1],
+            "mean η / η₁": own["damping"].mean(),
+            "share of epochs with a lowered rate": (own["damping"] < UNDAMPED).mean(),
+            "last WCI": measured["wci"].iloc[-1] if len(measured) else np.nan,
+            "highest WCI": measured["wci"].max(),
+        }
+        found += [
+            {"setting": settings[label], "quantity": name, "value": value} for name, value in numbers.items()
+        ]
+    return mean_with_interval(pd.DataFrame(found), ["setting", "quantity"], "value")
+
+
+def _trend_table(over_epochs: pd.DataFrame, fitted: pd.DataFrame, slopes: pd.DataFrame) -> pd.DataFrame:
+    """Measured points and lines of the control and the largest other threshold; the slopes of all."""
+    metric = "test_robust_error"
+    order = list(dict.fromkeys(slopes["setting"]))
+    shown = [name for name in order if name != STATIC][-1:] + [name for name in order if name == STATIC]
+    points = over_epochs[
+        (over_epochs["metric"] == metric)
+        & (over_epochs["epoch"] >= over_epochs["start"])
+        & over_epochs["setting"].isin(shown)
+    ]
+    lines = []
+    for setting in shown:
+        # the mean of the runs' lines; with equal epochs in all, the line through the means
+        own = fitted[(fitted["setting"] == setting) & (fitted["metric"] == metric)]
+        for epoch in (points["epoch"].min(), points["epoch"].max()):
+            height = (own["intercept"] + own["slope"] / PER * epoch).mean()
+            lines.append({"setting": setting, "epoch": epoch, "mean": height, "seeds": len(own)})
+    parts = {
+        "slope": slopes[slopes["metric"] == metric],
+        "measured": points,
+        "line": pd.DataFrame(lines),
+    }
+    columns = ["kind", "setting", "epoch", "mean", "low", "high", "seeds"]
+    return pd.concat([part.assign(kind=kind) for kind, part in parts.items()], ignore_index=True)[columns]
+
+
+def _rate_and_wci(
+    over_epochs: pd.DataFrame, damped: pd.DataFrame, runs: Sequence[Run], settings: Mapping[str, str]
+) -> pd.DataFrame:
+    """Rate and index over epochs: mean and interval over seeds."""
+    wci = combine(runs, "wci")
+    wci["setting"] = wci["run"].map(settings)
+    index = mean_with_interval(wci, ["setting", "epoch"], "wci")
+    start = over_epochs["start"].iloc[0]
+    index = index[index["epoch"] >= over_epochs["epoch"].min()].assign(metric="wci", start=start)
+    index = index.sort_values(
+        "setting", key=lambda names: names.map(list(dict.fromkeys(settings.values())).index), kind="stable"
+    )
+    rates = over_epochs[over_epochs["metric"] == "lr"]
+    together: pd.DataFrame = pd.concat([rates, index], ignore_index=True)
+    return together[list(rates.columns)]
+
+
+def _findings(
+    means: pd.DataFrame, differences: pd.DataFrame | None, slopes: pd.DataFrame, rule: pd.DataFrame
+) -> list[str]:
+    order = list(dict.fromkeys(means["setting"]))
+    error, loss, gap = (EPOCHS[name] for name in ("test_robust_error", "test_robust_loss", "robust_loss_gap"))
+    ruled = rule.set_index(["setting", "quantity"])["mean"]
+    slope = slopes.set_index(["setting", "metric"])
+    highest = rule[rule["quantity"] == "highest WCI"]["mean"].max()
+    findings = [
+        f"{seeds_named(means)}; mean ± half of the 95 % interval over seeds ({COVERAGE}). τ is in "
+        f"units of this network's index, which was at most {highest:.3g}. Best is the epoch of lowest test "
+        "robust error, chosen on the test set."
+    ]
+    for setting in order:
+        trend = slope.loc[(setting, error.name)]
+        interval = "" if pd.isna(trend["low"]) else f" [{trend['low']:+.2f}, {trend['high']:+.2f}]"
+        final = {column: said(picked(means, setting, column.name), column) for column in (error, loss, gap)}
+        rise = said(picked(means, setting, loss.name, DIFFERENCE), loss)
+        findings.append(
+            f"{setting}: the rate ends at {ruled[setting, 'final η / η₁']:.3g} η₁, the WCI at "
+            f"{ruled[setting, 'last WCI']:.3g}; robust error best "
+            f"{said(picked(means, setting, error.name, 'best'), error)} %, final {final[error]} %, since the "
+            f"decay {trend['mean']:+.2f}{interval} percentage points per {PER} epochs; robust loss final "
+            f"{final[loss]}, final − best {rise}; gap {final[gap]} nats."
+        )
+    finals = {name: picked(means, name, error.name)["mean"] for name in order if name != STATIC}
+    findings.append(
+        f"Sensitivity to τ: the final robust error lies between {min(finals.values()):.1f} % "
+        f"({min(finals, key=finals.__getitem__)}) and {max(finals.values()):.1f} % "
+        f"({max(finals, key=finals.__getitem__)})."
+    )
+    if differences is None:
+        findings.append("No control: no run kept η₁ throughout; schedule.threshold=1e9 makes one.")
+        return findings
+    for column, digits in ((error, 1), (loss, 3), (gap, 3)):
+        told = []
+        for setting in finals:
+            row = picked(differences, setting, column.name)
+            sides = "" if pd.isna(row["low"]) else f" [{row['low']:+.{digits}f}, {row['high']:+.{digits}f}]"
+            told.append(f"{setting} {row['mean']:+.{digits}f}{sides}")
+        unit = "percentage points" if column.scale > 1 else column.shown_unit
+        findings.append(
+            f"Final {column.label} minus that of the static rate, paired by seed ({unit}, 95 % intervals not "
+            f"adjusted for their number): {', '.join(told)}."
+        )
+    return findings
+
+
+STUDY = Study(
+    question="Does a learning rate that follows the WCI prevent robust overfitting, and does its threshold "
+    "matter?",
+    source="WCI paper, section 4, figures 3, 8 and 9 a",
+    answer=answer,
+)

@@ -1,0 +1,266 @@
+import hashlib
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from scipy.optimize import brentq
+
+from robustdyn.commands.certify import _difference, main
+from robustdyn.commands.replicas import main as replicas
+from robustdyn.replicas import read_ensemble
+from robustdyn.run.config import build
+from tests.runs import TINY, command, compose, invoke
+
+ARGUMENTS = (
+    *(
+        o
+        for o in TINY
+        if not o.startswith(("measure.", "schedule.", "trainer.max_epochs", "data.train_size"))
+    ),
+    "trainer.max_epochs=2",
+    "measure=none",
+    "report=false",
+    "schedule=constant",
+    "data.batch_size=20",
+)
+HALF, WHOLE = 60, 120
+ENSEMBLE = (
+    "device=cpu",
+    "replicas=6",
+    "chunk=3",
+    "steps=6",
+    "learning_rate=0.01",
+    "record.steps=[0,3,6]",
+    "record.loss_steps=[]",
+    "record.mean_steps=[3,6]",
+    "start.eigenvectors=3",
+    "start.attack_draws=1",
+    "start.noise_batches=0",
+    "start.slope_batches=0",
+    "start.tolerance=1e-1",
+)
+SMALL = (
+    "device=cpu",
+    "chunk=4",
+    "posterior.shift=[0,1]",
+    "posterior.scale=[1]",
+    "prior.std=[0.03,0.3]",
+    "screening.networks=6",
+    "screening.examples=8",
+    "sampling.networks=100",
+    "alpha=0.3",
+    "alpha_sampling=0.2",
+    "sampling.examples=8",
+    "test.networks=5",
+    "test.examples=8",
+)
+MORE = f"+run.data.train_size={WHOLE}"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("runs") / "digits"
+    checkpoint = f"checkpoint={run_dir / 'checkpoints' / 'last.ckpt'}"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        assert command(monkeypatch, *ARGUMENTS, f"data.train_size={HALF}", f"hydra.run.dir={run_dir}") == 0
+        assert invoke(replicas, monkeypatch, checkpoint, *ENSEMBLE, MORE) == 0
+    return run_dir
+
+
+@pytest.fixture
+def run(trained, tmp_path, monkeypatch):
+    shutil.copytree(trained, tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "run"
+
+
+def certify(monkeypatch, run, *arguments):
+    checkpoint = f"checkpoint={run / 'checkpoints' / 'last.ckpt'}"
+    return invoke(main, monkeypatch, checkpoint, *SMALL, *arguments)
+
+
+def certificate(run):
+    return json.loads((run / "certificate" / "last.json").read_text())
+
+
+def inverse(rate, budget):
+    def kl(p):
+        terms = [(rate, p), (1 - rate, 1 - p)]
+        return sum(a * math.log(a / b) for a, b in terms if a > 0)
+
+    most = 1 - 1e-15
+    return 1.0 if kl(most) < budget else brentq(lambda p: kl(p) - budget, rate, most, xtol=1e-15)
+
+
+def test_every_term_against_the_ensemble_and_arithmetic_by_hand(run, monkeypatch, capsys):
+    assert certify(monkeypatch, run, MORE) == 0
+    said = capsys.readouterr().out
+    found = certificate(run)
+    ensemble = read_ensemble(run / "replicas" / "last")
+    n, parameters = WHOLE - HALF, ensemble.mean_move.shape[1]
+    rows = found["certificates"]
+    assert [row["posterior"]["name"] for row in rows] == [
+        "shift 0, scale 1",
+        "shift 1, scale 1",
+        "the prior itself",
+    ]
+    covariance = np.cov(ensemble.position[:, -1].T)
+    squared = float((ensemble.mean_move[-1].astype(float) ** 2).sum())
+    for row in rows:
+        q, std = row["posterior"], row["posterior"]["prior_std"]
+        ratio = (covariance if q["scale"] else std**2 * np.eye(3)) / std**2
+        shape = 0.5 * (np.trace(ratio) - 3 - np.linalg.slogdet(ratio)[1])
+        kl = q["shift"] ** 2 * squared / (2 * std**2) + shape
+        np.testing.assert_allclose(row["kl"]["total"], kl, rtol=1e-6, atol=1e-12)  # the move is float32
+        # two prior widths and three posteriors share the failure probabilities
+        upper = inverse(row["sampled_error"], math.log(3 / 0.2) / 100)
+        np.testing.assert_allclose(row["empirical_upper"], upper, rtol=1e-9)
+        # each prior shares in Maurer's bound for all posteriors and in Chernoff's for itself
+        price = math.log((2 * math.sqrt(n) if q["scale"] else 1) * 4 / 0.3) / n
+        budget = kl / n + price
+        np.testing.assert_allclose(row["risk_bound"], inverse(upper, budget), rtol=1e-6)
+        assert row["n"] == n
+        assert row["sampled_error"] * 800 == pytest.approx(round(row["sampled_error"] * 800))
+        no_kl = inverse(upper, price)
+        np.testing.assert_allclose(row["bound_at_zero_kl"], no_kl, rtol=1e-6)
+        assert row["limited_by"] == "error on S"  # hardly trained: above one half
+    assert min(row["risk_bound"] for row in rows) < 1 - 1e-6  # the arithmetic was put to the test
+    assert rows[0]["kl"]["mean"] == 0 < rows[1]["kl"]["mean"]
+    assert found["risk_bound"] == min(row["risk_bound"] for row in rows) == rows[found["best"]]["risk_bound"]
+    assert found["confidence"] == 0.5
+    held = found["held_out"]
+    np.testing.assert_allclose(held["risk_bound"], inverse(held["error"], math.log(1 / 0.5) / n), rtol=1e-9)
+    assert f"bound: {found['risk_bound']:.3f} with probability 0.5" in said
+
+    # the replicas' law: all variance is that in the directions and that outside
+    measured = found["measured"]
+    assert found["settings"]["examples"] == {"prior": HALF, "S": n, "test": 60}
+    total = (ensemble.distance[:, -1] ** 2).mean() - squared
+    outside = (parameters - 3) * measured["complement_std"] ** 2
+    np.testing.assert_allclose(outside + np.trace(covariance), total * 6 / 5, rtol=1e-5)  # float32 moves
+
+
+def split(size, **changes):
+    overrides = [f"data.{key}={value}" for key, value in changes.items()]
+    return build(compose(*ARGUMENTS, f"data.train_size={size}", *overrides), "data").split("train")
+
+
+def fingerprint(images):
+    return hashlib.sha256(images.images.numpy().tobytes() + images.labels.numpy().tobytes()).hexdigest()
+
+
+def test_the_difference_takes_each_example_once():
+    whole, half = split(WHOLE), split(HALF)
+    rest, absent = _difference(whole, half)
+
+    def prints(images):
+        return sorted(hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in images.images)
+
+    assert absent == 0
+    assert sorted(prints(rest) + prints(half)) == prints(whole)
+    assert _difference(half, whole)[1] == WHOLE - HALF
+    twice = half.take(torch.tensor([0, 1, 0]))
+    assert prints(_difference(twice, half.take(torch.tensor([0])))[0]) == prints(
+        half.take(torch.tensor([0, 1]))
+    )
+
+
+@pytest.mark.slow
+def test_numbers_follow_the_seed_and_not_the_chunk(run, monkeypatch):
+    found = []
+    for changes in ((), ("chunk=7", "engine=looped"), ("seed=1",)):
+        assert certify(monkeypatch, run, MORE, *changes) == 0
+        found.append([row["sampled_error"] for row in certificate(run)["certificates"]])
+    assert found[0] == found[1] != found[2]
+
+
+def test_an_earlier_step_and_another_attack(run, monkeypatch):
+    assert certify(monkeypatch, run, MORE, "step=3", "+run.attack.steps=0", "output=early.json") == 0
+    early = json.loads((run.parent / "early.json").read_text())
+    ensemble = read_ensemble(run / "replicas" / "last")
+    squared = float((ensemble.mean_move[0].astype(float) ** 2).sum())
+    np.testing.assert_allclose(early["measured"]["mean_move_norm"], math.sqrt(squared), rtol=1e-6)
+    assert early["settings"]["attack"]["steps"] == 0
+
+
+def refused(monkeypatch, capsys, run, *arguments):
+    assert certify(monkeypatch, run, *arguments) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    return said
+
+
+def test_what_cannot_be_certified_is_refused(run, monkeypatch, capsys):
+    def said(*arguments):
+        return refused(monkeypatch, capsys, run, *arguments)
+
+    assert "run.data: not the images of the ensemble" in said()
+    assert "run.data: not the images of the ensemble" in said("+run.data.train_size=100")
+    assert "step=4" in (text := said(MORE, "step=4"))
+    assert "it has 3, 6; run robustdyn-replicas with it among record.mean_steps" in text
+    assert "sampling.examples=61 exceeds the 60 examples of S" in said(MORE, "sampling.examples=61")
+    assert "prior.std=[0.1, 0] must be a list; each must be a positive number" in said(
+        MORE, "prior.std=[0.1,0]"
+    )
+    assert "posterior.shift=1 must be a list" in said(MORE, "posterior.shift=1")
+    assert "alpha=0.99 and alpha_sampling=0.2 must add up" in said(MORE, "alpha=0.99")
+    assert "alpha=1 must lie between 0 and 1" in said(MORE, "alpha=1")
+    assert "no ensemble; make one with robustdyn-replicas" in said(MORE, f"replicas={run / 'checkpoints'}")
+
+
+def test_ensembles_that_tell_too_little_are_refused(run, monkeypatch, capsys):
+    folder = run / "replicas" / "last"
+    settings = json.loads((folder / "settings.json").read_text())
+
+    def said_with(**changes):
+        text = json.dumps({**settings, "ensemble": {**settings["ensemble"], **changes}})
+        (folder / "settings.json").write_text(text)
+        return refused(monkeypatch, capsys, run, MORE)
+
+    assert "an ensemble of another checkpoint; say replicas=DIR" in said_with(checkpoint="0" * 64)
+    assert "give an ensemble of SGD" in said_with(optimizer={"_target_": "torch.optim.Adam"})
+    assert "run them with batchnorm=eval" in said_with(batchnorm="train")
+    assert "no mean weights and positions of a step > 0" in said_with(**{"record.mean_steps": []})
+    (folder / "settings.json").write_text(json.dumps(settings))
+    (folder / "chunks" / "000003.npz").unlink()
+    assert "3 replicas tell no covariance of 3 directions; run robustdyn-replicas with replicas=6" in refused(
+        monkeypatch, capsys, run, MORE
+    )
+
+
+@pytest.mark.parametrize("key", ["model", "data", "attack.evaluation"])
+def test_a_stranger_s_run_calls_nothing_of_its_choice(run, monkeypatch, capsys, key):
+    path = run / ".hydra" / "config.yaml"
+    config = OmegaConf.load(path)
+    config.merge_with_dotlist([f"{key}._target_=robustdyn.models.checkpoints.torch.os.system"])
+    OmegaConf.save(config, path)
+    assert certify(monkeypatch, run, MORE) == 1
+    said = capsys.readouterr().err
+    assert f"{key}._target_=robustdyn.models.checkpoints.torch.os.system is not allowed" in said
+
+
+def test_a_prior_that_has_seen_all_is_refused(run, monkeypatch, capsys):
+    """An ensemble of the run's own examples, as without any +run.data."""
+    settings = run / "replicas" / "last" / "settings.json"
+    stored = json.loads(settings.read_text())
+    stored["ensemble"]["images"] = fingerprint(split(HALF))
+    settings.write_text(json.dumps(stored))
+    said = refused(monkeypatch, capsys, run)
+    assert "the prior has seen all but 0 of the ensemble's 60 examples" in said
+    assert "train it with data.train_size=30" in said
+
+
+def test_examples_that_chose_the_checkpoint_are_refused(run, monkeypatch, capsys):
+    """S in the run's validation set: as if it had been held out in place of a smaller data.train_size."""
+    config, settings = run / ".hydra" / "config.yaml", run / "replicas" / "last" / "settings.json"
+    config.write_text(config.read_text().replace("validation_size: 0", "validation_size: 1677"))
+    stored = json.loads(settings.read_text())
+    stored["ensemble"]["images"] = fingerprint(split("null", validation_size=0))
+    settings.write_text(json.dumps(stored))
+    changes = ("+run.data.train_size=null", "+run.data.validation_size=0")
+    said = refused(monkeypatch, capsys, run, *changes)
+    assert "examples of S were in the run's validation set" in said

@@ -1,0 +1,187 @@
+import itertools
+import json
+import shutil
+
+import pytest
+import torch
+
+from robustdyn.commands.posterior import main as posterior_command
+from tests.runs import TINY, command, rows
+
+
+def run(monkeypatch, run_dir, *overrides):
+    return command(monkeypatch, *TINY, f"hydra.run.dir={run_dir}", "report=false", *overrides)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One finished run of three epochs, measured after epochs 0 and 2, with a validation split."""
+    run_dir = tmp_path_factory.mktemp("runs") / "undisturbed"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        assert command(monkeypatch, *TINY, f"hydra.run.dir={run_dir}", "data.validation_size=40") == 0
+    return run_dir
+
+
+def weights(run_dir, name="last"):
+    checkpoint = torch.load(run_dir / "checkpoints" / f"{name}.ckpt", weights_only=True)
+    return {k: v for k, v in checkpoint["state_dict"].items() if k.startswith("model.")}
+
+
+def test_leaves_the_unit_of_truth_behind(finished):
+    assert (finished / ".hydra" / "config.yaml").exists()
+    assert {path.stem for path in (finished / "checkpoints").iterdir()} == {
+        "last",
+        "best_on_test",
+        "best_on_validation",
+    }
+    assert (finished / "report" / "index.html").exists()
+    environment = json.loads((finished / "environment.json").read_text())
+    assert environment["packages"]["torch"] == torch.__version__
+
+
+def test_records_every_epoch_and_every_measurement(finished):
+    epochs = rows(finished, "epochs")
+    assert [row["epoch"] for row in epochs] == [0, 1, 2]
+    assert [row["lr"] for row in epochs] == pytest.approx([0.1, 0.1, 0.01])  # in force, not the next one
+    for row in epochs:
+        gap = row["test_robust_loss"] - row["train_robust_loss"]
+        assert row["robust_loss_gap"] == pytest.approx(gap, abs=1e-12)
+        assert 0 <= row["validation_robust_error"] <= 1
+    assert [row["epoch"] for row in rows(finished, "wci")] == [0, 2]
+    assert [(row["epoch"], row["index"]) for row in rows(finished, "spectrum")] == [
+        (0, 0),
+        (0, 1),
+        (2, 0),
+        (2, 1),
+    ]
+    assert len(rows(finished, "bounds")) == 2
+    rates = [(row["epoch"], row["step"], row["lr"]) for row in rows(finished, "rates")]
+    assert rates == [(0, 0, pytest.approx(0.1)), (2, 6, pytest.approx(0.01))]  # three steps an epoch
+    assert [(row["epoch"], row["index"]) for row in rows(finished, "posterior")] == [
+        (epoch, index) for epoch in range(3) for index in range(2)
+    ]
+
+
+def test_summary_names_how_the_best_was_selected(finished):
+    summary = json.loads((finished / "summary.json").read_text())
+    epochs = rows(finished, "epochs")
+    assert summary["final"]["epoch"] == 2
+    best = min(epochs, key=lambda row: row["test_robust_error"])
+    assert summary["best_on_test"]["test_robust_error"] == best["test_robust_error"]
+    best = min(epochs, key=lambda row: row["validation_robust_error"])
+    assert summary["best_on_validation"]["epoch"] == best["epoch"]
+
+
+def test_the_posterior_can_be_computed_again(finished, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    (copy / "records" / "posterior.jsonl").unlink()
+    assert posterior_command([str(copy)]) == 0
+    assert rows(copy, "posterior") == rows(finished, "posterior")
+    assert posterior_command([str(copy), "--interpolation", "piecewise_constant"]) == 0
+    assert rows(copy, "posterior") != rows(finished, "posterior")
+    (copy / "records" / "spectrum.jsonl").unlink()
+    assert posterior_command([str(copy)]) == 1
+    assert "no spectrum was recorded" in capsys.readouterr().err
+
+
+def test_measuring_moves_nothing(finished, tmp_path, monkeypatch):
+    unmeasured = [o for o in TINY if not o.startswith("measure.")]
+    arguments = [
+        *unmeasured,
+        "measure=none",
+        "data.validation_size=40",
+        f"hydra.run.dir={tmp_path}",
+        "report=false",
+    ]
+    assert command(monkeypatch, *arguments) == 0
+    assert rows(tmp_path, "epochs") == rows(finished, "epochs")
+    assert all(torch.equal(value, weights(finished)[name]) for name, value in weights(tmp_path).items())
+
+
+def test_goes_on_where_it_stopped(finished, tmp_path, monkeypatch):
+    # The last epoch is always measured: a run stopped after epoch 0 measures where the whole one does.
+    assert run(monkeypatch, tmp_path, "data.validation_size=40", "trainer.max_epochs=1", "measure.epochs=[0]",
+               "schedule.milestones=[2]") == 0  # fmt: skip
+    (tmp_path / "records" / "wci.jsonl").open("a").write('{"epoch": 1, "wci"')  # killed while writing
+    assert run(monkeypatch, tmp_path, "data.validation_size=40", "resume=changed") == 0
+    tables = ("epochs", "rates", "wci", "layers", "spectrum", "alignment", "bounds", "posterior", "costs")
+    for table in tables:
+        assert rows(tmp_path, table) == rows(finished, table), table
+    # the second measurement started from the first one's eigenvectors, which came with the checkpoint
+    eigenproblems = [row for row in rows(finished, "costs") if row["part"] != "all"]
+    assert [(row["epoch"], row["warm"]) for row in eigenproblems] == [(0, False)] * 2 + [(2, True)] * 2
+    assert all(row["converged"] for row in eigenproblems)
+    assert all(torch.equal(value, weights(finished)[name]) for name, value in weights(tmp_path).items())
+
+
+def test_seeds_differ_and_zero_is_one(tmp_path, monkeypatch):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1), ("d", 2**32), ("e", 2**63 - 1)):
+        arguments = (f"seed={seed}", "trainer.max_epochs=1", "measure.epochs=[]")
+        assert run(monkeypatch, tmp_path / name, *arguments) == 0
+    a, b, *others = (rows(tmp_path / name, "epochs") for name in "abcde")
+    assert a == b
+    assert all(one != other for one, other in itertools.combinations([a, *others], 2))
+
+
+def test_a_sweep_ends_in_one_report(tmp_path, monkeypatch, capsys):
+    arguments = (
+        *TINY,
+        "-m",
+        "seed=0,1",
+        f"hydra.sweep.dir={tmp_path}",
+        "trainer.max_epochs=1",
+        "measure.epochs=0",
+    )
+    assert (
+        command(monkeypatch, *(a for a in arguments if not a.startswith("schedule.")), "schedule=constant")
+        == 0
+    )
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "seed=0" in page
+    assert "seed=1" in page
+    assert str(tmp_path / "report" / "index.html") in capsys.readouterr().out
+
+
+MISTAKES = [
+    ("optimizer.lrr=0.1", "unknown config key optimizer.lrr; did you mean optimizer.lr"),
+    ("attack.eps_255=-8", "attack.eps_255=-8 must be a number of at least 0"),
+    ("data.batch_size=1000", "data.batch_size=1000 exceeds the 80 training images; choose at most 80"),
+    ("measure.examples=81", "measure.examples=81 must be between 1 and the 80 training images"),
+    ("measure.epochs=often", "measure.epochs=often cannot be read; use 'every N'"),
+    ("data=cifar11", "Available options in 'data'"),
+    ("attack.eps_255=[", "cannot read the override attack.eps_255=["),
+    ("optimizer._target_=torch.optim.SGDD", "optimizer: Error loading 'torch.optim.SGDD'"),
+    (
+        "stopping=early",
+        "stopping=early watches held-out training images, but data.validation_size=0; choose a size",
+    ),
+    ("trainer.accelerator=abacus", "trainer: You selected an invalid accelerator name"),
+    ("schedule.milestones=[2,1]", "schedule: milestones must increase strictly from 1 on, got [2, 1]"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), MISTAKES)
+def test_a_mistake_is_one_clear_line(override, message, tmp_path, monkeypatch, capsys):
+    assert run(monkeypatch, tmp_path, override) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error
+    assert not (tmp_path / "records").exists()
+
+
+def test_missing_files_are_named_and_the_way_out_too(tmp_path, monkeypatch, capsys):
+    overrides = [o for o in TINY if not o.startswith("data")]
+    arguments = ("data=cifar10", f"data.root={tmp_path / 'nothing'}", "data.download=false", "report=false")
+    assert command(monkeypatch, *overrides, *arguments, f"hydra.run.dir={tmp_path / 'run'}") == 1
+    error = capsys.readouterr().err
+    assert str(tmp_path / "nothing") in error
+    assert "data=digits" in error
+    assert error.count("\n") == 1
+
+
+def test_full_errors_keep_their_stack_trace(tmp_path, monkeypatch):
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(ValueError, match=r"attack\.eps_255=-8"):
+        run(monkeypatch, tmp_path, "attack.eps_255=-8")

@@ -1,0 +1,45 @@
+import re
+
+import pytest
+from omegaconf import OmegaConf
+
+from robustdyn.commands import certify, evaluate, replicas, train
+from robustdyn.run.config import config_dir
+from tests.runs import invoke
+
+GROUPS = {
+    "train": {"data", "method", "logger", "ensemble/settings"},
+    "evaluate": {"attack", "ball", "data", "evaluation", "evaluation/attack", "model", "setting"},
+    "replicas": set(),
+    "certify": set(),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [("train", train), ("evaluate", evaluate), ("replicas", replicas), ("certify", certify)],
+)
+def test_help_lists_the_groups_in_use_and_every_comment_of_the_settings(name, command, monkeypatch, capsys):
+    assert invoke(command.main, monkeypatch, "--help") == 0
+    text = capsys.readouterr().out
+    head, _, tail = text.partition("== Settings (change with key=value) ==\n")
+    groups = set(re.findall(r"(?m)^([\w/]+): \w", head.partition("== Groups")[2]))
+    assert groups == GROUPS[name] if name != "train" else groups > GROUPS[name]
+    assert "evaluation" not in groups or name == "evaluate"
+    own = (config_dir() / f"{name}.yaml").read_text().partition("\nhydra:")[0]
+    settings = re.sub(r"(?s)^.*?\n\n", "", own, count=1)
+    comments = re.findall(r"\w:.*?\s# (.*)", settings)
+    assert comments
+    for comment in comments:
+        assert f"# {comment}\n" in tail
+    config = tail.rpartition("Any setting below")[0]
+    assert OmegaConf.create(re.sub(r"\$\$", "$", config)) is not None
+
+
+def test_a_setting_of_a_group_has_the_comment_of_the_choice(monkeypatch, capsys):
+    assert invoke(train.main, monkeypatch, "--help", "data=cifar10") == 0
+    text = capsys.readouterr().out
+    written = (config_dir() / "data/cifar10.yaml").read_text()
+    (comment,) = re.findall(r"(?m)^download: true +# (.*)", written)
+    assert f"  download: true  # {comment}\n" in text
+    assert "$$" not in text

@@ -1,0 +1,144 @@
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from robustdyn.attacks import PGD
+from robustdyn.errors import ConfigError
+from robustdyn.run.combinations import check_combinations
+from robustdyn.run.config import RULES, build, check, config_dir
+from tests.runs import compose
+
+
+def options(group):
+    return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
+
+
+@pytest.mark.parametrize("experiment", options("experiment"))
+def test_every_experiment_composes_and_passes_its_checks(experiment):
+    check(compose(f"experiment={experiment}"))
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        f"{group}={option}"
+        for group in (
+            "data",
+            "model",
+            "attack",
+            "objective",
+            "perturbation",
+            "optimizer",
+            "regularizer",
+            "schedule",
+            "averaging",
+            "method",
+            "measure",
+            "ensemble",
+            "trainer",
+            "logger",
+        )
+        for option in options(group)
+    ],
+)
+def test_every_option_composes_and_passes_its_checks(choice):
+    cfg = compose(choice)
+    check(cfg)
+    check_combinations(cfg)
+
+
+CHOICES = ((), ("method=trades_awp",), ("perturbation=sam",), ("schedule=wci",), ("stopping=early",))
+
+
+@pytest.mark.parametrize("key", RULES)
+def test_every_rule_guards_a_key_that_exists(key):
+    assert any(OmegaConf.select(compose(*choice), key) is not None for choice in CHOICES)
+
+
+def test_a_data_set_changes_the_protocol_and_the_user_has_the_last_word():
+    assert compose("data=cifar10").attack.step_255 == 2
+    assert compose("data=svhn").attack.step_255 == 1
+    assert compose("data=svhn", "attack.step_255=4").attack.step_255 == 4
+    assert compose("data=digits").model.width < compose("data=cifar10").model.width
+
+
+def test_radii_are_divided_once():
+    attack = build(compose("data=cifar10", "attack.eps_255=4"), "attack.train")
+    assert isinstance(attack, PGD)
+    assert attack.eps == pytest.approx(4 / 255)
+    assert attack.step_size == pytest.approx(2 / 255)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("attack.eps_255=-8", r"attack.eps_255=-8 must be a number of at least 0"),
+        ("attack.step_255=0", r"attack.step_255=0 must be a positive number"),
+        ("attack.eps_255=abc", r"attack.eps_255=abc must be a number"),
+        ("attack.steps=2.5", r"attack.steps=2.5 must be a whole number"),
+        ("optimizer.momentum=1", r"optimizer.momentum=1 must lie in \[0, 1\)"),
+        ("optimizer.lr=nan", r"optimizer.lr=nan must be a positive number"),
+        ("trainer.max_epochs=0", r"trainer.max_epochs=0 must be a whole number of at least 1"),
+        ("seed=-1", r"seed=-1 must be a whole number from 0 to 2\^63 - 1"),
+        (f"seed={2**63}", r"must be a whole number from 0 to 2\^63 - 1"),
+        (f"data.split_seed={2**63}", r"data.split_seed=\d+ must be a whole number from 0 to 2\^63 - 1"),
+        ("seed=null", r"seed=None must be a whole number"),
+        ("attack.norm=l1", r"attack.norm=l1 must be linf or l2"),
+    ],
+)
+def test_refuses_a_value_by_its_key(override, message):
+    with pytest.raises(ConfigError, match=message):
+        check(compose(override))
+
+
+def test_a_constructor_that_refuses_is_named_by_its_key():
+    with pytest.raises(ConfigError, match=r"^schedule: milestones must increase strictly from 1 on"):
+        build(compose("schedule.milestones=[5,3]"), "schedule")
+
+
+def test_calls_nothing_outside_the_allowed_packages():
+    cfg = OmegaConf.create({"thing": {"_target_": "os.system", "command": "true"}})
+    with pytest.raises(ConfigError, match=r"thing._target_=os.system is not allowed"):
+        build(cfg, "thing")
+    nested = OmegaConf.create(
+        {"thing": {"_target_": "torch.nn.Identity", "inner": {"_target_": "os.getcwd"}}}
+    )
+    with pytest.raises(ConfigError, match=r"thing.inner._target_=os.getcwd is not allowed"):
+        build(nested, "thing")
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "torch.os.system",
+        "torch.load",
+        "torch.utils.collect_env.run",
+        "robustdyn.models.checkpoints.torch.utils.collect_env.run",
+        "robustdyn.records.files.replace_file",
+        "lightning.Trainer",  # named in conf/, for another section
+        "${oc.select:other}",
+    ],
+)
+def test_a_configuration_of_a_file_calls_what_conf_names_alone(target):
+    cfg = OmegaConf.create({"model": {"_target_": target}, "other": "torch.load"})
+    with pytest.raises(ConfigError, match=r"model._target_=.* is not allowed .*; allowed are .*PreActResNet"):
+        build(cfg, "model", from_file=True)
+    nested = {"_target_": "robustdyn.models.PreActResNet", "width": [{"_target_": target}]}
+    with pytest.raises(ConfigError, match=r"model.width\[0\]._target_=.* is not allowed"):
+        build(OmegaConf.create({"model": nested, "other": "torch.load"}), "model", from_file=True)
+
+
+@pytest.mark.parametrize("group", ["data", "model", "attack", "objective", "regularizer", "perturbation"])
+def test_every_option_of_a_group_can_be_built_from_a_file(group):
+    for option in options(group):
+        cfg = compose(f"{group}={option}")
+        key = "attack.train" if group == "attack" else group
+        assert type(build(cfg, key, from_file=True)) is type(build(cfg, key))
+
+
+def test_adds_what_only_the_program_knows():
+    module = build(
+        OmegaConf.create({"m": {"_target_": "torch.nn.Linear", "in_features": 2}}), "m", out_features=3
+    )
+    assert isinstance(module, torch.nn.Linear)
+    assert module.out_features == 3

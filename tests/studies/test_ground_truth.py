@@ -1,0 +1,140 @@
+import numpy as np
+import pytest
+import yaml
+
+from robustdyn.errors import RecordError
+from robustdyn.records.reader import find_runs
+from robustdyn.studies import ground_truth
+from robustdyn.studies.shared.study import conduct, load
+from tests.replicas.ensembles import BATCH, point, recorded, simulate, write
+
+LAM = np.array([20.0, 8.0, 3.0])
+SLOPES = np.array([[30.0, 2.0, 0.0], [2.0, 12.0, 0.5], [0.0, 0.5, 4.5]])
+NOISE = np.diag(0.6 * LAM)
+RATES = np.array([0.01] * 60 + [0.001] * 40)
+STEPS = [0, 1, 9, 10, 59, 60, 61, 70, 99, 100]
+
+
+def run_directory(path):
+    (path / ".hydra").mkdir(parents=True)
+    (path / ".hydra" / "config.yaml").write_text(yaml.safe_dump({"seed": 0}), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """One run with two ensembles: plain, and with a weight perturbation."""
+    run = run_directory(tmp_path_factory.mktemp("runs") / "run")
+    x, g = simulate(SLOPES, NOISE / BATCH, np.zeros(3), RATES, STEPS, replicas=200, seed=2)
+    draws = np.random.default_rng(0)
+    sampled = draws.multivariate_normal(np.zeros(3), NOISE / BATCH, size=256)
+    start = point(np.diag(LAM), NOISE, np.zeros(3), slopes=SLOPES, errors=0.1, sampled=sampled)
+    steeper = point(2 * np.diag(LAM), 3 * NOISE, np.zeros(3), slopes=1.5 * SLOPES, sampled=sampled)
+    plain = recorded(start, x, STEPS, RATES, gradient=g, path=[start, steeper], path_steps=[60, 100])
+    write(run / "replicas" / "last", plain)
+    write(
+        run / "replicas" / "awp",
+        recorded(start, x, STEPS, RATES, gradient=g),
+        perturbation={"_target_": "x.AWP"},
+    )
+    return run
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_resamples():
+    """Enough to see that intervals are there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ground_truth, "RESAMPLES", 60)
+        patch.setattr(ground_truth, "DRAWS", 8)
+        yield
+
+
+@pytest.fixture(scope="module")
+def answer(runs, few_resamples):
+    return load("ground_truth").answer(find_runs(runs))
+
+
+def test_the_law_that_made_the_replicas_agrees_and_the_other_does_not(answer):
+    steps = answer.tables["agreement"]
+    assert set(steps["ensemble"]) == {"Digits, AT", "Digits, AWP"}
+    late = steps[(steps["ensemble"] == "Digits, AT") & (steps["step"] >= 10)].set_index(["law", "step"])
+    assert late.loc["refreshed", "geometric_mean"].between(0.85, 1.15).all()  # 200 replicas: ± 6 %
+    assert (late.loc["exact", "high"] < 0.9).any()
+    assert late.loc[("stationary", 61), "geometric_mean"] > 3
+    assert (late.loc["refreshed", "prediction_error"] > 0).all()
+    assert late.loc["exact", "prediction_error"].isna().all()
+    assert "refreshed_path" in late.index.get_level_values("law")
+
+
+def test_what_drifts_is_told_from_what_replicas_see(answer):
+    path = answer.tables["along_the_path"]
+    end = path[(path["ensemble"] == "Digits, AT") & (path["step"] == 100)].iloc[0]
+    assert (end["curvature"], end["slope"], end["noise"]) == pytest.approx((2, 1.5, 3))
+    seen = answer.tables["at_the_replicas"]
+    own = seen[seen["ensemble"] == "Digits, AT"]
+    assert own["step"].tolist() == [10, 60, 61, 100]  # the step before each was recorded, too
+    # the simulation's slopes and noise are the start's
+    assert (np.abs(own["noise"] - 1) < 4 * own["noise_error"]).all()
+    assert (np.abs(own["slope"] - 1) < 4 * own["slope_error"]).all()
+    assert (own["noise_error"] < 0.12).all()
+
+
+def test_ensembles_with_and_without_a_decay_go_together(runs, tmp_path):
+    """A cosine has no decay to stop at; beside an ensemble that has one its missing step is no number."""
+    run = run_directory(tmp_path / "run")
+    cosine = 0.005 * (1 + np.cos(np.linspace(0, 3, 40)))
+    steps = [0, 1, 10, 39, 40]
+    x, g = simulate(SLOPES, NOISE / BATCH, np.zeros(3), cosine, steps, replicas=30, seed=4)
+    start = point(np.diag(LAM), NOISE, np.zeros(3), slopes=SLOPES)
+    write(run / "replicas" / "cosine", recorded(start, x, steps, cosine, gradient=g))
+    written = conduct("ground_truth", [run, runs], tmp_path / "out")
+    said = written.findings.read_text(encoding="utf-8")
+    assert "**Digits, AT, rate falls smoothly**: 30 replicas × 40 steps" in said
+    assert "Digits, AT, rate falls smoothly, memory: where replicas are at step 40" in said
+
+
+def test_labels_tell_apart_what_differs(tmp_path):
+    run = run_directory(tmp_path / "run")
+    start = point(np.diag(LAM), NOISE, np.zeros(3))
+    cosine = 0.01 * np.cos(np.linspace(0, 1, 20))
+    rates = {
+        "a": np.full(20, 0.01),
+        "b": np.full(30, 0.01),
+        "c": np.full(20, 0.02),
+        "d": cosine,
+        "e": np.minimum(cosine, cosine[::-1]),
+        "f": np.full(20, 0.01),
+    }
+    for name, rate in rates.items():
+        write(run / "replicas" / name, recorded(start, np.zeros((5, 2, 3)), [0, 1], rate))
+    assert list(ground_truth.find_ensembles(find_runs(run))) == [
+        "Digits, AT, first rate 0.01, steps 20",
+        "Digits, AT, first rate 0.01, steps 30",
+        "Digits, AT, first rate 0.02, steps 20",
+        "Digits, AT, rate falls smoothly",
+        "Digits, AT, rate rises and falls",
+        "Digits, AT, first rate 0.01, steps 20 (run f)",
+    ]
+
+
+def test_everything_is_written(runs, tmp_path):
+    written = conduct("ground_truth", runs, tmp_path)
+    said = written.findings.read_text(encoding="utf-8")
+    assert "**Digits, AT**: 200 replicas × 100 steps, 3 directions, λ from 20 to 3" in said
+    assert "0.001 from step 60" in said
+    names = {path.name for path in written.figures}
+    for stem in (
+        "ratio",
+        "ratio_by_eigenvalue",
+        "mean",
+        "drift",
+        "memory",
+        "variance_digits_at",
+        "variance_digits_awp",
+    ):
+        assert {f"{stem}.png", f"{stem}.csv"} <= names
+
+
+def test_runs_without_replicas_say_how_to_make_some(tmp_path):
+    with pytest.raises(RecordError, match="robustdyn-replicas"):
+        load("ground_truth").answer(find_runs(run_directory(tmp_path / "run")))
