@@ -12,7 +12,7 @@ import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from robustdyn.run.config import check, config_dir
-from robustdyn.studies.shared.study import names
+from robustdyn.studies import names
 from tests.runs import compose
 
 ROOT = Path(__file__).parents[1]

@@ -5,17 +5,19 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from robustdyn.errors import RecordError
-from robustdyn.measure import posterior_rows
-from robustdyn.records import Run, RunRecords, find_runs, read_table
 from robustdyn.run.config import register_resolvers
 from robustdyn.run.status import say, status_of
-from robustdyn.theory.trajectory import Interpolation
+
+if TYPE_CHECKING:
+    from robustdyn.records import Run
+    from robustdyn.theory.trajectory import Interpolation
 
 DESCRIPTION = """\
 Propagate momentum SGD's covariance through the learning rates and the Hessian and noise spectra that
-runs have recorded, and write each run's table `posterior` anew. Training does this at its end; use the
+runs have recorded, and rewrite each run's table `posterior`. Training does this at its end; use the
 command for another interpolation between measured epochs, or for runs that were stopped.
 """
 
@@ -30,12 +32,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="of curvature and noise between measured epochs (default: the run's measure.interpolation)",
     )
     arguments = parser.parse_args(argv)
+    from robustdyn.records import find_runs  # after the arguments, as it loads slowly
+
     register_resolvers()  # which settings in the runs' configurations refer to
 
     found: list[Run] = []
     failed = status_of(lambda: found.extend(find_runs(arguments.path)))
 
-    def write(run: Run) -> None:
+    def write(run: "Run") -> None:
         count = write_posterior(run, arguments.interpolation)
         say(f"{run.path}: {count} rows")
 
@@ -43,13 +47,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return max([failed, *(status_of(partial(write, run)) for run in found)])
 
 
-def write_posterior(run: Run, interpolation: Interpolation | None) -> int:
+def write_posterior(run: "Run", interpolation: "Interpolation | None") -> int:
     """Write one run's ``posterior`` table; the number of its rows.
 
     Raises:
         RecordError: The run recorded no spectrum, or was not trained with momentum SGD, or its configuration
             lacks the optimiser's settings.
     """
+    from robustdyn.measure import posterior_rows
+    from robustdyn.records import RunRecords, read_table
+
     _require_plain_momentum(run)
     tables = {name: read_table(run.path, name) for name in ("epochs", "rates", "spectrum", "bounds")}
     if tables["spectrum"].empty:
@@ -74,7 +81,7 @@ def write_posterior(run: Run, interpolation: Interpolation | None) -> int:
     return RunRecords(run.path).replace("posterior", rows)
 
 
-def _require_plain_momentum(run: Run) -> None:
+def _require_plain_momentum(run: "Run") -> None:
     """Refuse what ``AdversarialTraining.plain_momentum`` would, from the configuration alone."""
     optimizer = run.config.get("optimizer", {})
     if not isinstance(optimizer, Mapping) or "_target_" not in optimizer:

@@ -5,7 +5,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from robustdyn.launch.states import announce, say_states, states_of
 from robustdyn.run.config import register_resolvers
 from robustdyn.run.status import status_of
 
@@ -29,9 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     paths: list[Path] = arguments.path
     output: Path = arguments.output or (paths[0] if len(paths) == 1 else Path()) / "report"
     # not for --help: these load slowly
+    from robustdyn.launch.states import announce, say_states, states_of
     from robustdyn.report.page import build_report
-
-    register_resolvers()  # which settings in the runs' configurations refer to
 
     register_resolvers()  # which settings in the runs' configurations refer to
 

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from robustdyn import studies
 from robustdyn.run.config import register_resolvers
 from robustdyn.run.status import say, status_of
 
@@ -39,15 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from robustdyn.studies.shared.study import names
-
     parser = argparse.ArgumentParser(
         prog="robustdyn-study",
         description="Tables and figures of a paper, from runs.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("study", choices=names(), help="which")
+    parser.add_argument("study", choices=studies.names(), help="which")
     parser.add_argument("path", nargs="+", type=Path, help="a run directory, or a folder to search for runs")
     parser.add_argument(
         "--output",

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from robustdyn.errors import UserError
 from robustdyn.launch.cluster import in_slurm
-from robustdyn.launch.help import register_help
+from robustdyn.launch.help import show_help
 from robustdyn.launch.paths import anchor, quoted_paths
 from robustdyn.launch.sweep import end_sweep, forget_sweep, run_in_its_directory, sweeping
 from robustdyn.records.progress import one_line
@@ -37,7 +37,7 @@ def run_app(task: Callable[[DictConfig], None], config_name: str, paths: Collect
     ``paths``: its keys that hold paths, beside those that all commands have.
     """
     speak_safely()
-    register_help()
+    show_help(config_name)
     for chatty in ("fontTools", "matplotlib"):  # Hydra's handlers would print their notes on every figure
         logging.getLogger(chatty).setLevel(logging.WARNING)
     # argparse cannot take overrides on both sides of a flag: "a=1 -m b=2" would be refused

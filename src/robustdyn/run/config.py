@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -202,8 +201,12 @@ def build(cfg: Any, key: str, *, from_file: bool = False, **extra: Any) -> Any:
         if isinstance(cause, UserError):
             raise cause from error
         raise ConfigError(f"{key}: {_one_line(cause or error)}") from error
-    except (OmegaConfBaseException, MisconfigurationException, ValueError, TypeError) as error:
-        raise ConfigError(f"{key}: {_one_line(error)}") from error
+    except Exception as error:
+        from lightning.fabric.utilities.exceptions import MisconfigurationException  # takes seconds to load
+
+        if isinstance(error, OmegaConfBaseException | MisconfigurationException | ValueError | TypeError):
+            raise ConfigError(f"{key}: {_one_line(error)}") from error
+        raise
 
 
 def _check_targets(node: object, key: str, *, from_file: bool) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,19 +77,14 @@ class Written:
     findings: Path
 
 
-def names() -> list[str]:
-    """The studies there are."""
-    return sorted(module.name for module in pkgutil.iter_modules(studies.__path__))
-
-
 def load(name: str) -> Study:
     """The study of this name.
 
     Raises:
         ValueError: There is none.
     """
-    if name not in names():
-        raise ValueError(f"no study {name}; there are {', '.join(names())}")
+    if name not in studies.names():
+        raise ValueError(f"no study {name}; there are {', '.join(studies.names())}")
     study = importlib.import_module(f"{studies.__name__}.{name}").STUDY
     assert isinstance(study, Study)
     return study
