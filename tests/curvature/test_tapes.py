@@ -58,9 +58,9 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Made:
     references: Made = []
     record = Tape.__init__
 
-    def note(tape: Tape, *arguments: object) -> None:
+    def note(tape: Tape, *arguments: object, **settings: object) -> None:
         references.append(weakref.ref(tape))
-        record(tape, *arguments)
+        record(tape, *arguments, **settings)
 
     monkeypatch.setattr(Tape, "__init__", note)
     return references
@@ -277,10 +277,10 @@ def test_a_graph_is_gone_before_the_next_one_is_made(monkeypatch):
     most = []
     record = Tape.__init__
 
-    def note(tape: Tape, *arguments: object) -> None:
+    def note(tape: Tape, *arguments: object, **settings: object) -> None:
         most.append(sum(hasattr(other, "gradient") and bool(other.gradient) for other in living))
         living.add(tape)
-        record(tape, *arguments)
+        record(tape, *arguments, **settings)
 
     monkeypatch.setattr(Tape, "__init__", note)
     risk = risk_of(CASES["preact"], chunk_size=1)
