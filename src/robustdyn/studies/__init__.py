@@ -1,1 +1,1 @@
-"""The studies, a module each; :func:`robustdyn.studies.shared.study.names` lists them."""
+"""The studies, a module each; ``robustdyn.studies.shared.study.names`` lists them."""
