@@ -25,7 +25,7 @@ def stream_seed(seed: int, stream: str, *counters: int) -> int:
 
 
 def generator(seed: int, stream: str, *counters: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A fresh generator on ``device`` for one (seed, stream, counters); see :func:`stream_seed`."""
+    """A fresh generator on ``device`` for one (seed, stream, counters); see ``stream_seed``."""
     return torch.Generator(device=device).manual_seed(stream_seed(seed, stream, *counters))
 
 

@@ -112,7 +112,7 @@ class PGD:
         start: Tensor,
         loss: AttackLoss = summed_cross_entropy,
     ) -> Tensor:
-        """As :meth:`perturb`, but unchecked and from a starting point (B, C, H, W), which is not changed."""
+        """As ``perturb``, but unchecked and from a starting point (B, C, H, W), which is not changed."""
         if torch.is_inference_mode_enabled():
             raise RuntimeError("an attack needs gradients: construct the Trainer with inference_mode=False")
         images = images.detach()

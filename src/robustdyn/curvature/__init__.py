@@ -8,7 +8,7 @@ The room knows torch only. Five lines measure a model on fixed (already adversar
     noise = projected_covariance(risk, top.eigenvectors)
     print(top.eigenvalues, top.residuals, noise.variances, noise.standard_errors)
 
-``noise`` is C₁, of one example's gradient; :func:`robustdyn.theory.minibatch_noise_factor` makes a batch's of
+``noise`` is C₁, of one example's gradient; ``robustdyn.theory.minibatch_noise_factor`` makes a batch's of
 it. Every result is frozen and carries its uncertainty (standard errors or residuals) and its cost (products,
 seconds).
 """

@@ -5,7 +5,7 @@ tracked subspace H is diag(λ) and C is uᵀCu (k, k); what C does between this 
 not seen there. λ and u are taken as exact: the only randomness considered is which m examples C was measured
 on.
 
-C is normalised by m as in :class:`GradientCovariance`, not by m − 1.
+C is normalised by m as in ``GradientCovariance``, not by m − 1.
 """
 
 import time
@@ -27,7 +27,7 @@ class Alignment:
 
     A commutator and an off-diagonal share are norms, and noise in C's off-diagonal entries makes them
     positive even where H and C commute: read them beside their ``null``, in units of ``null_spread``.
-    Standard errors are the jackknife's (:func:`covariance_jackknife`); they assume a smooth statistic, which
+    Standard errors are the jackknife's (``covariance_jackknife``); they assume a smooth statistic, which
     a norm is not at zero, and mean little for a commutator no larger than its null.
 
     Attributes:
@@ -36,7 +36,7 @@ class Alignment:
             C is positive semi-definite, so that its eigenvalues differ by no more than the largest. NaN where
             H or C vanishes.
         commutator_standard_error: Of the commutator, over examples.
-        commutator_null: Mean commutator of the :func:`sign_flipped_covariances`: what sampling noise alone
+        commutator_null: Mean commutator of the ``sign_flipped_covariances``: what sampling noise alone
             would give.
         commutator_null_spread: Standard deviation of these; that of the mean is smaller by √randomisations.
         cosine: ⟨H, C⟩_F / (‖H‖_F ‖C‖_F) in the tracked subspace; 1 when C is a positive multiple of H.
@@ -81,7 +81,7 @@ class Alignment:
 
     @property
     def subspace_overlap(self) -> float:
-        """The :func:`subspace_overlap` of span(u) and span(v); NaN without C's eigenvectors."""
+        """The ``subspace_overlap`` of span(u) and span(v); NaN without C's eigenvectors."""
         return float(self.cosines.square().mean())
 
 
@@ -98,12 +98,12 @@ def alignment(
 ) -> Alignment:
     """How much H and C share directions, with standard errors and what sampling noise alone would give.
 
-    The null comes from :func:`sign_flipped_covariances`.
+    The null comes from ``sign_flipped_covariances``.
 
     Args:
         eigenvalues: λ (k,).
         eigenvectors: u (P, k), orthonormal columns.
-        projections: a_ij = g_iᵀ u_j (m, k), from :func:`gradient_projections`.
+        projections: a_ij = g_iᵀ u_j (m, k), from ``gradient_projections``.
         noise_eigenvalues: κ (l,), C's largest, descending, normalised by m.
         noise_eigenvectors: v (P, l), orthonormal columns.
         groups: Groups of the jackknife, between 2 and m.
@@ -174,7 +174,7 @@ def covariance_jackknife(
     Args:
         statistic: Takes a covariance (k, k), float64 on the CPU, to a number or a tensor; for instance to
             the total correlation of the posterior that it implies.
-        projections: (m, k), from :func:`gradient_projections`.
+        projections: (m, k), from ``gradient_projections``.
         groups: Between 2 and m; the statistic is called groups + 1 times.
 
     Returns:
@@ -219,7 +219,7 @@ def sign_flipped_covariances(
     null (for Gaussian projections the variance of C_ij by 1 + 2ρ²), so that it errs on the careful side.
 
     Args:
-        projections: (m, k), from :func:`gradient_projections`.
+        projections: (m, k), from ``gradient_projections``.
         randomisations: Number of covariances.
         generator: Source of the signs.
 
@@ -267,7 +267,7 @@ def subspace_overlap(first: Tensor, second: Tensor) -> float:
         second: V (P, l), orthonormal columns.
 
     Raises:
-        ValueError: As :func:`principal_angles`.
+        ValueError: As ``principal_angles``.
     """
     _check_pair("first", first, "second", second)
     cross = _cross(first, second, second.device)

@@ -1,6 +1,6 @@
 """The empirical risk over fixed examples, as a function of the flat parameter vector θ.
 
-Everything in this room is derived from :class:`EmpiricalRisk`: it alone knows the model, the examples, how
+Everything in this room is derived from ``EmpiricalRisk``: it alone knows the model, the examples, how
 they are cut into chunks and spread over processes, and how to leave the model exactly as it was found.
 """
 
@@ -68,10 +68,10 @@ class EmpiricalRisk:
     """L_S(θ) = (1/m) Σ_i ℓ(f(x_i; θ), y_i) over m fixed, already adversarial, inputs.
 
     θ is the concatenation of the measured parameter tensors in ``model.named_parameters()`` order: the
-    model's present weights, read at every call, or a fixed point (:meth:`at`). The mean is exact for any
+    model's present weights, read at every call, or a fixed point (``at``). The mean is exact for any
     chunk size and any spread over processes.
 
-    Nothing about the model, its gradients or torch's global state differs after a call (see :meth:`guard`).
+    Nothing about the model, its gradients or torch's global state differs after a call (see ``guard``).
     Modules other than BatchNorm keep the training flag they have: a Dropout left on is refused, not switched
     off. Autocast and compilation are off while measuring, and attention uses its mathematical kernel, the one
     that can be differentiated twice.
@@ -131,7 +131,7 @@ class EmpiricalRisk:
                 ``"bfloat16"``, products of numbers rounded to bfloat16, the sums in float32. What the last
                 costs in accuracy: experiments/benchmarks/README.md.
             group: Processes that share the measurement, each with its own ``inputs`` (shards of any size, see
-                :func:`robustdyn.curvature.shard`) and the same weights. Every method that returns a number
+                ``robustdyn.curvature.shard``) and the same weights. Every method that returns a number
                 about the risk is then collective and returns the same bits everywhere.
 
         Raises:
@@ -295,7 +295,7 @@ class EmpiricalRisk:
         return {name: flat[self.blocks[name]].view(self.shapes[name]) for name in self.names}
 
     def flatten(self, tensors: tuple[Tensor, ...]) -> Tensor:
-        """The inverse of :meth:`split`: one tensor per name, in order, to a (P,) vector."""
+        """The inverse of ``split``: one tensor per name, in order, to a (P,) vector."""
         return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
 
     def add(self, flat: Tensor, tensors: Iterable[Tensor]) -> None:
@@ -337,13 +337,13 @@ class EmpiricalRisk:
                     module.training = training
 
     def tapes(self, state: object = None) -> Iterator[tuple[Tape, bool]]:
-        """A tape for each of this process's chunks, and whether it may be used up; inside :meth:`guard`.
+        """A tape for each of this process's chunks, and whether it may be used up; inside ``guard``.
 
         Within the memory given, tapes are kept from one call to the next, for all operators on this risk,
         until weights, running statistics or examples change.
 
         Args:
-            state: The present :meth:`state`, where it is at hand.
+            state: The present ``state``, where it is at hand.
         """
         state = self.state() if state is None else state
         if state != self._kept_state:
@@ -360,7 +360,7 @@ class EmpiricalRisk:
                 tape.release()  # before the next one is recorded
 
     def tape(self, inputs: Tensor, targets: Tensor) -> Tape:
-        """A chunk's passes, recorded; inside :meth:`guard`.
+        """A chunk's passes, recorded; inside ``guard``.
 
         Args:
             inputs: (b, ...).
@@ -413,11 +413,11 @@ class EmpiricalRisk:
         return {name: present[name].detach() for name in self.names}
 
     def leaves(self) -> dict[str, Tensor]:
-        """As :meth:`parameters`, but fresh leaves of the autograd graph that require gradients."""
+        """As ``parameters``, but fresh leaves of the autograd graph that require gradients."""
         return {name: tensor.detach().requires_grad_() for name, tensor in self.parameters().items()}
 
     def outputs(self, parameters: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
-        """f(x; θ) as a pure function; call it inside :meth:`guard`.
+        """f(x; θ) as a pure function; call it inside ``guard``.
 
         Args:
             parameters: A tensor for each of ``names``, or for more of the model's parameters.
@@ -440,7 +440,7 @@ class EmpiricalRisk:
         return self.losses_of(self.outputs(parameters, inputs), targets)
 
     def losses_of(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """As :meth:`losses`, of outputs."""
+        """As ``losses``, of outputs."""
         losses = self.loss(outputs, targets)
         count = len(targets)
         if losses.shape != (count,):

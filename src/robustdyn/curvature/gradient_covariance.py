@@ -121,7 +121,7 @@ def projected_covariance(risk: EmpiricalRisk, directions: Tensor) -> ProjectedCo
     """C₁ in the subspace spanned by some directions, with standard errors of the variances.
 
     A mini-batch's noise γ, which the stationary laws need, is this times
-    :func:`robustdyn.theory.minibatch_noise_factor`.
+    ``robustdyn.theory.minibatch_noise_factor``.
 
     The standard error uses the sample fourth moment m₄ about the mean,
     se² = (m₄ − (m−3)/(m−1) s⁴)/m, which needs no normality (Mood, Graybill & Boes, 1974, section VI.2.2).
@@ -131,7 +131,7 @@ def projected_covariance(risk: EmpiricalRisk, directions: Tensor) -> ProjectedCo
         directions: (P, k).
 
     Raises:
-        ValueError: With fewer than two examples, or as :func:`gradient_projections`.
+        ValueError: With fewer than two examples, or as ``gradient_projections``.
     """
     if risk.examples < 2:
         raise ValueError("a covariance needs at least two examples")

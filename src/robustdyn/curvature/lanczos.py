@@ -47,7 +47,7 @@ class EigenResult:
         residuals: (k,) float64, ‖A u − λ u‖. From the recursion, not below rounding; with ``verify``
             recomputed.
         converged: (k,) bool, residual ≤ tol · (largest |λ| seen); the last pair also needs the search to have
-            ended before its budget. What this does not promise stands at :func:`lanczos`.
+            ended before its budget. What this does not promise stands at ``lanczos``.
         products: Products with the operator, those of ``verify`` included.
         restarts: Thick restarts.
         seconds: Wall time.

@@ -83,7 +83,7 @@ def layer_traces(
 ) -> LayerTraces:
     """The trace of every diagonal block of the Hessian, by the best estimator that is valid.
 
-    The Gauss-Newton route (:mod:`robustdyn.curvature.gauss_newton_blocks`) is exact for piecewise linear
+    The Gauss-Newton route (``robustdyn.curvature.gauss_newton_blocks``) is exact for piecewise linear
     networks under cross-entropy. It is taken only where the graph that autograd recorded shows that these
     conditions hold, on every chunk. Otherwise Hutchinson's estimator is applied
     to one block at a time. The shortcut v_kᵀ(Hv)_k from whole-model products is not offered: its noise,

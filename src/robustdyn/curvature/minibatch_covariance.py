@@ -127,7 +127,7 @@ class MinibatchCovariance(LinearOperator):
         """Find the gradient of every batch, in one gradient's time of all the examples.
 
         Args:
-            model: As for :class:`EmpiricalRisk`, and left as it was found in the same way.
+            model: As for ``EmpiricalRisk``, and left as it was found in the same way.
             inputs: (m_r, ...), this process's fixed examples.
             targets: (m_r, ...).
             batch_size: B, examples in one batch, each batch on one process.
@@ -139,13 +139,13 @@ class MinibatchCovariance(LinearOperator):
                 such correction: draws with replacement, or an unlimited supply.
             loss: ``(outputs, targets) -> (B,)``.
             chunk_size: Examples per pass within a batch; None takes the batch at once, as ``"train"`` must.
-            parameters: Which tensors make up θ, as for :class:`EmpiricalRisk`.
+            parameters: Which tensors make up θ, as for ``EmpiricalRisk``.
             group: Processes that share the measurement, each with its own examples (any number that makes a
                 batch) and the same weights. All methods are then collective.
 
         Raises:
             ValueError: If the examples do not make two batches (one on each process), n is less than B,
-                processes hold different weights, or :class:`EmpiricalRisk` refuses. All raise together.
+                processes hold different weights, or ``EmpiricalRisk`` refuses. All raise together.
             FloatingPointError: If the gradient of a batch is not finite.
         """
         self.batch_size, self.batchnorm = batch_size, batchnorm
@@ -374,7 +374,7 @@ def _jackknife_error(squares: Tensor) -> Tensor:
     Without batch a the estimate is (Σ q − q_a M/(M−1)) / (M − 2), for a distance along a direction as for one
     in R^P, so that se² = M / ((M−1)(M−2)²) Σ_b (q_b − q̄)². Whatever the distribution, this is in the mean too
     large by 2 Tr(C²) / ((M−1)(M−2)), with C the covariance in question: for normal gradients the standard
-    error is too large by √((M−1)/(M−2)). The sample fourth moment of :func:`projected_covariance` gives the
+    error is too large by √((M−1)/(M−2)). The sample fourth moment of ``projected_covariance`` gives the
     same for many batches, is 22 % too small with 8 and 12 % with 16, and has no such form for a trace.
 
     Args:

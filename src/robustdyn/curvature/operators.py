@@ -12,7 +12,7 @@ from robustdyn.curvature.tape import Tape
 class LinearOperator(ABC):
     """A symmetric P×P matrix that is never formed.
 
-    Subclasses implement :meth:`_matvec`; callers use :meth:`matvec` or ``@``.
+    Subclasses implement ``_matvec``; callers use ``matvec`` or ``@``.
 
     Attributes:
         shape: (P, P).
@@ -59,7 +59,7 @@ class LinearOperator(ABC):
         """A v for a vector (P,), or A V column by column for a matrix (P, k).
 
         Raises:
-            ValueError: As :meth:`matvec`.
+            ValueError: As ``matvec``.
         """
         if other.dim() == 1:
             return self.matvec(other)

@@ -22,7 +22,7 @@ def gaussian(
 def rademacher(
     shape: tuple[int, ...], generator: torch.Generator, like: torch.dtype, to: torch.device
 ) -> Tensor:
-    """Independent random signs ±1; arguments as :func:`gaussian`."""
+    """Independent random signs ±1; arguments as ``gaussian``."""
     bits = torch.randint(2, shape, generator=generator, device=generator.device, dtype=torch.int8)
     return (2 * bits - 1).to(device=to, dtype=like)
 

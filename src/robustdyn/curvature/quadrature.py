@@ -25,7 +25,7 @@ from robustdyn.curvature.operators import LinearOperator
 from robustdyn.curvature.probes import rademacher
 
 # A chain ends when β falls below the rounding of a product, about 4 eps ‖A‖ on float32 networks; a much lower
-# bar than that of :mod:`robustdyn.curvature.lanczos`. Steps taken in rounding do no harm, since T stays a
+# bar than that of ``robustdyn.curvature.lanczos``. Steps taken in rounding do no harm, since T stays a
 # projection of A. Steps not taken lose the bulk: behind outliers 10⁶ times as large β is 8 eps ‖A‖, and a bar
 # of 16 eps left an error of 14 % where going on left 3e-4.
 _CLOSED_EPS = 4
@@ -41,7 +41,7 @@ class SpectralDensity:
     """n independent estimates of the measure Σ_i γ_i δ(λ − λ_i), one from each random vector.
 
     Every estimate comes with its standard error over the n random vectors: nan when n = 1, which shows no
-    spread. That error does not cover the truncation of the chains at k steps; :meth:`shortened` shows its
+    spread. That error does not cover the truncation of the chains at k steps; ``shortened`` shows its
     size at no cost.
 
     Attributes:
@@ -100,7 +100,7 @@ class SpectralDensity:
         """The measure divided by its mass, every node spread into a Gaussian, and its standard error.
 
         Its integral over the real line is one; the trapezoid rule on a grid agrees if the grid reaches
-        some widths beyond the nodes and has a point or more for each width (:meth:`default_grid`).
+        some widths beyond the nodes and has a point or more for each width (``default_grid``).
 
         Args:
             grid: (g,) points.
@@ -146,7 +146,7 @@ class SpectralDensity:
         return estimate.clamp(0.0, 1.0), error
 
     def default_grid(self, width: float | None = None) -> tuple[Tensor, float]:
-        """A grid and a width for :meth:`density` that show all nodes and integrate to one.
+        """A grid and a width for ``density`` that show all nodes and integrate to one.
 
         Args:
             width: The resolution; None takes the range of the nodes divided by the length of the chains,

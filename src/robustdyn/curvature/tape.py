@@ -67,7 +67,7 @@ class Tape:
         return _products(self.gradient, self._weights, parts, keep=not last)
 
     def jacobian_product(self, parts: tuple[Tensor, ...]) -> Tensor:
-        """J v, shape of the outputs; arguments as :meth:`hessian_product`."""
+        """J v, shape of the outputs; arguments as ``hessian_product``."""
         self._kernels.outputs_only = True  # half the convolutions
         try:
             return _products(self.gradient, (self.slopes,), parts)[0]
@@ -79,7 +79,7 @@ class Tape:
 
         Args:
             cotangents: u, shape of the outputs.
-            last: As in :meth:`hessian_product`.
+            last: As in ``hessian_product``.
         """
         return _products((self._outputs,), self._weights, (cotangents,), keep=not last)
 
@@ -98,7 +98,7 @@ class Tape:
         return (product * vector).double().sum()
 
     def projections(self, parts: tuple[Tensor, ...]) -> Tensor:
-        """g_iᵀ v for every example, shape (b,); arguments as :meth:`hessian_product`."""
+        """g_iᵀ v for every example, shape (b,); arguments as ``hessian_product``."""
         if len(self.slopes) != self.examples:
             raise ValueError(
                 f"per-example gradients need outputs with the examples first, ({self.examples}, ...), but "

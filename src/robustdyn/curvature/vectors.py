@@ -30,7 +30,7 @@ def inner(rows: Tensor, vector: Tensor) -> Tensor:
 
 
 def norm(vector: Tensor) -> float:
-    """The length of a vector (P,); see :func:`inner`."""
+    """The length of a vector (P,); see ``inner``."""
     return float(torch.stack([part.double().norm() for part in vector.split(_SUMMED)]).norm())
 
 

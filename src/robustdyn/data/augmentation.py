@@ -87,7 +87,7 @@ class Augmentation:
         Args:
             images: (N, C, H, W), any dtype.
             indices: int64, (B,), which of them, on the same device.
-            choices: int64, (B, 5), from :meth:`draw`, on any device.
+            choices: int64, (B, 5), from ``draw``, on any device.
 
         Returns:
             (B, C, H, W), dtype and device of ``images``.

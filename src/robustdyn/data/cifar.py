@@ -85,7 +85,7 @@ class Cifar(Source):
         return (self.archive,)
 
     def read(self, root: Path, splits: Sequence[Split], *, partial: bool) -> dict[Split, ImageTensors]:
-        """See :meth:`Source.read`; of complete layouts the first that can be read, with a warning."""
+        """See ``Source.read``; of complete layouts the first that can be read, with a warning."""
         damaged: DataFileError | None = None
         for layout in self.layouts:
             if layout.absent(root, splits):

@@ -21,7 +21,7 @@ from robustdyn.streams import generator
 class ImageDataModule(LightningDataModule):
     """Train, validation and test images of one data set.
 
-    Subclasses say where the images come from (:meth:`read`). Without a trainer the module works too: one
+    Subclasses say where the images come from (``read``). Without a trainer the module works too: one
     process, on the CPU, epoch 0.
 
     Attributes:
@@ -70,8 +70,8 @@ class ImageDataModule(LightningDataModule):
                 before ``train_size`` is applied; 0 for no validation set.
             test_size: Test images to keep, class-balanced and drawn by ``split_seed``; None for all.
             split_seed: Seed of the splits, apart from ``seed`` so that runs with several seeds share them.
-            augment: Attributes of :class:`Augmentation`; None for none.
-            mixup: α of :class:`Mixup`, which mixes training batches; 0 for none.
+            augment: Attributes of ``Augmentation``; None for none.
+            mixup: α of ``Mixup``, which mixes training batches; 0 for none.
             seed: The run's seed: order, augmentation and mixing of the training images.
 
         Raises:
@@ -113,7 +113,7 @@ class ImageDataModule(LightningDataModule):
 
     @property
     def evaluation_splits(self) -> tuple[str, ...]:
-        """Names of what :meth:`val_dataloader` returns, in its order."""
+        """Names of what ``val_dataloader`` returns, in its order."""
         return ("validation", "test") if self.validation_size else ("test",)
 
     def split(self, name: str) -> ImageTensors:
@@ -166,7 +166,7 @@ class ImageDataModule(LightningDataModule):
         )
 
     def val_dataloader(self) -> list[TensorBatches]:
-        """One loader for each of :attr:`evaluation_splits`."""
+        """One loader for each of ``evaluation_splits``."""
         return [self._evaluation_loader(name) for name in self.evaluation_splits]
 
     def test_dataloader(self) -> TensorBatches:

@@ -20,7 +20,7 @@ class Digits(ImageDataModule):
     classes = 10
 
     def read(self) -> tuple[ImageTensors, ImageTensors]:
-        """See :meth:`ImageDataModule.read`; class-balanced, drawn by ``split_seed``."""
+        """See ``ImageDataModule.read``; class-balanced, drawn by ``split_seed``."""
         images = read_digits()
         if self.test_size is None:
             raise ConfigError("data.test_size=null, but digits has no test set; say how many to hold out")
@@ -29,7 +29,7 @@ class Digits(ImageDataModule):
 
 
 class ImageFiles(ImageDataModule):
-    """A data set in official files; subclasses name the :class:`Source`."""
+    """A data set in official files; subclasses name the ``Source``."""
 
     source: ClassVar[Source]
 
@@ -44,7 +44,7 @@ class ImageFiles(ImageDataModule):
             partial: Whether files may hold only the first so many of the official images.
             test_from_train: The last so many images of the training files become the test set, in place of
                 the test file, for excerpts that have none; None for the test file.
-            **common: Settings of :class:`ImageDataModule`.
+            **common: Settings of ``ImageDataModule``.
 
         Raises:
             ConfigError: A value that cannot work, naming its key.
@@ -63,7 +63,7 @@ class ImageFiles(ImageDataModule):
         return ("train", "test") if self.test_from_train is None else ("train",)
 
     def prepare_data(self) -> None:
-        """Downloads missing files; Lightning calls it in one process of each machine, before :meth:`setup`.
+        """Downloads missing files; Lightning calls it in one process of each machine, before ``setup``.
 
         Raises:
             DataFileError: Files are missing and cannot or may not be downloaded.
@@ -71,7 +71,7 @@ class ImageFiles(ImageDataModule):
         ensure_files(self.source, self.root, self.file_splits, download=self.download)
 
     def read(self) -> tuple[ImageTensors, ImageTensors]:
-        """See :meth:`ImageDataModule.read`."""
+        """See ``ImageDataModule.read``."""
         self.prepare_data()  # did its work already under a trainer; a notebook may call setup alone
         files = self.source.read(self.root, self.file_splits, partial=self.partial)
         train, test = files["train"], files.get("test")

@@ -42,7 +42,7 @@ class Svhn(Source):
     images: dict[Split, int]
 
     def missing(self, root: Path, splits: Sequence[Split]) -> str:
-        """See :meth:`Source.missing`."""
+        """See ``Source.missing``."""
         absent = [self.files[split].name for split in splits if self._path(root, split) is None]
         return " and ".join(f"{name} or svhn/{name}" for name in absent)
 
@@ -51,7 +51,7 @@ class Svhn(Source):
         return tuple(self.files[split] for split in splits if self._path(root, split) is None)
 
     def read(self, root: Path, splits: Sequence[Split], *, partial: bool) -> dict[Split, ImageTensors]:
-        """See :meth:`Source.read`."""
+        """See ``Source.read``."""
         paths = {split: self._path(root, split) for split in splits}
         return {split: self._read(path, split, partial=partial) for split, path in paths.items() if path}
 

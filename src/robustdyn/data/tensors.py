@@ -198,5 +198,5 @@ class ShuffledBatches(TensorBatches):
         return dict(self._position)
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes on behind the batches that :meth:`state_dict` counted, if it is their epoch that goes on."""
+        """Goes on behind the batches that ``state_dict`` counted, if it is their epoch that goes on."""
         self._position = self._resume_at = dict(state)

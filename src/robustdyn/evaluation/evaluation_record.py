@@ -1,7 +1,7 @@
 """The record of an evaluation: one directory, in which a killed evaluation goes on and others are added.
 
 ``settings.json`` says what was evaluated, ``records/*.jsonl`` holds the tables ``outcomes``, ``evaluation``
-and ``warnings`` of :mod:`robustdyn.records.schema`, ``summary.json`` the result.
+and ``warnings`` of ``robustdyn.records.schema``, ``summary.json`` the result.
 """
 
 import json
@@ -24,7 +24,7 @@ Warnings = dict[tuple[str, str], str]
 
 
 class EvaluationRecord:
-    """Outcomes, read back and appended to; made by :meth:`open`.
+    """Outcomes, read back and appended to; made by ``open``.
 
     Attributes:
         directory: Where it lies.

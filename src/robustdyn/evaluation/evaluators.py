@@ -102,8 +102,8 @@ class PGDEvaluator:
         steps: Gradient steps ≥ 1.
         relative_step: Step size as a share of ε, > 0.
         restarts: Starts ≥ 1; an example once broken is not attacked again.
-        loss: ``"cross_entropy"``, or ``"margin"``, :func:`summed_margin`.
-        random_start: As of :class:`robustdyn.attacks.PGD`.
+        loss: ``"cross_entropy"``, or ``"margin"``, ``summed_margin``.
+        random_start: As of ``robustdyn.attacks.PGD``.
         start_std: Likewise.
         iterates: ``"last"`` counts the example after the last step, as published PGD-k numbers do; ``"any"``
             counts an example as broken if any iterate breaks it, which is stronger and costs a third more.

@@ -37,7 +37,7 @@ class Result:
 
     Attributes:
         rows: Of the table ``evaluation``: clean, every attack, every ensemble, the worst case.
-        warnings: (check, evaluator) -> message; see :mod:`robustdyn.evaluation.sanity`.
+        warnings: (check, evaluator) -> message; see ``robustdyn.evaluation.sanity``.
         checks: Names of the attacks outside the ball, which do not count for the worst case.
     """
 

@@ -160,7 +160,7 @@ class Outcome:
         robust: bool (N,), for each example whether it was still right.
         access: ``"white_box"`` or ``"black_box"``; None for no attack.
         in_ball: Whether it kept to the threat model.
-        tied: See :class:`~robustdyn.evaluation.evaluators.Description`.
+        tied: See ``Description``.
         effort: Steps and restarts.
         ensemble: The ensemble whose last attack this is, if any and if some of its attacks follow gradients.
         zero_gradients: Number of images without gradient, where it was looked at.

@@ -30,10 +30,10 @@ INTERRUPTED, TERMINATED = 130, 143  # the shells' exit status after Ctrl-C and a
 
 
 def run_app(task: Callable[[DictConfig], None], config_name: str, paths: Collection[str] = ()) -> None:
-    """Run ``task`` under Hydra; a :class:`UserError` or a composition error becomes one line and status 1.
+    """Run ``task`` under Hydra; a ``UserError`` or a composition error becomes one line and status 1.
 
     With ``HYDRA_FULL_ERROR=1`` every error keeps its stack trace. A sweep runs to its end whatever happens to
-    its runs, and ends with status 1 unless all of them are done; see :mod:`robustdyn.launch.sweep`.
+    its runs, and ends with status 1 unless all of them are done; see ``robustdyn.launch.sweep``.
     ``paths``: its keys that hold paths, beside those that all commands have.
     """
     speak_safely()

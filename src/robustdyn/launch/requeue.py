@@ -32,7 +32,7 @@ def slurm_plugins(environ: Mapping[str, str]) -> list[Any]:
 
 
 def slurm_callbacks(environ: Mapping[str, str]) -> list[Callback]:
-    """:class:`GoOnAfterSigterm` under SLURM, nothing elsewhere.
+    """``GoOnAfterSigterm`` under SLURM, nothing elsewhere.
 
     Args:
         environ: The process's environment variables.

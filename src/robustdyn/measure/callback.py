@@ -53,12 +53,12 @@ class Measure(Callback):
     checkpoint, so that a resumed run measures the same numbers.
 
     Args:
-        epochs: When; see :func:`robustdyn.measure.when.measured_epochs`.
+        epochs: When; see ``robustdyn.measure.when.measured_epochs``.
         examples: Size of the measurement set, over all ranks.
         second_attack: How many of them, or all, are attacked a second time, over all ranks.
         inputs: ``"adversarial"``, or ``"clean"`` for the loss of the unperturbed examples.
         memory_mib: Memory of the passes on each rank: the chunk, and graphs kept for the next product.
-        precision: Of the products; see :class:`robustdyn.curvature.EmpiricalRisk`.
+        precision: Of the products; see ``robustdyn.curvature.EmpiricalRisk``.
         eigenpairs: How leading eigenpairs are found.
         measurements: What, by name, in this order.
         records: The run's record; only the first rank writes.

@@ -45,7 +45,7 @@ def posterior_rows(
         tables: ``epochs``, ``rates``, ``spectrum`` and ``bounds`` of one run.
         momentum: μ of every step.
         weight_decay: ω of every step.
-        interpolation: How (λ, γ) run between measured epochs; see :class:`robustdyn.theory.MeasuredSpectrum`.
+        interpolation: How (λ, γ) run between measured epochs; see ``robustdyn.theory.MeasuredSpectrum``.
 
     Yields:
         Rows of the ``posterior`` table, epoch by epoch.
@@ -204,7 +204,7 @@ class _Direction:
 
 
 class RecordPosterior(Callback):
-    """Writes the ``posterior`` table when training with momentum SGD ends; see :func:`posterior_rows`.
+    """Writes the ``posterior`` table when training with momentum SGD ends; see ``posterior_rows``.
 
     Args:
         records: The run's record; only the first rank writes.

@@ -49,7 +49,7 @@ class _Examples(NamedTuple):
 class OptimizerState(NamedTuple):
     """Settings of the optimiser's last step, as momentum SGD knows them.
 
-    ``plain``: whether the step is that of the theory's laws; see :attr:`AdversarialTraining.plain_momentum`.
+    ``plain``: whether the step is that of the theory's laws; see ``AdversarialTraining.plain_momentum``.
     """
 
     learning_rate: float

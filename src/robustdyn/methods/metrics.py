@@ -39,20 +39,20 @@ class LossAndError(Metric):
         return float(self.loss / self.examples), 1.0 - float(self.right / self.examples)
 
     def sums(self) -> Tensor:
-        """What :meth:`compute` is made of, over all ranks, (3,) on the CPU; every rank must call it."""
+        """What ``compute`` is made of, over all ranks, (3,) on the CPU; every rank must call it."""
         own = torch.stack([self.loss, self.right, self.examples])
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(own)
         return own.cpu()
 
     def take_sums(self, sums: Tensor) -> None:
-        """Go on from what :meth:`sums` gave."""
+        """Go on from what ``sums`` gave."""
         self.loss, self.right, self.examples = sums.to(self.loss).unbind()
         self._update_count = int(self.examples > 0)
 
 
 class RobustMetrics(nn.Module):
-    """Robust (adversarial) and clean :class:`LossAndError` of one split."""
+    """Robust (adversarial) and clean ``LossAndError`` of one split."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class RobustMetrics(nn.Module):
         return {"robust": self.robust.sums(), "clean": self.clean.sums()}
 
     def take_sums(self, sums: Mapping[str, Tensor]) -> None:
-        """Go on from what :meth:`sums` gave; without any, from nothing."""
+        """Go on from what ``sums`` gave; without any, from nothing."""
         self.reset()
         for kind, values in sums.items():
             getattr(self, kind).take_sums(values)

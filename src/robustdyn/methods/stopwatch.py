@@ -9,7 +9,7 @@ import torch
 
 
 class Stopwatch:
-    """Seconds spent in named sections, since the last :meth:`read`.
+    """Seconds spent in named sections, since the last ``read``.
 
     On a GPU the times are those of the work on it, from events that the host does not wait for. Sections also
     show under their names in the traces of PyTorch's profiler.

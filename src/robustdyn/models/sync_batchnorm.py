@@ -31,7 +31,7 @@ def share_buffers(model: nn.Module) -> None:
 
 
 def desynchronize(model: nn.Module) -> None:
-    """Undo :func:`synchronize`."""
+    """Undo ``synchronize``."""
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             module.__dict__.pop("forward", None)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def command(program: str, *arguments: str) -> str:
-    """One line for a shell. Arguments that name a place come from :func:`at`."""
+    """One line for a shell. Arguments that name a place come from ``at``."""
     return shlex.join([program, *arguments])
 
 

@@ -40,7 +40,7 @@ class RunStatus:
     """Keeps ``status.json`` of a run directory while the run's work is done inside it.
 
     ``with RunStatus(run_dir, settings): ...`` says ``running``, then ``done``; after an exception ``failed``
-    with one line of it; the traceback of what is no :class:`UserError` is in ``error.txt``. What is no
+    with one line of it; the traceback of what is no ``UserError`` is in ``error.txt``. What is no
     ``Exception`` (Ctrl-C, a signal that ends the process) leaves ``running``: the run is to go on.
 
     Args:
@@ -99,7 +99,7 @@ class RunStatus:
 
 
 def mark_done(run_dir: str | os.PathLike[str]) -> None:
-    """Say that a run's work is done, before :class:`RunStatus` does: for a report that it writes itself."""
+    """Say that a run's work is done, before ``RunStatus`` does: for a report that it writes itself."""
     status = _status(Path(run_dir))
     if status is not None:
         RunStatus(run_dir, status.get("settings") or {}).done()

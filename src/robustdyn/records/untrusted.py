@@ -40,7 +40,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def untrusted_config(content: Any, resolvers: Sequence[str] = PURE_RESOLVERS) -> DictConfig | ListConfig:
-    """A configuration of what :func:`read_yaml` returned.
+    """A configuration of what ``read_yaml`` returned.
 
     Strings with an interpolation that asks for more than keys of the configuration and these resolvers, such
     as ``${oc.env:HOME}``, stay text.

@@ -89,7 +89,7 @@ class RunRecords:
             The number of rows.
 
         Raises:
-            ValueError: As :meth:`append`.
+            ValueError: As ``append``.
             RecordError: The file cannot be written.
         """
         spec = schema.table(table)

@@ -11,7 +11,7 @@ Knows torch, attacks, objectives and weight perturbations; no Hydra and no Light
     arrays = ensemble.run(range(8))
     covariance = np.cov(arrays["position"][:, -1], rowvar=False)
 
-:class:`EnsembleRun` does this from a training as it stands, in chunks that are written as they finish. It is
+``EnsembleRun`` does this from a training as it stands, in chunks that are written as they finish. It is
 behind ``robustdyn-replicas``, which starts at a run's checkpoint, and the callback of ``robustdyn-train``.
 """
 

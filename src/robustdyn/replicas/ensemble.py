@@ -95,7 +95,7 @@ class Training:
     """How every replica is trained.
 
     A batch is attacked at the replica's weights, perturbed if so, and the optimiser steps on the objective:
-    the step of :class:`robustdyn.methods.AdversarialTraining`, without augmentation, warm-up or L1 penalty.
+    the step of ``robustdyn.methods.AdversarialTraining``, without augmentation, warm-up or L1 penalty.
     Random numbers of replica r at step t are a function of (seed, r, t).
 
     Attributes:

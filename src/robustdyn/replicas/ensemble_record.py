@@ -148,7 +148,7 @@ class EnsembleRecord:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RecordedEnsemble:
-    """What a directory holds; see :meth:`robustdyn.replicas.Ensemble.run` for the arrays.
+    """What a directory holds; see ``robustdyn.replicas.Ensemble.run`` for the arrays.
 
     Attributes:
         settings: What the numbers depend on, as in ``settings.json``.

@@ -104,11 +104,11 @@ class RobustLoss:
         return losses.unflatten(1, (self.draws, -1)).mean(dim=2), errors.mean(dim=1)
 
     def anew(self, theta: Tensor, statistics: Statistics) -> tuple[Tensor, Tensor]:
-        """:meth:`losses` with adversarial examples made at θ (R, P)."""
+        """``losses`` with adversarial examples made at θ (R, P)."""
         return self.losses(theta, statistics, self.attacked(theta, statistics))
 
     def held(self, theta: Tensor, statistics: Statistics) -> tuple[Tensor, Tensor]:
-        """:meth:`losses` with the adversarial examples made at θ_0."""
+        """``losses`` with the adversarial examples made at θ_0."""
         return self.losses(theta, statistics, _many(self._held, len(theta)))
 
     def gradients(self, theta: Tensor, statistics: Statistics, adversarial: Tensor) -> Tensor:
@@ -188,7 +188,7 @@ class Lines:
 
     Attributes:
         deviations: σ (k,), the unit of distance along each direction; see
-            :func:`robustdyn.replicas.line_units`.
+            ``robustdyn.replicas.line_units``.
         multiples: c (2M,), ascending: as far to either side.
         examples: m.
         starts: L_0 of each draw, (A,).
@@ -219,12 +219,12 @@ class Lines:
         return float(self.starts.mean())
 
     def arrays(self) -> dict[str, Any]:
-        """What :meth:`from_arrays` takes back."""
+        """What ``from_arrays`` takes back."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, Any]) -> "Lines":
-        """Lines from what :meth:`arrays` gave."""
+        """Lines from what ``arrays`` gave."""
         rest: dict[str, Any] = {name: np.asarray(value) for name, value in arrays.items()}
         return cls(examples=rest.pop("examples").item(), **rest)
 
@@ -237,7 +237,7 @@ def measure_lines(
     Args:
         loss: Around θ_0.
         vectors: (P, k), moves of the weights for one unit of x; under a preconditioner the forces of
-            :class:`robustdyn.replicas.Directions`, D^{1/2} u_i.
+            ``robustdyn.replicas.Directions``, D^{1/2} u_i.
         deviations: (k,) > 0.
         multiples: Distances in deviations, > 0, strictly increasing; each is taken to both sides.
         chunk: Networks at a time.

@@ -114,7 +114,7 @@ def gibbs_errors(
 
     Given the n examples the N numbers are independent, lie in [0, 1] and have Q's empirical error, in
     expectation over the attack's start, for their mean: what
-    :func:`robustdyn.theory.risk_certificate` asks for. All random numbers of network j are a function of
+    ``robustdyn.theory.risk_certificate`` asks for. All random numbers of network j are a function of
     (seed, stream, j).
 
     Args:
@@ -171,7 +171,7 @@ def robust_error(
     seed: int,
     stream: str,
 ) -> float:
-    """Robust 0-1 error of one network θ (P,) on all examples; arguments as of :func:`gibbs_errors`."""
+    """Robust 0-1 error of one network θ (P,) on all examples; arguments as of ``gibbs_errors``."""
     draws = generator(seed, stream, device=images.device)
     robust = [
         robustly_classified(network, theta[None], statistics, part[None], labels[None], attack, [draws])

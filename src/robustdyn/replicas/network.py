@@ -1,7 +1,7 @@
 """Several copies of one network, each with its own weights, in one pass.
 
 Shapes: R replicas, P parameters, B examples a replica sees, K classes. θ of all replicas is one matrix (R,
-P), each row in the order of ``model.named_parameters()``, as in :class:`robustdyn.curvature.EmpiricalRisk`.
+P), each row in the order of ``model.named_parameters()``, as in ``robustdyn.curvature.EmpiricalRisk``.
 """
 
 import copy
@@ -26,9 +26,9 @@ _SLAB = 2**16  # parameters that are copied to float64 at once
 class StackedNetwork(nn.Module):
     """R copies of a network as one network, from images (R·B, ...) to outputs (R·B, K), replica by replica.
 
-    Attacks, objectives and scopes of :mod:`robustdyn.models.modes` take it for an ordinary network. It holds
+    Attacks, objectives and scopes of ``robustdyn.models.modes`` take it for an ordinary network. It holds
     a copy of ``model``; the weights and running statistics that a pass uses are those last given to
-    :meth:`use`. BatchNorm in eval mode is computed as a scale and a shift, x·s + t, which on a CPU takes a
+    ``use``. BatchNorm in eval mode is computed as a scale and a shift, x·s + t, which on a CPU takes a
     third of the time of PyTorch's own; the numbers differ by rounding.
 
     Attributes:
@@ -84,7 +84,7 @@ class StackedNetwork(nn.Module):
         ]
 
     def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The inverse of :meth:`split`."""
+        """The inverse of ``split``."""
         return torch.cat(
             [tensor.flatten(1) if tensor.dim() > 1 else tensor[:, None] for tensor in tensors], 1
         )
@@ -94,7 +94,7 @@ class StackedNetwork(nn.Module):
 
         Args:
             theta: (R, P); views of it are used, so that later changes in place show.
-            statistics: As :meth:`statistics`; BatchNorm in train mode moves them in place.
+            statistics: As ``statistics``; BatchNorm in train mode moves them in place.
             learn: Whether gradients with respect to the weights will be wanted.
 
         Returns:

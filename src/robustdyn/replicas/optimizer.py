@@ -93,9 +93,9 @@ def read_update(
     """The optimiser's rule and, of Adam, the preconditioner d (P,) at the start.
 
     Args:
-        optimizer: One that :func:`check_optimizer` takes.
+        optimizer: One that ``check_optimizer`` takes.
         model: Whose parameters it steps.
-        buffer: From :func:`initial_buffer`.
+        buffer: From ``initial_buffer``.
         frozen: Hold Adam's preconditioner.
         measured: Asked for Adam's second moment (P,) where the optimiser holds none.
     """

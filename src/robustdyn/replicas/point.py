@@ -57,7 +57,7 @@ class PointSettings:
             theory predicts there, > 0.
         tolerance: Of an eigenpair's residual, relative to the largest eigenvalue.
         max_products: Most Hessian products.
-        memory: Bytes for passes and graphs kept; see :class:`robustdyn.curvature.EmpiricalRisk`.
+        memory: Bytes for passes and graphs kept; see ``robustdyn.curvature.EmpiricalRisk``.
 
     Raises:
         ValueError: A setting outside its range.
@@ -156,7 +156,7 @@ class MeasuredPoint:
         return np.asarray(apart.T @ apart / (2 * len(apart)))
 
     def arrays(self) -> dict[str, Any]:
-        """What :meth:`from_arrays` takes back."""
+        """What ``from_arrays`` takes back."""
         plain = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "directions"}
         return {
             **plain,
@@ -166,7 +166,7 @@ class MeasuredPoint:
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, Any], device: torch.device) -> "MeasuredPoint":
-        """A starting point from what :meth:`arrays` gave."""
+        """A starting point from what ``arrays`` gave."""
         rest: dict[str, Any] = {
             name: np.asarray(value) for name, value in arrays.items() if name not in ("positions", "forces")
         }
@@ -197,7 +197,7 @@ def measure_point(
         engine: How sampled mini-batches pass.
         chunk: How many of them at a time.
         preconditioner: d (P,) > 0, diagonal of D, of an optimiser that steps along D m; None for 1. The
-            eigenvectors are then those of D^{1/2} (H + ω) D^{1/2}; see :class:`Directions`.
+            eigenvectors are then those of D^{1/2} (H + ω) D^{1/2}; see ``Directions``.
         directions: Measure along these, those of the start, instead of the eigenvectors here.
 
     Raises:
@@ -393,7 +393,7 @@ def line_units(point: MeasuredPoint, training: Training) -> Array:
     move along all P of them at once, by a norm of √P σ if all are alike.
 
     Raises:
-        ValueError: As :func:`predicted_deviations`.
+        ValueError: As ``predicted_deviations``.
     """
     random = np.isnan(point.residuals)
     units = predicted_deviations(point, training)

@@ -326,7 +326,7 @@ class Certifier:
     # -- parts
 
     def _budget(self, kl: float | None) -> float:
-        """Nats an example, as in :func:`robustdyn.theory.risk_certificate`."""
+        """Nats an example, as in ``robustdyn.theory.risk_certificate``."""
         return ((kl or 0.0) + math.log((1 if kl is None else 2 * math.sqrt(self.n)) / self.alpha)) / self.n
 
     def _distance_sq(self) -> float:

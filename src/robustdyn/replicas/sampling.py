@@ -7,7 +7,7 @@ With C₁ the population covariance of one example's gradient (denominator n), a
   batches of the same epoch, whatever their sizes. At fixed weights the mean over an epoch of equal batches
   that uses all examples has no noise; a short last batch, or examples left out, keep some. Noise along slow
   directions (relaxation time over an epoch) largely cancels, so that the formula
-  for independent batches overestimates their variance; :func:`robustdyn.theory.propagate_coupled` has
+  for independent batches overestimates their variance; ``robustdyn.theory.propagate_coupled`` has
   the exact one.
 
 Noise of the attack's random start adds to the former and is independent from step to step in either case.

@@ -62,11 +62,11 @@ class EnsembleSettings:
         seed: Of all random numbers.
         initial_state: Of the optimiser's buffer.
         freeze_preconditioner: Hold Adam's preconditioner at the start's.
-        batchnorm: See :class:`robustdyn.replicas.Training`.
+        batchnorm: See ``robustdyn.replicas.Training``.
         learning_rate: η that the factors multiply; None for that of the training's next step.
         factors: Of each step (T,).
         batch_size: Of a replica's batch; None for the training's.
-        replacement: See :class:`robustdyn.replicas.Sampling`.
+        replacement: See ``robustdyn.replicas.Sampling``.
         drop_last: Likewise.
         recorded: What is recorded; no more loss examples are used than there are.
         start: How the start is measured, and the path of the mean.
@@ -112,10 +112,10 @@ class TrainingState:
         next_rate: η of its next step.
         images: The training examples.
         batch_size: B.
-        objective: See :class:`robustdyn.replicas.Training`.
+        objective: See ``robustdyn.replicas.Training``.
         attack: Likewise.
         perturbation: Likewise.
-        identity: Tells this point from others, e.g. its :func:`fingerprint`; for the record.
+        identity: Tells this point from others, e.g. its ``fingerprint``; for the record.
         description: More of what the numbers depend on, for the record: how all this is configured.
     """
 
@@ -218,7 +218,7 @@ class EnsembleRun:
 
         Args:
             directory: Of the ensemble; several processes may be at work in it.
-            provenance: See :class:`robustdyn.replicas.EnsembleRecord`.
+            provenance: See ``robustdyn.replicas.EnsembleRecord``.
             shard: Which of the shards is this process's.
             shards: How many there are.
             say: Told how it goes, a line at a time.

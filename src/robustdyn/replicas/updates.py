@@ -41,7 +41,7 @@ class Update(Protocol):
         """The vector v (R, P): the part of the state that moves the weights."""
 
     def dynamics(self, learning_rate: float, *, decay_inside: bool) -> MomentumDynamics:
-        """The rule as momentum SGD along :class:`robustdyn.replicas.Directions`.
+        """The rule as momentum SGD along ``robustdyn.replicas.Directions``.
 
         Args:
             learning_rate: η of a step.
@@ -75,21 +75,21 @@ class MomentumUpdate:
         _check_decay(self.weight_decay)
 
     def begin(self, theta: Tensor) -> State:
-        """As :class:`Update`."""
+        """As ``Update``."""
         return {"buffer": _start(self.initial_buffer, theta)}
 
     def step(self, theta: Tensor, gradient: Tensor, state: State, learning_rate: float, count: int) -> None:
-        """As :class:`Update`; η enters the weights alone, so that (θ, v) runs on through a change of η."""
+        """As ``Update``; η enters the weights alone, so that (θ, v) runs on through a change of η."""
         _add_decay(gradient, theta, self.weight_decay)
         state["buffer"].mul_(self.momentum).add_(gradient)
         theta.add_(state["buffer"], alpha=-learning_rate)
 
     def buffer(self, state: State) -> Tensor:
-        """As :class:`Update`."""
+        """As ``Update``."""
         return state["buffer"]
 
     def dynamics(self, learning_rate: float, *, decay_inside: bool) -> MomentumDynamics:
-        """As :class:`Update`: η, μ, ω as they are."""
+        """As ``Update``: η, μ, ω as they are."""
         decay = _one_decay(self.weight_decay, decay_inside)
         return MomentumDynamics(learning_rate, self.momentum, decay)
 
@@ -137,14 +137,14 @@ class AdamUpdate:
         _check_decay(self.weight_decay)
 
     def begin(self, theta: Tensor) -> State:
-        """As :class:`Update`."""
+        """As ``Update``."""
         return {
             "buffer": _start(self.initial_buffer, theta),
             "second": _start(self.second_moment, theta),
         }
 
     def step(self, theta: Tensor, gradient: Tensor, state: State, learning_rate: float, count: int) -> None:
-        """As :class:`Update`."""
+        """As ``Update``."""
         _add_decay(gradient, theta, self.weight_decay)
         first, second = state["buffer"], state["second"]
         first.lerp_(gradient, 1 - self.beta1)
@@ -158,11 +158,11 @@ class AdamUpdate:
         theta.addcdiv_(first, scale, value=-learning_rate / (1 - self.beta1**done))
 
     def buffer(self, state: State) -> Tensor:
-        """As :class:`Update`: m."""
+        """As ``Update``: m."""
         return state["buffer"]
 
     def dynamics(self, learning_rate: float, *, decay_inside: bool) -> MomentumDynamics:
-        """As :class:`Update`: η (1 − β₁) and β₁, equation (27) of docs/theory.md."""
+        """As ``Update``: η (1 − β₁) and β₁, equation (27) of docs/theory.md."""
         decay = _one_decay(self.weight_decay, decay_inside)
         return MomentumDynamics(learning_rate * (1 - self.beta1), self.beta1, decay)
 

@@ -86,7 +86,7 @@ class RunRow:
 
     Attributes:
         name: Its label; of a missing run its overrides.
-        state: See :mod:`robustdyn.records.progress`.
+        state: See ``robustdyn.records.progress``.
         remark: The error, or how far it has come.
         progress: How far it has come: ``3 of 40 epochs finished``.
         factors: Its value of each factor.
@@ -225,7 +225,7 @@ def overview(
         runs: The runs found.
         states: Where runs stand, missing ones included.
         frames: Tidy tables of the runs.
-        summary: As :func:`robustdyn.report.statistics.final_and_best` gives it.
+        summary: As ``robustdyn.report.statistics.final_and_best`` gives it.
         page: The page that links are relative to.
         sweeps: Directories that may be those of a sweep.
     """
@@ -582,7 +582,7 @@ TIMES = (
     f"speed ({schema.TIMING['images_per_second'].unit})",
     *(f"{part} (%)" for part in schema.TIMED),
 )
-"""Headings of the cells of :func:`times`."""
+"""Headings of the cells of ``times``."""
 
 
 def _device(run: Run) -> str:

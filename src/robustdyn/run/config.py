@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from robustdyn.errors import ConfigError, UserError
 
 ALLOWED_TARGETS = ("robustdyn.", "torch.", "lightning.")
-"""Beginnings of what a command may name that the user types himself; see :func:`build`."""
+"""Beginnings of what a command may name that the user types himself; see ``build``."""
 
 
 def config_dir() -> Path:

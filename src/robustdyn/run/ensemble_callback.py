@@ -34,10 +34,10 @@ class RunEnsembles(Callback):
     Place it behind what a learning-rate rule reads and before what records the epoch's time.
 
     Args:
-        epochs: When; see :func:`robustdyn.measure.when.measured_epochs`, here without the last epoch unless
+        epochs: When; see ``robustdyn.measure.when.measured_epochs``, here without the last epoch unless
             it is said.
         settings: Of every ensemble; its ``prefix`` is ``"ensemble."``.
-        description: How the training is configured; see :class:`robustdyn.replicas.TrainingState`.
+        description: How the training is configured; see ``robustdyn.replicas.TrainingState``.
         provenance: What to note down about computing on a device.
         folder: The ensemble after N epochs lies in ``epoch_N`` of it, four digits at least.
     """

@@ -49,7 +49,7 @@ def run_of(checkpoint: Path) -> Path | None:
 
 
 def required_run_of(checkpoint: Path) -> Path:
-    """As :func:`run_of`.
+    """As ``run_of``.
 
     Raises:
         ConfigError: The file lies in no run directory.

@@ -48,7 +48,7 @@ class Moment:
         return max(int(row["epoch"]) for _, row in self.rows)
 
     def curves(self) -> dict[str, int | float]:
-        """All numbers in it, as points of curves; see :func:`points`."""
+        """All numbers in it, as points of curves; see ``points``."""
         return {name: value for table, row in self.rows for name, value in points(table, row).items()}
 
 

@@ -35,7 +35,7 @@ class Terminated(KeyboardInterrupt):
 
 
 def terminate(number: int, frame: FrameType | None) -> None:
-    """Handler of SIGTERM; see :func:`terminable`."""
+    """Handler of SIGTERM; see ``terminable``."""
     raise Terminated
 
 

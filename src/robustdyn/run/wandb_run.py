@@ -154,7 +154,7 @@ class WandbRecords(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """What a module or callback hands to ``self.log``; the records come through :meth:`update`."""
+        """What a module or callback hands to ``self.log``; the records come through ``update``."""
         self._open()
         # never ahead of the next moment of the record, or that would be dropped
         self._next_step = max(step or 0, self._next_step)

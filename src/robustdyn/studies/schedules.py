@@ -101,7 +101,7 @@ def seconds(runs: Sequence[Run], settings: Mapping[str, str]) -> pd.DataFrame:
 
 
 def of_training(times: pd.DataFrame) -> pd.DataFrame:
-    """The epochs of :func:`seconds` in per cent of their run's own training, which slows down with the rest.
+    """The epochs of ``seconds`` in per cent of their run's own training, which slows down with the rest.
 
     Returns:
         ``setting``, ``seed``, the parts and ``all``.
@@ -112,7 +112,7 @@ def of_training(times: pd.DataFrame) -> pd.DataFrame:
 
 
 def cost(times: pd.DataFrame, order: Sequence[str], unit: str = "s") -> pd.DataFrame:
-    """Mean and interval over seeds of each column of :func:`seconds` or its like, as ``quantity``."""
+    """Mean and interval over seeds of each column of ``seconds`` or its like, as ``quantity``."""
     long = times.drop(columns="seed").melt("setting", var_name="quantity")
     found = mean_with_interval(long, ["setting", "quantity"], "value")
     found = found.sort_values("setting", key=lambda names: names.map(list(order).index), kind="stable")

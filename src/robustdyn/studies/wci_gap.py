@@ -45,7 +45,7 @@ def factors(rows: pd.DataFrame) -> pd.DataFrame:
     the next begins: at the last measured epoch before the decay.
 
     Args:
-        rows: As :func:`robustdyn.studies.shared.curves.values` returns them.
+        rows: As ``robustdyn.studies.shared.curves.values`` returns them.
 
     Returns:
         ``panel``, ``setting``, ``phase``, ``factor``, ``from_epoch``, ``to_epoch``, and the mean natural

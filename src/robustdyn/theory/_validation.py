@@ -169,7 +169,7 @@ def state_covariances(name: str, blocks: ArrayLike, shape: tuple[int, ...]) -> A
     """Covariances of (x, v), (k, 2, 2) of single directions or (k, k, 2, 2) of all pairs, as float64.
 
     Raises:
-        ValueError: Another shape, or no covariances, to the accuracy of :func:`covariance_matrix`.
+        ValueError: Another shape, or no covariances, to the accuracy of ``covariance_matrix``.
     """
     array = finite(name, blocks)
     if array.shape != shape:

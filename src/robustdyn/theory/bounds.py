@@ -115,7 +115,7 @@ def gaussian_kl(
         variances: Σ_ii (k,) > 0, posterior variances along the directions.
         distance_sq: ‖μ − θ_P‖² ≥ 0, within the span of the same directions.
         prior_variance: σ_P² > 0.
-        total_correlation: TC(Σ) ≥ 0 of :func:`robustdyn.theory.total_correlation`; 0 for a diagonal Σ.
+        total_correlation: TC(Σ) ≥ 0 of ``robustdyn.theory.total_correlation``; 0 for a diagonal Σ.
 
     Returns:
         The four parts.

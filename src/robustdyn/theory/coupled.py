@@ -1,6 +1,6 @@
 """The law of momentum SGD where curvature couples directions and batches of an epoch are correlated.
 
-:func:`robustdyn.theory.propagate` follows eigenvectors of a symmetric Hessian. The slope of the gradient that
+``robustdyn.theory.propagate`` follows eigenvectors of a symmetric Hessian. The slope of the gradient that
 an adversarially trained network gets is not that: the attack moves with the weights, the slope J need be
 neither diagonal in the Hessian's eigenbasis nor symmetric. Shapes: T measurements, k directions, N steps, S
 recorded steps.

@@ -5,7 +5,7 @@ angle acts in planes, pairs of H's eigenvectors that share none; directions outs
 are.
 
 Turning C while its spectrum is held changes its diagonal as well, hence every variance. So there are two
-families: :func:`rotated_noise` holds the spectrum, :func:`correlated_noise` the diagonal. In the second only
+families: ``rotated_noise`` holds the spectrum, ``correlated_noise`` the diagonal. In the second only
 the total correlation moves.
 """
 
@@ -71,7 +71,7 @@ def correlated_noise(diagonal: ArrayLike, angle: ArrayLike, planes: Planes) -> A
         (..., k, k).
 
     Raises:
-        ValueError: As :func:`rotated_noise`.
+        ValueError: As ``rotated_noise``.
 
     Source: ours.
     """
@@ -182,7 +182,7 @@ def bound_terms_under_rotation(
     """The terms of the stationary posterior as C is turned against H, in closed form by equation (14).
 
     Two things hold for every angle, rate and momentum; both are Oppenheim's inequality, since Σ is the
-    entry-wise product of C with the positive semi-definite matrix F of :func:`largest_total_correlation`.
+    entry-wise product of C with the positive semi-definite matrix F of ``largest_total_correlation``.
     With C's spectrum held, −ln det Σ is largest where C commutes with H: what a rotation adds in total
     correlation is at most what it takes from −Σ ln Σ_ii. With C's diagonal held, only the total correlation
     moves, by no more than C's own.
@@ -192,7 +192,7 @@ def bound_terms_under_rotation(
         noise: (k,) > 0, C's eigenvalues, or its diagonal.
         angle: φ (...), radians.
         planes: Pairs (i, j) of directions, none in two pairs.
-        held: ``"spectrum"`` turns by :func:`rotated_noise`, ``"diagonal"`` by :func:`correlated_noise`.
+        held: ``"spectrum"`` turns by ``rotated_noise``, ``"diagonal"`` by ``correlated_noise``.
         learning_rate: η > 0.
         momentum: μ in [0, 1).
         weight_decay: ω ≥ 0.
@@ -201,7 +201,7 @@ def bound_terms_under_rotation(
         Terms of shape (...).
 
     Raises:
-        ValueError: As :func:`rotated_noise` and :func:`robustdyn.theory.stationary_covariance`; another
+        ValueError: As ``rotated_noise`` and ``robustdyn.theory.stationary_covariance``; another
             ``held``.
 
     Source: ours; Oppenheim (J. London Math. Soc. 1930) for the inequality.
@@ -237,7 +237,7 @@ def largest_total_correlation(
         TC(F); infinite where two curvatures coincide, or are so close that float64 cannot tell.
 
     Raises:
-        ValueError: As :func:`robustdyn.theory.stationary_covariance`.
+        ValueError: As ``robustdyn.theory.stationary_covariance``.
 
     Source: ours, from Oppenheim's inequality det(A ∘ B) ≥ det A Π B_ii for correlation matrices.
     """

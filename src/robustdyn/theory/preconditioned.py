@@ -1,7 +1,7 @@
 """Adam and every other fixed diagonal preconditioner, as momentum SGD in other coordinates.
 
 With D = diag(d) held fixed, θ ← θ − η D v is plain momentum SGD for y = D^{−1/2} θ, whose Hessian is
-D^{1/2} H D^{1/2} and whose noise is D^{1/2} C D^{1/2}. So :func:`whiten` a problem, call any function of this
+D^{1/2} H D^{1/2} and whose noise is D^{1/2} C D^{1/2}. So ``whiten`` a problem, call any function of this
 package on the result, and map the covariance back.
 
 Shapes: P parameters.
@@ -49,7 +49,7 @@ def adam_dynamics(learning_rate: float, beta1: float) -> MomentumDynamics:
     """Momentum SGD that moves as Adam does in the whitened coordinates: μ = β₁, rate η (1 − β₁).
 
     Adam averages, m ← β₁ m + (1 − β₁) g, where SGD sums; so v = m / (1 − β₁), and a buffer covariance of the
-    dynamics is that of m divided by (1 − β₁)². Weight decay belongs to :func:`whiten`.
+    dynamics is that of m divided by (1 − β₁)². Weight decay belongs to ``whiten``.
 
     Args:
         learning_rate: Adam's η > 0.
@@ -149,7 +149,7 @@ def preconditioned_covariance(
         (P, P), squared unit of θ.
 
     Raises:
-        ValueError: As :func:`whiten`, or an unstable direction.
+        ValueError: As ``whiten``, or an unstable direction.
 
     Source: ours (docs/theory.md, section 4).
     """

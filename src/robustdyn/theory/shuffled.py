@@ -1,6 +1,6 @@
 """The variance of one direction where batches are drawn without replacement, everything allowed to change.
 
-What :func:`robustdyn.theory.propagate_coupled` is for many coupled directions, for one and in plain floats: a
+What ``robustdyn.theory.propagate_coupled`` is for many coupled directions, for one and in plain floats: a
 whole training of 80,000 steps takes a fraction of a second.
 """
 

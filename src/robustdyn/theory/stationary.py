@@ -95,10 +95,10 @@ def stationary_state_covariance(
         weight_decay: ω ≥ 0.
 
     Returns:
-        (..., 2, 2); entry [0, 0] is :func:`stationary_variance`, [1, 1] the buffer's variance.
+        (..., 2, 2); entry [0, 0] is ``stationary_variance``, [1, 1] the buffer's variance.
 
     Raises:
-        ValueError: As :func:`stationary_variance`.
+        ValueError: As ``stationary_variance``.
 
     Source: ours, from the fixed point of the covariance recursion (9).
     """
@@ -120,7 +120,7 @@ def stationary_covariance(
 ) -> Array:
     """Σ in the Hessian's eigenbasis for an arbitrary C, equation (14) of docs/theory.md.
 
-    Nothing is assumed about H and C commuting. Its diagonal is :func:`stationary_variance`.
+    Nothing is assumed about H and C commuting. Its diagonal is ``stationary_variance``.
 
     Args:
         eigenvalue: λ (k,).
@@ -170,7 +170,7 @@ def stationary_block_covariance(
         Cov(v_i, x_j) and [i, j, 1, 1] is Cov(v_i, v_j).
 
     Raises:
-        ValueError: As :func:`stationary_covariance`.
+        ValueError: As ``stationary_covariance``.
     """
     covariance = stationary_covariance(
         eigenvalue,

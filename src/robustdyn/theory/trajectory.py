@@ -243,7 +243,7 @@ def propagate(
 
 
 class _Mover:
-    """The state of :func:`propagate` on its way, component-first as :mod:`_evolution` wants it."""
+    """The state of ``propagate`` on its way, component-first as ``_evolution`` wants it."""
 
     def __init__(
         self,
@@ -304,7 +304,7 @@ class _Mover:
         return 2 * (1 + self.mu) / eta - self.decay
 
     def _advance_constant(self, first: int, last: int) -> None:
-        """As :meth:`advance` with λ, γ and g held: leap over stretches of one rate where that pays."""
+        """As ``advance`` with λ, γ and g held: leap over stretches of one rate where that pays."""
         turns = np.flatnonzero(np.diff(self.rates[first:last])) + first + 1
         stretches = turns.size + 1
         leaping = (last - first) >= _WORTH_DOUBLING * stretches

@@ -51,7 +51,7 @@ def covariance_after(
     """S_t = S_∞ + A^t (S_0 − S_∞) A^tᵀ, equation (18) of docs/theory.md.
 
     Exact for every t, with real and complex roots alike. For λ ≤ 0, where S_∞ does not exist, use
-    :func:`robustdyn.theory.propagate`.
+    ``robustdyn.theory.propagate``.
 
     Args:
         steps: t (T,) or one number, optimiser steps at this constant setting.
@@ -139,7 +139,7 @@ def slow_mode_variance(
     """σ_∞² + ρ^{2t} (σ_0² − σ_∞²), the papers' early-phase form, equation (20) of docs/theory.md.
 
     It keeps A's larger eigenvalue only and drops the momentum buffer: fair for η(λ+ω) ≪ (1 − √μ)², wrong by
-    a factor where the roots are complex. :func:`covariance_after` is exact at no more cost.
+    a factor where the roots are complex. ``covariance_after`` is exact at no more cost.
 
     Args:
         steps: t (T,) or one number.
@@ -152,7 +152,7 @@ def slow_mode_variance(
         (T, k), squared unit of θ.
 
     Raises:
-        ValueError: As :func:`covariance_after`.
+        ValueError: As ``covariance_after``.
 
     Source: arXiv 2410.07719 v3, its theorem on the non-stationary transition.
     """
@@ -208,7 +208,7 @@ def decay_transient(
     """From one stationary law towards another, exactly and by the slow mode, equations (18) and (20).
 
     λ and γ are held through the decay; when both are measured along the run, use
-    :func:`robustdyn.theory.propagate`.
+    ``robustdyn.theory.propagate``.
 
     Args:
         steps: t (T,) or one number, steps since the decay.
@@ -218,10 +218,10 @@ def decay_transient(
         after: η, μ, ω from it on.
 
     Returns:
-        Frozen result; see :class:`DecayTransient`.
+        Frozen result; see ``DecayTransient``.
 
     Raises:
-        ValueError: A direction unstable before or after, or as :func:`covariance_after`.
+        ValueError: A direction unstable before or after, or as ``covariance_after``.
     """
     lam = vector("eigenvalue", finite("eigenvalue", eigenvalue))
     gamma = positive("noise", noise)

@@ -56,7 +56,7 @@ class WeightCurvatureIndex:
         return float(np.sqrt(self.hessian_trace.sum()))
 
     def optimal_layer_variance(self, beta: float) -> Array:
-        """:func:`optimal_layer_variance` at this index's norms and traces; (L,)."""
+        """``optimal_layer_variance`` at this index's norms and traces; (L,)."""
         return optimal_layer_variance(self.weight_norm_sq, self.hessian_trace, beta)
 
 
@@ -81,7 +81,7 @@ def weight_curvature_index(
             ``hessian_trace``; keeps the correlation between layers.
 
     Returns:
-        Frozen result; see :class:`WeightCurvatureIndex`.
+        Frozen result; see ``WeightCurvatureIndex``.
 
     Raises:
         ValueError: Shapes that do not match, a negative norm, more than one error description, or

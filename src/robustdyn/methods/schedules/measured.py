@@ -62,7 +62,7 @@ class WCIRate(Schedule):
         return tuple(range(self._start_epoch - 1, max_epochs - 1, self._interval))
 
     def observe(self, row: Mapping[str, Any]) -> None:
-        """Follow a ``wci`` row; rows of other epochs than :meth:`reading_epochs` change nothing.
+        """Follow a ``wci`` row; rows of other epochs than ``reading_epochs`` change nothing.
 
         Raises:
             ValueError: The measured quantity is not finite.

@@ -13,7 +13,7 @@ class Schedule(ABC):
     """
 
     reads: ClassVar[str | None] = None
-    """The table whose rows :meth:`observe` gets; None for a rule that needs none."""
+    """The table whose rows ``observe`` gets; None for a rule that needs none."""
 
     @abstractmethod
     def factor(self, epoch: float) -> float:
@@ -24,11 +24,11 @@ class Schedule(ABC):
         return ()
 
     def reading_epochs(self, max_epochs: int) -> tuple[int, ...]:
-        """Epochs, counted from 0, after which the rule wants a row of :attr:`reads`."""
+        """Epochs, counted from 0, after which the rule wants a row of ``reads``."""
         return ()
 
     def observe(self, row: Mapping[str, Any]) -> None:  # noqa: B027 - most rules measure nothing
-        """Take note of a row of :attr:`reads`, measured after its epoch."""
+        """Take note of a row of ``reads``, measured after its epoch."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on."""

@@ -77,7 +77,7 @@ def best_and_final(runs: Sequence[Run], settings: Mapping[str, str]) -> pd.DataF
 
 
 def over_seeds(values: pd.DataFrame) -> pd.DataFrame:
-    """Mean and 95 % interval over seeds of :func:`best_and_final`."""
+    """Mean and 95 % interval over seeds of ``best_and_final``."""
     return mean_with_interval(values, [*KEY[:2], "unit", "moment"], "value")
 
 
@@ -95,7 +95,7 @@ def against(values: pd.DataFrame, reference: str) -> pd.DataFrame:
 
 
 def shown_table(means: pd.DataFrame) -> pd.DataFrame:
-    """:func:`over_seeds` as a table to read: a row per setting, "mean ± half the interval" in the cells."""
+    """``over_seeds`` as a table to read: a row per setting, "mean ± half the interval" in the cells."""
     cells = means.assign(
         column=[
             f"{EPOCHS[metric].shown}, {moment}"
@@ -171,7 +171,7 @@ def draw_rows(ax: Axes, means: pd.DataFrame, metric: str, colours: Mapping[str, 
 def draw_best_and_final(
     title: str, means: pd.DataFrame, panels: Mapping[str, str], colours: Mapping[str, str]
 ) -> Figure:
-    """A panel of :func:`draw_rows` for each metric, with its title."""
+    """A panel of ``draw_rows`` for each metric, with its title."""
     figure = style.new_figure(f"{title} ({seeds_named(means)}, 95 % interval)", 1.6 + 0.34 * len(colours))
     for ax, (metric, name) in zip(figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True):
         draw_rows(ax, means, metric, colours)
@@ -194,7 +194,7 @@ def draw_over_epochs(
 
 
 def of_seeds(means: pd.DataFrame, colours: Mapping[str, str]) -> str:
-    """What a figure of :func:`draw_over_epochs` shows: ``mean of 3 seeds, 95 % interval``."""
+    """What a figure of ``draw_over_epochs`` shows: ``mean of 3 seeds, 95 % interval``."""
     return f"mean of {seeds_named(means)}" + (", 95 % interval" if len(colours) <= BANDS else "")
 
 

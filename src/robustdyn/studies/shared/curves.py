@@ -138,7 +138,7 @@ def values(
 
 
 def over_seeds(rows: pd.DataFrame, *, geometric: bool = False) -> pd.DataFrame:
-    """Mean and 95 % interval over seeds of :func:`values`, for each epoch.
+    """Mean and 95 % interval over seeds of ``values``, for each epoch.
 
     Epochs that some seeds lack (measured around decays, say) have fewer ``seeds``.
     """
@@ -167,22 +167,22 @@ def outcomes(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def summary(found: pd.DataFrame) -> pd.DataFrame:
-    """Mean and 95 % interval over seeds of :func:`outcomes`."""
+    """Mean and 95 % interval over seeds of ``outcomes``."""
     return mean_with_interval(found, ["panel", "setting", "quantity", "outcome"], "value")
 
 
 def against(found: pd.DataFrame, baseline: str) -> pd.DataFrame:
-    """Differences of :func:`outcomes` from the baseline's, seed by seed: mean and 95 % interval.
+    """Differences of ``outcomes`` from the baseline's, seed by seed: mean and 95 % interval.
 
     Runs of one seed share initial weights and the order of images, so that their difference is known better
     than either.
 
     Args:
-        found: As :func:`outcomes` returns it.
+        found: As ``outcomes`` returns it.
         baseline: The setting that the others are compared with; where a panel lacks it, no rows.
 
     Returns:
-        As :func:`summary`, with ``baseline``, for all other settings.
+        As ``summary``, with ``baseline``, for all other settings.
     """
     on = ["panel", SEED, "quantity", "outcome"]
     reference = found[found["setting"] == baseline][[*on, "value"]]
@@ -221,7 +221,7 @@ def correlations(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def told_ends(found: pd.DataFrame) -> list[str]:
-    """Whether the WCI and the robust loss gap of :func:`outcomes` go together among runs at their ends.
+    """Whether the WCI and the robust loss gap of ``outcomes`` go together among runs at their ends.
 
     One finding for each panel with more than three runs that have both.
     """
@@ -257,7 +257,7 @@ def said(row: Mapping[Any, Any], column: Column, *, signed: bool = False) -> str
 
 
 def told(table: pd.DataFrame, shown: Sequence[str]) -> list[str]:
-    """One finding for each row of panels and settings of :func:`summary`: the named outcomes."""
+    """One finding for each row of panels and settings of ``summary``: the named outcomes."""
     return [
         f"{' '.join(str(name) for name in names if name)}: {_list(rows, shown, signed=False)}."
         for names, rows in table.groupby(["panel", "setting"], sort=False)
@@ -265,7 +265,7 @@ def told(table: pd.DataFrame, shown: Sequence[str]) -> list[str]:
 
 
 def told_differences(differences: pd.DataFrame, shown: Sequence[str]) -> list[str]:
-    """One finding for each setting of :func:`against`: the named outcomes, and which are beyond the seeds."""
+    """One finding for each setting of ``against``: the named outcomes, and which are beyond the seeds."""
     lines = []
     for (panel, setting, baseline), rows in differences.groupby(["panel", "setting", "baseline"], sort=False):
         own = rows[rows["outcome"].isin(shown)]
@@ -322,7 +322,7 @@ class Row:
 
 @style.styled
 def figure_of_curves(table: pd.DataFrame, title: str, rows: Sequence[Row], *, mean: str = "mean") -> Figure:
-    """Curves of :func:`over_seeds`: a column of panels for each data set, or one row if there is one only.
+    """Curves of ``over_seeds``: a column of panels for each data set, or one row if there is one only.
 
     Settings by colour, named at the lines' ends in the last column; decays marked. ``mean`` says which one
     the table holds.
@@ -399,14 +399,14 @@ def _draw_row(ax: Axes, table: pd.DataFrame, row: Row, cast: Cast, alone: str) -
 
 
 def with_seeds(table: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame:
-    """:func:`summary` and, with their ``seed``, each run's own :func:`outcomes` as ``mean``."""
+    """``summary`` and, with their ``seed``, each run's own ``outcomes`` as ``mean``."""
     both = pd.concat([table, found.rename(columns={"value": "mean"})], ignore_index=True)
     return both[[*table.columns, SEED]]
 
 
 @style.styled
 def figure_of_outcomes(table: pd.DataFrame, title: str) -> Figure:
-    """:func:`with_seeds` by setting: best and final test error and loss, final gaps and WCI.
+    """``with_seeds`` by setting: best and final test error and loss, final gaps and WCI.
 
     A row of panels for each data set; intervals as bars, single seeds as small points.
     """
@@ -475,10 +475,10 @@ def compared(
         setting: A run's level.
         title: Of the figures.
         baseline: The level that the others are compared with, seed by seed.
-        findings: Further findings from :func:`values`, put first.
+        findings: Further findings from ``values``, put first.
 
     Raises:
-        RecordError: As :func:`values`.
+        RecordError: As ``values``.
     """
     quantities = [TRAIN_ERROR, ERROR, LOSS, ERROR_GAP, LOSS_GAP]
     rows = values(runs, quantities, setting, optional=[INDEX, NORM, TRACE])

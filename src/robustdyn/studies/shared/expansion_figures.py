@@ -64,7 +64,7 @@ def expansion_tables(ensembles: Mapping[str, RecordedEnsemble]) -> dict[str, pd.
         ``expansion``, a row for each point, loss and curvature: ``ensemble``; ``kind``, of the direction, or
         ``replica``; ``attack``, held or anew; ``curvature``, H or J; ``direction``, its number, or the
         replica's; ``step`` (replicas); ``distance`` in the lines' units, predicted deviations
-        σ (along random directions √P σ; :func:`robustdyn.replicas.line_units`), of a replica
+        σ (along random directions √P σ; ``robustdyn.replicas.line_units``), of a replica
         √(mean (x_i/σ_i)²) over the eigenvectors; ``side``, −1 or 1 (0: a replica); ``rise``, L − L_0 in
         nats; ``expanded``, what the expansion says; ``first_order`` and ``second_order``, its parts;
         ``error``, the rest over the size of the second-order term, missing where that is lost in rounding;
@@ -326,7 +326,7 @@ def draw_expansion(data: pd.DataFrame) -> Figure:
     """The loss beyond its first-order part against distance, a row of panels for each ensemble.
 
     Args:
-        data: ``expansion_means`` of :func:`expansion_tables`.
+        data: ``expansion_means`` of ``expansion_tables``.
     """
     labels = list(dict.fromkeys(data["ensemble"]))
     kinds = [kind for kind in _TITLES if (data["kind"] == kind).any()]
@@ -407,7 +407,7 @@ def _draw_panel(ax: Axes, rows: pd.DataFrame, *, lines: bool) -> None:
 
 
 def expansion_findings(tables: Mapping[str, pd.DataFrame]) -> list[str]:
-    """What the tables of :func:`expansion_tables` say, in sentences with numbers."""
+    """What the tables of ``expansion_tables`` say, in sentences with numbers."""
     means, limits = tables["expansion_means"], tables["expansion_limits"]
     found = []
     for label in dict.fromkeys(means["ensemble"]):

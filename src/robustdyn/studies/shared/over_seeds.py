@@ -40,7 +40,7 @@ def mean_with_interval(frame: pd.DataFrame, by: Sequence[str], column: str) -> p
 
 
 def geometric_mean_with_interval(frame: pd.DataFrame, by: Sequence[str], column: str) -> pd.DataFrame:
-    """As :func:`mean_with_interval`, of logarithms: for positive numbers that change by factors.
+    """As ``mean_with_interval``, of logarithms: for positive numbers that change by factors.
 
     The interval is of one law of the logarithms and stays positive; rows that are not positive are left out.
     """
@@ -60,7 +60,7 @@ def draw_with_interval(
     line: str = "-",
     marker: str = "",
 ) -> None:
-    """One curve of :func:`mean_with_interval` over its column ``x``: a line, and its interval as a band."""
+    """One curve of ``mean_with_interval`` over its column ``x``: a line, and its interval as a band."""
     curve = curve.sort_values(x)
     place = curve[x].to_numpy(dtype=float)
     mean, low, high = (curve[name].to_numpy(dtype=float) * scale for name in ("mean", "low", "high"))

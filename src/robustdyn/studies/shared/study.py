@@ -1,6 +1,6 @@
 """A study: runs in; the tables, figures and findings that answer its question out.
 
-Each module of :mod:`robustdyn.studies` is one study and has a ``STUDY``. A figure is drawn from one
+Each module of ``robustdyn.studies`` is one study and has a ``STUDY``. A figure is drawn from one
 tidy table, which is written beside it, and from nothing else.
 """
 
