@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from robustdyn.launch.states import announce, say_states, states_of
+from robustdyn.records.run_directory import RunDirectory
 from robustdyn.run.config import register_resolvers
 from robustdyn.run.status import status_of
 
@@ -27,11 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status: 0, or 1 for what the user can put right."""
     arguments = _parser().parse_args(argv)
     paths: list[Path] = arguments.path
-    output: Path = arguments.output or (paths[0] if len(paths) == 1 else Path()) / "report"
+    output: Path = arguments.output or RunDirectory(paths[0] if len(paths) == 1 else Path()).report
     # not for --help: these load slowly
     from robustdyn.report.page import build_report
-
-    register_resolvers()  # which settings in the runs' configurations refer to
 
     register_resolvers()  # which settings in the runs' configurations refer to
 
