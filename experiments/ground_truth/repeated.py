@@ -10,6 +10,7 @@ from torch import Tensor
 from robustdyn.commands.replicas import training_state
 from robustdyn.data.tensors import to_unit
 from robustdyn.errors import UserError
+from robustdyn.records.run_directory import RunDirectory
 from robustdyn.replicas import (
     Ensemble,
     MomentumUpdate,
@@ -20,7 +21,7 @@ from robustdyn.replicas import (
     read_ensemble,
 )
 from robustdyn.replicas.prediction import sampling_of
-from robustdyn.run.of_checkpoint import RUN_CONFIG, load_config
+from robustdyn.run.of_checkpoint import load_config
 
 
 def opened(directory: Path, step: int, replicas: int) -> tuple[RecordedEnsemble, TrainingState]:
@@ -29,11 +30,11 @@ def opened(directory: Path, step: int, replicas: int) -> tuple[RecordedEnsemble,
     Raises:
         SystemExit: A file cannot be read, or the ensemble does not have the step or as many replicas.
     """
-    run = directory.parent.parent
+    run = RunDirectory(directory.parent.parent)
     try:
         ensemble = read_ensemble(directory)
-        config = load_config(run / RUN_CONFIG)
-        state = training_state(config, run / "checkpoints" / "last.ckpt", torch.device("cpu"))
+        config = load_config(run.config)
+        state = training_state(config, run.last_checkpoint, torch.device("cpu"))
     except UserError as error:
         raise SystemExit(str(error)) from error
     if step not in ensemble.steps or step == 0:

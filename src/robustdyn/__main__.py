@@ -10,7 +10,7 @@ from robustdyn.run.config import config_dir
 from robustdyn.run.status import speak_safely
 
 COMMANDS = {path.stem: path for path in sorted((Path(__file__).parent / "commands").glob("[!_]*.py"))}
-"""By name, the modules of :mod:`robustdyn.commands`."""
+"""By name, the modules of ``robustdyn.commands``."""
 
 
 def console_script() -> int | None:

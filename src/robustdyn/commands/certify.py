@@ -22,6 +22,7 @@ from robustdyn.launch.application import run_app
 from robustdyn.launch.paths import load_run
 from robustdyn.models import load_weights
 from robustdyn.records.files import replace_file
+from robustdyn.records.run_directory import RunDirectory
 from robustdyn.records.writer import plain
 from robustdyn.replicas import StackedNetwork, read_ensemble
 from robustdyn.replicas.gibbs import GibbsSampling
@@ -77,8 +78,9 @@ def run_certify(cfg: DictConfig) -> None:
     checkpoint = checkpoint_of(cfg)
     run_dir = required_run_of(checkpoint)
     _check(cfg)
-    folder = Path(cfg.replicas) if cfg.replicas else run_dir / "replicas" / checkpoint.stem
-    output = Path(cfg.output) if cfg.output else run_dir / "certificate" / f"{checkpoint.stem}.json"
+    folder = Path(cfg.replicas) if cfg.replicas else RunDirectory(run_dir).replicas / checkpoint.stem
+    default = RunDirectory(run_dir).certificates / f"{checkpoint.stem}.json"
+    output = Path(cfg.output) if cfg.output else default
     device = device_of(cfg.device)
     ensemble = read_ensemble(folder)
     if ensemble.settings["checkpoint"] != hashlib.sha256(checkpoint.read_bytes()).hexdigest():

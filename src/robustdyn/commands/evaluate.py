@@ -26,6 +26,7 @@ from robustdyn.launch.application import run_app
 from robustdyn.launch.paths import load_run
 from robustdyn.models import load_weights
 from robustdyn.records.labels import flatten
+from robustdyn.records.run_directory import CONFIG, RunDirectory
 from robustdyn.records.schema import EVALUATION
 from robustdyn.run.config import (
     COUNT,
@@ -39,7 +40,6 @@ from robustdyn.run.config import (
 )
 from robustdyn.run.environment import processor
 from robustdyn.run.of_checkpoint import (
-    RUN_CONFIG,
     checkpoint_of,
     device_of,
     load_config,
@@ -50,7 +50,6 @@ from robustdyn.run.of_checkpoint import (
 NAME = "evaluate"
 OF_THE_RUN = ("data", "model", "attack")
 THREAT = ("norm", "eps_255")
-RUN_CHOICES = Path(".hydra", "hydra.yaml")
 LINES_WITHOUT_TERMINAL = 60.0  # seconds between them
 
 RULES: Mapping[str, Rule] = {
@@ -87,9 +86,8 @@ def evaluate_checkpoint(typed: DictConfig) -> None:
     layout = load_weights(model, checkpoint, layout=cfg.layout)
     split = _split(cfg, from_file=run_dir is not None)
     data = split.take(torch.arange(cfg.evaluation.examples or len(split))).to(device)
-    output = (
-        Path(cfg.output) if cfg.output else (run_dir or checkpoint.parent) / "evaluation" / checkpoint.stem
-    )
+    default = RunDirectory(run_dir or checkpoint.parent).evaluations / checkpoint.stem
+    output = Path(cfg.output) if cfg.output else default
     settings = _settings(cfg, checkpoint, layout, ball, data)
 
     _say(f"checkpoint  {checkpoint} ({layout})")
@@ -188,7 +186,7 @@ def _of_run(checkpoint: Path, run_dir: Path | None) -> DictConfig:
     if run_dir is None:
         if "data" not in typed.groups:
             raise ConfigError(
-                f"checkpoint={checkpoint} does not lie in a run directory (no {RUN_CONFIG} there): say "
+                f"checkpoint={checkpoint} does not lie in a run directory (no {CONFIG} there): say "
                 "what it was trained on and which network it is, data=... model=..."
             )
         return _composed([], typed)
@@ -197,7 +195,8 @@ def _of_run(checkpoint: Path, run_dir: Path | None) -> DictConfig:
     for group in kept:
         if not isinstance(run[group], DictConfig):
             raise RecordError(
-                f"{run_dir / RUN_CONFIG}: {group} is no section; restore it, or move the checkpoint away"
+                f"{RunDirectory(run_dir).config}: {group} is no section; restore it, or move the checkpoint "
+                "away"
             )
     cfg = _composed(
         [f"{group}={choice}" for group, choice in _choices(run_dir).items() if group in kept], typed
@@ -256,7 +255,7 @@ def _has(cfg: DictConfig, key: str) -> bool:
 
 def _choices(run_dir: Path) -> dict[str, str]:
     """The option of each group that the run was composed with, as far as there still is one."""
-    path = run_dir / RUN_CHOICES
+    path = RunDirectory(run_dir).hydra_config
     recorded = OmegaConf.select(load_config(path), "hydra.runtime.choices") if path.is_file() else None
     if not isinstance(recorded, DictConfig):
         return {}

@@ -16,6 +16,7 @@ from robustdyn.launch.application import run_app
 from robustdyn.launch.paths import load_run
 from robustdyn.methods import Regularizer
 from robustdyn.models import load_weights
+from robustdyn.records.run_directory import RunDirectory
 from robustdyn.replicas import EnsembleRun, TrainingState
 from robustdyn.run.config import build, config_dir
 from robustdyn.run.ensembles import check_run, description, ensemble_settings, provenance
@@ -47,7 +48,7 @@ def run_replicas(cfg: DictConfig) -> None:
     run = _run_config(cfg, run_dir)
     device = device_of(cfg.device)
     ensemble = EnsembleRun(settings, training_state(run, checkpoint, device))
-    output = Path(cfg.output) if cfg.output else run_dir / "replicas" / checkpoint.stem
+    output = Path(cfg.output) if cfg.output else RunDirectory(run_dir).replicas / checkpoint.stem
     noted = provenance(settings.engine, device)
     left = ensemble.run(output, noted, shard=shard, shards=shards, say=_say, wait=None)
     _say(f"ensemble: {output}" + (f" ({left} chunks are still missing)" if left else ""))

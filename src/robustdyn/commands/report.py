@@ -26,11 +26,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status: 0, or 1 for what the user can put right."""
     arguments = _parser().parse_args(argv)
     paths: list[Path] = arguments.path
-    output: Path = arguments.output or (paths[0] if len(paths) == 1 else Path()) / "report"
     # not for --help: these load slowly
     from robustdyn.launch.states import announce, say_states, states_of
+    from robustdyn.records.run_directory import RunDirectory
     from robustdyn.report.page import build_report
 
+    output: Path = arguments.output or RunDirectory(paths[0] if len(paths) == 1 else Path()).report
     register_resolvers()  # which settings in the runs' configurations refer to
 
     def report() -> None:

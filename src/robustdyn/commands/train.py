@@ -22,6 +22,7 @@ from robustdyn.launch.requeue import slurm_callbacks, slurm_plugins
 from robustdyn.launch.states import announce
 from robustdyn.methods import AdversarialTraining
 from robustdyn.records import RunRecords
+from robustdyn.records.run_directory import RunDirectory
 from robustdyn.report.page import build_report
 from robustdyn.run.checkpointing import AtomicCheckpointIO, resume_from
 from robustdyn.run.combinations import check_combinations
@@ -104,7 +105,7 @@ def _train(cfg: DictConfig) -> None:
                 if alone:
                     sys.stdout.write("building the report\n")
                     sys.stdout.flush()
-                report = build_report([run_dir], run_dir / "report")
+                report = build_report([run_dir], RunDirectory(run_dir).report)
                 publisher.show(report.figures)
                 if alone:
                     announce(report)

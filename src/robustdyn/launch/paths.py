@@ -9,7 +9,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from robustdyn.records.command_line import quoted
-from robustdyn.run.of_checkpoint import RUN_CONFIG, load_config
+from robustdyn.records.run_directory import RunDirectory
+from robustdyn.run.of_checkpoint import load_config
 
 PATHS = ("checkpoint", "output", "data.root", "run.data.root", "hydra.run.dir", "hydra.sweep.dir")
 ROOT = "data.root"
@@ -54,8 +55,8 @@ def load_run(run_dir: Path) -> DictConfig:
     Raises:
         RecordError: It cannot be read.
     """
-    run = load_config(run_dir / RUN_CONFIG)
-    recorded = run_dir / RUN_CONFIG.parent / "hydra.yaml"
+    place = RunDirectory(run_dir)
+    run, recorded = load_config(place.config), place.hydra_config
     folder = OmegaConf.select(load_config(recorded), "hydra.runtime.cwd") if recorded.is_file() else None
     root = OmegaConf.select(run, ROOT, throw_on_resolution_failure=False)
     if folder is not None and root is not None and Path(str(folder), str(root)).exists():

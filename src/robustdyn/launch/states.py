@@ -14,13 +14,13 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from robustdyn.errors import ConfigError, RecordError, UserError
 from robustdyn.records import find_runs
 from robustdyn.records.progress import Plan, RunState, count, run_states
-from robustdyn.records.untrusted import read_yaml, untrusted_config
+from robustdyn.records.run_directory import MULTIRUN
+from robustdyn.records.untrusted import read_config, read_yaml
 from robustdyn.run.status import say
 
 if TYPE_CHECKING:
     from robustdyn.report.page import Report
 
-MULTIRUN = "multirun.yaml"
 MOST_RUNS = 100_000  # of a sweep: each is named in memory
 BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 
@@ -99,15 +99,9 @@ def say_states(states: Sequence[RunState], stream: TextIO) -> None:
 
 
 def _load(path: Path) -> DictConfig:
-    try:
-        content = read_yaml(path)
-        config = untrusted_config(content)
-    except ValueError as error:
-        raise RecordError(f"{path}: cannot read ({error}); restore it, or remove it") from error
-    if not isinstance(config, DictConfig):
-        raise RecordError(f"{path}: not a configuration; restore it, or remove it")
+    config = read_config(path, "restore it, or remove it")
     with suppress(KeyError, TypeError):  # as the runs recorded them: compared, never resolved
-        config.hydra.overrides.task = content["hydra"]["overrides"]["task"]
+        config.hydra.overrides.task = read_yaml(path)["hydra"]["overrides"]["task"]
     return config
 
 

@@ -29,7 +29,7 @@ from robustdyn.launch.states import announce, plan_of, say_states, states_of
 from robustdyn.records.command_line import at, hydra_quoted
 from robustdyn.records.files import sole_process
 from robustdyn.records.progress import Plan, RunStatus, folder_name, identity, is_done, one_line
-from robustdyn.records.writer import SUMMARY
+from robustdyn.records.run_directory import RunDirectory
 from robustdyn.report.page import build_report
 
 LOCAL = (".BasicLauncher", ".JoblibLauncher")
@@ -88,11 +88,12 @@ def _metric(cfg: DictConfig, run_dir: Path) -> float | None:
     name = cfg.get("metric")
     if name is None:
         return None
-    value: Any = json.loads((run_dir / SUMMARY).read_text(encoding="utf-8"))
+    summary = RunDirectory(run_dir).summary
+    value: Any = json.loads(summary.read_text(encoding="utf-8"))
     for part in name.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     if not isinstance(value, int | float):
-        sys.stderr.write(f"error: {run_dir / SUMMARY} holds no number for metric={name}\n")
+        sys.stderr.write(f"error: {summary} holds no number for metric={name}\n")
         return None
     return float(value)
 
@@ -191,7 +192,7 @@ def end_sweep(*, report: bool = True) -> bool:
         sys.stdout.write(f"building the report of {folder}\n")
         sys.stdout.flush()
         try:
-            announce(build_report([folder], folder / "report", states))
+            announce(build_report([folder], RunDirectory(folder).report, states))
         except UserError as error:  # none of the runs finished an epoch, say
             sys.stderr.write(f"no report: {error}\n")
     say_states(states, sys.stderr)

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from robustdyn.errors import TrainingError
 from robustdyn.methods import AdversarialTraining
-
-NONFINITE = "nonfinite"
+from robustdyn.records.run_directory import RunDirectory
 
 
 class StopOnNonFinite(Callback):
@@ -30,7 +29,7 @@ class StopOnNonFinite(Callback):
     """
 
     def __init__(self, run_dir: Path, *, every_steps: int) -> None:
-        self._folder = run_dir / NONFINITE
+        self._folder = RunDirectory(run_dir).nonfinite
         self._every = every_steps
         self._batch: Any = None
         self._first: Tensor | None = None  # on a GPU: the first bad step, -1 for none so far

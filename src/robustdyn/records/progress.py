@@ -25,10 +25,9 @@ from robustdyn.errors import RecordError, UserError
 from robustdyn.records.files import sole_process
 from robustdyn.records.labels import Setup, differences
 from robustdyn.records.reader import Run, read_table
-from robustdyn.records.writer import RECORDS, _replace
+from robustdyn.records.run_directory import RunDirectory
+from robustdyn.records.writer import _replace
 
-STATUS = "status.json"
-TRACEBACK = "error.txt"
 LONGEST_NAME = 100  # bytes of a folder's name that people read; file systems take 255
 LONGEST_ERROR = 400  # characters of an error that no one wrote for the user
 
@@ -49,7 +48,7 @@ class RunStatus:
     """
 
     def __init__(self, run_dir: str | os.PathLike[str], settings: Mapping[str, Any]) -> None:
-        self._run_dir = Path(run_dir)
+        self._run = RunDirectory(run_dir)
         self._settings = settings
         self._alone = ExitStack()
 
@@ -59,10 +58,10 @@ class RunStatus:
         Raises:
             RecordError: Another process is, or the directory cannot be written.
         """
-        self._alone.enter_context(sole_process(self._run_dir, "choose another hydra.run.dir"))
-        (self._run_dir / TRACEBACK).unlink(missing_ok=True)
-        for folder in (".", RECORDS, "checkpoints"):
-            for left in (self._run_dir / folder).glob(".*.tmp"):  # of a process that was killed while writing
+        self._alone.enter_context(sole_process(self._run.path, "choose another hydra.run.dir"))
+        self._run.traceback.unlink(missing_ok=True)
+        for folder in (self._run.path, self._run.records, self._run.checkpoints):
+            for left in folder.glob(".*.tmp"):  # of a process that was killed while writing
                 left.unlink(missing_ok=True)
         self._write("running")
         return self
@@ -82,7 +81,7 @@ class RunStatus:
                 self._write("failed", one_line(error))
                 if not isinstance(error, UserError):  # whose line says all there is to know
                     text = "".join(traceback.format_exception(error))
-                    (self._run_dir / TRACEBACK).write_text(text, encoding="utf-8")
+                    self._run.traceback.write_text(text, encoding="utf-8")
             except (
                 OSError,
                 RecordError,
@@ -95,19 +94,19 @@ class RunStatus:
 
     def _write(self, state: str, error: str | None = None) -> None:
         status = {"state": state, "error": error, "settings": self._settings}
-        _replace(self._run_dir / STATUS, json.dumps(status, indent=1, default=str, ensure_ascii=False) + "\n")
+        _replace(self._run.status, json.dumps(status, indent=1, default=str, ensure_ascii=False) + "\n")
 
 
 def mark_done(run_dir: str | os.PathLike[str]) -> None:
     """Say that a run's work is done, before ``RunStatus`` does: for a report that it writes itself."""
-    status = _status(Path(run_dir))
+    status = RunDirectory(run_dir).read_status()
     if status is not None:
         RunStatus(run_dir, status.get("settings") or {}).done()
 
 
 def is_done(run_dir: str | os.PathLike[str], settings: Mapping[str, Any]) -> bool:
     """Whether the run in ``run_dir`` is done, and was of these settings (save where files go)."""
-    status = _status(Path(run_dir))
+    status = RunDirectory(run_dir).read_status()
     if status is None or status.get("state") != "done" or not status.get("settings"):
         return False
     # as the file gives them back: without what JSON has no word for
@@ -178,7 +177,7 @@ class RunState:
     @property
     def traceback(self) -> Path | None:
         """The file with the stack trace of a failed run, if there is one."""
-        file = None if self.path is None else self.path / TRACEBACK
+        file = None if self.path is None else RunDirectory(self.path).traceback
         return file if file is not None and self.state == "failed" and file.is_file() else None
 
 
@@ -243,7 +242,7 @@ def _state(run: Run, name: str, *, asked: bool = True) -> RunState:
     planned = trainer.get("max_epochs") if isinstance(trainer, Mapping) else None
     if not isinstance(planned, int) or planned < 0:
         planned = None
-    status = _status(run.path)
+    status = RunDirectory(run.path).read_status()
     error = None
     state: State = "unfinished"
     if status is not None:
@@ -253,15 +252,6 @@ def _state(run: Run, name: str, *, asked: bool = True) -> RunState:
     elif planned is not None and epochs >= planned:
         state = "done"
     return RunState(name, state, epochs, planned, error, run.path, asked)
-
-
-def _status(run_dir: Path) -> dict[str, Any] | None:
-    """The status file; None if there is none that can be read."""
-    try:
-        status = json.loads((run_dir / STATUS).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return status if isinstance(status, dict) else None
 
 
 def is_of(text: str, keys: Sequence[str]) -> bool:

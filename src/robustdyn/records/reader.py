@@ -11,17 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from robustdyn.errors import RecordError
 from robustdyn.records import schema
-from robustdyn.records.labels import SEED, Setup, distinguishing, flatten, format_value, labels
+from robustdyn.records.labels import SEED, Setup, distinguishing, format_value, labels
 from robustdyn.records.lines import parse_lines, warn_once
-from robustdyn.records.untrusted import read_yaml, untrusted_config
-from robustdyn.records.writer import RECORDS
+from robustdyn.records.run_directory import CONFIG, RunDirectory
 
-CONFIG = Path(".hydra", "config.yaml")
 LARGEST = 2**53  # whole numbers up to here are exact as float64
 ALL_SEEDS = "all seeds"
 
@@ -56,7 +52,7 @@ def read_table(run_dir: str | os.PathLike[str], table: str) -> pd.DataFrame:
         ValueError: There is no such table.
     """
     spec = schema.table(table)
-    path = Path(run_dir) / RECORDS / f"{spec.name}.jsonl"
+    path = RunDirectory(run_dir).table(table)
     rows = parse_lines(path) if path.is_file() else []
     frame = pd.DataFrame(rows, columns=_columns(spec, rows))
     for column in spec.columns:
@@ -94,7 +90,7 @@ def find_runs(paths: Iterable[str | os.PathLike[str]] | str | os.PathLike[str]) 
         for directory in directories:
             resolved = directory.resolve()
             if resolved not in found:
-                found[resolved] = _setup(directory)
+                found[resolved] = RunDirectory(directory).setup()
     return label(list(found.values()))
 
 
@@ -169,62 +165,6 @@ def _run_directories(path: Path) -> list[Path]:
 def _natural(path: Path) -> list[tuple[int, str]]:
     """Sort key in which 2 comes before 10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", str(path))]
-
-
-def _setup(directory: Path) -> Setup:
-    """What the ``.hydra`` folder of a run says."""
-    config = untrusted_config(_load_yaml(directory / CONFIG))
-    if not isinstance(config, DictConfig):
-        raise RecordError(
-            f"{directory / CONFIG}: not a configuration; restore the file or leave this run out"
-        )
-    hydra = directory / CONFIG.parent / "hydra.yaml"
-    overrides = directory / CONFIG.parent / "overrides.yaml"
-    typed = _load_yaml(overrides) if overrides.is_file() else []
-    choices = _load_yaml(hydra) if hydra.is_file() else {}
-    for key in ("hydra", "runtime", "choices"):
-        choices = choices.get(key) if isinstance(choices, dict) else {}
-    chosen = choices.items() if isinstance(choices, dict) else ()
-    return Setup(
-        path=directory,
-        config=_plain(config),
-        overrides=tuple(map(str, typed if isinstance(typed, list) else [])),
-        choices={str(group): str(choice) for group, choice in chosen if choice is not None},
-        derived=frozenset(_interpolated(config)),
-    )
-
-
-def _load_yaml(path: Path) -> Any:
-    try:
-        return read_yaml(path)
-    except ValueError as error:
-        raise RecordError(f"{path}: cannot read ({error}); restore the file or leave this run out") from error
-
-
-def _plain(node: object) -> Any:
-    """A configuration as plain containers; what cannot be interpolated here stays text."""
-    if isinstance(node, DictConfig):
-        return {str(key): _plain(_resolved(node, key)) for key in node}
-    if isinstance(node, ListConfig):
-        return [_plain(_resolved(node, i)) for i in range(len(node))]
-    return node
-
-
-def _resolved(node: DictConfig | ListConfig, key: Any) -> object:
-    try:
-        return node[key]
-    except OmegaConfBaseException:
-        raw = OmegaConf.to_container(node, resolve=False)
-        assert isinstance(raw, dict | list)
-        return raw[key]
-
-
-def _interpolated(config: DictConfig) -> list[str]:
-    """Dotted keys whose value is taken from elsewhere (``${seed}``): they differ when their source does."""
-    raw = OmegaConf.to_container(config, resolve=False)
-    assert isinstance(raw, dict)
-    named = {str(key): value for key, value in raw.items()}
-    return [key for key, value in flatten(named).items() if isinstance(value, str) and "${" in value]
 
 
 def _columns(spec: schema.Table, rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -9,9 +9,11 @@ Errors are fractions in [0, 1] in records and per cent wherever people read them
 
 from __future__ import annotations
 
+import re
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast, get_args
 
 Kind = Literal["int", "float", "str", "bool"]
 Direction = Literal["lower", "higher"]
@@ -89,10 +91,43 @@ class Table:
         return tuple(column.name for column in self.columns if column.required)
 
 
-_EPOCH = Column("epoch", "int", "", "epoch", "epoch the row belongs to, counted from 0")
-_STEP = Column("step", "int", "steps", "step", "optimiser steps taken when the row was written")
-_STEP_OPTIONAL = Column(_STEP.name, _STEP.kind, _STEP.unit, _STEP.label, _STEP.meaning, required=False)
-_SECONDS = Column("seconds", "float", "s", "wall time", "wall time that the row took to compute")
+_SHARED = {
+    "epoch": "epoch int | epoch | epoch the row belongs to, counted from 0",
+    "step": "step int steps | step | optimiser steps taken when the row was written",
+    "seconds": "seconds float s | wall time | wall time that the row took to compute",
+}
+
+
+def _table(text: str) -> Table:
+    """A table from its text: ``name | row | key columns``, then one line a column.
+
+    A column is ``name kind unit | label | meaning``, or the bare name of one in ``_SHARED``. Flags may
+    follow: ``lower`` or ``higher`` says which is better, and ``optional`` that rows need not have it. What is
+    estimated from random vectors may say ``s.e.`` and ``truncation``, which add a column each. A line that is
+    indented further continues the one above.
+    """
+    title, *lines = re.sub(r"\n +", " ", textwrap.dedent(text)).strip().splitlines()
+    name, row, key = title.split(" | ")
+    return Table(name, row, tuple(key.split()), tuple(column for line in lines for column in _columns(line)))
+
+
+def _columns(line: str) -> Iterator[Column]:
+    """The column that a line declares, then its standard error and what truncation does, if it says so."""
+    head, *rest = line.split(" | ")
+    head, label, meaning, *flags = [*_SHARED.get(head, head).split(" | "), *rest]
+    name, kind, *unit = head.split(maxsplit=2)
+    if kind not in get_args(Kind) or not {*flags} <= {*get_args(Direction), "optional", "s.e.", "truncation"}:
+        raise ValueError(f"not a column: {line!r}")
+    better = next((cast(Direction, flag) for flag in flags if flag in get_args(Direction)), None)
+    required = "optional" not in flags
+    yield Column(name, cast(Kind, kind), "".join(unit), label, meaning, better, required)
+    if "s.e." in flags:
+        said = f"standard error of {name} over random vectors"
+        yield Column(f"{name}_se", "float", "", f"s.e. of {label}", said)
+    if "truncation" in flags:
+        said = f"relative change of {name} if half the Lanczos steps had been taken"
+        yield Column(f"{name}_truncation", "float", "", f"truncation of {label}", said)
+
 
 _HOW = {
     "train": "running average over the epoch's training batches, each taken before its own update "
@@ -103,543 +138,208 @@ _HOW = {
 _INPUTS = {"robust": "adversarial examples", "clean": "unperturbed images"}
 
 
-def _metrics(split: str, required: bool = True) -> Iterator[Column]:
+def _metrics(split: str, flag: str = "") -> str:
     """Loss and error on adversarial and unperturbed images of one split."""
-    for inputs, on in _INPUTS.items():
-        yield Column(
-            f"{split}_{inputs}_loss",
-            "float",
-            "nats",
-            f"{split} {inputs} loss",
-            f"mean cross-entropy on {on}, {_HOW[split]}",
-            "lower",
-            required,
-        )
-        yield Column(
-            f"{split}_{inputs}_error",
-            "float",
-            FRACTION,
-            f"{split} {inputs} error",
-            f"share of {on} misclassified, {_HOW[split]}",
-            "lower",
-            required,
-        )
-
-
-EPOCHS = Table(
-    "epochs",
-    "one finished epoch",
-    ("epoch",),
-    (
-        _EPOCH,
-        _STEP,
-        Column("lr", "float", "", "learning rate η", "learning rate in force during the epoch's last step"),
-        *_metrics("train"),
-        *_metrics("test"),
-        *_metrics("validation", required=False),
-        Column(
-            "robust_loss_gap",
-            "float",
-            "nats",
-            "robust loss gap",
-            "test_robust_loss − train_robust_loss",
-            "lower",
-        ),
-        Column(
-            "robust_error_gap",
-            "float",
-            FRACTION_DIFFERENCE,
-            "robust error gap",
-            "test_robust_error − train_robust_error",
-            "lower",
-        ),
-        _SECONDS,
-    ),
-)
-
-
-def _estimate(name: str, label: str, meaning: str, *, truncated: bool = False) -> Iterator[Column]:
-    """A number estimated from random vectors, its standard error and, on request, what truncation does."""
-    yield Column(name, "float", "", label, meaning)
-    yield Column(
-        f"{name}_se", "float", "", f"s.e. of {label}", f"standard error of {name} over random vectors"
+    return "\n    ".join(
+        f"{split}_{inputs}_loss float nats | {split} {inputs} loss"
+        f" | mean cross-entropy on {on}, {_HOW[split]} | lower{flag}\n"
+        f"    {split}_{inputs}_error float {FRACTION} | {split} {inputs} error"
+        f" | share of {on} misclassified, {_HOW[split]} | lower{flag}"
+        for inputs, on in _INPUTS.items()
     )
-    if truncated:
-        said = f"relative change of {name} if half the Lanczos steps had been taken"
-        yield Column(f"{name}_truncation", "float", "", f"truncation of {label}", said)
 
 
-WCI = Table(
-    "wci",
-    "one measured epoch",
-    ("epoch",),
-    (
-        _EPOCH,
-        _STEP,
-        Column(
-            "wci",
-            "float",
-            "",
-            "WCI",
-            "Weight-Curvature Index Σ_k sqrt(‖W_k‖²_F · Tr H_k) over weight matrices",
-            "lower",
-        ),
-        Column("wci_se", "float", "", "s.e. of WCI", "standard error of wci over probes and examples"),
-        Column(
-            "weight_norm_sq", "float", "", "‖W‖²_F", "sum of the weight matrices' squared Frobenius norms"
-        ),
-        Column("hessian_trace", "float", "", "Tr H", "sum of the weight matrices' Hessian-block traces"),
-        Column("hessian_trace_se", "float", "", "s.e. of Tr H", "standard error of hessian_trace"),
-        Column(
-            "hessian_trace_all",
-            "float",
-            "",
-            "Tr H, all tensors",
-            "Hessian trace over all parameter tensors, BatchNorm and biases included",
-        ),
-        Column(
-            "hessian_trace_all_se",
-            "float",
-            "",
-            "s.e. of Tr H, all tensors",
-            "standard error of hessian_trace_all",
-            required=False,
-        ),
-        Column(
-            "cauchy_schwarz_bound",
-            "float",
-            "",
-            "Cauchy–Schwarz bound",
-            "sqrt(Σ‖W_k‖²_F · Σ Tr H_k), traces ≤ 0 counted as 0: never below the WCI",
-        ),
-        Column(
-            "clamped_layers",
-            "int",
-            "layers",
-            "clamped layers",
-            "layers whose trace estimate was ≤ 0 and counted as 0",
-        ),
-        Column(
-            "hvps",
-            "int",
-            "passes",
-            "passes",
-            "cost: reverse passes over the examples, or Hessian products restricted to a layer",
-        ),
-        Column(
-            "examples", "int", "examples", "examples", "adversarial examples the measurement was taken on"
-        ),
-        Column(
-            "batchnorm", "str", "", "BatchNorm mode", "BatchNorm mode during the measurement: eval or train"
-        ),
-        Column("estimator", "str", "", "estimator", "how the layer traces were estimated"),
-        _SECONDS,
-    ),
-)
+EPOCHS = _table(f"""
+    epochs | one finished epoch | epoch
+    epoch
+    step
+    lr float | learning rate η | learning rate in force during the epoch's last step
+    {_metrics("train")}
+    {_metrics("test")}
+    {_metrics("validation", " | optional")}
+    robust_loss_gap float nats | robust loss gap | test_robust_loss − train_robust_loss | lower
+    robust_error_gap float difference of fractions | robust error gap | test_robust_error −
+        train_robust_error | lower
+    seconds
+""")
 
-LAYERS = Table(
-    "layers",
-    "one weight matrix at one measured epoch",
-    ("epoch", "layer"),
-    (
-        _EPOCH,
-        _STEP_OPTIONAL,
-        Column("layer", "str", "", "layer", "name of the weight tensor in the model"),
-        Column("numel", "int", "weights", "weights", "number of weights in the tensor"),
-        Column("weight_norm_sq", "float", "", "‖W_k‖²_F", "squared Frobenius norm of the tensor"),
-        Column("hessian_trace", "float", "", "Tr H_k", "trace of the Hessian block of the tensor"),
-        Column("hessian_trace_se", "float", "", "s.e. of Tr H_k", "standard error of hessian_trace"),
-        Column(
-            "wci_term",
-            "float",
-            "",
-            "layer's WCI term",
-            "sqrt(‖W_k‖²_F · Tr H_k), the tensor's share of the WCI",
-        ),
-        Column(
-            "optimal_variance",
-            "float",
-            "",
-            "optimal σ²_k",
-            "posterior variance of the tensor that minimises the bound at β = 1",
-        ),
-    ),
-)
+RATES = _table("""
+    rates | one change of the learning rate | step
+    epoch int | epoch | epoch in which the rate was first used
+    step int steps | step | optimiser steps taken before the first one at this rate
+    lr float | learning rate η | learning rate from this step on
+""")
 
-SPECTRUM = Table(
-    "spectrum",
-    "one tracked direction at one measured epoch",
-    ("epoch", "index"),
-    (
-        _EPOCH,
-        _STEP_OPTIONAL,
-        Column("index", "int", "", "direction i", "rank of the direction, 0 for the leading one"),
-        Column(
-            "hessian_eigenvalue",
-            "float",
-            "",
-            "Hessian eigenvalue λ_i",
-            "eigenvalue of the Hessian, adversarial examples held fixed",
-        ),
-        Column(
-            "residual",
-            "float",
-            "",
-            "residual of λ_i",
-            "‖H u_i − λ_i u_i‖: distance of λ_i from an exact eigenvalue is at most this",
-        ),
-        Column(
-            "curvature",
-            "float",
-            "",
-            "curvature along u_i",
-            "u_iᵀ H u_i of another attack than u_i comes from: what the laws take for λ_i",
-        ),
-        Column(
-            "curvature_se",
-            "float",
-            "",
-            "s.e. of the curvature",
-            "standard error over examples of the Gauss–Newton part of curvature",
-        ),
-        Column(
-            "gradient_noise",
-            "float",
-            "",
-            "gradient noise γ_i",
-            "u_iᵀ C u_i of another attack than u_i comes from, variance of the mini-batch gradient along u_i",
-        ),
-        Column(
-            "gradient_noise_se",
-            "float",
-            "",
-            "s.e. of γ_i",
-            "standard error of gradient_noise over the measured examples",
-        ),
-        Column(
-            "attack_noise",
-            "float",
-            "",
-            "the attack's part of γ_i",
-            "the part of gradient_noise that the attack's random start makes, which no shuffling takes back",
-        ),
-        Column(
-            "noise_eigenvalue",
-            "float",
-            "",
-            "noise eigenvalue",
-            "the i-th largest eigenvalue of the gradient covariance C itself",
-        ),
-        Column(
-            "noise_residual",
-            "float",
-            "",
-            "residual of the noise eigenvalue",
-            "distance of noise_eigenvalue from an exact eigenvalue of the measured C is at most this",
-        ),
-        Column(
-            "posterior_variance_stationary",
-            "float",
-            "",
-            "stationary σ²_i",
-            "variance along u_i that momentum SGD settles to at the present learning rate",
-        ),
-        Column(
-            "stable", "bool", "", "stable", "whether a stationary law exists along u_i: 0 < ηλ < 2(1 + μ)"
-        ),
-        Column("curvature_term", "float", "", "λ_i σ²_i", "the direction's share of Σ λσ²"),
-        Column("log_variance_term", "float", "nats", "−ln σ²_i", "the direction's share of −Σ ln σ²"),
-    ),
-)
+WCI = _table("""
+    wci | one measured epoch | epoch
+    epoch
+    step
+    wci float | WCI | Weight-Curvature Index Σ_k sqrt(‖W_k‖²_F · Tr H_k) over weight matrices | lower
+    wci_se float | s.e. of WCI | standard error of wci over probes and examples
+    weight_norm_sq float | ‖W‖²_F | sum of the weight matrices' squared Frobenius norms
+    hessian_trace float | Tr H | sum of the weight matrices' Hessian-block traces
+    hessian_trace_se float | s.e. of Tr H | standard error of hessian_trace
+    hessian_trace_all float | Tr H, all tensors | Hessian trace over all parameter tensors, BatchNorm and
+        biases included
+    hessian_trace_all_se float | s.e. of Tr H, all tensors | standard error of hessian_trace_all | optional
+    cauchy_schwarz_bound float | Cauchy–Schwarz bound | sqrt(Σ‖W_k‖²_F · Σ Tr H_k), traces ≤ 0 counted as 0:
+        never below the WCI
+    clamped_layers int layers | clamped layers | layers whose trace estimate was ≤ 0 and counted as 0
+    hvps int passes | passes | cost: reverse passes over the examples, or Hessian products restricted to a
+        layer
+    examples int examples | examples | adversarial examples the measurement was taken on
+    batchnorm str | BatchNorm mode | BatchNorm mode during the measurement: eval or train
+    estimator str | estimator | how the layer traces were estimated
+    seconds
+""")
 
-ALIGNMENT = Table(
-    "alignment",
-    "one measured epoch",
-    ("epoch",),
-    (
-        _EPOCH,
-        _STEP_OPTIONAL,
-        Column(
-            "tracked_directions",
-            "int",
-            "directions",
-            "tracked directions",
-            "number of directions k the alignment is over",
-        ),
-        Column(
-            "commutator",
-            "float",
-            "",
-            "relative commutator",
-            "‖HC − CH‖_F / (2‖H‖_F‖C‖_F) in the tracked subspace: 0 when H and C commute there, at most ½",
-        ),
-        Column(
-            "commutator_se",
-            "float",
-            "",
-            "s.e. of the commutator",
-            "standard error of commutator over examples",
-        ),
-        Column(
-            "commutator_null",
-            "float",
-            "",
-            "commutator of commuting H and C",
-            "what sampling noise alone would give if H and C commuted: the commutator's zero",
-        ),
-        Column(
-            "commutator_null_spread",
-            "float",
-            "",
-            "spread of the null",
-            "standard deviation of commutator under that hypothesis",
-        ),
-        Column(
-            "cosine",
-            "float",
-            "",
-            "cosine of H and C",
-            "⟨H, C⟩_F / (‖H‖_F‖C‖_F) in the tracked subspace: 1 when C is a multiple of H there",
-        ),
-        Column("cosine_se", "float", "", "s.e. of the cosine", "standard error of cosine over examples"),
-        Column(
-            "subspace_overlap",
-            "float",
-            "",
-            "subspace overlap",
-            "mean squared cosine of the angles between the leading subspaces of H and C, 1 when they agree",
-        ),
-        Column(
-            "captured_noise",
-            "float",
-            "",
-            "captured noise",
-            "noise along H's tracked directions over the noise along C's own leading directions, at most 1",
-        ),
-        Column(
-            "total_correlation",
-            "float",
-            "nats",
-            "total correlation",
-            "½(Σ ln Σ_ii − ln det Σ) over the tracked directions, in H's eigenbasis: what non-commutation "
-            "costs the bound",
-        ),
-        Column(
-            "total_correlation_se",
-            "float",
-            "nats",
-            "s.e. of the total correlation",
-            "standard error of total_correlation over examples",
-        ),
-        Column(
-            "total_correlation_null",
-            "float",
-            "nats",
-            "total correlation of commuting H and C",
-            "what sampling noise alone would give if H and C commuted: the total correlation's zero",
-        ),
-        Column(
-            "total_correlation_null_spread",
-            "float",
-            "nats",
-            "spread of the null",
-            "standard deviation of total_correlation under that hypothesis",
-        ),
-        Column(
-            "examples", "int", "examples", "examples", "adversarial examples the measurement was taken on"
-        ),
-    ),
-)
+LAYERS = _table("""
+    layers | one weight matrix at one measured epoch | epoch layer
+    epoch
+    step | optional
+    layer str | layer | name of the weight tensor in the model
+    numel int weights | weights | number of weights in the tensor
+    weight_norm_sq float | ‖W_k‖²_F | squared Frobenius norm of the tensor
+    hessian_trace float | Tr H_k | trace of the Hessian block of the tensor
+    hessian_trace_se float | s.e. of Tr H_k | standard error of hessian_trace
+    wci_term float | layer's WCI term | sqrt(‖W_k‖²_F · Tr H_k), the tensor's share of the WCI
+    optimal_variance float | optimal σ²_k | posterior variance of the tensor that minimises the bound at β =
+        1
+""")
 
-BOUNDS = Table(
-    "bounds",
-    "one measured epoch",
-    ("epoch",),
-    (
-        _EPOCH,
-        _STEP,
-        Column("train_examples", "int", "examples", "n", "size of the training set"),
-        Column("batch_size", "int", "examples", "B", "examples of a mini-batch, over all devices"),
-        Column(
-            "tracked_directions",
-            "int",
-            "directions",
-            "tracked directions",
-            "number of leading Hessian directions k tracked",
-        ),
-        Column(
-            "unstable_directions",
-            "int",
-            "directions",
-            "unstable directions",
-            "tracked directions without a stationary law; with any, the sums have no value",
-        ),
-        Column(
-            "curvature_term_top_k",
-            "float",
-            "",
-            "Σ λσ²",
-            "Σ λ_i σ²_i over the tracked top k directions only",
-            "lower",
-        ),
-        Column(
-            "log_variance_term_top_k",
-            "float",
-            "nats",
-            "−Σ ln σ²",
-            "−Σ ln σ²_i over the tracked top k directions only",
-            "lower",
-        ),
-        Column(
-            "dominant_terms_top_k",
-            "float",
-            "",
-            "Σ λσ² − Σ ln σ²",
-            "sum of the two dominant terms over the tracked top k directions only: not the bound of the "
-            "whole model",
-            "lower",
-        ),
-    ),
-)
+SPECTRUM = _table("""
+    spectrum | one tracked direction at one measured epoch | epoch index
+    epoch
+    step | optional
+    index int | direction i | rank of the direction, 0 for the leading one
+    hessian_eigenvalue float | Hessian eigenvalue λ_i | eigenvalue of the Hessian, adversarial examples held
+        fixed
+    residual float | residual of λ_i | ‖H u_i − λ_i u_i‖: distance of λ_i from an exact eigenvalue is at most
+        this
+    curvature float | curvature along u_i | u_iᵀ H u_i of another attack than u_i comes from: what the laws
+        take for λ_i
+    curvature_se float | s.e. of the curvature | standard error over examples of the Gauss–Newton part of
+        curvature
+    gradient_noise float | gradient noise γ_i | u_iᵀ C u_i of another attack than u_i comes from, variance of
+        the mini-batch gradient along u_i
+    gradient_noise_se float | s.e. of γ_i | standard error of gradient_noise over the measured examples
+    attack_noise float | the attack's part of γ_i | the part of gradient_noise that the attack's random start
+        makes, which no shuffling takes back
+    noise_eigenvalue float | noise eigenvalue | the i-th largest eigenvalue of the gradient covariance C
+        itself
+    noise_residual float | residual of the noise eigenvalue | distance of noise_eigenvalue from an exact
+        eigenvalue of the measured C is at most this
+    posterior_variance_stationary float | stationary σ²_i | variance along u_i that momentum SGD settles to
+        at the present learning rate
+    stable bool | stable | whether a stationary law exists along u_i: 0 < ηλ < 2(1 + μ)
+    curvature_term float | λ_i σ²_i | the direction's share of Σ λσ²
+    log_variance_term float nats | −ln σ²_i | the direction's share of −Σ ln σ²
+""")
 
-DENSITY = Table(
-    "density",
-    "one node of one random vector's quadrature at one measured epoch",
-    ("epoch", "kind", "probe", "index"),
-    (
-        _EPOCH,
-        _STEP_OPTIONAL,
-        Column("kind", "str", "", "kind", "what is spread over H's spectrum: hessian (eigenvalues) or noise"),
-        Column("probe", "int", "", "random vector", "number of the random vector"),
-        Column("index", "int", "", "node", "rank of the node, 0 for the smallest"),
-        Column(
-            "ritz_value",
-            "float",
-            "",
-            "Hessian eigenvalue λ",
-            "the node: a Ritz value of the Hessian, adversarial examples held fixed",
-        ),
-        Column(
-            "mass",
-            "float",
-            "",
-            "mass",
-            "the node's weight: a number of eigenvalues (hessian) or a part of Tr C (noise), to be averaged "
-            "over random vectors",
-        ),
-    ),
-)
+ALIGNMENT = _table("""
+    alignment | one measured epoch | epoch
+    epoch
+    step | optional
+    tracked_directions int directions | tracked directions | number of directions k the alignment is over
+    commutator float | relative commutator | ‖HC − CH‖_F / (2‖H‖_F‖C‖_F) in the tracked subspace: 0 when H
+        and C commute there, at most ½
+    commutator_se float | s.e. of the commutator | standard error of commutator over examples
+    commutator_null float | commutator of commuting H and C | what sampling noise alone would give if H and C
+        commuted: the commutator's zero
+    commutator_null_spread float | spread of the null | standard deviation of commutator under that
+        hypothesis
+    cosine float | cosine of H and C | ⟨H, C⟩_F / (‖H‖_F‖C‖_F) in the tracked subspace: 1 when C is a
+        multiple of H there
+    cosine_se float | s.e. of the cosine | standard error of cosine over examples
+    subspace_overlap float | subspace overlap | mean squared cosine of the angles between the leading
+        subspaces of H and C, 1 when they agree
+    captured_noise float | captured noise | noise along H's tracked directions over the noise along C's own
+        leading directions, at most 1
+    total_correlation float nats | total correlation | ½(Σ ln Σ_ii − ln det Σ) over the tracked directions,
+        in H's eigenbasis: what non-commutation costs the bound
+    total_correlation_se float nats | s.e. of the total correlation | standard error of total_correlation
+        over examples
+    total_correlation_null float nats | total correlation of commuting H and C | what sampling noise alone
+        would give if H and C commuted: the total correlation's zero
+    total_correlation_null_spread float nats | spread of the null | standard deviation of total_correlation
+        under that hypothesis
+    examples int examples | examples | adversarial examples the measurement was taken on
+""")
 
-WHOLE_SPACE = Table(
-    "whole_space",
-    "one measured epoch",
-    ("epoch",),
-    (
-        _EPOCH,
-        _STEP,
-        *_estimate("hessian_trace", "Tr H, sampled", "Hessian trace over all parameters, from random signs"),
-        *_estimate("hessian_squared_norm", "‖H‖²_F", "Tr H², sum of all squared Hessian eigenvalues"),
-        *_estimate(
-            "hessian_negative_trace",
-            "Tr H, negative part",
-            "sum of the Hessian's negative eigenvalues, over all directions",
-            truncated=True,
-        ),
-        *_estimate(
-            "negative_share",
-            "share of λ ≤ 0",
-            "share of all Hessian eigenvalues at or below zero; read it with negative_share_resolution",
-        ),
-        Column(
-            "negative_share_resolution",
-            "float",
-            "",
-            "resolution of the share",
-            "what negative_share may be off by beside its standard error, because eigenvalues about zero are "
-            "not told apart",
-        ),
-        *_estimate(
-            "noise_trace", "Tr C", "trace of the mini-batch gradient's covariance, over all directions"
-        ),
-        *_estimate(
-            "noise_share_nonpositive",
-            "share of Tr C, λ ≤ 0",
-            "share of noise_trace along directions of curvature at or below zero",
-        ),
-        *_estimate(
-            "noise_share_unstable",
-            "share of Tr C, unstable",
-            "share of noise_trace along directions too sharp for a stationary law, η(λ + ω) ≥ 2(1 + μ)",
-        ),
-        *_estimate(
-            "curvature_term_positive_stable",
-            "Σ λσ², λ > 0 and stable",
-            "Σ λ_i σ²_i of the stationary posterior over all directions with λ_i > 0 that have one",
-            truncated=True,
-        ),
-        Column("products", "int", "products", "products", "products with the Hessian"),
-        _SECONDS,
-    ),
-)
+BOUNDS = _table("""
+    bounds | one measured epoch | epoch
+    epoch
+    step
+    train_examples int examples | n | size of the training set
+    batch_size int examples | B | examples of a mini-batch, over all devices
+    tracked_directions int directions | tracked directions | number of leading Hessian directions k tracked
+    unstable_directions int directions | unstable directions | tracked directions without a stationary law;
+        with any, the sums have no value
+    curvature_term_top_k float | Σ λσ² | Σ λ_i σ²_i over the tracked top k directions only | lower
+    log_variance_term_top_k float nats | −Σ ln σ² | −Σ ln σ²_i over the tracked top k directions only | lower
+    dominant_terms_top_k float | Σ λσ² − Σ ln σ² | sum of the two dominant terms over the tracked top k
+        directions only: not the bound of the whole model | lower
+""")
 
-RATES = Table(
-    "rates",
-    "one change of the learning rate",
-    ("step",),
-    (
-        Column("epoch", "int", "", "epoch", "epoch in which the rate was first used"),
-        Column("step", "int", "steps", "step", "optimiser steps taken before the first one at this rate"),
-        Column("lr", "float", "", "learning rate η", "learning rate from this step on"),
-    ),
-)
+DENSITY = _table("""
+    density | one node of one random vector's quadrature at one measured epoch | epoch kind probe index
+    epoch
+    step | optional
+    kind str | kind | what is spread over H's spectrum: hessian (eigenvalues) or noise
+    probe int | random vector | number of the random vector
+    index int | node | rank of the node, 0 for the smallest
+    ritz_value float | Hessian eigenvalue λ | the node: a Ritz value of the Hessian, adversarial examples
+        held fixed
+    mass float | mass | the node's weight: a number of eigenvalues (hessian) or a part of Tr C (noise), to be
+        averaged over random vectors
+""")
 
-POSTERIOR = Table(
-    "posterior",
-    "one tracked direction after one epoch",
-    ("epoch", "index"),
-    (
-        _EPOCH,
-        _STEP,
-        Column("index", "int", "", "direction i", "rank of the direction, 0 for the leading one"),
-        Column(
-            "posterior_variance",
-            "float",
-            "",
-            "σ²_i",
-            "variance along u_i at this time, through the run's rates and measured spectra, with shuffled "
-            "epochs as in training and curvature at fixed adversarial examples",
-        ),
-        Column(
-            "posterior_variance_independent",
-            "float",
-            "",
-            "σ²_i of independent batches",
-            "the same if every step drew its batch independently, as the papers assume",
-        ),
-        Column(
-            "posterior_variance_stationary",
-            "float",
-            "",
-            "stationary σ²_i",
-            "variance along u_i that the epoch's last step would settle to",
-        ),
-    ),
-)
+WHOLE_SPACE = _table("""
+    whole_space | one measured epoch | epoch
+    epoch
+    step
+    hessian_trace float | Tr H, sampled | Hessian trace over all parameters, from random signs | s.e.
+    hessian_squared_norm float | ‖H‖²_F | Tr H², sum of all squared Hessian eigenvalues | s.e.
+    hessian_negative_trace float | Tr H, negative part | sum of the Hessian's negative eigenvalues, over all
+        directions | s.e. | truncation
+    negative_share float | share of λ ≤ 0 | share of all Hessian eigenvalues at or below zero; read it with
+        negative_share_resolution | s.e.
+    negative_share_resolution float | resolution of the share | what negative_share may be off by beside its
+        standard error, because eigenvalues about zero are not told apart
+    noise_trace float | Tr C | trace of the mini-batch gradient's covariance, over all directions | s.e.
+    noise_share_nonpositive float | share of Tr C, λ ≤ 0 | share of noise_trace along directions of curvature
+        at or below zero | s.e.
+    noise_share_unstable float | share of Tr C, unstable | share of noise_trace along directions too sharp
+        for a stationary law, η(λ + ω) ≥ 2(1 + μ) | s.e.
+    curvature_term_positive_stable float | Σ λσ², λ > 0 and stable | Σ λ_i σ²_i of the stationary posterior
+        over all directions with λ_i > 0 that have one | s.e. | truncation
+    products int products | products | products with the Hessian
+    seconds
+""")
 
-COSTS = Table(
-    "costs",
-    "one part of the measurement at one measured epoch",
-    ("epoch", "part"),
-    (
-        _EPOCH,
-        _STEP,
-        Column("part", "str", "", "part", "what was computed; 'all' is the whole, its attack included"),
-        Column("products", "int", "products", "products", "products with the operator"),
-        Column("converged", "bool", "", "converged", "whether every pair met the tolerance"),
-        Column("warm", "bool", "", "warm start", "whether it started from the last measured epoch's result"),
-        _SECONDS,
-    ),
-)
+POSTERIOR = _table("""
+    posterior | one tracked direction after one epoch | epoch index
+    epoch
+    step
+    index int | direction i | rank of the direction, 0 for the leading one
+    posterior_variance float | σ²_i | variance along u_i at this time, through the run's rates and measured
+        spectra, with shuffled epochs as in training and curvature at fixed adversarial examples
+    posterior_variance_independent float | σ²_i of independent batches | the same if every step drew its
+        batch independently, as the papers assume
+    posterior_variance_stationary float | stationary σ²_i | variance along u_i that the epoch's last step
+        would settle to
+""")
+
+COSTS = _table("""
+    costs | one part of the measurement at one measured epoch | epoch part
+    epoch
+    step
+    part str | part | what was computed; 'all' is the whole, its attack included
+    products int products | products | products with the operator
+    converged bool | converged | whether every pair met the tolerance
+    warm bool | warm start | whether it started from the last measured epoch's result
+    seconds
+""")
 
 TIMED: dict[str, str] = {
     "attack": "making the training examples",
@@ -649,101 +349,58 @@ TIMED: dict[str, str] = {
     "measurement": "measuring, its attack included",
 }
 """What an epoch's time is divided into, and what each part holds."""
-
-TIMING = Table(
-    "timing",
-    "one finished epoch",
-    ("epoch",),
-    (
-        _EPOCH,
-        _STEP,
-        Column(
-            "images_per_second",
-            "float",
-            "images/s",
-            "training speed",
-            "training images over the time of attack, step and data, all ranks together",
-        ),
-        *(
-            Column(f"{name}_share", "float", FRACTION, f"time in {name}", f"share of the wall time: {holds}")
-            for name, holds in TIMED.items()
-        ),
-        _SECONDS,
-    ),
+_SHARES = "\n    ".join(
+    f"{name}_share float {FRACTION} | time in {name} | share of the wall time: {holds}"
+    for name, holds in TIMED.items()
 )
 
-OUTCOMES = Table(
-    "outcomes",
-    "one example under one attack of an evaluation",
-    ("evaluator", "index"),
-    (
-        Column("evaluator", "str", "", "attack", "name of the attack; 'clean' for the unattacked images"),
-        Column("index", "int", "", "example", "position in the evaluated split, counted from 0"),
-        Column("label", "int", "", "label", "class of the example"),
-        Column(
-            "prediction", "int", "", "prediction", "class that the model predicts for the unattacked image"
-        ),
-        Column(
-            "attacked",
-            "bool",
-            "",
-            "attacked",
-            "false for examples wrong unattacked or broken by an earlier attack of the same ensemble",
-        ),
-        Column("robust", "bool", "", "robust", "whether the model is still right after this attack"),
-        Column(
-            "zero_gradient",
-            "bool",
-            "",
-            "zero gradient",
-            "whether the cross-entropy's gradient at the unattacked image is exactly zero or not finite",
-            required=False,
-        ),
-        Column("seconds", "float", "s", "wall time", "wall time of the example's batch over its examples"),
-    ),
-)
+TIMING = _table(f"""
+    timing | one finished epoch | epoch
+    epoch
+    step
+    images_per_second float images/s | training speed | training images over the time of attack, step and
+        data, all ranks together
+    {_SHARES}
+    seconds
+""")
 
-EVALUATION = Table(
-    "evaluation",
-    "one attack, ensemble or summary of an evaluation",
-    ("evaluator",),
-    (
-        Column(
-            "evaluator",
-            "str",
-            "",
-            "attack",
-            "name of the attack or ensemble; 'clean', or 'worst_case': right under every attack",
-        ),
-        Column("examples", "int", "", "examples", "number of examples"),
-        Column("accuracy", "float", FRACTION, "accuracy", "share of the examples that stay right", "higher"),
-        Column(
-            "accuracy_se",
-            "float",
-            FRACTION,
-            "s.e. of accuracy",
-            "binomial standard error of accuracy, for examples drawn at random",
-        ),
-        Column("norm", "str", "", "norm", "norm of the ball"),
-        Column("eps", "float", "", "ε", "radius of the ball on the [0, 1] pixel scale"),
-        Column("loss", "str", "", "loss", "what the attack climbs, where it is ours"),
-        Column("step_size", "float", "", "step", "step size on the [0, 1] pixel scale"),
-        Column("steps", "int", "", "steps", "gradient steps of a start; queries of a black-box attack"),
-        Column("restarts", "int", "", "restarts", "starts, or target classes of a targeted attack"),
-        _SECONDS,
-    ),
-)
+OUTCOMES = _table("""
+    outcomes | one example under one attack of an evaluation | evaluator index
+    evaluator str | attack | name of the attack; 'clean' for the unattacked images
+    index int | example | position in the evaluated split, counted from 0
+    label int | label | class of the example
+    prediction int | prediction | class that the model predicts for the unattacked image
+    attacked bool | attacked | false for examples wrong unattacked or broken by an earlier attack of the same
+        ensemble
+    robust bool | robust | whether the model is still right after this attack
+    zero_gradient bool | zero gradient | whether the cross-entropy's gradient at the unattacked image is
+        exactly zero or not finite | optional
+    seconds float s | wall time | wall time of the example's batch over its examples
+""")
 
-WARNINGS = Table(
-    "warnings",
-    "one sign that an evaluation may overstate robustness",
-    ("check", "evaluator"),
-    (
-        Column("check", "str", "", "check", "name of the check"),
-        Column("evaluator", "str", "", "attack", "attack it concerns; 'model' for none"),
-        Column("message", "str", "", "message", "what was seen"),
-    ),
-)
+EVALUATION = _table("""
+    evaluation | one attack, ensemble or summary of an evaluation | evaluator
+    evaluator str | attack | name of the attack or ensemble; 'clean', or 'worst_case': right under every
+        attack
+    examples int | examples | number of examples
+    accuracy float fraction | accuracy | share of the examples that stay right | higher
+    accuracy_se float fraction | s.e. of accuracy | binomial standard error of accuracy, for examples drawn
+        at random
+    norm str | norm | norm of the ball
+    eps float | ε | radius of the ball on the [0, 1] pixel scale
+    loss str | loss | what the attack climbs, where it is ours
+    step_size float | step | step size on the [0, 1] pixel scale
+    steps int | steps | gradient steps of a start; queries of a black-box attack
+    restarts int | restarts | starts, or target classes of a targeted attack
+    seconds
+""")
+
+WARNINGS = _table("""
+    warnings | one sign that an evaluation may overstate robustness | check evaluator
+    check str | check | name of the check
+    evaluator str | attack | attack it concerns; 'model' for none
+    message str | message | what was seen
+""")
 
 TABLES: dict[str, Table] = {
     t.name: t

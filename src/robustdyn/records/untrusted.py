@@ -13,6 +13,8 @@ import yaml  # type: ignore[import-untyped]
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from robustdyn.errors import RecordError
+
 LARGEST = 1 << 20  # bytes; Hydra's files take some thousand
 DEEPEST = 50  # nested lists and dictionaries
 PURE_RESOLVERS = ("at_fractions", "first", "first_at_fraction", "oc.select", "per_255", "short")
@@ -49,6 +51,21 @@ def untrusted_config(content: Any, resolvers: Sequence[str] = PURE_RESOLVERS) ->
     known = re.compile(rf"\$\{{\s*(?:[\w.\[\]]*\s*\}}|(?:{names})\s*[:,])")
     config = OmegaConf.create(_without_foreign(content, known))
     assert isinstance(config, DictConfig | ListConfig)
+    return config
+
+
+def read_config(path: Path, remedy: str, resolvers: Sequence[str] = PURE_RESOLVERS) -> DictConfig:
+    """The configuration in a file, as ``untrusted_config`` gives it.
+
+    Raises:
+        RecordError: It cannot be read, or is none; the message ends with the remedy.
+    """
+    try:
+        config = untrusted_config(read_yaml(path), resolvers)
+    except ValueError as error:
+        raise RecordError(f"{path}: cannot read ({error}); {remedy}") from error
+    if not isinstance(config, DictConfig):
+        raise RecordError(f"{path}: not a configuration; {remedy}")
     return config
 
 

@@ -21,9 +21,8 @@ from robustdyn.errors import RecordError
 from robustdyn.records import schema
 from robustdyn.records.files import replace_file
 from robustdyn.records.lines import decode, parse_lines
+from robustdyn.records.run_directory import RunDirectory
 
-RECORDS = "records"
-SUMMARY = "summary.json"
 _TYPES: dict[schema.Kind, tuple[type, ...]] = {
     "int": (int,),
     "float": (int, float),
@@ -45,7 +44,7 @@ class RunRecords:
 
     def path(self, table: str) -> Path:
         """File that holds ``table``."""
-        return self.run_dir / RECORDS / f"{schema.table(table).name}.jsonl"
+        return RunDirectory(self.run_dir).table(table)
 
     def append(self, table: str, row: Mapping[str, object]) -> None:
         """Append one row; see ``extend``."""
@@ -136,7 +135,7 @@ class RunRecords:
         Returns:
             The file written.
         """
-        path = self.run_dir / SUMMARY
+        path = RunDirectory(self.run_dir).summary
         self.run_dir.mkdir(parents=True, exist_ok=True)
         _replace(path, json.dumps(plain(summary), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
         return path

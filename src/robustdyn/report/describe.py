@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from robustdyn.records.labels import flatten, format_value
 from robustdyn.records.reader import Run
+from robustdyn.records.run_directory import RunDirectory
 
-ENVIRONMENT = "environment.json"
 _NORMS = {"linf": "l∞", "l2": "l2"}
 _SECTIONS = {  # section -> heading and the settings worth a reader's first glance, in order
     "data": ("data", ("batch_size",)),
@@ -44,13 +43,7 @@ def what_was_run(runs: Sequence[Run]) -> list[tuple[str, str]]:
 
 def environment(run: Run) -> dict[str, str]:
     """Versions, hardware and revision the run recorded, flat; empty when it recorded none."""
-    path = run.path / ENVIRONMENT
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    if not isinstance(facts, dict):
-        return {}
+    facts = RunDirectory(run.path).read_environment() or {}
     return {key.removeprefix("packages."): format_value(value) for key, value in flatten(facts).items()}
 
 

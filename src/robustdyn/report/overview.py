@@ -22,11 +22,14 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from robustdyn.errors import RecordError
+from robustdyn.evaluation.evaluation_record import SETTINGS
 from robustdyn.records import schema
 from robustdyn.records.command_line import at, command
+from robustdyn.records.files import read_object
 from robustdyn.records.labels import SEED, distinguishing, flatten, format_value
-from robustdyn.records.progress import STATES, TRACEBACK, RunState
+from robustdyn.records.progress import STATES, RunState
 from robustdyn.records.reader import Run
+from robustdyn.records.run_directory import MULTIRUN, RunDirectory
 from robustdyn.records.untrusted import read_yaml
 from robustdyn.records.writer import RunRecords
 from robustdyn.report import style
@@ -40,8 +43,6 @@ from robustdyn.report.statistics import (
     of_run,
 )
 
-MULTIRUN = "multirun.yaml"
-EVALUATIONS = "evaluation"  # folder in a run directory, where robustdyn-evaluate writes
 WORST_CASE = "worst_case"
 PANELS = (  # table and column of the curves that the page draws itself
     ("epochs", "test_robust_error"),
@@ -363,8 +364,9 @@ def _metric(own: Mapping[str, Mapping[str, Any]], selection: str, name: str) -> 
 
 def _links(run: Run, page: Path) -> Iterable[Link]:
     """Its own page, log and traceback, where they are."""
-    files = {"report": run.path / "report" / "index.html", "traceback": run.path / TRACEBACK}
-    logs = [path for path in (run.path / "log.jsonl", *sorted(run.path.glob("*.log"))) if path.is_file()]
+    its = RunDirectory(run.path)
+    files = {"report": its.report / "index.html", "traceback": its.traceback}
+    logs = [path for path in (its.log, *sorted(run.path.glob("*.log"))) if path.is_file()]
     if logs:
         files["log"] = logs[0]
     for text, file in files.items():
@@ -462,8 +464,8 @@ def evaluations(runs: Sequence[Run], page: Path) -> Evaluations:
     found, frames = [], []
     attacks: dict[str, str] = {}
     for run in runs:
-        for folder in sorted((run.path / EVALUATIONS).glob("*/")):
-            settings = _json(folder / "settings.json")
+        for folder in sorted(RunDirectory(run.path).evaluations.glob("*/")):
+            settings = read_object(folder / SETTINGS)
             if not settings:
                 continue
             rows = _recorded(folder, schema.EVALUATION)
@@ -529,15 +531,6 @@ def _outside_the_ball(settings: Mapping[str, Any]) -> set[str]:
     evaluators = settings.get("evaluators", {})
     attacks = [item for one in evaluators.values() for item in one.get("attacks", {}).items()]
     return {name for name, about in attacks if about.get("in_ball") is False}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """A file's object; empty if there is none that can be read."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 # ---------------------------------------------------------------------- times

@@ -20,9 +20,9 @@ from robustdyn.errors import CheckpointError, ConfigError
 from robustdyn.models.checkpoints import why_not_loaded
 from robustdyn.records.command_line import at, command
 from robustdyn.records.progress import is_of
+from robustdyn.records.run_directory import HYDRA_FILES, RunDirectory
 from robustdyn.records.untrusted import read_yaml
 
-LAST = "last.ckpt"
 _REMEDY = "restore it from a copy, or remove it to start from the beginning"
 _PARTS = {
     "config": dict,
@@ -38,7 +38,6 @@ _PARTS = {
     "pytorch-lightning_version": str,
 }
 """Of a checkpoint that training goes on from."""
-HYDRA_FILES = ("config.yaml", "hydra.yaml", "overrides.yaml")
 
 CHANGEABLE = (
     "checkpoint",
@@ -109,19 +108,16 @@ class LastCheckpoint(Checkpoint):
     Every checkpoint of the run gets the configuration, so that a resumed run can tell whether it is the same.
 
     Args:
-        folder: Of the checkpoints.
+        run: Whose.
         every_minutes: Save within an epoch when so much time has gone by since the last one; None for never.
         cfg: The run's configuration.
-        hydra_dir: Where Hydra wrote it.
     """
 
-    def __init__(
-        self, folder: Path, *, every_minutes: float | None, cfg: DictConfig, hydra_dir: Path
-    ) -> None:
-        self._path = folder / LAST
+    def __init__(self, run: RunDirectory, *, every_minutes: float | None, cfg: DictConfig) -> None:
+        self._path = run.last_checkpoint
         self._interval = None if every_minutes is None else 60 * every_minutes
         self._cfg = cfg
-        self._hydra_dir = hydra_dir
+        self._hydra_dir = run.hydra
         self._saved = 0.0
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -192,7 +188,8 @@ def resume_from(cfg: DictConfig, run_dir: Path) -> Path | None:
             put back as they were.
         CheckpointError: It cannot be read.
     """
-    path = run_dir / "checkpoints" / LAST
+    run = RunDirectory(run_dir)
+    path = run.last_checkpoint
     if not path.is_file():
         return None
     try:
@@ -211,7 +208,7 @@ def resume_from(cfg: DictConfig, run_dir: Path) -> Path | None:
     if changes and cfg.resume != "changed":
         for name in HYDRA_FILES:
             if isinstance(text := checkpoint["hydra"].get(name), str):
-                (run_dir / ".hydra" / name).write_text(text)
+                (run.hydra / name).write_text(text)
         raise ConfigError(
             f"{path} is of a run with other settings: {'; '.join(changes[:5])}"
             f"{f' and {len(changes) - 5} more' if len(changes) > 5 else ''}; choose another hydra.run.dir, "
@@ -233,7 +230,7 @@ def _own_command(checkpoint: Mapping[str, Any], run_dir: Path) -> str:
         if is_of(text, CHANGEABLE) and not is_of(text, ["resume"])
     }
     try:
-        earlier = read_yaml(run_dir / ".hydra" / "overrides.yaml")
+        earlier = read_yaml(RunDirectory(run_dir).overrides)
         overrides = [text for text in earlier if not is_of(text, [*typed, "resume"])]
         overrides += typed.values()
         overrides += [

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from robustdyn.errors import ConfigError
+from robustdyn.records.run_directory import RunDirectory
 from robustdyn.replicas import EnsembleSettings, PointSettings, Recorded
 from robustdyn.run.config import COUNT, POSITIVE, SEED, SWITCH, WHOLE, Rule, build, check_rules
 from robustdyn.run.ensemble_callback import RunEnsembles
@@ -176,7 +177,7 @@ def ensemble_callbacks(cfg: DictConfig, run_dir: Path) -> list[Callback]:
             settings=settings,
             description=description(cfg),
             provenance=noted,
-            folder=run_dir / "replicas",
+            folder=RunDirectory(run_dir).replicas,
         )
     ]
 

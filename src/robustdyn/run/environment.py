@@ -4,13 +4,14 @@ import json
 import os
 import platform
 import subprocess
-from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
 import lightning
 import torch
+
+from robustdyn.records.run_directory import RunDirectory
 
 PACKAGES = ("robustdyn", "torch", "lightning", "hydra-core", "torchmetrics", "numpy", "scipy")
 
@@ -31,12 +32,12 @@ def write_environment(run_dir: Path, trainer: lightning.Trainer, model: torch.nn
         "code_revision": _revision(),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
-    path = run_dir / "environment.json"
-    with suppress(OSError, ValueError):  # a killed process may have left half of it
-        before = json.loads(path.read_text())
+    run = RunDirectory(run_dir)
+    before = run.read_environment()
+    if before is not None:  # a killed process may have left half of it
         facts["earlier_sessions"] = [*before.pop("earlier_sessions", []), before]
     run_dir.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(facts, indent=2) + "\n")
+    run.environment.write_text(json.dumps(facts, indent=2) + "\n")
 
 
 def processor() -> str:

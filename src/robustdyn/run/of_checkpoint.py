@@ -7,11 +7,10 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from robustdyn.errors import ConfigError, DataFileError, RecordError
-from robustdyn.records.untrusted import DATA_ROOT, PURE_RESOLVERS, read_yaml, untrusted_config
+from robustdyn.errors import ConfigError, DataFileError
+from robustdyn.records.run_directory import RunDirectory
+from robustdyn.records.untrusted import DATA_ROOT, PURE_RESOLVERS, read_config
 from robustdyn.run.config import check
-
-RUN_CONFIG = Path(".hydra", "config.yaml")
 
 
 def checkpoint_of(cfg: DictConfig) -> Path:
@@ -25,7 +24,7 @@ def checkpoint_of(cfg: DictConfig) -> Path:
         raise ConfigError("checkpoint is not given; say checkpoint=RUN/checkpoints/best_on_test.ckpt")
     path = Path(str(cfg.checkpoint))
     if path.is_dir():
-        found = sorted(path.glob("checkpoints/*.ckpt")) or sorted(path.glob("*.ckpt"))
+        found = sorted(RunDirectory(path).checkpoints.glob("*.ckpt")) or sorted(path.glob("*.ckpt"))
         such = f", such as {found[0]}" if found else ""
         raise ConfigError(f"checkpoint={path} is a directory; give a file{such}")
     if not path.is_file():
@@ -40,8 +39,9 @@ def checkpoint_of(cfg: DictConfig) -> Path:
 def run_of(checkpoint: Path) -> Path | None:
     """The run directory that the file lies in: its folder's parent, or its folder."""
     for folder in (checkpoint.absolute().parent.parent, checkpoint.absolute().parent):
-        if (folder / RUN_CONFIG).is_file():
-            data = load_config(folder / RUN_CONFIG).get("data")
+        config = RunDirectory(folder).config
+        if config.is_file():
+            data = load_config(config).get("data")
             target = data.get("_target_") if isinstance(data, DictConfig) else None
             if str(target).startswith("robustdyn."):
                 return folder
@@ -81,15 +81,7 @@ def load_config(path: Path) -> DictConfig:
     Raises:
         RecordError: It cannot be read.
     """
-    try:
-        loaded = untrusted_config(read_yaml(path), (*PURE_RESOLVERS, DATA_ROOT))
-    except ValueError as error:
-        raise RecordError(
-            f"{path}: cannot read ({error}); restore it, or move the checkpoint away"
-        ) from error
-    if not isinstance(loaded, DictConfig):
-        raise RecordError(f"{path}: not a configuration; restore it, or move the checkpoint away")
-    return loaded
+    return read_config(path, "restore it, or move the checkpoint away", (*PURE_RESOLVERS, DATA_ROOT))
 
 
 def device_of(name: str) -> torch.device:

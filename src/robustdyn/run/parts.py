@@ -11,6 +11,7 @@ from robustdyn.data import ImageDataModule
 from robustdyn.measure import Measure, RecordEpochs, RecordPosterior, RecordTiming, StopOnNonFinite
 from robustdyn.methods import AdversarialTraining
 from robustdyn.records import RunRecords
+from robustdyn.records.run_directory import RunDirectory
 from robustdyn.run.checkpointing import BestCheckpoint, LastCheckpoint
 from robustdyn.run.config import build
 from robustdyn.run.ensembles import ensemble_callbacks
@@ -60,12 +61,12 @@ def build_callbacks(
     callbacks += [posterior, RecordTiming(records)]
     callbacks.append(StopOnNonFinite(run_dir, every_steps=cfg.nonfinite.every_steps))
     callbacks += [c for c in (build(cfg, "averaging"), build(cfg, "stopping")) if c is not None]
-    folder = run_dir / "checkpoints"
+    run = RunDirectory(run_dir)
     callbacks += [
         # selection on test examples, as the papers' "best", flatters: the name says which it was
         BestCheckpoint(
-            dirpath=folder,
-            filename=f"best_on_{split}",
+            dirpath=run.checkpoints,
+            filename=run.best_checkpoint(split).stem,
             monitor=f"{split}_robust_error",
             mode="min",
             save_on_train_epoch_end=True,
@@ -73,11 +74,7 @@ def build_callbacks(
         )
         for split in data.evaluation_splits
     ]
-    callbacks.append(
-        LastCheckpoint(
-            folder, every_minutes=cfg.checkpoint.every_minutes, cfg=cfg, hydra_dir=run_dir / ".hydra"
-        )
-    )
+    callbacks.append(LastCheckpoint(run, every_minutes=cfg.checkpoint.every_minutes, cfg=cfg))
     callbacks.append(RunProgress(_label(cfg)))
     return callbacks
 

@@ -25,7 +25,7 @@ from lightning.pytorch.loggers.logger import DummyExperiment  # type: ignore[att
 from lightning.pytorch.utilities import rank_zero_only
 
 from robustdyn.records import TABLES, read_table
-from robustdyn.records.writer import SUMMARY
+from robustdyn.records.run_directory import RunDirectory
 from robustdyn.run.publishing import Moment, RecordFeed, brief
 
 TABLES_SHOWN = ("spectrum", "layers", "density", "posterior")
@@ -91,7 +91,7 @@ class WandbRecords(Logger):
             if not seconds > 0:
                 raise ValueError(f"{what}={seconds} must be a positive number of seconds")
         self.shows_figures = figures
-        self._directory = Path(directory)
+        self._directory = RunDirectory(directory)
         self._project = project
         self._identity: dict[str, Any] = {
             "project": project,
@@ -105,8 +105,8 @@ class WandbRecords(Logger):
         self._checkpoints = checkpoints
         self._timeouts = {"init_timeout": init_timeout, "finish_timeout": finish_timeout}
         self._settings = dict(settings)
-        self._state = _State(self._directory / "wandb" / "run.json")
-        self._environment = _Environment(self._directory / "wandb")
+        self._state = _State(self._directory.wandb / "run.json")
+        self._environment = _Environment(self._directory.wandb)
         self._config: dict[str, Any] = {}
         self._run: wandb.Run | None = None
         self._given_up = False
@@ -134,7 +134,7 @@ class WandbRecords(Logger):
     @property
     def save_dir(self) -> str:
         """The run directory."""
-        return str(self._directory)
+        return str(self._directory.path)
 
     @property
     @rank_zero_experiment
@@ -231,7 +231,7 @@ class WandbRecords(Logger):
             # an offline file is whole, and must replace what the server has
             resume="allow" if known and not offline else None,
             mode="offline" if offline else None,
-            dir=str(self._directory),
+            dir=str(self._directory.path),
             config=self._config,
             settings=wandb.Settings(
                 **{
@@ -300,7 +300,7 @@ class WandbRecords(Logger):
         wandb.run = None  # a run that could not be finished would be taken for that of the next job
 
     def _remove_files(self, kind: str) -> None:
-        for folder in (self._directory / "wandb").glob(f"{kind}-*-{self._state.id}*"):
+        for folder in self._directory.wandb.glob(f"{kind}-*-{self._state.id}*"):
             shutil.rmtree(folder, ignore_errors=True)
 
     # what is logged
@@ -330,12 +330,12 @@ class WandbRecords(Logger):
                 self._define(name, "epoch")
                 values[name] = histogram
             self._commit(run, values, moment.step)
-        run.summary.update(self._best | dict(_summary(self._directory)))
+        run.summary.update(self._best | dict(_summary(self._directory.summary)))
 
     def _log_tables(self, run: wandb.Run) -> None:
         media = {}
         for table in TABLES_SHOWN:
-            frame = read_table(self._directory, table).dropna(axis="columns", how="all")
+            frame = read_table(self._directory.path, table).dropna(axis="columns", how="all")
             if len(frame):
                 rows: list[Iterable[Any]] = [
                     [_value(cell) for cell in row] for row in frame.itertuples(index=False)
@@ -358,12 +358,13 @@ class WandbRecords(Logger):
         run.log(values, step=step, commit=True)
 
     def _log_checkpoints(self, run: wandb.Run) -> None:
-        patterns = {"none": (), "best": ("best_on_*.ckpt",), "last": ("last.ckpt",), "all": ("*.ckpt",)}
-        for pattern in patterns[self._checkpoints]:
-            for file in sorted((self._directory / "checkpoints").glob(pattern)):
-                artifact = wandb.Artifact(f"checkpoint-{run.id}", type="model")
-                artifact.add_file(str(file), policy="immutable", skip_cache=True)
-                run.log_artifact(artifact, aliases=[file.stem])
+        best, last = self._directory.best_checkpoint("*"), self._directory.last_checkpoint
+        patterns = {"none": "", "best": best.name, "last": last.name, "all": "*.ckpt"}
+        pattern = patterns[self._checkpoints]
+        for file in sorted(self._directory.checkpoints.glob(pattern)) if pattern else ():
+            artifact = wandb.Artifact(f"checkpoint-{run.id}", type="model")
+            artifact.add_file(str(file), policy="immutable", skip_cache=True)
+            run.log_artifact(artifact, aliases=[file.stem])
 
     def _note_best(self, curves: Mapping[str, float]) -> None:
         for name, value in curves.items():
@@ -399,9 +400,8 @@ def histograms(moment: Moment) -> dict[str, wandb.Histogram]:
     return found
 
 
-def _summary(run_dir: Path) -> Iterator[tuple[str, Any]]:
+def _summary(path: Path) -> Iterator[tuple[str, Any]]:
     """What ``summary.json`` says: ``best_on_test/test_robust_error``, ..."""
-    path = run_dir / SUMMARY
     if not path.is_file():
         return
     for key, value in json.loads(path.read_text()).items():
