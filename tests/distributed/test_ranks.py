@@ -11,6 +11,7 @@ import time
 import pytest
 import torch.distributed as dist
 
+from robustdyn.commands.train import train
 from robustdyn.errors import ConfigError, DataFileError
 from robustdyn.launch import ranks as processes
 from robustdyn.launch.ranks import OneRun, RankError, Ranks, run_in_ranks
@@ -218,7 +219,7 @@ TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "LOCAL_RANK": "0"}
 def test_a_process_that_is_all_or_was_started_as_a_rank_trains(monkeypatch, environment, overrides):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert run_in_ranks(compose(*overrides, *CPU)) is False
+    assert run_in_ranks(compose(*overrides, *CPU), train) is False
 
 
 @pytest.mark.parametrize(
@@ -241,7 +242,7 @@ def test_other_numbers_are_refused(monkeypatch, environment, overrides, message)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=message):
-        run_in_ranks(compose(*overrides, *CPU))
+        run_in_ranks(compose(*overrides, *CPU), train)
 
 
 def test_ranks_of_other_runs_are_refused(tmp_path, monkeypatch):
