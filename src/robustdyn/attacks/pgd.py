@@ -41,9 +41,9 @@ class PGD:
         random_start: Where to start: ``"uniform"`` in the ball (``l2``: in volume); ``"gaussian"``, x₀ plus
             normal noise, as TRADES and MART do; ``"none"``, at x₀.
         start_std: Standard deviation of the Gaussian start, > 0.
-        batchnorm: ``"eval"`` attacks the network with its running statistics; ``"train"`` with those of the
-            batch, which also moves the running statistics at every step, as the robust-overfitting study
-            (Rice et al., ICML 2020) does.
+        batchnorm: ``"eval"`` attacks the network with its running statistics. ``"train"`` uses the statistics
+            of the batch and also updates the running statistics at every step, as the robust-overfitting
+            study (Rice et al., ICML 2020) does.
         valid_range: (low, high), the least and the greatest value an input may have. Inputs that a data
             pipeline has normalised have another range than pixels.
 
@@ -95,7 +95,7 @@ class PGD:
             images: (B, C, H, W) in ``valid_range``.
             targets: (B,) classes, or (B, K) probabilities.
             generator: Source of the random start, on the images' device.
-            loss: What the attack climbs.
+            loss: What the attack maximises.
 
         Raises:
             ValueError: ``images`` are outside ``valid_range``.
@@ -138,7 +138,7 @@ class PGD:
             check_range(images, self.valid_range)
 
     def mode(self, model: nn.Module) -> AbstractContextManager[None]:
-        """The scope in which the attack sees ``model``: train or eval, as ``batchnorm`` says."""
+        """The scope in which the attack uses ``model``: train or eval, according to ``batchnorm``."""
         return mode(model, training=self.batchnorm == "train")
 
     def start(self, images: Tensor, generator: torch.Generator) -> Tensor:
@@ -186,7 +186,7 @@ class PGD:
 def check_radius(norm: str, eps: float, width: float) -> None:
     """Refuse an ε, usually one in another unit, whose ball holds more than all inputs in a range.
 
-    In l2 the number of inputs is not known, and no such bound: only an infinite radius is refused.
+    In l2 the number of inputs is not known, and there is no such bound. Only an infinite radius is refused.
     """
     if (norm == "linf" and eps > width) or eps == math.inf:
         raise ValueError(

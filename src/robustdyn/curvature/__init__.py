@@ -1,6 +1,6 @@
 """Curvature and gradient noise of any ``torch.nn.Module``: linear operators and the solvers on them.
 
-The room knows torch only. Five lines measure a model on fixed (already adversarial) examples:
+This package needs only torch. Five lines measure a model on fixed (already adversarial) examples:
 
     risk = EmpiricalRisk(model.eval(), inputs, targets, memory=2**30)
     generator = torch.Generator().manual_seed(0)
@@ -8,9 +8,9 @@ The room knows torch only. Five lines measure a model on fixed (already adversar
     noise = projected_covariance(risk, top.eigenvectors)
     print(top.eigenvalues, top.residuals, noise.variances, noise.standard_errors)
 
-``noise`` is C₁, of one example's gradient; ``robustdyn.theory.minibatch_noise_factor`` makes a batch's of
-it. Every result is frozen and carries its uncertainty (standard errors or residuals) and its cost (products,
-seconds).
+``noise`` is C₁, the covariance of one example's gradient. ``robustdyn.theory.minibatch_noise_factor``
+converts it to the covariance of a mini-batch gradient. Every result is frozen and carries its uncertainty
+(standard errors or residuals) and its cost (products, seconds).
 """
 
 from robustdyn.curvature.alignment import (

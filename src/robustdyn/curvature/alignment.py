@@ -1,4 +1,4 @@
-"""How much the Hessian H and the gradient covariance C share directions, and how well m examples can tell.
+"""How much the Hessian H and the gradient covariance C share directions, and how well m examples show it.
 
 Shapes: m examples, P parameters, k tracked eigenpairs (λ_i, u_i) of H, l eigenpairs (κ_i, v_i) of C. In the
 tracked subspace H is diag(λ) and C is uᵀCu (k, k); what C does between this subspace and its complement is
@@ -26,7 +26,7 @@ class Alignment:
     """H against C; tensors are float64 on the CPU.
 
     A commutator and an off-diagonal share are norms, and noise in C's off-diagonal entries makes them
-    positive even where H and C commute: read them beside their ``null``, in units of ``null_spread``.
+    positive even where H and C commute. Compare them with their ``null``, in units of ``null_spread``.
     Standard errors are the jackknife's (``covariance_jackknife``); they assume a smooth statistic, which
     a norm is not at zero, and mean little for a commutator no larger than its null.
 
@@ -38,11 +38,11 @@ class Alignment:
         commutator_standard_error: Of the commutator, over examples.
         commutator_null: Mean commutator of the ``sign_flipped_covariances``: what sampling noise alone
             would give.
-        commutator_null_spread: Standard deviation of these; that of the mean is smaller by √randomisations.
+        commutator_null_spread: Standard deviation of these; for their mean divide it by √randomisations.
         cosine: ⟨H, C⟩_F / (‖H‖_F ‖C‖_F) in the tracked subspace; 1 when C is a positive multiple of H.
         cosine_standard_error: Of the cosine, over examples.
-        off_diagonal_share: Share of ‖C‖²_F off the diagonal in H's eigenbasis. Depends on the basis chosen
-            where eigenvalues of H coincide, as the commutator does not.
+        off_diagonal_share: Share of ‖C‖²_F off the diagonal in H's eigenbasis. Unlike the commutator, it
+            depends on the choice of basis where eigenvalues of H coincide.
         off_diagonal_share_standard_error: Of the share, over examples.
         off_diagonal_share_null: As for the commutator.
         off_diagonal_share_null_spread: As for the commutator.
@@ -215,8 +215,8 @@ def sign_flipped_covariances(
 
     Every centred projection gets a random sign of its own. That keeps each example's magnitudes, hence C's
     diagonal and the sampling variance of its off-diagonal entries, but makes their expectation zero. Unlike a
-    permutation it does not take examples with large gradients apart. Correlations that are there enlarge the
-    null (for Gaussian projections the variance of C_ij by 1 + 2ρ²), so that it errs on the careful side.
+    permutation it does not separate the projections of an example with a large gradient. True correlations
+    make the null larger (for Gaussian projections the variance of C_ij by 1 + 2ρ²), so it is conservative.
 
     Args:
         projections: (m, k), from ``gradient_projections``.
@@ -239,12 +239,13 @@ def sign_flipped_covariances(
 def principal_angles(first: Tensor, second: Tensor) -> Tensor:
     """Angles between two column spaces, accurate at both ends of [0, π/2].
 
-    After Björck & Golub (Math. Comp. 1973): from the cosines, the singular values of UᵀV, above π/4; below,
-    where a cosine forgets the angle, from the sines, those of V − U UᵀV.
+    After Björck & Golub (Math. Comp. 1973). Above π/4 the angles come from their cosines, the singular values
+    of UᵀV. Below π/4 a cosine loses digits of the angle, so they come from their sines, the singular values
+    of V − U UᵀV.
 
     Args:
         first: U (P, k), orthonormal columns; the angles are as accurate as these are orthonormal.
-        second: V (P, l), orthonormal columns. The work is done on its device, where U is only ever seen a
+        second: V (P, l), orthonormal columns. The work is done on its device, to which U is copied only a
             slab at a time.
 
     Returns:
@@ -311,8 +312,8 @@ def _angles(first_name: str, first: Tensor, second_name: str, second: Tensor) ->
     if first.shape[1] < second.shape[1]:
         first, second = second, first
     cross = _cross(first, second, device)
-    # The residual's singular values are those of its triangular factor, which can be found slab by slab; its
-    # Gram matrix could be too, but squares the sines and loses half of their digits.
+    # The residual has the same singular values as its triangular factor, which can be computed slab by slab.
+    # So can its Gram matrix, but that squares the sines and loses half of their digits.
     triangle = torch.zeros(0, second.shape[1], dtype=torch.float64, device=device)
     for u, v in _slabs(first, second, device):
         triangle = torch.linalg.qr(torch.cat([triangle, v - u @ cross]), mode="r").R

@@ -1,7 +1,7 @@
 """The empirical risk over fixed examples, as a function of the flat parameter vector θ.
 
-Everything in this room is derived from ``EmpiricalRisk``: it alone knows the model, the examples, how
-they are cut into chunks and spread over processes, and how to leave the model exactly as it was found.
+Everything in this package is derived from ``EmpiricalRisk``. Only this class handles the model and the
+examples, divides the examples into chunks and over processes, and leaves the model exactly as it was.
 """
 
 import copy
@@ -37,7 +37,7 @@ _PROBED_EXAMPLES = 4  # on these the memory of a pass is measured, and the symme
 _GROUPS = 3  # parts in which the checked examples pass once more; neighbours and halves are separated
 # How far uᵀHv and vᵀHu may differ, relatively. Rounding stays orders below, a wrong derivative orders above.
 _SYMMETRY_TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-6}
-_WORKING_SHARE = 2  # a working chunk takes this part of the memory: products need room beside its graph
+_WORKING_SHARE = 2  # part of the memory for a working chunk: products need memory besides its graph
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -67,14 +67,14 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 class EmpiricalRisk:
     """L_S(θ) = (1/m) Σ_i ℓ(f(x_i; θ), y_i) over m fixed, already adversarial, inputs.
 
-    θ is the concatenation of the measured parameter tensors in ``model.named_parameters()`` order: the
-    model's present weights, read at every call, or a fixed point (``at``). The mean is exact for any
-    chunk size and any spread over processes.
+    θ is the concatenation of the measured parameter tensors in ``model.named_parameters()`` order. It is the
+    model's present weights, read at every call, or a fixed point (``at``). The mean is exact for any chunk
+    size and any division over processes.
 
-    Nothing about the model, its gradients or torch's global state differs after a call (see ``guard``).
-    Modules other than BatchNorm keep the training flag they have: a Dropout left on is refused, not switched
-    off. Autocast and compilation are off while measuring, and attention uses its mathematical kernel, the one
-    that can be differentiated twice.
+    A call leaves the model, its gradients and torch's global state as they were (see ``guard``). Modules
+    other than BatchNorm keep their training flag. A Dropout that was left on is therefore refused, and not
+    switched off. Autocast and compilation are off while measuring, and attention uses its mathematical
+    kernel, the one that can be differentiated twice.
 
     Attributes:
         model: The measured model, without the wrappers of torch.compile, DataParallel and
@@ -90,9 +90,9 @@ class EmpiricalRisk:
         shards: How the examples are spread over processes.
         chunk_size: Examples per pass.
         batchnorm: Which statistics BatchNorm used; part of every measurement's meaning.
-        independent: Whether the loss of an example is the same whichever others pass through the model with
-            it, seen on a few examples.
-        precision: Of the products' convolutions and linear layers.
+        independent: Whether the loss of an example does not depend on the other examples in its pass, as
+            checked on a few examples.
+        precision: Precision of convolutions and linear layers in products.
         dtype: Precision of θ and of everything computed from it.
         device: Where θ lives; chunks are moved there.
     """
@@ -119,28 +119,29 @@ class EmpiricalRisk:
             targets: (m, ...), first dimension as ``inputs``.
             loss: ``(outputs, targets) -> (B,)``.
             chunk_size: Examples per forward and backward pass; None follows ``memory``, or takes all at once.
-            memory: Bytes that the graphs of passes may use. What a chunk does not need keeps graphs for the
-                next product, which then takes two thirds of the time; None keeps none. The temporaries of a
-                product come on top: the peak was 1.5 times as much for 100 to 400 MiB, 2.2 times for 30 MiB.
+            memory: Bytes that the graphs of passes may use. What a chunk does not need is used to keep graphs
+                for the next product, which then takes two thirds of the time; None keeps no graphs. The
+                temporaries of a product come on top: the peak was 1.5 times as much for 100 to 400 MiB, and
+                2.2 times for 30 MiB.
             parameters: Which tensors make up θ: None for all that require gradients, a predicate
                 ``(name, parameter) -> bool`` that chooses among those, or a collection of names.
             batchnorm: ``"eval"`` uses the running statistics, ``"train"`` the statistics of the whole
                 measurement set, in one chunk on one process. Neither moves the running statistics.
-            precision: Of the products with H, G and C₁ (values and gradients are in full precision):
+            precision: Precision of products with H, G and C₁ (values and gradients are in full precision):
                 ``"full"``, the parameters' own; ``"tf32"``, NVIDIA's TensorFloat-32 in matrix products;
                 ``"bfloat16"``, products of numbers rounded to bfloat16, the sums in float32. What the last
-                costs in accuracy: experiments/benchmarks/README.md.
+                costs in accuracy is in experiments/benchmarks/README.md.
             group: Processes that share the measurement, each with its own ``inputs`` (shards of any size, see
                 ``robustdyn.curvature.shard``) and the same weights. Every method that returns a number
                 about the risk is then collective and returns the same bits everywhere.
 
         Raises:
-            TypeError: If inputs or targets are no tensors, or chunk_size or memory no whole numbers.
+            TypeError: If inputs or targets are not tensors, or chunk_size or memory not whole numbers.
             ValueError: If sizes disagree, numbers are not finite, no parameter is chosen, precision or device
-                are mixed or too low, BatchNorm cannot do what was asked, processes hold different weights,
-                two passes over the same inputs disagree, a pass changes the weights, examples that depend on
-                each other are to be cut into chunks, or PyTorch's second derivatives are not symmetric. All
-                processes raise together.
+                are mixed or too low, BatchNorm does not support the requested mode, processes hold different
+                weights, two passes over the same inputs disagree, a pass changes the weights, examples that
+                depend on each other would be divided into chunks, or PyTorch's second derivatives are not
+                symmetric. All processes raise together.
         """
         _check_types(inputs, targets, chunk_size, memory)
         self.model = model = _unwrapped(model)
@@ -179,8 +180,9 @@ class EmpiricalRisk:
     def at(self, theta: Tensor) -> "EmpiricalRisk":
         """The same risk at a fixed point, whatever the model's weights.
 
-        For instance at θ + v with v the perturbation of adversarial weight perturbation (Wu et al., NeurIPS
-        2020): the inputs stay those attacked at θ. Its operators too refuse to go on once the model changes.
+        The point may be θ + v, for instance, with v from adversarial weight perturbation (Wu et al., NeurIPS
+        2020). The inputs remain those that were attacked at θ. Once the model changes, the operators of this
+        risk refuse to continue, too.
 
         Args:
             theta: (P,).
@@ -306,13 +308,13 @@ class EmpiricalRisk:
 
     @contextmanager
     def guard(self, *, products: bool = False) -> Iterator[None]:
-        """Everything that measures runs inside; it sets the stage and puts everything back.
+        """The context in which every measurement runs; it restores the previous state at its end.
 
-        Inside: gradients are on, inference mode, autocast and compiled code are off, BatchNorm has the chosen
-        mode, attention uses its mathematical kernel, and TensorFloat-32 is off unless ``products`` are to be
-        in it. Afterwards training flags, torch's random
-        state and its settings are as before. Weights, buffers, ``.grad`` and ``requires_grad`` are never
-        touched, because the model only ever sees detached parameters and copies of its buffers.
+        Inside, gradients are on. Inference mode, autocast and compiled code are off, BatchNorm has the chosen
+        mode, attention uses its mathematical kernel, and TensorFloat-32 is off unless ``products`` may use
+        it. Afterwards training flags, torch's random state and its settings are as before. Weights, buffers,
+        ``.grad`` and ``requires_grad`` are never changed, because the model only receives detached parameters
+        and copies of its buffers.
         """
         flags = [(module, module.training) for module in self.model.modules()]
         with ExitStack() as stack:
@@ -343,7 +345,7 @@ class EmpiricalRisk:
         until weights, running statistics or examples change.
 
         Args:
-            state: The present ``state``, where it is at hand.
+            state: The present ``state``, if the caller has it.
         """
         state = self.state() if state is None else state
         if state != self._kept_state:
@@ -468,7 +470,7 @@ class EmpiricalRisk:
 
     @cached_property
     def separable(self) -> bool:
-        """Whether each loss depends on its own row of the outputs alone, seen on a few examples."""
+        """Whether each loss depends only on its own row of the outputs, as checked on a few examples."""
         inputs, targets = self.subset(slice(0, 3))
         with self.guard():
             outputs = self.outputs(self.parameters(), inputs).requires_grad_()
@@ -485,11 +487,11 @@ class EmpiricalRisk:
             self.tape(*self.subset(slice(0, probed)))
         needed = max(1, counted[0] // probed)
         if probed > 1 and not whole:
-            # the difference of two sizes: what does not grow with the examples is no matter of theirs
+            # the difference of two sizes, because memory that does not grow with the examples does not count
             with self.guard(products=True), count_saved_bytes() as fewer:
                 self.tape(*self.subset(slice(0, probed // 2)))
             needed = max(1, (counted[0] - fewer[0]) // (probed - probed // 2))
-        # every tape holds its chunk's gradient beside what autograd saves, and a product is as large again
+        # every tape holds its chunk's gradient and what autograd saves, and a product is as large again
         gradient = self.numel * self.dtype.itemsize
         if chunk_size is None and not whole:
             room = memory - 2 * gradient
@@ -546,7 +548,7 @@ class EmpiricalRisk:
                 )
 
     def _check_passes(self) -> None:
-        """What passes over a few examples show: writing, numbers that are not finite, chance, mixing."""
+        """Check on a few examples for writes, numbers that are not finite, randomness and mixing."""
         few = self.few(_CHECKED_EXAMPLES)
         inputs, targets = self.subset(few)
         with self.guard(), torch.no_grad():
@@ -626,7 +628,7 @@ class EmpiricalRisk:
                     ]
                 )
             except (RuntimeError, ValueError):
-                return  # there are no products, and they will say why; values and gradients there may be
+                return  # products are impossible and will raise an error; values and gradients may exist
         first, second = float(inner(images[:1], vectors[1])), float(inner(images[1:], vectors[0]))
         size = max(map(norm, images))
         if abs(first - second) > _SYMMETRY_TOLERANCE[self.dtype] * size:
@@ -762,7 +764,7 @@ def plain(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def _tensor_float_32(allowed: bool) -> Iterator[None]:
-    """Convolutions use TensorFloat-32 by default on NVIDIA GPUs: full precision has to be asked for."""
+    """Switch TensorFloat-32 on or off: PyTorch uses it for convolutions on NVIDIA GPUs by default."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("high" if allowed else "highest")
     torch.backends.cudnn.allow_tf32 = allowed

@@ -28,7 +28,7 @@ _WORKSPACE_ELSEWHERE = 2**24
 
 
 class UnsupportedPassError(Exception):
-    """The forward pass used a layer in a way these formulas do not cover; the message says how."""
+    """The forward pass used a layer in a way that these formulas do not cover; the message says how."""
 
 
 @dataclass

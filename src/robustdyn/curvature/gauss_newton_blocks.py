@@ -116,7 +116,7 @@ def sampled_squared_norms(
 
 
 def _gathered(risk: EmpiricalRisk, rows: Iterator[Tensor]) -> Tensor:
-    """Everybody's rows (m, L).
+    """The rows of all processes (m, L).
 
     Raises:
         UnsupportedPassError: On all processes, if one raised it.
@@ -159,9 +159,9 @@ def _inspect(
     inputs: Tensor,
     targets: Tensor,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """See by the graph that the identity holds for these examples; inputs, logits and weights on the graph.
+    """Check on the graph that the identity holds for these examples; inputs, logits and weights are on it.
 
-    That examples do not mix is seen by passing a random half of them alone.
+    A pass with a random half of the examples checks that examples do not mix.
 
     Raises:
         UnsupportedPassError: It does not, or the graph does not show that it does.
@@ -179,7 +179,7 @@ def _inspect(
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(inputs):
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise UnsupportedPassError(f"the model's output is {shape}, not (examples, classes)")
-    # NaN passes: what is not finite is named where the traces are
+    # NaN passes here: values that are not finite are reported with the traces
     away = (alone - logits[half]).detach().abs().max()
     if bool(away > torch.finfo(risk.dtype).eps ** 0.5 * logits.detach().abs().max()):
         raise UnsupportedPassError(_MIXED)

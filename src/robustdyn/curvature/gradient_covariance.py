@@ -26,7 +26,7 @@ class GradientCovariance(RiskOperator):
     """
 
     def __init__(self, risk: EmpiricalRisk) -> None:
-        """The gradient covariance of a risk; finds ḡ, one gradient's time.
+        """The gradient covariance of a risk; computes ḡ, which takes one gradient's time.
 
         Args:
             risk: A risk whose examples do not interact.
@@ -120,7 +120,7 @@ class ProjectedCovariance:
 def projected_covariance(risk: EmpiricalRisk, directions: Tensor) -> ProjectedCovariance:
     """C₁ in the subspace spanned by some directions, with standard errors of the variances.
 
-    A mini-batch's noise γ, which the stationary laws need, is this times
+    The stationary laws need the noise γ of a mini-batch. It is this covariance times
     ``robustdyn.theory.minibatch_noise_factor``.
 
     The standard error uses the sample fourth moment m₄ about the mean,

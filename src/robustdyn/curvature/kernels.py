@@ -1,4 +1,4 @@
-"""Layers as curvature products want them: cheap to differentiate twice, in the precision asked for.
+"""Layers for curvature products: cheap to differentiate twice, in the requested precision.
 
 PyTorch differentiates a convolution's backward pass by convolutions with kernels as large as images, and
 BatchNorm on running statistics by a long chain of elementwise passes. Both have shorter forms. With these
@@ -31,13 +31,12 @@ class TwiceDifferentiable(TorchFunctionMode):
 
         Args:
             precision: With ``"bfloat16"`` convolutions and linear layers multiply numbers rounded to
-                bfloat16; all else stays as it is. ``"tf32"`` is a matter of torch's settings, not of the
-                layers.
+                bfloat16, and nothing else changes. ``"tf32"`` changes torch's settings, and not the layers.
         """
         super().__init__()
         self._half = precision == "bfloat16"
-        # Set while a backward pass wants derivatives by the loss's slopes alone: autograd cannot tell a
-        # function that its other results, and the convolutions behind them, go unused.
+        # Set while a backward pass needs derivatives by the loss's slopes only. Autograd cannot inform a
+        # function that its other results, and the convolutions behind them, are not used.
         self.outputs_only = False
 
     def __torch_function__(
@@ -211,7 +210,7 @@ def _each(value: int | Sequence[int], dims: int) -> list[int]:
 def _margins(
     padding: str | int | Sequence[int], weight: Tensor, dilation: list[int], dims: int
 ) -> list[int] | None:
-    """Zeros added on either side; None where both sides differ, which the short form has no word for."""
+    """Zeros added on either side; None if both sides differ, which the short form does not support."""
     if not isinstance(padding, str):
         return _each(padding, dims)
     if padding == "valid":

@@ -47,15 +47,15 @@ class EigenResult:
         residuals: (k,) float64, ‖A u − λ u‖. From the recursion, not below rounding; with ``verify``
             recomputed.
         converged: (k,) bool, residual ≤ tol · (largest |λ| seen); the last pair also needs the search to have
-            ended before its budget. What this does not promise stands at ``lanczos``.
+            ended before its budget. ``lanczos`` describes what this does not promise.
         products: Products with the operator, those of ``verify`` included.
         restarts: Thick restarts.
         seconds: Wall time.
         which: ``"largest"`` or ``"magnitude"``.
         warm_start: (P,), the sum of the eigenvectors and of the next one that was sought: a ``start`` for a
-            nearby operator. It saves what the space has in common, no more: a single-vector Krylov space from
-            it still has to separate k directions. A block of k starting vectors was tried: it took more
-            products than a cold start (experiments/benchmarks/README.md).
+            nearby operator. It saves only what the two spaces have in common: a single-vector Krylov space
+            from it still has to separate k directions. A block of k starting vectors took more products than
+            a cold start (experiments/benchmarks/README.md).
     """
 
     eigenvalues: Tensor
@@ -89,19 +89,19 @@ def lanczos(
     """The k leading eigenpairs of a symmetric operator.
 
     Stops when every wanted pair, and the next one, has a residual ≤ tol times the largest |Ritz value|, or
-    when ``max_products`` are spent: then ``converged`` says which pairs met the tolerance, and the last
-    wanted one never counts. When the Krylov space closes, it goes on with a fresh random vector orthogonal to
-    everything found, so that repeated eigenvalues and null spaces come out with their multiplicity. A
-    repetition in a space that does *not* close before the tolerance is met is invisible to any single-vector
-    Krylov method.
+    when ``max_products`` are spent. In the latter case ``converged`` says which pairs met the tolerance, and
+    the last wanted pair never counts as converged. When the Krylov space closes, the solver continues with a
+    new random vector orthogonal to everything found, so that repeated eigenvalues and null spaces are found
+    with their multiplicity. If the space does *not* close before the tolerance is met, no single-vector
+    Krylov method can see a repeated eigenvalue.
 
-    ``converged`` promises that an eigenvalue lies within the residual, not that none was passed over. A
-    leading direction that the start hardly contains shows late, and its lower neighbour may have taken its
-    place. The next pair is sought to make that rare. With eigenvalues 100, 20, 9, 6, 5.4, 4.8 and a bulk of
-    494 up to 1, k = 5 and tol=1e-3, 2 of 100 random starts passed one over (7 if the next pair is not sought,
-    for 2 % fewer products); with k = 10 on two small networks none of 50 starts (2 and 0, for 2 and 7 % fewer
-    products). A loose tolerance is no such search: at 1e-2 39 of 100 starts were off by more than 5 % in some
-    eigenvalue. A tighter tolerance or a second start tells.
+    ``converged`` promises that an eigenvalue is within the residual, but not that none was missed. A
+    leading direction that the start hardly contains appears late, and its lower neighbour may have taken its
+    place. The solver seeks the next pair, too, to make this rare. With eigenvalues 100, 20, 9, 6, 5.4, 4.8
+    and a bulk of 494 up to 1, k = 5 and tol=1e-3, 2 of 100 random starts missed one (7 if the next pair is
+    not sought, for 2 % fewer products). With k = 10 on two small networks, none of 50 starts did (2 and 0,
+    for 2 and 7 % fewer products). A loose tolerance does not find them: at 1e-2, 39 of 100 starts were off by
+    more than 5 % in some eigenvalue. A tighter tolerance or a second start shows whether one was missed.
 
     Args:
         operator: Symmetric A.
@@ -170,10 +170,10 @@ def eigen_residuals(operator: LinearOperator, eigenvalues: Tensor, eigenvectors:
 class _Krylov:
     """The basis, the projected matrix, and one step of the recursion.
 
-    The first ``locked`` basis vectors V span a space that was found invariant when earlier chains closed; the
-    rest is the active chain. What A V has outside that space is all that is neglected: E, of which only
-    ``leak`` is kept, a bound EᵀE ⪯ ``leak``. Unlike a sum of norms it does not grow when V is rotated, as
-    repeated eigenvalues let it rotate at every lock.
+    The first ``locked`` basis vectors V span a space that was found invariant when earlier chains closed. The
+    rest is the active chain. The part of A V outside that space is E, and nothing else is neglected. Only a
+    bound on it is kept, EᵀE ⪯ ``leak``. Unlike a sum of norms, this bound does not grow when V is rotated,
+    which repeated eigenvalues allow at every lock.
     """
 
     def __init__(
@@ -338,7 +338,7 @@ class _Krylov:
         values, vectors = self._ritz(self.locked)
         active = len(values)
         wanted = min(self.k, active - 1)
-        # Half of the remaining room is kept too: the neighbours of the wanted pairs speed up the next cycle.
+        # Half of the remaining space is kept: the neighbours of the wanted pairs speed up the next cycle.
         keep = min(active - 1, wanted + (active - wanted) // 2)
         rotation = torch.block_diag(torch.eye(self.locked, dtype=torch.float64), vectors[:, :keep])
         self.projected = rotation.T @ self.projected @ rotation
@@ -393,7 +393,8 @@ class _Basis:
     def become(self, weights: Tensor) -> Tensor:
         """Linear combinations of the basis, weights (n, k) to columns (P, k), in the basis's own memory.
 
-        Held beside the basis they would set the solver's peak. The basis must not be used afterwards.
+        If they were kept in addition to the basis, they would determine the solver's peak memory. The basis
+        must not be used afterwards.
         """
         self.rotate(weights)
         kept = self._filled()

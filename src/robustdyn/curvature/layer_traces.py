@@ -34,15 +34,14 @@ class LayerTraces:
 
     Attributes:
         names: The L tensors, in the order of θ.
-        traces: (L,). The Gauss-Newton estimators cannot be negative; Hutchinson's can, and is left as it came
-            out.
-        standard_errors: (L,). Gauss-Newton: over examples, seen as a sample of a population; when sampled,
-            the per-example values contain the probes' noise, so the same spread covers both. Hutchinson: over
+        traces: (L,). The Gauss-Newton estimates cannot be negative. Hutchinson's can be, and are not changed.
+        standard_errors: (L,). Gauss-Newton: over examples, as a sample of a population; when sampled, the
+            per-example values contain the probes' noise, so the same spread covers both. Hutchinson: over
             probes only, for the given examples.
         per_example: (m, L), whose mean over examples is ``traces``; None for Hutchinson.
-        estimator: Which estimator made the numbers.
-        reason: Why that one.
-        deflated: Known eigenpairs whose noise was taken out.
+        estimator: The estimator that was used.
+        reason: Why it was used.
+        deflated: Number of known eigenpairs whose noise was removed.
         batchnorm: The statistics BatchNorm used; with batch statistics the traces are another quantity.
         products: Reverse passes over the examples: K exactly, ``probes`` sampled; for Hutchinson the
             layer-restricted Hessian products, probes · L.
@@ -84,14 +83,14 @@ def layer_traces(
     """The trace of every diagonal block of the Hessian, by the best estimator that is valid.
 
     The Gauss-Newton route (``robustdyn.curvature.gauss_newton_blocks``) is exact for piecewise linear
-    networks under cross-entropy. It is taken only where the graph that autograd recorded shows that these
-    conditions hold, on every chunk. Otherwise Hutchinson's estimator is applied
-    to one block at a time. The shortcut v_kᵀ(Hv)_k from whole-model products is not offered: its noise,
-    Σ_{j≠k}‖H_kj‖_F², is 1 to 12 times the trace per probe.
+    networks under cross-entropy. It is used only if the graph that autograd recorded shows that these
+    conditions hold, on every chunk. Otherwise Hutchinson's estimator is applied to one block at a time. The
+    shortcut v_kᵀ(Hv)_k from whole-model products is not offered, because its noise, Σ_{j≠k}‖H_kj‖_F², is 1 to
+    12 times the trace per probe.
 
     Args:
         risk: The risk.
-        method: ``"auto"``, or one route whatever the cost. ``"gauss_newton"`` is refused where it is not
+        method: ``"auto"``, or one route regardless of its cost. ``"gauss_newton"`` is refused if it is not
             exact.
         probes: Random vectors for the sampled and Hutchinson estimators (at least two for Hutchinson).
         exact_classes_up_to: With at most this many classes the Gauss-Newton route is exact, one reverse pass
@@ -99,8 +98,8 @@ def layer_traces(
         generator: Source of all randomness.
         weights_only: Measure tensors with two or more dimensions only: convolution kernels and linear
             weights.
-        known: Leading eigenpairs of the risk's Hessian, if they are at hand: they take their part of the
-            noise out of Hutchinson's estimator.
+        known: Leading eigenpairs of the risk's Hessian, if they are available. They remove their part of the
+            noise from Hutchinson's estimator.
 
     Raises:
         ValueError: If the method is unknown, the Gauss-Newton route is demanded but not valid, probes are too
@@ -122,7 +121,7 @@ def layer_traces(
         if obstacle is None:
             try:
                 return _finite(_gauss_newton(risk, names, probes, exact_classes_up_to, generator, began))
-            except UnsupportedPassError as error:  # some examples take another way through the network
+            except UnsupportedPassError as error:  # some examples take another path through the network
                 obstacle = str(error)
         if method == "gauss_newton":
             raise ValueError(
@@ -188,12 +187,12 @@ def _hutchinson(
 ) -> LayerTraces:
     """v_kᵀ H_kk v_k with the probe restricted to one tensor; one graph serves all tensors and probes.
 
-    Each chunk gets its own probes: unbiased all the same, and usually less noisy than shared ones. The random
-    numbers therefore depend on ``chunk_size``.
+    Each chunk has its own probes. This is still unbiased, and usually less noisy than shared probes. The
+    random numbers therefore depend on ``chunk_size``.
 
     Known eigenpairs are a control variate: Σ_i λ_i (u_{i,k}ᵀ v_k)² has the known mean Σ_i λ_i ‖u_{i,k}‖², and
-    the leading directions often cause most of the noise. What couples layers is in the pairs but not in H_kk,
-    so the best multiple of it is subtracted rather than all of it.
+    the leading directions often cause most of the noise. The pairs also contain the coupling between layers,
+    which is not in H_kk. Therefore the best multiple of the control is subtracted, and not all of it.
     """
     if probes < 2:
         raise ValueError(f"probes must be at least 2 to have a standard error, not {probes}")

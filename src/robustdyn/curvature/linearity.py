@@ -1,8 +1,8 @@
 """What a recorded graph says about a network: is each weight's way to the outputs piecewise linear?
 
-A module's type does not tell, because a forward method, a hook or a branch can do anything. The graph that
-autograd recorded is what was computed on these examples, and every operation between a weight and the outputs
-is in it.
+The type of a module does not answer this, because a forward method, a hook or a branch can do anything. The
+graph that autograd recorded is what was computed on these examples. It contains every operation between a
+weight and the outputs.
 """
 
 import re
@@ -137,7 +137,7 @@ class Overwrites(TorchDispatchMode):
 
     Attributes:
         found: Names of the operations so far, such as ``relu_``; "a custom function" for what autograd was
-            told not to see.
+            asked not to see.
     """
 
     def __init__(self) -> None:

@@ -29,7 +29,8 @@ def trains_channels_last(model: nn.Module) -> bool:
 def curves_channels_last(model: nn.Module) -> bool:
     """Whether second derivatives of ``model`` may be taken with the channels innermost.
 
-    Those of ``GroupNorm`` read memory that is not theirs; only layers that are known to be sound are let in.
+    The second derivatives of ``GroupNorm`` read memory out of bounds, so only layers known to be safe are
+    allowed.
     """
     return trains_channels_last(model) and all(
         isinstance(module, _TWICE_DIFFERENTIABLE) or not type(module).__module__.startswith("torch.nn.")

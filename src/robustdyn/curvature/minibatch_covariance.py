@@ -1,7 +1,7 @@
 """The covariance C of the mini-batch gradient, from the gradients of M disjoint batches of B examples each.
 
-The one estimate of the gradient noise that is defined while BatchNorm uses batch statistics: every batch is
-normalised by its own, as in training, and no gradient of a single example is needed.
+This is the only estimate of the gradient noise that is defined while BatchNorm uses batch statistics. Every
+batch is normalised by its own statistics, as in training, and no gradient of a single example is needed.
 
 What is estimated. Let C₁ be the covariance of one example's gradient over m examples, with denominator m.
 Means g_b of B of them, drawn without replacement, have covariance C₁ (m − B) / (B (m − 1)), and two disjoint
@@ -9,19 +9,20 @@ ones have −C₁ / (m − 1) with each other (docs/theory.md, section 1). With 
 
     Ĉ = 1/(M − 1) Σ_b (g_b − ḡ)(g_b − ḡ)ᵀ   has the mean   E Ĉ = C₁ m / (B (m − 1))
 
-over random partitions, whatever M: B times it is the unbiased covariance of one example's gradient. If the m
+over random partitions, for any M: B times it is the unbiased covariance of one example's gradient. If the m
 examples are themselves a random part of n training examples, or all of them, their disjoint batches are
 disjoint batches of the n, so that m drops out. What the optimiser sees, drawing from the n without
 replacement, is
 
     C = C₁ (n − B) / (B (n − 1)) = (1 − B/n) E Ĉ ,
 
-now with C₁ over the n. Disjoint batches differ more than independent ones would, and 1 − B/n takes it back.
+now with C₁ over the n. Disjoint batches differ more than independent ones, and 1 − B/n corrects for this.
 
-With batch statistics g_b is no mean over examples. Of its parts of first, second, … order in the examples
-(Hoeffding's decomposition for draws without replacement) the first obeys the above. The part of order j has,
-between disjoint batches, the correlation (−1)^j (n−B−j choose B−j) / (n−B choose B), about (−B/n)^j; the
-factor 1 − B/n is then too small for it, by B/n at most to leading order: nothing at B = 128, n = 50 000.
+With batch statistics g_b is not a mean over examples. Hoeffding's decomposition for draws without replacement
+has parts of first, second, … order in the examples. The part of first order obeys the above. The part of
+order j has the correlation (−1)^j (n−B−j choose B−j) / (n−B choose B), about (−B/n)^j, between disjoint
+batches. The factor 1 − B/n is then too small for it, to leading order by B/n at most, which is negligible at
+B = 128, n = 50 000.
 """
 
 import time
@@ -100,11 +101,11 @@ class MinibatchCovariance(LinearOperator):
     The estimate has rank M − 1 at most, and its standard errors treat batches as independent.
 
     Attributes:
-        examples: M·B, the examples used; a rest too small for a batch is not, on each process.
+        examples: M·B, the examples used; on each process a remainder too small for a batch is left out.
         batches: M, over all processes.
         batch_size: B.
         batchnorm: Which statistics BatchNorm used.
-        factor: 1 − B/n, in everything said about C; 1 without ``train_examples``.
+        factor: 1 − B/n, included in all numbers about C; 1 without ``train_examples``.
         mean: (P,), ḡ, the mean of the M gradients.
         shards: How the batches are spread over processes.
     """
@@ -124,7 +125,7 @@ class MinibatchCovariance(LinearOperator):
         parameters: ParameterFilter | None = None,
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        """Find the gradient of every batch, in one gradient's time of all the examples.
+        """Compute the gradient of every batch, which takes the time of one gradient over all examples.
 
         Args:
             model: As for ``EmpiricalRisk``, and left as it was found in the same way.
@@ -133,10 +134,11 @@ class MinibatchCovariance(LinearOperator):
             batch_size: B, examples in one batch, each batch on one process.
             batchnorm: ``"train"`` normalises each batch by its own statistics, ``"eval"`` all by the running
                 ones.
-            generator: Source of the random partition into batches. None takes the examples as they come, B
-                at a time, which must then be in random order: classes in order make C what they differ by.
-            train_examples: n, from which the optimiser draws its batches without replacement. None for no
-                such correction: draws with replacement, or an unlimited supply.
+            generator: Source of the random partition into batches. None takes the examples in their order, B
+                at a time. They must then be in random order; otherwise C contains the differences between
+                classes.
+            train_examples: n, from which the optimiser draws its batches without replacement. None makes no
+                correction, for draws with replacement or from an unlimited supply.
             loss: ``(outputs, targets) -> (B,)``.
             chunk_size: Examples per pass within a batch; None takes the batch at once, as ``"train"`` must.
             parameters: Which tensors make up θ, as for ``EmpiricalRisk``.
@@ -213,14 +215,14 @@ class MinibatchCovariance(LinearOperator):
     def eigenpairs(self, k: int) -> EigenResult:
         """The k leading eigenpairs of this estimate, solved in its Gram matrix: exact up to rounding.
 
-        They are not C's. All the variance that C has in many small directions is in M − 1 here, so that the
-        leading eigenvalues come out too large while M is small against C's effective rank (Tr C)²/Tr C²; in
-        the mean the first always does. Measured on a small convolutional network on digits, with P = 6138 and
-        B = 32: the first was 1.7, 1.4, 1.2 and 1.07 times C's with 4, 8, 16 and 32 batches in eval mode
-        (effective rank 3.5), the third and fourth 1.6 and 1.7 times with 8; with batch statistics (effective
-        rank 10) the first was 2.4, 1.8, 1.4 and 1.2 times C's. The trace has no such bias, nor have
-        ``variances`` along directions found without these batches: along these eigenvectors, ask a
-        MinibatchCovariance of other examples.
+        They are not the eigenpairs of C. The variance that C has in many small directions appears in M − 1
+        directions here. The leading eigenvalues are therefore too large if M is small compared with C's
+        effective rank (Tr C)²/Tr C², and in the mean the first is always too large. We measured this on a
+        small convolutional network on digits, with P = 6138 and B = 32. In eval mode (effective rank 3.5) the
+        first was 1.7, 1.4, 1.2 and 1.07 times C's with 4, 8, 16 and 32 batches, and the third and fourth 1.6
+        and 1.7 times with 8. With batch statistics (effective rank 10) the first was 2.4, 1.8, 1.4 and 1.2
+        times C's. The trace has no such bias, and neither have ``variances`` along directions found without
+        these batches. For variances along these eigenvectors, use a MinibatchCovariance of other examples.
 
         Args:
             k: At most the rank, which is at most M − 1.
@@ -267,7 +269,7 @@ class MinibatchCovariance(LinearOperator):
     # ------------------------------------------------------------------ numbers with standard errors
 
     def trace(self) -> MinibatchTrace:
-        """Tr(C), unbiased whatever M."""
+        """Tr(C), unbiased for any M."""
         began = time.perf_counter()
         own = torch.zeros(len(self._rows), dtype=torch.float64, device=self.device)
         for _, rows in self._slabs():
@@ -281,7 +283,7 @@ class MinibatchCovariance(LinearOperator):
         )
 
     def variances(self, directions: Tensor) -> MinibatchVariances:
-        """u_iᵀ C u_i with standard errors, unbiased whatever M for directions found without these batches.
+        """u_iᵀ C u_i with standard errors; unbiased for any M along directions found without these batches.
 
         Args:
             directions: (P, k), not necessarily orthonormal.

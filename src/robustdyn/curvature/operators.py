@@ -1,4 +1,4 @@
-"""What the solvers see: a symmetric linear map on R^P, known only through its products."""
+"""The interface for the solvers: a symmetric linear map on R^P, given only by its products."""
 
 from abc import ABC, abstractmethod
 

@@ -12,7 +12,7 @@ def gaussian(
     Args:
         shape: Shape of the result.
         generator: Source of randomness; numbers are drawn on its device, so a CPU generator gives the same
-            numbers whatever the target device.
+            numbers on any target device.
         like: Precision of the result.
         to: Device of the result.
     """

@@ -86,8 +86,8 @@ class SpectralDensity:
             function: h, element by element from a float64 tensor to one of the same shape.
 
         Returns:
-            The trace, and its standard error over random vectors: that of the directions and, where C is not
-            the identity, of the masses ‖z‖² too.
+            The trace, and its standard error over random vectors. The error includes the directions and, if C
+            is not the identity, the masses ‖z‖².
 
         Raises:
             ValueError: If h changes the shape or is not finite at a node.
@@ -126,7 +126,7 @@ class SpectralDensity:
 
         For one random vector it is right to within the larger weight of the two nodes about the point
         (Chebyshev-Markov-Stieltjes). Rounding decides on which side of a point an eigenvalue at the point
-        falls: ask between eigenvalues.
+        falls, so choose points between eigenvalues.
 
         Args:
             grid: (g,) points.
@@ -221,8 +221,9 @@ def spectral_density(
 
     In a precision of eps nothing is resolved within about 4 eps ‖A‖ of an eigenvalue, zero included.
 
-    Memory, whatever the number of probes: a vector of length P in the operator's dtype for each step, rounded
-    up to eights, and about five more. Time beside the products: 4 · steps² · P multiplications a probe.
+    Memory, for any number of probes: a vector of length P in the operator's dtype for each step, rounded up
+    to a multiple of eight, and about five more. Time in addition to the products: 4 · steps² · P
+    multiplications for each probe.
 
     Args:
         operator: Symmetric A.
@@ -318,7 +319,7 @@ def _assemble(
 
 
 def _drawn(vector: Tensor, operator: LinearOperator) -> Tensor:
-    """A vector from the caller's ``draw``, checked, on the operator's device in whatever precision it has."""
+    """A vector from the caller's ``draw``, checked, on the operator's device and in its own precision."""
     if vector.shape != operator.shape[:1] or not vector.is_floating_point():
         raise ValueError(
             f"draw must return a floating-point vector of shape {operator.shape[:1]}, "

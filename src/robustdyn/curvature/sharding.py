@@ -23,11 +23,11 @@ class Shards:
     """
 
     def __init__(self, examples: int, device: torch.device, group: dist.ProcessGroup | None) -> None:
-        """Learn everybody's count.
+        """Exchange the counts of all processes.
 
         Args:
             examples: How many this process holds.
-            device: Where tensors handed in will live; NCCL wants a GPU's.
+            device: Device of the tensors that will be passed; NCCL requires a GPU.
             group: The processes; None for this one alone.
         """
         self.group = group
@@ -58,7 +58,7 @@ class Shards:
         return tensor
 
     def rows(self, own: Tensor) -> Tensor:
-        """Everybody's rows, (m_r, ...) on process r, stacked in rank order to (m, ...)."""
+        """The rows of all processes, (m_r, ...) on process r, stacked in rank order to (m, ...)."""
         if self.group is None:
             return own
         padded = own.new_zeros((max(self.counts), *own.shape[1:]))
@@ -71,7 +71,7 @@ class Shards:
         return torch.cat(rows).to(home)
 
     def each(self, number: int) -> tuple[int, ...]:
-        """Everybody's number, in rank order."""
+        """The numbers of all processes, in rank order."""
         if self.group is None:
             return (number,)
         own = torch.tensor([number], device=self._device)
@@ -88,7 +88,7 @@ class Shards:
         return bool((everybody == everybody[0]).all())
 
     def first_complaint(self, complaint: str | None) -> str | None:
-        """The complaint of the lowest rank that has one, so that all processes refuse together."""
+        """The error message of the lowest rank that has one, so that all processes refuse together."""
         if self.group is None:
             return complaint
         everybody: list[str | None] = [None] * self.processes

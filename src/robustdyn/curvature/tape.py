@@ -1,4 +1,4 @@
-"""One chunk's forward and backward pass, kept so that products can run through it again and again."""
+"""One chunk's forward and backward pass, kept so that products can run through it repeatedly."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -24,7 +24,7 @@ from robustdyn.curvature.vectors import inner, norm, project_off
 
 TraceEstimator = Literal["hutchinson", "hutch++", "xtrace"]
 
-_MIN_JUDGED = 4  # with fewer probes the standard error says too little to stop on
+_MIN_JUDGED = 4  # with fewer probes the standard error is too uncertain to stop on
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,14 @@ class TraceResult:
 
     Attributes:
         estimate: Tr(A).
-        standard_error: Of the estimate, over probes (not over examples: the operator is what it is).
+        standard_error: Of the estimate, over probes (and not over examples, because the operator is fixed).
         probes: Random vectors averaged over; those that only span a sketch are not counted.
         products: Products with the operator, those of sketches included.
         deflated: Directions treated exactly: known eigenpairs, columns of Hutch++'s sketch, or the m − 1
             other probes of each of XTrace's m estimates. All P when the diagonal was measured instead, with
             no probe and no error.
         estimator: ``"hutchinson"``, ``"hutch++"`` or ``"xtrace"``.
-        converged: standard_error ≤ tol · |estimate| over four probes or more. True where no tolerance was
-            asked for: nothing was missed.
+        converged: standard_error ≤ tol · |estimate| over four probes or more. True if no tolerance was given.
         seconds: Wall time.
     """
 
@@ -91,10 +90,10 @@ def hutchinson_trace(
         raise ValueError(f"tol must be positive and finite, not {tol}: give None to use all the probes")
     values, rows = _known_pairs(operator, eigenvalues, eigenvectors)
     # Σ λ ‖u‖² + vᵀ(A − Σ λ u uᵀ)v has the mean Tr(A) whatever the pairs are. The other way, Σ λ and a probe
-    # projected off the given directions, has the mean Tr(A) − Σ (uᵀAu − λ), and to mend that takes k more
-    # products. All they could buy is the cross terms between span(u) and the rest, which a projection
-    # removes and which here add at most about 4 Σ ‖A u − λ u‖² to the variance of a probe: nothing beside the
-    # bulk for pairs that Lanczos calls converged.
+    # projected off the given directions, has the mean Tr(A) − Σ (uᵀAu − λ), and correcting that takes k more
+    # products. They would only remove the cross terms between span(u) and the rest. Here these terms add at
+    # most about 4 Σ ‖A u − λ u‖² to the variance of a probe, which is negligible compared with the bulk for
+    # pairs that Lanczos calls converged.
     known = sum(value * norm(row) ** 2 for value, row in zip(values.tolist(), rows, strict=True))
     samples = torch.empty(probes, dtype=torch.float64)
     used, met = 0, False

@@ -12,7 +12,7 @@ from torch import Tensor
 _SUMMED = 2**16  # columns that are copied to float64 at once
 _HASHED = 2**20  # numbers that are multiplied by random integers at once
 _HASH_BASE = 6364136223846793005  # odd: slabs of equal numbers in another order differ
-# half the width of the products, in which a sign bit would else meet one bit of its multiplier alone
+# half the width of the products, in which a sign bit would otherwise meet only one bit of its multiplier
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
 
 
@@ -62,10 +62,10 @@ def project_off(blocks: Sequence[Tensor], vector: Tensor) -> tuple[Tensor, float
 
 
 def checksum(tensors: Sequence[Tensor]) -> tuple[int, ...]:
-    """Integers that change with any bit of the tensors, save by a chance of 2⁻³² or so.
+    """Integers that change with any bit of the tensors, except with a probability of about 2⁻³².
 
-    Sums of integers, so that neither threads nor devices matter. Tensors of one kind are summed together: on
-    an accelerator many small kernels would take longer than the numbers do.
+    They are sums of integers, so that they do not depend on threads or devices. Tensors of one kind are
+    summed together, because on an accelerator many small kernels would take longer than the numbers do.
     """
     kinds: dict[object, list[Tensor]] = {}
     for tensor in tensors:

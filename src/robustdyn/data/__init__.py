@@ -1,6 +1,6 @@
-"""Data sets as Lightning data modules, and the tensors and batches they hand out.
+"""Data sets as Lightning data modules, and the tensors and batches that they provide.
 
-``Digits``, ``CIFAR10``, ``CIFAR100`` and ``SVHN`` are what ``conf/data`` names; their defaults live there.
+``conf/data`` names ``Digits``, ``CIFAR10``, ``CIFAR100`` and ``SVHN``, and has their defaults.
 """
 
 from robustdyn.data.augmentation import Augmentation

@@ -121,6 +121,6 @@ class Augmentation:
 
 
 def _rectangle(rows: Tensor, height: int, columns: Tensor, width: int) -> Tensor:
-    """bool, (B, 1, H, W): where 0 <= ``rows`` (B, H) < ``height`` and likewise the columns (B, W)."""
+    """bool, (B, 1, H, W): where 0 <= ``rows`` (B, H) < ``height``, and the same for the columns (B, W)."""
     inside_rows, inside_columns = (rows >= 0) & (rows < height), (columns >= 0) & (columns < width)
     return inside_rows[:, None, :, None] & inside_columns[:, None, None, :]

@@ -148,7 +148,7 @@ class Cifar(Source):
 
 
 class _Inert:
-    """What a pickle asked for: the arguments and the state it gives, and nothing done with them."""
+    """What a pickle requested: its arguments and state, with which nothing is done."""
 
     arguments: tuple[Any, ...]
     state: Any = None
@@ -205,10 +205,10 @@ for _core in ("numpy.core", "numpy._core"):  # NumPy 1 wrote the official files;
 
 
 class _InertUnpickler(pickle.Unpickler):
-    """Reads plain containers, hands out tokens for what NumPy's arrays need and refuses every other global.
+    """Reads plain containers, returns tokens for what NumPy's arrays need and refuses every other global.
 
-    A pickle is a program; what it can call is what ``find_class`` hands out. NumPy's own functions would let
-    it make arrays of objects out of any bytes, which crash the interpreter.
+    A pickle is a program that can call whatever ``find_class`` returns. NumPy's own functions would let it
+    make arrays of objects out of any bytes, which crash the interpreter.
     """
 
     def find_class(self, module: str, name: str) -> type[_Inert]:

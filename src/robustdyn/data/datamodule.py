@@ -21,15 +21,15 @@ from robustdyn.streams import generator
 class ImageDataModule(LightningDataModule):
     """Train, validation and test images of one data set.
 
-    Subclasses say where the images come from (``read``). Without a trainer the module works too: one
-    process, on the CPU, epoch 0.
+    Subclasses define where the images come from (``read``). Without a trainer the module works as well, with
+    one process, on the CPU and in epoch 0.
 
     Attributes:
         num_classes: K.
         channels: C.
         image_size: H = W, in pixels.
         mean: Of each channel over the training images, in [0, 1]; for the model, which normalises.
-        std: Likewise the standard deviation.
+        std: Standard deviation of each channel over the training images.
     """
 
     title: ClassVar[str]
@@ -61,7 +61,7 @@ class ImageDataModule(LightningDataModule):
             channels: C; checked against the data.
             image_size: H = W; checked against the data.
             mean: Of each channel, in [0, 1]; not applied here.
-            std: Of each channel, likewise.
+            std: Of each channel; not applied here.
             batch_size: Training images of a step over all ranks together.
             eval_batch_size: Validation or test images of a step over all ranks together.
             train_size: Training images to keep, class-balanced and drawn by ``split_seed``; a smaller number
@@ -96,7 +96,7 @@ class ImageDataModule(LightningDataModule):
         self._check_constants()
 
     def read(self) -> tuple[ImageTensors, ImageTensors]:
-        """The training and the test images, on the CPU; subclasses say where they come from."""
+        """The training and the test images, on the CPU; subclasses define where they come from."""
         raise NotImplementedError
 
     def setup(self, stage: str | None = None) -> None:

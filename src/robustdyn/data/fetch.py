@@ -1,7 +1,7 @@
 """Download of official data files: resumable, checksummed, one process at a time.
 
-pooch checks the sum and moves a file to its place only when it is right; what is added here is that a
-transfer which breaks off goes on where it stopped, also in a later run.
+pooch checks the checksum and moves a file to its place only if it is right. This module adds that an
+interrupted transfer resumes where it stopped, also in a later run.
 """
 
 import shutil
@@ -35,7 +35,7 @@ def ensure_files(
         root: The data root, an absolute path.
         splits: Which splits are needed.
         download: Whether downloading is allowed.
-        retries: How often a download that broke off goes on before giving up.
+        retries: How often an interrupted download is resumed before giving up.
 
     Raises:
         DataFileError: They are not there, and not allowed or impossible to get.
@@ -77,7 +77,7 @@ def retrieve(item: Download, root: Path, *, retries: int) -> Path:
     Args:
         item: What to download; a file already there with the right checksum is not downloaded again.
         root: The data root.
-        retries: How often to go on after a broken transfer or start over after a wrong checksum.
+        retries: How often to resume after an interrupted transfer or start over after a wrong checksum.
 
     Returns:
         Path of the file.
@@ -101,10 +101,10 @@ def retrieve(item: Download, root: Path, *, retries: int) -> Path:
 
 
 class ResumableDownloader:
-    """Downloader for pooch that keeps what it has in a ``.part`` file and asks only for the rest.
+    """Downloader for pooch that keeps what it has in a ``.part`` file and requests only the rest.
 
-    A complete part file is handed to pooch, which deletes it when its checksum is wrong: the next try starts
-    from nothing and not from bad bytes.
+    A complete part file is given to pooch, which deletes it if its checksum is wrong. The next try then
+    starts from nothing and not from bad bytes.
     """
 
     def __init__(self, part: Path) -> None:

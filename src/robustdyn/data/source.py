@@ -26,7 +26,7 @@ class Download:
         url: Where it is; the last part of the path is the name it is kept under.
         known_hash: Checksum of the complete file, ``"md5:<hex>"``.
         folder: Below the data root, where the file is kept.
-        unpack: Whether it is a tar archive to be unpacked beside itself.
+        unpack: Whether it is a tar archive that has to be unpacked in its folder.
     """
 
     url: str
@@ -41,7 +41,7 @@ class Download:
 
 
 class Source(ABC):
-    """A data set that lies in files under a root folder."""
+    """A data set in files under a root folder."""
 
     title: str
     num_classes: int
@@ -50,7 +50,7 @@ class Source(ABC):
 
     @abstractmethod
     def missing(self, root: Path, splits: Sequence[Split]) -> str:
-        """What of the files of ``splits`` is looked for in ``root`` and not there; empty if all are there."""
+        """The files of ``splits`` that are missing in ``root``; empty if all are there."""
 
     @abstractmethod
     def downloads(self, root: Path, splits: Sequence[Split]) -> Sequence[Download]:

@@ -27,7 +27,7 @@ from robustdyn.errors import DataFileError
 
 @dataclass(frozen=True)
 class Svhn(Source):
-    """SVHN cropped digits; the files lie in the root or in its folder ``svhn``.
+    """SVHN cropped digits; the files are in the root or in its folder ``svhn``.
 
     Attributes:
         title: Name in messages.

@@ -23,7 +23,7 @@ class Batch(NamedTuple):
     targets: Tensor
     """What to learn: classes, int64, (B,); or, where images are mixed, probabilities, float32, (B, K)."""
     indices: Tensor
-    """int64, (B,), positions in the split; of mixed images that of the first of the two."""
+    """int64, (B,), positions in the split; for mixed images the position of the first of the two."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,7 +155,7 @@ class ShuffledBatches(TensorBatches):
         self._resume_at = self._position
 
     def __iter__(self) -> Iterator[Batch]:
-        # A generator, so that nothing below runs before the first batch is asked for (see ``epoch``).
+        # A generator, so that nothing below runs before the first batch is requested (see ``epoch``).
         epoch = self.epoch()
         order = torch.randperm(len(self.data), generator=generator(self.seed, "shuffle", epoch))
         order = order.to(self.data.labels.device)
@@ -179,7 +179,7 @@ class ShuffledBatches(TensorBatches):
         )
 
     def _augmented(self, batch: Tensor, epoch: int, number: int) -> Callable[[slice | Tensor], Batch]:
-        """Hands out the images at any places of ``batch`` (int64, (B,)), each augmented in its one way."""
+        """Returns the images at any places of ``batch`` (int64, (B,)), each with its own augmentation."""
         augmentation, data = self.augmentation, self.data
         if augmentation is None:
             return lambda places: data.batch(batch[places])
@@ -198,5 +198,5 @@ class ShuffledBatches(TensorBatches):
         return dict(self._position)
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes on behind the batches that ``state_dict`` counted, if it is their epoch that goes on."""
+        """Resumes after the batches that ``state_dict`` counted, if their epoch is the one that resumes."""
         self._position = self._resume_at = dict(state)

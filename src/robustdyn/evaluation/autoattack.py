@@ -1,8 +1,8 @@
 """AutoAttack (Croce & Hein, ICML 2020) through the package of its authors, ``pyautoattack``.
 
 The package runs all batches of all attacks in one call, seeds the global random numbers, traces the
-interpreter and warns through a logger of its own. Here it gets one batch of one attack at a time, so that an
-evaluation can be recorded as it goes and go on where it was killed; what it warns of is collected.
+interpreter and warns through a logger of its own. Here it is given one batch of one attack at a time, so that
+an evaluation can be recorded while it runs and resumed if it was killed. Its warnings are collected.
 """
 
 import logging
@@ -38,11 +38,11 @@ MESSAGES = {
 
 @dataclass(frozen=True, kw_only=True)
 class AutoAttackEvaluator:
-    """Attacks in a row, each on what the others left standing, with the settings of the standard version.
+    """Successive attacks, each on the examples that the others did not break, with the standard settings.
 
     The outcomes are those of one call of ``AutoAttack(..., version="standard", seed=seed)`` on the same
     examples with the same batch size, attack by attack. With K classes the targeted attacks aim at 9 of the
-    other K − 1, as the standard version does, or at all where there are fewer.
+    other K − 1, as in the standard version, or at all of them if there are fewer.
 
     Attributes:
         attack_list: Names of the attacks, in order: of ``apgd-ce``, ``apgd-dlr``, ``apgd-t``, ``fab``,

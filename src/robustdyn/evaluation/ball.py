@@ -37,7 +37,7 @@ class Ball:
         check_radius(self.norm, self.eps, 1.0)
 
     def holds(self, images: Tensor, moved: Tensor) -> Tensor:
-        """Which of ``moved`` (B, C, H, W) lie in the ball around ``images`` and in [0, 1], bool (B,).
+        """Which of ``moved`` (B, C, H, W) are in the ball around ``images`` and in [0, 1], bool (B,).
 
         Up to float32 rounding; an image with a NaN never does.
         """
@@ -48,5 +48,5 @@ class Ball:
         return (distance <= self.eps * (1 + ROUNDING) + 1e-6) & in_range
 
     def whole_box(self, images: Tensor) -> "Ball":
-        """The smallest ball that holds every image of this size (C, H, W) wherever it is centred."""
+        """The smallest ball that contains every image of this size (C, H, W), for any centre."""
         return Ball(self.norm, 1.0 if self.norm == "linf" else images[0].numel() ** 0.5)

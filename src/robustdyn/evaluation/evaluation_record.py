@@ -1,7 +1,7 @@
-"""The record of an evaluation: one directory, in which a killed evaluation goes on and others are added.
+"""The record of an evaluation: one directory, in which a killed evaluation resumes and others are added.
 
-``settings.json`` says what was evaluated, ``records/*.jsonl`` holds the tables ``outcomes``, ``evaluation``
-and ``warnings`` of ``robustdyn.records.schema``, ``summary.json`` the result.
+``settings.json`` describes what was evaluated. ``records/*.jsonl`` contains the tables ``outcomes``,
+``evaluation`` and ``warnings`` of ``robustdyn.records.schema``, and ``summary.json`` the result.
 """
 
 import json
@@ -27,7 +27,7 @@ class EvaluationRecord:
     """Outcomes, read back and appended to; made by ``open``.
 
     Attributes:
-        directory: Where it lies.
+        directory: Where it is.
         attacks: Description of every attack recorded here so far, by name, of this call or an earlier one.
         warnings: What was noticed while attacking.
     """
@@ -44,12 +44,12 @@ class EvaluationRecord:
     def open(
         cls, directory: Path, settings: Mapping[str, object], provenance: Mapping[str, object]
     ) -> Iterator["EvaluationRecord"]:
-        """The record in ``directory``, new or of the same evaluation; no other process may open it meanwhile.
+        """The record in ``directory``, new or of the same evaluation; only one process may have it open.
 
         Args:
             directory: Made if absent.
-            settings: What outcomes depend on, whatever the attack. JSON can hold it.
-            provenance: Versions and the like, noted down when the record is begun and never compared.
+            settings: Everything on which outcomes of any attack depend, in a form that JSON can hold.
+            provenance: Versions and the like, written when the record is created and never compared.
 
         Raises:
             RecordError: Another process has it open, it cannot be written or read, or its settings differ.
@@ -60,7 +60,7 @@ class EvaluationRecord:
             yield record
 
     def describe(self, evaluator: str, settings: Mapping[str, object], attacks: Mapping[str, Row]) -> None:
-        """Note down an evaluator's settings and its attacks, before their first outcome.
+        """Record an evaluator's settings and its attacks, before their first outcome.
 
         Raises:
             RecordError: An evaluator of this name was recorded with other settings.
@@ -79,7 +79,7 @@ class EvaluationRecord:
         return list(self._outcomes.get(attack, ()))
 
     def whole_chunks(self, attack: str, chunks: Sequence[Sequence[int]]) -> int:
-        """How many of the ``chunks`` of examples are recorded whole; rows of a chunk begun are dropped.
+        """How many of the ``chunks`` of examples are recorded completely; rows of a partial one are dropped.
 
         Raises:
             RecordError: The rows are not those of the first chunks.
@@ -116,7 +116,7 @@ class EvaluationRecord:
     def write_results(
         self, rows: Sequence[Row], warnings: Mapping[tuple[str, str], str], summary: Mapping[str, object]
     ) -> None:
-        """Write the table ``evaluation``, all warnings and ``summary.json`` anew."""
+        """Write the table ``evaluation``, all warnings and ``summary.json`` again."""
         self._records.replace("evaluation", rows)
         self._records.replace("warnings", [_warning(*key, text) for key, text in warnings.items()])
         self._records.write_summary(summary)

@@ -17,18 +17,18 @@ from robustdyn.streams import generator
 
 Access = Literal["white_box", "black_box"]
 Note = Callable[[str, str], None]
-"""(check, message): hand on what an attack noticed about the model."""
+"""(check, message): report what an attack noticed about the model."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """What is recorded of an attack beside its outcomes; None where a number has no meaning for it.
+    """What is recorded about an attack besides its outcomes; None if a number has no meaning for it.
 
     Attributes:
         access: ``"white_box"`` attacks follow gradients, ``"black_box"`` ones only see the model's outputs.
         norm: Of the ball.
         eps: Its radius on the [0, 1] scale.
-        loss: What is climbed.
+        loss: What the attack maximises.
         step_size: On the [0, 1] scale.
         steps: Gradient steps (queries, for a black-box attack) of one start.
         restarts: Starts.
@@ -48,7 +48,7 @@ class Description:
 
 
 class Attack(Protocol):
-    """Makes adversarial images; whether they fool the model is for the evaluation to say."""
+    """Makes adversarial images; the evaluation decides whether they fool the model."""
 
     @property
     def description(self) -> Description:
@@ -59,10 +59,10 @@ class Attack(Protocol):
 
 
 class Evaluator(Protocol):
-    """One entry of an evaluation: an attack, or several in a row that each get what the others left."""
+    """One entry of an evaluation: an attack, or successive attacks that each get what the others left."""
 
     def settings(self) -> Mapping[str, Any]:
-        """What its outcomes depend on, beside the model, the data, the ball and the seed."""
+        """Everything on which its outcomes depend, besides the model, the data, the ball and the seed."""
 
     def attacks(
         self, name: str, ball: Ball, num_classes: int, images: Tensor, seed: int
@@ -95,8 +95,8 @@ LOSSES: Mapping[str, AttackLoss] = {"cross_entropy": summed_cross_entropy, "marg
 class PGDEvaluator:
     """PGD of Madry et al. (ICLR 2018) with restarts: an example is robust if no restart breaks it.
 
-    The random start of an example depends on (seed, name, restart, example) alone: not on the device, the
-    batch it stands in, or what was attacked before.
+    The random start of an example depends only on (seed, name, restart, example), and not on the device, the
+    batch that contains it, or what was attacked before.
 
     Attributes:
         steps: Gradient steps ≥ 1.
@@ -104,7 +104,7 @@ class PGDEvaluator:
         restarts: Starts ≥ 1; an example once broken is not attacked again.
         loss: ``"cross_entropy"``, or ``"margin"``, ``summed_margin``.
         random_start: As of ``robustdyn.attacks.PGD``.
-        start_std: Likewise.
+        start_std: As of ``robustdyn.attacks.PGD``.
         iterates: ``"last"`` counts the example after the last step, as published PGD-k numbers do; ``"any"``
             counts an example as broken if any iterate breaks it, which is stronger and costs a third more.
 
@@ -162,7 +162,7 @@ class PGDEvaluator:
 
 @dataclass(frozen=True, kw_only=True)
 class UnboundedPGD(PGDEvaluator):
-    """PGD in a ball that holds all images: a check of the evaluation, not of the model.
+    """PGD in a ball that contains all images: a check of the evaluation, not of the model.
 
     No classifier withstands it, so an accuracy clearly above 0 means that gradients mislead the attack
     (Carlini et al. 2019, "On Evaluating Adversarial Robustness"; Athalye et al., ICML 2018).
@@ -199,7 +199,7 @@ class _RestartedPGD:
         )
 
     def __call__(self, model: nn.Module, batch: Batch, note: Note) -> Tensor:
-        """The adversarial image of the restart that broke an example, else of the last one."""
+        """The adversarial image of the restart that broke an example, otherwise of the last one."""
         adversarial = batch.images.clone()
         standing = torch.arange(len(batch.targets), device=batch.targets.device)
         for restart in range(self._restarts):
@@ -242,5 +242,5 @@ def classified(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
 
 
 def right(logits: Tensor, labels: Tensor) -> Tensor:
-    """Which logits (B, K) are greatest at the label and all finite: argmax alone would take a NaN for one."""
+    """Which logits (B, K) are greatest at the label and all finite; argmax alone would accept a NaN."""
     return logits.isfinite().all(dim=1) & (logits.argmax(dim=1) == labels)

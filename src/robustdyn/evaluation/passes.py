@@ -1,8 +1,8 @@
-"""The evaluation of one model: clean accuracy, attacks, what they say together.
+"""The evaluation of one model: clean accuracy, attacks, and what follows from them together.
 
-What counts as robust: an example that is right unattacked and right at every attacked image that an
-evaluator shows the model. Examples that are wrong unattacked, or that an earlier attack of the same evaluator
-broke, are not attacked. N examples, B of a batch.
+An example counts as robust if it is classified correctly without an attack and at every attacked image that
+an evaluator shows the model. Examples that are wrong without an attack, or that an earlier attack of the same
+evaluator broke, are not attacked. N examples, B of a batch.
 """
 
 import time
@@ -71,8 +71,8 @@ def evaluate(
 ) -> Result:
     """Attack ``model`` with every evaluator and record each example's outcome.
 
-    What ``record`` holds already is not computed again. The model is in eval mode and its parameters without
-    gradient meanwhile; the global random numbers are left as they were.
+    What is in ``record`` already is not computed again. During the evaluation the model is in eval mode and
+    its parameters require no gradient. The state of the global random numbers does not change.
 
     Args:
         model: From images in [0, 1] (B, C, H, W) to logits (B, K), on the device of ``data``.
@@ -80,8 +80,8 @@ def evaluate(
         evaluators: In the order to run, by name.
         ball: The threat model.
         sanity: What to warn of.
-        batch_size: Examples attacked at once. Outcomes of PGD do not depend on it (but for rounding), those
-            of AutoAttack do, which draws for a whole batch.
+        batch_size: Examples attacked at once. Outcomes of PGD do not depend on it, except for rounding. Those
+            of AutoAttack do, because it draws random numbers for a whole batch.
         seed: Of all random numbers.
         record: Takes the outcomes.
         progress: Called after every batch.
@@ -137,7 +137,7 @@ class _Run:
         return batch
 
     def clean(self) -> Tensor:
-        """Which examples are right unattacked, bool (N,)."""
+        """Which examples are right without an attack, bool (N,)."""
         chunks = self._split(range(len(self.data)))
         for chunk in self._left(CLEAN, chunks):
             started = time.monotonic()

@@ -2,8 +2,8 @@
 
 After Carlini et al. (2019, "On Evaluating Adversarial Robustness", section 4 and appendix), Athalye et al.
 (ICML 2018, section 3.1) and the checks of AutoAttack's authors (``flags_doc.md`` of their package). A warning
-is no proof, and their absence is none either. That a robust accuracy lies above the clean one cannot
-happen here: an example that is wrong unattacked counts as not robust.
+is not a proof, and neither is the absence of warnings. A robust accuracy cannot be above the clean one here,
+because an example that is wrong without an attack counts as not robust.
 """
 
 from collections.abc import Iterator, Mapping
@@ -26,9 +26,9 @@ class Sanity:
     """When a sign is worth a warning.
 
     Attributes:
-        accuracy_tolerance: Differences of accuracies up to this are let pass.
-        logit_tolerance: Likewise differences between two passes over the same images, relative to the norm
-            of an example's logits.
+        accuracy_tolerance: Differences of accuracies up to this give no warning.
+        logit_tolerance: Differences up to this between two passes over the same images, relative to the norm
+            of an example's logits, give no warning.
         unbounded_accuracy: An attack in an unbounded ball that leaves more than this share of the examples
             right is suspect.
 
@@ -77,7 +77,7 @@ class Sanity:
             )
 
     def compare(self, outcomes: Mapping[str, "Outcome"]) -> Iterator[tuple[str, str, str]]:
-        """(check, evaluator, message) for what the outcomes of all attacks tell when laid side by side."""
+        """(check, evaluator, message) for everything that the outcomes of all attacks show together."""
         bounded = {name: outcome for name, outcome in outcomes.items() if outcome.in_ball}
         yield from self._unbounded(outcomes)
         yield from self._gradient(outcomes)
@@ -163,7 +163,7 @@ class Outcome:
         tied: See ``Description``.
         effort: Steps and restarts.
         ensemble: The ensemble whose last attack this is, if any and if some of its attacks follow gradients.
-        zero_gradients: Number of images without gradient, where it was looked at.
+        zero_gradients: Number of images without gradient, if it was checked.
     """
 
     robust: Tensor

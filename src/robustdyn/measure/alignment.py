@@ -16,7 +16,7 @@ from robustdyn.theory import minibatch_noise_factor, stationary_covariance, tota
 class Alignment:
     """One row of the ``alignment`` table, over the k algebraically largest Hessian directions.
 
-    The total correlation is that of momentum SGD's stationary law; with another optimiser it is null.
+    The total correlation is for the stationary law of momentum SGD; with another optimiser it is null.
 
     Args:
         groups: Groups of examples in the jackknife that gives the standard errors.

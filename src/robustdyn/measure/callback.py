@@ -41,16 +41,17 @@ class Measurement(Protocol):
 class Measure(Callback):
     """Runs measurements at set epochs, all on one set of adversarial training examples.
 
-    The examples are drawn once per run and attacked anew at each measured epoch, with the evaluation attack
-    on the cross-entropy, whatever the training objective, and always from the same random starts. They are
-    spread over the ranks. What is measured along directions found on them is corrected by a second attack of
-    some. Training's random streams, weights, buffers and gradients are as before afterwards.
+    The examples are drawn once per run and attacked again at each measured epoch. The attack is the
+    evaluation attack on the cross-entropy, for any training objective, and always from the same random
+    starts. The examples are spread over the ranks. Values along directions that were found on them are
+    corrected by a second attack on some of them. Training's random streams, weights, buffers and gradients do
+    not change.
 
-    A learning-rate rule that follows a measurement gets its row at the epochs it asks for: at epochs that are
-    not measured anyway only what the rule reads is computed and recorded.
+    A learning-rate rule that follows a measurement gets its row at the epochs that it requests. At epochs
+    that are not measured anyway, only what the rule reads is computed and recorded.
 
-    The last eigenvectors are remembered, summed, as starts for the next epoch's; they travel with the
-    checkpoint, so that a resumed run measures the same numbers.
+    The sum of the last eigenvectors is kept as the start for the next epoch's. It is saved in the checkpoint,
+    so that a resumed run measures the same numbers.
 
     Args:
         epochs: When; see ``robustdyn.measure.when.measured_epochs``.
@@ -95,11 +96,11 @@ class Measure(Callback):
         return dict(self._starts)
 
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
-        """Take the warm starts back."""
+        """Restore the warm starts."""
         self._starts = dict(state_dict)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Settle the epochs and see that the measurement set can be had, before long work starts."""
+        """Determine the epochs and check that the measurement set exists, before long work starts."""
         assert isinstance(pl_module, AdversarialTraining)
         max_epochs = int(trainer.max_epochs or 0)
         decays = pl_module.schedule.decay_epochs(max_epochs)
@@ -129,7 +130,7 @@ class Measure(Callback):
 
         Raises:
             ConfigError: The learning-rate rule cannot follow what was measured.
-            TrainingError: The network cannot be measured, because losses or products are not finite, say.
+            TrainingError: The network cannot be measured, for instance because losses are not finite.
         """
         assert isinstance(pl_module, AdversarialTraining)
         measurements = self._due(trainer.current_epoch, pl_module.schedule.reads)
@@ -252,7 +253,7 @@ def _costs(snapshot: Snapshot, seconds: float) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def _first_rank_buffers(model: nn.Module, world_size: int) -> Iterator[None]:
-    """Running statistics differ between ranks until DDP's next forward pass; measure those of rank 0."""
+    """Take the running statistics of rank 0: ranks may differ until DDP's next forward pass."""
     if world_size == 1:
         yield
         return

@@ -17,13 +17,14 @@ from robustdyn.theory import MomentumDynamics, curvature_term_per_noise, minibat
 class Density:
     """Rows of the ``density`` and ``whole_space`` tables, over all directions (docs/theory.md, section 7).
 
-    Recorded are the quadrature's nodes and weights, from which a density of any resolution can be drawn and
-    any other function of the spectrum summed, with its error, without measuring again.
+    The rows contain the nodes and weights of the quadrature. From these a density of any resolution can be
+    drawn and any other function of the spectrum summed, with its error, without measuring again.
 
     Args:
         probes: Random sign vectors for the plain spectrum.
-        steps: Lanczos steps from each vector, a product with H each; they fix how fine the bulk is seen.
-        noise_probes: Random vectors with the noise's covariance, one gradient each beside the steps.
+        steps: Lanczos steps from each vector, a product with H each; they determine the resolution of the
+            bulk.
+        noise_probes: Random vectors with the noise's covariance; each costs one gradient besides the steps.
     """
 
     tables: ClassVar[tuple[str, ...]] = ("density", "whole_space")
@@ -72,9 +73,9 @@ class Density:
 class _Tracked:
     """The tracked eigenpairs as a control variate of sums over the noise.
 
-    What a draw z has along them, Σ_i (u_iᵀz)² h(λ_i), has the known mean Σ_i γ_i h(λ_i). The leading
-    directions are few and loud: without this nearly all of the error would be theirs. Unbiased however good
-    the eigenpairs are.
+    The part of a draw z along them, Σ_i (u_iᵀz)² h(λ_i), has the known mean Σ_i γ_i h(λ_i). The leading
+    directions are few and noisy, and without this control nearly all of the error would come from them. The
+    estimate is unbiased for eigenpairs of any quality.
     """
 
     def __init__(self, snapshot: Snapshot, covariance: GradientCovariance) -> None:
@@ -86,7 +87,7 @@ class _Tracked:
         self._squares: list[Tensor] = []
 
     def draw(self, generator: torch.Generator) -> Tensor:
-        """A draw of the noise (P,), its components along the eigenvectors noted."""
+        """A draw of the noise (P,); its components along the eigenvectors are kept."""
         z = self._covariance.sample(generator)
         self._squares.append((z @ self._vectors).double().square().cpu())
         return z
@@ -172,7 +173,7 @@ def _curvature_term(factor: float, dynamics: MomentumDynamics) -> Callable[[Tens
 
 
 def _resolution_at_zero(density: SpectralDensity) -> float:
-    """What the share at or below zero may be off by: the larger weight of the two nodes about zero."""
+    """Possible error of the share at or below zero: the larger weight of the two nodes around zero."""
     widths = []
     for nodes, weights, length in zip(density.nodes, density.weights, density.lengths, strict=True):
         below = nodes[:length] <= 0.0

@@ -66,7 +66,7 @@ class RecordEpochs(Callback):
     def on_save_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, object]
     ) -> None:
-        """A checkpoint must never be ahead of the record, not even when the machine goes down."""
+        """A checkpoint must never be ahead of the record, not even if the machine crashes."""
         if trainer.is_global_zero:
             self._records.sync()
 

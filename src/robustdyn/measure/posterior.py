@@ -32,14 +32,15 @@ def posterior_rows(
 ) -> Iterator[dict[str, Any]]:
     """σ² of every tracked direction after every epoch, propagated through the run's rates and spectra.
 
-    Once with batches as training draws them, epochs shuffled and the last batch short, and once with the
-    independent batches of the papers. Both take the curvature at fixed adversarial examples. The gradient
-    that training gets is steeper, for the attack follows the weights, and real variances are smaller for it.
+    There are two laws: one for batches as training draws them, with shuffled epochs and a short last batch,
+    and one for the papers' independent batches. Both take the curvature at fixed adversarial examples. The
+    gradient in training is steeper, because the attack follows the weights, and real variances are therefore
+    smaller.
 
-    Directions are matched by rank between measurements. The law starts as the point the run started from.
-    While a direction overshoots, η(λ + ω) ≥ 2(1 + μ), or is flat, it has no law to settle to and its variance
-    is NaN; afterwards it starts again from the stationary law of that moment. Before the first measurement
-    its values are held.
+    Directions are matched by rank between measurements. The law starts without variance, at the point where
+    the run started. While a direction overshoots, η(λ + ω) ≥ 2(1 + μ), or is flat, it has no stationary law
+    and its variance is NaN. Afterwards it starts again from the stationary law of that moment. Before the
+    first measurement, the values of the first measurement are used.
 
     Args:
         tables: ``epochs``, ``rates``, ``spectrum`` and ``bounds`` of one run.
@@ -216,7 +217,7 @@ class RecordPosterior(Callback):
         self._interpolation = interpolation
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Write the table anew, whole."""
+        """Write the whole table again."""
         assert isinstance(pl_module, AdversarialTraining)
         if not trainer.is_global_zero or pl_module.last_step is None or not pl_module.last_step.plain:
             return

@@ -1,6 +1,6 @@
 """What a measurement sees of a run: its loss on fixed adversarial examples and the optimiser's state.
 
-What several measurements need is computed once, when the first of them asks for it.
+Results that several measurements need are computed once, when the first of them requests them.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,13 +30,14 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class Eigenpairs:
-    """How leading eigenpairs are found, of the Hessian and of the gradient covariance alike.
+    """How leading eigenpairs are found, for both the Hessian and the gradient covariance.
 
     Attributes:
         directions: k, the algebraically largest eigenvalues.
         tolerance: Stop when every residual is below this share of the largest eigenvalue.
         max_products: Give up, and record the residuals reached, beyond this many products.
-        extra_vectors: Lanczos vectors held beyond the k directions, at least 2; each is a gradient large.
+        extra_vectors: Lanczos vectors in addition to the k directions, at least 2; each as large as a
+            gradient.
         warm_start: Start from the eigenvectors of the last measured epoch.
 
     Raises:
@@ -78,21 +79,22 @@ class Eigenpairs:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AlongEigenvectors:
-    """Curvature and noise along the leading eigenvectors as another attack of the examples shows them.
+    """Curvature and noise along the leading eigenvectors, corrected by another attack on the examples.
 
-    Along eigenvectors of the very same adversarial examples both come out too large: these fit the noise of
-    the attack's random start. Some of the examples are attacked once more, and what their two attacks differ
-    by corrects the values of all (double sampling: Cochran, Sampling Techniques, 1977, chapter 12). The bias
-    of order 1/s of a ratio over s examples is left, and what eigenvectors fit of the choice of examples.
+    Along eigenvectors of the same adversarial examples both are too large, because the eigenvectors fit the
+    noise of the attack's random start. Some of the examples are attacked a second time, and the difference
+    between their two attacks corrects the values of all (double sampling: Cochran, Sampling Techniques, 1977,
+    chapter 12). Two biases remain: the bias of order 1/s of a ratio over s examples, and the fit of the
+    eigenvectors to the choice of examples.
 
     Attributes:
         curvature: (k,), λ_i plus the mean difference of the two attacks' Gauss–Newton curvatures uᵀ G u,
             which have a value for each example.
         curvature_standard_errors: (k,), over examples, of the Gauss–Newton part.
-        variances: (k,), of one example's gradient: that of the first attack times the ratio of the second's
-            mean square to it.
+        variances: (k,), of one example's gradient: the variance under the first attack, times the ratio of
+            the second attack's mean square to the first's.
         variance_standard_errors: (k,), over examples.
-        attack_shares: (k,), one less the correlation of the two attacks' gradients over examples.
+        attack_shares: (k,), one minus the correlation of the two attacks' gradients over examples.
     """
 
     curvature: Array
@@ -110,7 +112,7 @@ class Snapshot:
         epoch: Epoch that just ended, from 0.
         step: Optimiser steps taken so far.
         risk: Mean loss over the measurement set, its adversarial examples held fixed.
-        again: The same over the first so many of these examples, attacked from other random starts.
+        again: The same over the first few of these examples, attacked from other random starts.
         optimizer: Settings of the last optimiser step.
         train_examples: n, size of the training set.
         batch_size: B, examples that one optimiser step averages over, on all ranks together.
@@ -153,7 +155,7 @@ class Snapshot:
 
     @cached_property
     def along(self) -> AlongEigenvectors:
-        """H and C₁ along the leading eigenvectors of H, from an attack that these do not come from."""
+        """H and C₁ along the leading eigenvectors of H, from another attack than the eigenvectors."""
         directions, projections = self.hessian.eigenvectors, self.projected.projections.numpy()
         again = self.again()
         m, s = self.risk.examples, again.examples
@@ -181,7 +183,7 @@ class Snapshot:
 
     @property
     def solved(self) -> dict[str, EigenResult]:
-        """The eigenpairs found so far, as ``"hessian"`` and ``"noise"``; asking starts nothing."""
+        """The eigenpairs found so far, as ``"hessian"`` and ``"noise"``; this call computes nothing."""
         return {name: self.__dict__[name] for name in ("hessian", "noise") if name in self.__dict__}
 
 

@@ -16,9 +16,9 @@ Array = NDArray[np.float64]
 class Spectrum:
     """Rows of the ``spectrum`` and ``bounds`` tables, over the k algebraically largest Hessian directions.
 
-    Curvature and noise along them are those of another attack than they come from. The noise C is that of a
-    mini-batch drawn without replacement from the training set, as the loader draws.
-    The stationary law is momentum SGD's (docs/theory.md, section 2); with another optimiser its columns are
+    Curvature and noise along the directions come from another attack than the directions themselves. The
+    noise C is for a mini-batch drawn without replacement from the training set, as in the loader. The
+    stationary law is for momentum SGD (docs/theory.md, section 2); with another optimiser its columns are
     null.
     """
 
@@ -48,7 +48,7 @@ class Spectrum:
                     "curvature": along.curvature[index],
                     "curvature_se": along.curvature_standard_errors[index],
                     "gradient_noise": gamma[index],
-                    # as if all of it were the attack's: at most B / n of it too much
+                    # as if all of it came from the attack, which is too much by at most B / n of it
                     "gradient_noise_se": along.variance_standard_errors[index] / size,
                     "attack_noise": attack[index],
                     "noise_eigenvalue": own * float(noise.eigenvalues[index]),
@@ -69,7 +69,7 @@ class Spectrum:
                 "tracked_directions": len(gamma),
                 "unstable_directions": int((~stable).sum()) if snapshot.optimizer.plain else None,
                 # NaN, recorded as null, as soon as one direction has no variance: a sum over fewer directions
-                # would be another quantity, and its curve would jump for no reason of the network's
+                # would be another quantity, and its curve would jump without any change of the network
                 "curvature_term_top_k": float(curvature.sum()),
                 "log_variance_term_top_k": float(log_variance.sum()),
                 "dominant_terms_top_k": float(curvature.sum() + log_variance.sum()),

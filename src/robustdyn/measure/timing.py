@@ -15,8 +15,8 @@ from robustdyn.records.schema import TIMED
 class RecordTiming(Callback):
     """One row per epoch: images per second, and the shares of attack, step, data, evaluation and measurement.
 
-    Place it behind the measuring callback, whose time belongs into the row. On a GPU the shares are those of
-    the work on it; the host waits for it once, at the end of the epoch.
+    Place it after the measuring callback, whose time belongs in the row. On a GPU the shares are of the GPU's
+    time; the host waits for it once, at the end of the epoch.
 
     Args:
         records: The run's record; only the first rank writes, its own times.
@@ -32,7 +32,7 @@ class RecordTiming(Callback):
         self._start(pl_module)
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Start afresh."""
+        """Reset the times."""
         self._start(pl_module)
 
     def _start(self, module: lightning.LightningModule) -> None:
@@ -58,7 +58,7 @@ class RecordTiming(Callback):
     ) -> None:
         """What follows belongs to the next batch, unless it was the last."""
         _module(pl_module).stopwatch.stop("step")
-        # counted, for an epoch may be cut short; the ranks' shares differ by at most one image
+        # counted, because an epoch may be cut short; the ranks' parts differ by at most one image
         self._images += len(batch.images) * trainer.world_size
         if not trainer.is_last_batch:
             _module(pl_module).stopwatch.start("data")
@@ -95,8 +95,8 @@ def _module(module: lightning.LightningModule) -> AdversarialTraining:
 class TrainingStepProfiler(PyTorchProfiler):
     """Lightning's PyTorch profiler, whose schedule counts training steps alone.
 
-    Lightning's own counts evaluation steps too, traces whichever of the two are the first to get through the
-    schedule and loses the table of sums.
+    Lightning's own profiler also counts evaluation steps. It traces whichever kind of step completes the
+    schedule first, and it loses the table of sums.
     """
 
     def __init__(self, **settings: Any) -> None:

@@ -1,4 +1,4 @@
-"""Ends a run whose loss is no longer a number, and keeps what is needed to find out why."""
+"""Ends a run whose loss is no longer finite, and keeps what is needed to find out why."""
 
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,17 @@ from robustdyn.records.run_directory import RunDirectory
 class StopOnNonFinite(Callback):
     """Stops at the first training loss that is NaN or infinite, before the weights take it in.
 
-    The snapshot ``nonfinite/step_<n>.pt`` of the run directory holds the batch, the weights as the loss saw
-    them (perturbed, if they were) and where it was. The last checkpoint is older than the step, and a run
-    resumed from it comes to the same step again, for what the snapshot does not hold.
+    The snapshot ``nonfinite/step_<n>.pt`` of the run directory contains the batch, the weights at which the
+    loss was computed (perturbed, if they were), and the step. The last checkpoint is older than the step, so
+    a run resumed from it reaches the same step again. This shows everything that the snapshot does not
+    contain.
 
-    On a GPU, looking at every loss would make the host wait at every step: there it looks back every so many
-    steps, and the snapshot is only of the step where it looked.
+    On a GPU, checking every loss would make the host wait at every step. There the losses are checked every
+    ``every_steps`` steps, and the snapshot is of the step at which they are checked.
 
     Args:
         run_dir: The run directory.
-        every_steps: On a GPU, look every so many steps, ≥ 1, and at the end of an epoch.
+        every_steps: On a GPU, check every so many steps, ≥ 1, and at the end of an epoch.
     """
 
     def __init__(self, run_dir: Path, *, every_steps: int) -> None:
@@ -43,7 +44,7 @@ class StopOnNonFinite(Callback):
     def on_before_backward(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, loss: Tensor
     ) -> None:
-        """Look at the loss.
+        """Check the loss.
 
         Raises:
             TrainingError: It is not finite.

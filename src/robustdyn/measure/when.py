@@ -21,14 +21,14 @@ def measured_epochs(
     """The epochs after which to measure, counted from 0.
 
     ``every N`` is 0, N, 2N, ...; ``around decays N`` is every epoch from N before to N after the first epoch
-    of each decay; ``last`` is the run's last one; a list is the union of its items.
+    of each decay; ``last`` is the last epoch of the run; a list is the union of its items.
 
     Args:
         spec: As in ``measure.epochs``.
         max_epochs: Length of the run.
         decay_epochs: First epochs with a lower rate.
         key: Of the spec, for errors.
-        always_last: Whether the last epoch is one in any case, unless the spec is empty.
+        always_last: Whether the last epoch is always included, unless the spec is empty.
 
     Raises:
         ConfigError: A spec that cannot be read, or an epoch outside the run.

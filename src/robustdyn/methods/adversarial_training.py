@@ -1,8 +1,8 @@
 """Adversarial training as a LightningModule.
 
-The step, in the order of the code: attack the batch, perturb the weights, descend on the objective at the
-adversarial images, take the perturbation off. What distinguishes one method from another (objective, weight
-perturbation, learning-rate rule) is handed in; the loop exists once.
+A step attacks the batch, perturbs the weights, descends on the objective at the adversarial images, and
+removes the perturbation. The loop exists once. What distinguishes one method from another (objective, weight
+perturbation, learning-rate rule) is passed in.
 """
 
 import math
@@ -47,9 +47,9 @@ class _Examples(NamedTuple):
 
 
 class OptimizerState(NamedTuple):
-    """Settings of the optimiser's last step, as momentum SGD knows them.
+    """Settings of the optimiser's last step, in the terms of momentum SGD.
 
-    ``plain``: whether the step is that of the theory's laws; see ``AdversarialTraining.plain_momentum``.
+    ``plain``: whether the theory's laws hold for the step; see ``AdversarialTraining.plain_momentum``.
     """
 
     learning_rate: float
@@ -72,15 +72,15 @@ class AdversarialTraining(lightning.LightningModule):
     """Trains ``model`` on adversarial images and evaluates it on clean and adversarial ones.
 
     Random numbers of the attack are a function of (seed, step) in training and of (seed, split, batch) in
-    evaluation, so they do not depend on what else the run does and every epoch is evaluated from the same
-    random starts. They are drawn for the whole batch before a rank takes its part, and the loss of a part
-    weighs by its examples: a data-parallel step is that of one process. So do the batches whose gradients
-    ``Trainer(accumulate_grad_batches=N)`` adds up to one step: their step is that of the one large batch, but
-    for BatchNorm's statistics.
+    evaluation. They do not depend on what else the run does, and every epoch is evaluated from the same
+    random starts. They are drawn for the whole batch before a rank takes its part, and the loss of a part is
+    weighted by its number of examples, so that a data-parallel step equals the step of one process. The
+    batches that ``Trainer(accumulate_grad_batches=N)`` adds up to one step are weighted in the same way:
+    their step equals the step of one large batch, except for BatchNorm's statistics.
 
     Args:
         model: Network from images in [0, 1] to logits.
-        objective: What the attack climbs and the optimiser descends.
+        objective: What the attack maximises and the optimiser minimises.
         attack: Makes the training examples.
         evaluation_attack: Makes the evaluation examples.
         perturbation: Moves the weights before each descent step; None for none.
@@ -129,14 +129,15 @@ class AdversarialTraining(lightning.LightningModule):
 
     @property
     def plain_momentum(self) -> bool:
-        """Whether the trainer's steps are those of the theory's laws: plain momentum SGD, nothing clipped."""
+        """Whether the theory's laws hold for the trainer's steps: plain momentum SGD, nothing clipped."""
         return is_plain_momentum(self.trainer.optimizers[0]) and not self.trainer.gradient_clip_val
 
     def configure_optimizers(self) -> Any:
         """The optimiser, its rate set by ``schedule`` at every step."""
         optimizer = self._optimizer_factory(self.regularizer.parameter_groups(self.model))
         keep_layout(optimizer)
-        # a step's rate is that of its middle: no rule that starts or ends at 0 wastes a step
+        # the rule is evaluated at the middle of the step, so that a rule which starts or ends at 0 wastes no
+        # step
         scheduler = LambdaLR(
             optimizer, lambda step: self.schedule.factor((step + 0.5) / self._steps_per_epoch())
         )
@@ -167,7 +168,7 @@ class AdversarialTraining(lightning.LightningModule):
         self.stopwatch.use(self.device)
 
     def on_train_start(self) -> None:
-        """See that an epoch's last batch can be normalised, before long work starts.
+        """Check that an epoch's last batch can be normalised, before long work starts.
 
         Raises:
             ConfigError: It holds one image, and BatchNorm needs two values of each channel.
@@ -192,7 +193,7 @@ class AdversarialTraining(lightning.LightningModule):
             ) from error
 
     def on_train_epoch_start(self) -> None:
-        """Start the epoch's metrics afresh, at the rate that the last measurement asks for."""
+        """Reset the epoch's metrics, and set the rate that follows from the last measurement."""
         self._epoch_metrics = None
         self._evaluated = False
         for split in ("train", *self.evaluation_splits):
@@ -206,7 +207,7 @@ class AdversarialTraining(lightning.LightningModule):
             group["lr"] = base * rule(scheduler.last_epoch)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Seed what draws from the global generators, dropout say, by seed, step, rank and its batch."""
+        """Seed what draws from the global generators, such as dropout, by seed, step, rank and its batch."""
         number = batch_idx % self.trainer.accumulate_grad_batches
         counters = (self.global_step, self.global_rank, *([number] if number else []))
         streams.seed_global(self.seed, "global", *counters)
@@ -217,14 +218,14 @@ class AdversarialTraining(lightning.LightningModule):
             share_buffers(self.model)
 
     def on_validation_epoch_start(self) -> None:
-        """Likewise the statistics of the average that stands in for the weights."""
+        """All ranks also take the first one's statistics for the average that replaces the weights."""
         if self.trainer.world_size > 1:
             share_buffers(self.model)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Attack, perturb the weights, then the objective there; clean metrics ride along without gradient.
+        """Attack, perturb the weights, and return the objective there; add to the clean metrics.
 
-        The epoch's training metrics are those at the unperturbed weights, whatever the perturbation.
+        The epoch's training metrics are taken at the unperturbed weights, with any perturbation.
         """
         part = self._part(self.trainer.train_dataloader, batch_idx, batch, self.attack)
         number = batch_idx % self.trainer.accumulate_grad_batches
@@ -235,7 +236,7 @@ class AdversarialTraining(lightning.LightningModule):
         return of_examples * loss + of_batches * self.regularizer.penalty(self.model)
 
     def _accumulation(self, first: int, part: Part) -> tuple[float, float]:
-        """What a batch's loss and the penalty weigh in a step whose first batch has this number.
+        """The weights of a batch's loss and of the penalty in a step whose first batch has this number.
 
         Lightning divides each by the number of batches that a step should have. The last step of an epoch may
         have fewer, and its last batch fewer images.
@@ -248,7 +249,7 @@ class AdversarialTraining(lightning.LightningModule):
         return wanted * part.whole / images, wanted / len(numbers)
 
     def _train_on(self, batch: _Examples, part: Part, number: int) -> Tensor:
-        """The loss whose gradient, averaged over ranks, is that of the whole batch's mean loss.
+        """The loss whose gradient, averaged over ranks, is the gradient of the whole batch's mean loss.
 
         ``number`` counts the batches of one optimiser step.
         """
@@ -267,12 +268,12 @@ class AdversarialTraining(lightning.LightningModule):
         return weight * outcome.loss
 
     def on_after_backward(self) -> None:
-        """Take the perturbation off, if the optimiser is to step at the unperturbed weights."""
+        """Remove the perturbation, if the optimiser has to step at the unperturbed weights."""
         if self.perturbation is not None and self.perturbation.step_at == "original":
             self.perturbation.restore()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """The optimiser's step, then the perturbation off."""
+        """The optimiser's step; afterwards the perturbation is removed."""
         super().optimizer_step(*args, **kwargs)
         if self.perturbation is not None:
             self.perturbation.restore()
@@ -292,20 +293,20 @@ class AdversarialTraining(lightning.LightningModule):
         self._evaluated = True
 
     def observe(self, table: str, row: Mapping[str, Any]) -> None:
-        """Hand a measured row to the learning-rate rule, if it reads that table."""
+        """Pass a measured row to the learning-rate rule, if the rule reads that table."""
         if table == self.schedule.reads:
             self.schedule.observe(row)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The rule's state travels with the weights, and so do the sums of the epoch so far.
+        """The checkpoint also contains the state of the rule and the sums of the epoch so far.
 
-        A collective call: the sums are those over all ranks.
+        A collective call, because the sums are over all ranks.
         """
         checkpoint["schedule"] = self.schedule.state_dict()
         checkpoint["epoch_sums"] = self._metrics_of("train").sums()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with the rule where the checkpoint left it, in the precision of its weights.
+        """Resume the rule where the checkpoint left it, and take the precision of the checkpoint's weights.
 
         Raises:
             CheckpointError: It is of another network.
@@ -323,7 +324,7 @@ class AdversarialTraining(lightning.LightningModule):
         self._metrics_of("train").take_sums(checkpoint["epoch_sums"] if self.global_rank == 0 else {})
 
     def on_train_epoch_end(self) -> None:
-        """Hand the epoch's metrics to callbacks that watch one; loggers get them from the record."""
+        """Give the epoch's metrics to callbacks that watch one; loggers get them from the record."""
         self.log_dict(self.epoch_metrics(), sync_dist=False, logger=False)
 
     def epoch_metrics(self) -> dict[str, float]:
@@ -344,20 +345,20 @@ class AdversarialTraining(lightning.LightningModule):
         return self._epoch_metrics
 
     def _steps_per_epoch(self) -> float:
-        # Infinite until the trainer has seen the data, after the first factor was asked for: that rate is
-        # never used. trainer.estimated_stepping_batches would make it look, but too early: the loaders that
-        # it then makes are not put back to where a checkpoint left them (Lightning 2.6).
+        # Infinite until the trainer has seen the data. The first factor is requested before that, but its
+        # rate is never used. trainer.estimated_stepping_batches would make the trainer look too early: the
+        # loaders that it then makes are not set to where a checkpoint left them (Lightning 2.6).
         batches = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
         return batches if math.isinf(batches) else math.ceil(batches)
 
     def _part(self, loader: Any, number: int, batch: Batch, attack: PGD) -> Part:
-        """Which part of batch ``number`` this rank has: all of it where it is the only one.
+        """Which part of batch ``number`` this rank has; all of it if there is only one rank.
 
         Raises:
-            ValueError: The first images of an epoch, from a loader not ours, are out of ``attack``'s range.
+            ValueError: The first images of an epoch are outside ``attack``'s range, with a loader not ours.
         """
         if number == 0 and not isinstance(loader, TensorBatches):
-            attack.check(batch.images)  # one batch, since looking makes the host wait for a GPU
+            attack.check(batch.images)  # one batch: the check makes the host wait for a GPU
         if self.trainer.world_size == 1:
             return Part(slice(None), len(batch.images))
         assert isinstance(loader, TensorBatches)
@@ -418,7 +419,8 @@ class AdversarialTraining(lightning.LightningModule):
         return streams.generator(self.seed, stream, counter, number, device=self.device)
 
     def _note_optimizer(self) -> None:
-        # The scheduler moves on before any end-of-epoch hook runs: what the step used is known only here.
+        # The scheduler advances before any end-of-epoch hook runs, so the rate of the step is known only
+        # here.
         optimizer = self.trainer.optimizers[0]
         group = optimizer.param_groups[0]
         self.last_step = OptimizerState(

@@ -1,4 +1,4 @@
-"""Weight averaging: Lightning's callback, told when to average."""
+"""Weight averaging: Lightning's callback, and when to average."""
 
 from typing import Any
 
@@ -8,14 +8,14 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class _Averaging(WeightAveraging):
-    """An average that stands in for the weights during evaluation and in checkpoints.
+    """An average that replaces the weights during evaluation and in checkpoints.
 
-    BatchNorm's running statistics are averaged with the weights; they are not estimated anew from training
-    images, as Izmailov et al. do. Until there is an average the weights themselves are evaluated and saved.
+    BatchNorm's running statistics are averaged with the weights. Izmailov et al. estimate them again from
+    training images instead. Until there is an average, the weights themselves are evaluated and saved.
     """
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Put the average where the weights will be, as they will be: they are moved only after this hook."""
+        """Create the average on the weights' later device; they are moved only after this hook."""
         self._device = trainer.strategy.root_device
         super().setup(trainer, pl_module, stage)
         if self._average_model is not None:
@@ -33,7 +33,7 @@ class _Averaging(WeightAveraging):
     def on_save_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Save the average, and what training needs to go on."""
+        """Save the average, and what training needs to resume."""
         self._follow(pl_module)
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
 
@@ -43,7 +43,7 @@ class _Averaging(WeightAveraging):
         super().on_train_end(trainer, pl_module)
 
     def _follow(self, module: lightning.LightningModule) -> None:
-        """The average of nothing yet is what the weights are."""
+        """Until something was averaged, the average equals the weights."""
         if self._average_model is not None and self._average_model.n_averaged == 0:
             self._average_model.module.load_state_dict(module.state_dict())
 
@@ -51,8 +51,8 @@ class _Averaging(WeightAveraging):
 class ExponentialAveraging(_Averaging):
     """w̄ ← decay · w̄ + (1 − decay) · w after every optimiser step, from the first step's w on.
 
-    It stands in for the weights during evaluation and in checkpoints. BatchNorm's running statistics are
-    averaged with the weights.
+    It replaces the weights during evaluation and in checkpoints. BatchNorm's running statistics are averaged
+    with the weights.
 
     Args:
         decay: In [0, 1).
@@ -70,9 +70,10 @@ class ExponentialAveraging(_Averaging):
 class EpochAveraging(_Averaging):
     """Equal average of the weights at the ends of epochs from ``start_epoch`` on (Izmailov et al., UAI 2018).
 
-    It stands in for the weights during evaluation, that of the averaged epoch included, and in checkpoints;
-    before ``start_epoch`` there is no average and the weights themselves are evaluated and saved. BatchNorm's
-    running statistics are averaged with the weights, where Izmailov et al. estimate them anew.
+    It replaces the weights during evaluation, including the evaluation of the averaged epoch, and in
+    checkpoints. Before ``start_epoch`` there is no average, and the weights themselves are evaluated and
+    saved. BatchNorm's running statistics are averaged with the weights, where Izmailov et al. estimate them
+    again.
 
     Args:
         start_epoch: First epoch whose end is averaged, counted from 0.

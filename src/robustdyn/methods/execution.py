@@ -26,7 +26,7 @@ class Execution:
     such as an epoch's last, run uncompiled instead of being compiled for their own size.
 
     Args:
-        channels_last: Images and convolution weights are held with the channels innermost. Random numbers do
+        channels_last: Whether images and convolution weights have the channels innermost. Random numbers do
             not depend on it.
         compile: Mode of ``torch.compile``, or ``"none"``; ``"reduce-overhead"`` replays CUDA graphs.
 
@@ -47,7 +47,7 @@ class Execution:
         Where channels-last is unsafe on a CPU, the layout stays contiguous.
 
         Raises:
-            ConfigError: Compilation is asked for where there is no C++ compiler.
+            ConfigError: Compilation was requested, but there is no C++ compiler.
         """
         if not trains_channels_last(model):
             self._layout = torch.contiguous_format
@@ -63,8 +63,8 @@ class Execution:
             )
         from torch._dynamo import config as dynamo  # here, for it takes seconds
 
-        # With more passes PyTorch goes on uncompiled and only warns. TRADES with a validation split may have
-        # its default, 8, and a run resumed at a short batch has more.
+        # With more passes PyTorch continues uncompiled and only warns. TRADES with a validation split may
+        # have its default, 8, and a run resumed at a short batch has more.
         dynamo.cache_size_limit = max(dynamo.cache_size_limit, _MOST_PASSES)  # so called from PyTorch 2.6 on
         # of a fixed size: with the batch size left open the code is slower
         model.compile(mode=self._compile, dynamic=False)
@@ -76,7 +76,7 @@ class Execution:
     def step(self, examples: int, split: str) -> AbstractContextManager[object]:
         """Scope of one training or evaluation step on so many ``examples`` of ``split``.
 
-        What is compiled is compiled for a split's whole batches; a last short one runs uncompiled.
+        Code is compiled for a split's whole batches; a last short one runs uncompiled.
         """
         if self._compile == "none":
             return nullcontext()
@@ -96,8 +96,9 @@ class Execution:
 def keep_layout(optimizer: torch.optim.Optimizer) -> None:
     """State that ``optimizer`` loads takes the memory layout of its parameter.
 
-    A checkpoint's momentum has the layout of the run that wrote it, and PyTorch's fused optimisers go through
-    memory in order, whatever the strides: another layout gives wrong steps without a word (2.13, on a CPU).
+    A checkpoint's momentum has the layout of the run that wrote it. PyTorch's fused optimisers go through
+    memory in order and ignore the strides, so that another layout silently gives wrong steps (2.13, on a
+    CPU).
     """
     optimizer.register_load_state_dict_post_hook(_lay_out_state)
 

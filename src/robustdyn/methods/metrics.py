@@ -12,8 +12,8 @@ from torchmetrics import Metric
 class LossAndError(Metric):
     """Mean cross-entropy and 0-1 error over all examples seen since the last reset.
 
-    Where targets are probabilities (mixed images) the error is the expected one, 1 minus the probability of
-    the predicted class. A NaN loss shows.
+    If targets are probabilities (mixed images), the error is the expected one, 1 minus the probability of the
+    predicted class. A NaN loss gives a NaN mean.
     """
 
     loss: Tensor
@@ -39,14 +39,14 @@ class LossAndError(Metric):
         return float(self.loss / self.examples), 1.0 - float(self.right / self.examples)
 
     def sums(self) -> Tensor:
-        """What ``compute`` is made of, over all ranks, (3,) on the CPU; every rank must call it."""
+        """The sums behind ``compute``, over all ranks, (3,) on the CPU; every rank must call it."""
         own = torch.stack([self.loss, self.right, self.examples])
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(own)
         return own.cpu()
 
     def take_sums(self, sums: Tensor) -> None:
-        """Go on from what ``sums`` gave."""
+        """Resume from what ``sums`` returned."""
         self.loss, self.right, self.examples = sums.to(self.loss).unbind()
         self._update_count = int(self.examples > 0)
 
@@ -72,7 +72,7 @@ class RobustMetrics(nn.Module):
         return {"robust": self.robust.sums(), "clean": self.clean.sums()}
 
     def take_sums(self, sums: Mapping[str, Tensor]) -> None:
-        """Go on from what ``sums`` gave; without any, from nothing."""
+        """Resume from what ``sums`` returned; without it, start empty."""
         self.reset()
         for kind, values in sums.items():
             getattr(self, kind).take_sums(values)

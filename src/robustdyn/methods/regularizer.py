@@ -1,4 +1,4 @@
-"""What is added to the loss or done to the parameters, whatever the objective."""
+"""What is added to the loss or done to the parameters, with any objective."""
 
 from typing import Any, Literal
 

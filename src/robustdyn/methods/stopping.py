@@ -1,4 +1,4 @@
-"""Early stopping by Lightning's own callback, in runs that are started again."""
+"""Early stopping by Lightning's own callback, for runs that may be resumed."""
 
 from typing import Any
 
@@ -7,14 +7,14 @@ from lightning.pytorch.callbacks import EarlyStopping as LightningEarlyStopping
 
 
 class EarlyStopping(LightningEarlyStopping):
-    """Lightning's, with two differences when a run goes on from a checkpoint.
+    """Lightning's callback, with two differences when a run resumes from a checkpoint.
 
-    A run that had stopped stays stopped, where Lightning's trains one more epoch; and the patience is that
-    of the configuration, so that a run can be given more of it, where Lightning's is the checkpoint's.
+    A run that had stopped stays stopped, where Lightning's would train one more epoch. The patience comes
+    from the configuration, so that it can be increased; Lightning's comes from the checkpoint.
     """
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take back what was counted."""
+        """Restore the counts."""
         super().load_state_dict(state_dict | {"patience": self.patience})
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:

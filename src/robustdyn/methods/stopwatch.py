@@ -11,8 +11,8 @@ import torch
 class Stopwatch:
     """Seconds spent in named sections, since the last ``read``.
 
-    On a GPU the times are those of the work on it, from events that the host does not wait for. Sections also
-    show under their names in the traces of PyTorch's profiler.
+    On a GPU the times are the GPU's, from events for which the host does not wait. The sections also appear
+    under their names in the traces of PyTorch's profiler.
     """
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class Stopwatch:
             self.stop(name)
 
     def read(self) -> dict[str, float]:
-        """Seconds by section, closed ones only; on a GPU this waits for it. Starts afresh."""
+        """Seconds by section, closed ones only; on a GPU this waits for it. Resets the times."""
         if self._events:
             torch.cuda.synchronize(self._device)
         for name, began, ended in self._events:

@@ -22,8 +22,8 @@ Layout = Literal["auto", "robustdyn", "robust_overfitting", "awp"]
 Weights = Mapping[str, Tensor]
 
 _STAGES = range(1, 5)
-# Beginnings of the public codes' names and of ours; all other names are the same. The two repositories share
-# their networks. The first entry of each is what the network is recognised by.
+# Beginnings of the names in the public codes and in ours; all other names are the same. The two repositories
+# share their networks. The first entry of each is what the network is recognised by.
 _PREACT_RESNET = {f"layer{stage}.": f"layers.{stage - 1}." for stage in _STAGES}
 _WIDE_RESNET = {
     **{f"block{stage}.layer.": f"layers.{stage - 1}." for stage in _STAGES[:3]},
@@ -54,10 +54,11 @@ def load_weights(model: nn.Module, path: Path, *, layout: Layout) -> str:
     ``network``, ``weights`` or ``ema``, else the only one that holds tensors), and all names may have the
     prefixes of wrappers (``module.``, ``_orig_mod.``, ``model.``, ``net.``, ``1.``).
 
-    The two repositories normalise outside the network, and their files do not say how. ``model`` must have
-    been built with the mean and standard deviation that the file was trained with: those of the data for
-    adversarial training, but mean 0 and standard deviation 1 for the TRADES part of AWP. A wrapper's ``mean``
-    and ``std`` (or ``mu`` and ``sigma``) are taken from the file. Weights do not show strides.
+    The two repositories normalise outside the network, and their files do not contain how. ``model`` must
+    have been built with the mean and standard deviation with which the file was trained. These are the
+    statistics of the data for adversarial training, but mean 0 and standard deviation 1 for the TRADES part
+    of AWP. A wrapper's ``mean`` and ``std`` (or ``mu`` and ``sigma``) are taken from the file. Weights do not
+    show strides.
 
     Args:
         model: Takes the weights, in its own dtype and on its own device.
@@ -65,7 +66,7 @@ def load_weights(model: nn.Module, path: Path, *, layout: Layout) -> str:
         layout: One of the layouts, or ``"auto"``.
 
     Returns:
-        The layout used. Files of ``"awp"`` without the unused block cannot be told from
+        The layout used. Files of ``"awp"`` without the unused block cannot be distinguished from
         ``"robust_overfitting"``, and ``"auto"`` then returns the latter.
 
     Raises:

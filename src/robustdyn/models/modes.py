@@ -28,7 +28,7 @@ def mode(model: nn.Module, *, training: bool) -> Iterator[None]:
 def frozen_statistics(model: nn.Module) -> Iterator[None]:
     """BatchNorm in train mode normalises with the batch inside the scope; its buffers are as before after it.
 
-    They are put back rather than shielded, so that a compiled network does the same pass as outside.
+    The buffers are restored rather than protected, so that a compiled network does the same pass as outside.
     """
     buffers = [
         buffer
@@ -49,8 +49,8 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
 def frozen_parameters(model: nn.Module) -> Iterator[None]:
     """No parameter requires a gradient inside the scope; each one's own flag back afterwards.
 
-    An eager ``autograd.grad`` for the images alone skips the weights anyway; a compiled backward pass
-    computes whatever requires a gradient.
+    An eager ``autograd.grad`` for the images alone skips the weights anyway. A compiled backward pass
+    computes every gradient that is required.
     """
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in learned:

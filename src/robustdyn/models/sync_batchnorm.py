@@ -13,10 +13,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 def synchronize(model: nn.Module) -> None:
     """From now on BatchNorm layers in train mode use the statistics of all examples on all processes.
 
-    For devices on which ``torch.nn.SyncBatchNorm`` does not work: CPUs (PyTorch 2.13). The processes may hold
-    different numbers of examples. Every pass in train mode, forward and backward, is collective. The layers
-    stay what they are, and in eval mode do what they did. Written in differentiable steps, where PyTorch's is
-    one fused kernel: it has every derivative, and takes more time.
+    This is for devices on which ``torch.nn.SyncBatchNorm`` does not work: CPUs (PyTorch 2.13). The processes
+    may hold different numbers of examples. Every pass in train mode, forward and backward, is collective. The
+    layers keep their type, and eval mode does not change. It is written in differentiable steps, where
+    PyTorch's is one fused kernel. It therefore has every derivative, and takes more time.
     """
     for module in model.modules():
         if isinstance(module, _BatchNorm):
@@ -25,7 +25,7 @@ def synchronize(model: nn.Module) -> None:
 
 @torch.no_grad()
 def share_buffers(model: nn.Module) -> None:
-    """Every process takes the first one's buffers: its running statistics. A collective call."""
+    """Every process takes the buffers of the first one, its running statistics. A collective call."""
     for buffer in model.buffers():
         dist.broadcast(buffer, 0)
 
@@ -70,7 +70,7 @@ def _track(module: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
 
 
 def sum_over_processes(tensor: Tensor) -> Tensor:
-    """Σ_r t_r, the same on every process; its gradient is the sum of everybody's. A collective call."""
+    """Σ_r t_r, the same on every process; its gradient is the sum of all gradients. A collective call."""
     total: Tensor = _SumOverProcesses.apply(tensor)
     return total
 

@@ -63,8 +63,8 @@ class WideResNet(PreActNetwork):
     def _initialise(self) -> None:
         """Convolutions from normal(0, 2 / (kernel area · output channels)), linear bias 0.
 
-        As in the code of Zagoruyko & Komodakis (BMVC 2016); the variance is that of He et al. (ICCV 2015,
-        Eq. 14). BatchNorm starts with weight 1 and bias 0 there, as in PyTorch.
+        As in the code of Zagoruyko & Komodakis (BMVC 2016), with the variance of He et al. (ICCV 2015, Eq.
+        14). BatchNorm starts with weight 1 and bias 0 there, as in PyTorch.
         """
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

@@ -1,6 +1,7 @@
-"""Replica ensembles: many copies of a network trained on from one point, to see where its weights go.
+"""Replica ensembles: many copies of a network trained further from one point, to see where weights go.
 
-Knows torch, attacks, objectives and weight perturbations; no Hydra and no Lightning. In short:
+This package needs torch, attacks, objectives and weight perturbations, and neither Hydra nor Lightning. In
+short:
 
     training = Training(images=..., targets=..., objective=..., attack=..., perturbation=None,
                         update=MomentumUpdate(momentum=0.9, weight_decay=5e-4, initial_buffer=None),
@@ -11,8 +12,9 @@ Knows torch, attacks, objectives and weight perturbations; no Hydra and no Light
     arrays = ensemble.run(range(8))
     covariance = np.cov(arrays["position"][:, -1], rowvar=False)
 
-``EnsembleRun`` does this from a training as it stands, in chunks that are written as they finish. It is
-behind ``robustdyn-replicas``, which starts at a run's checkpoint, and the callback of ``robustdyn-train``.
+``EnsembleRun`` does this from the current state of a training, in chunks that are written as they finish. It
+is used by ``robustdyn-replicas``, which starts at a run's checkpoint, and by the callback of
+``robustdyn-train``.
 """
 
 from robustdyn.replicas.ensemble import Directions, Ensemble, Recorded, Training, loss_around

@@ -18,11 +18,11 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Agreement:
-    """Measured against predicted, step by step.
+    """Measured variances compared with predicted ones, step by step.
 
-    Intervals have the confidence asked for. Variances' are χ² intervals, which take each coordinate for
-    Gaussian; the geometric mean's are basic bootstrap intervals over replicas, which do not. NaN where the
-    law or the replicas have no variance.
+    Intervals have the requested confidence. Those of variances are χ² intervals, which assume that each
+    coordinate is Gaussian. Those of the geometric mean are basic bootstrap intervals over replicas, which do
+    not. Entries are NaN where the law or the replicas have no variance.
 
     Attributes:
         variance: s² (S, k), measured.
@@ -33,17 +33,17 @@ class Agreement:
             directions that have a ratio.
         geometric_low: (S,).
         geometric_high: (S,).
-        directions: (S,), of how many directions.
+        directions: (S,), number of directions in the mean.
         offset: (S, k), (mean of x − predicted mean) / σ, with the predicted σ.
         offset_error: Standard error 1/√R of each.
-        move: (S, k), mean of x / σ: how far the mean moved at all.
+        move: (S, k), mean of x / σ: how far the mean moved in total.
         correlation_misfit: (S,), mean over pairs of z², z = (r_ij − ρ_ij) √ν / (1 − ρ_ij²) with the measured
             correlation r and the law's ρ: about 1 where the law is right.
-        commuting_misfit: (S,), the same with ρ = 0: what is missed by taking H and C to commute.
-        total_correlation: (S,), of the measured covariance, nats; biased upwards by few replicas.
-        total_correlation_expected: (S,), what as many Gaussian replicas of this law would show on average.
-        total_correlation_spread: (S,), and with which standard deviation.
-        total_correlation_commuting: (S,), what replicas without any correlation would show.
+        commuting_misfit: (S,), the same with ρ = 0: the misfit if H and C are assumed to commute.
+        total_correlation: (S,), of the measured covariance, nats; biased upwards if there are few replicas.
+        total_correlation_expected: (S,), its mean over as many Gaussian replicas of this law.
+        total_correlation_spread: (S,), its standard deviation over these.
+        total_correlation_commuting: (S,), its mean over replicas without any correlation.
     """
 
     variance: Array

@@ -1,4 +1,4 @@
-"""Replicas: the same network trained on from one point with different mini-batches and attack noise.
+"""Replicas: training of one network continued from one point with different mini-batches and attack noise.
 
 Shapes: R replicas of a chunk, P parameters, k directions, T steps, S recorded steps, B examples of a batch.
 """
@@ -35,13 +35,13 @@ EXPANDED = ("anew_loss", "held_loss", "linear_loss", "expanded_loss", "outside")
 class Directions:
     """What weights and gradients are projected on.
 
-    For momentum SGD both are the same orthonormal vectors u_i. Under a diagonal preconditioner D, with u_i
-    orthonormal in the coordinates y = D^{−1/2} θ, weights go with D^{−1/2} u_i and gradients with D^{1/2}
-    u_i.
+    For momentum SGD both are projected on the same orthonormal vectors u_i. Under a diagonal preconditioner
+    D, with u_i orthonormal in the coordinates y = D^{−1/2} θ, weights are projected on D^{−1/2} u_i and
+    gradients on D^{1/2} u_i.
 
     Attributes:
         positions: (P, k); x_i = positions_iᵀ (θ − θ_0).
-        forces: (P, k); g_i = forces_iᵀ g, and likewise the optimiser's buffer.
+        forces: (P, k); g_i = forces_iᵀ g. The optimiser's buffer is projected on them, too.
     """
 
     positions: Tensor
@@ -60,7 +60,7 @@ class Recorded:
     Attributes:
         steps: S steps at which positions are recorded, strictly increasing, ≥ 0.
         loss_steps: Steps at which the robust loss is measured as well, strictly increasing, ≥ 0.
-        loss_examples: Of the first so many training examples.
+        loss_examples: The loss is over the first so many training examples.
         mean_steps: Steps at which the mean of the chunk's weights is kept, strictly increasing, ≥ 0: along it
             curvature and noise can be measured again, and it is the centre of a measured posterior.
         loss_draws: Random starts of the attack for each of them, ≥ 1; the losses are means over these.
@@ -94,24 +94,24 @@ class Recorded:
 class Training:
     """How every replica is trained.
 
-    A batch is attacked at the replica's weights, perturbed if so, and the optimiser steps on the objective:
-    the step of ``robustdyn.methods.AdversarialTraining``, without augmentation, warm-up or L1 penalty.
-    Random numbers of replica r at step t are a function of (seed, r, t).
+    A batch is attacked at the replica's weights, the weights are perturbed if there is a perturbation, and
+    the optimiser steps on the objective. This is the step of ``robustdyn.methods.AdversarialTraining``,
+    without augmentation, warm-up or L1 penalty. Random numbers of replica r at step t are a function of
+    (seed, r, t).
 
     Attributes:
         images: Training examples (n, ...) in [0, 1], on the network's device.
         targets: (n,) classes or (n, K) probabilities.
-        objective: What the attack climbs and the optimiser descends; a mean over examples of the batch, each
-            with a loss of its own.
-        attack: Makes the adversarial examples; always against running statistics where ``batchnorm`` is
-            ``"eval"``.
-        perturbation: Of the weights, for each replica its own at every step; None for none.
+        objective: What the attack maximises and the optimiser minimises; a mean over the batch of the losses
+            of single examples.
+        attack: Makes the adversarial examples; always with running statistics if ``batchnorm`` is ``"eval"``.
+        perturbation: Of the weights, computed for each replica at every step; None for none.
         update: The optimiser's rule.
         learning_rate: η of each step (T,).
         sampling: How batches are drawn.
-        batchnorm: ``"eval"`` keeps the running statistics as they are and normalises with them: a
-            deterministic loss of each example. ``"train"`` normalises with each batch's own and moves them
-            as training does.
+        batchnorm: ``"eval"`` normalises with the running statistics and does not change them, so that each
+            example has a deterministic loss. ``"train"`` normalises with the statistics of each batch and
+            updates the running statistics, as training does.
         seed: Of all random numbers.
 
     Raises:
@@ -184,21 +184,22 @@ class Ensemble:
         """Train some replicas from the start to the end.
 
         Args:
-            replicas: Their numbers, R of them; what each does follows from its number, up to rounding that
-                may differ between chunks of different sizes.
+            replicas: Their numbers, R of them. What a replica does follows from its number, up to rounding,
+                which may differ between chunks of different sizes.
 
         Returns:
             Arrays, float64 but ``mean_move``, by name: ``position`` (R, S, k), x; ``buffer`` (R, S, k), the
             optimiser's buffer; ``gradient`` (R, S, k), of the mini-batch loss without weight decay in the
             step that led there, NaN at step 0; ``distance`` (R, S), ‖θ − θ_0‖; ``batch_loss`` (R, T),
             cross-entropy of each adversarial batch in nats, where its gradient was taken; ``robust_loss``
-            and ``robust_error`` (R, L) over the loss examples at the L loss steps, made adversarial anew;
+            and ``robust_error`` (R, L) over the loss examples at the L loss steps, attacked again;
             ``mean_move`` (1, M, P) float32, mean over these R replicas of θ − θ_0 at the M mean steps. With
             an expansion also ``anew_loss`` (R, L, A), robust loss of each of A draws, and, (R, L) each:
             ``held_loss``, robust loss on the adversarial examples of θ_0;
             ``linear_loss``, L_0 + g·Δ of it with Δ = θ − θ_0; ``expanded_loss``, L_0 + g·Δ + Δᵀ H Δ / 2;
-            ``outside``, norm of what of Δ the directions do not span. Where BatchNorm is in train mode the
-            losses are at a replica's own running statistics, and an expansion in θ does not see these move.
+            ``outside``, norm of the part of Δ outside the span of the directions. If BatchNorm is in train
+            mode, the losses use a replica's own running statistics, and an expansion in θ does not include
+            their changes.
 
         Raises:
             FloatingPointError: A replica's weights are not finite.
@@ -310,7 +311,7 @@ def batch_gradients(
     *,
     starts_of: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The gradients that replicas' optimisers get in one step.
+    """The gradients that the replicas' optimisers receive in one step.
 
     Args:
         network: The stacked network.
@@ -339,7 +340,7 @@ def batch_gradients(
         adversarial = attacked(network, training, images, targets, torch.cat(starts))
         moves = None
         if training.perturbation is not None:
-            # BatchNorm in train mode normalises with the batch here, too, but its statistics stay
+            # BatchNorm in train mode normalises with the batch here, too, but its statistics do not change
             aside = {name: value.clone() for name, value in statistics.items()} if trained else statistics
             leaves = network.use(theta, aside, learn=True)
             loss, _ = _losses(network, training, images, adversarial, targets, len(replicas))
@@ -354,7 +355,7 @@ def batch_gradients(
 def attacked(
     network: nn.Module, training: Training, images: Tensor, targets: Tensor, starts: Tensor
 ) -> Tensor:
-    """Adversarial images of a batch (N, ...), as training makes them; the images where there is no attack."""
+    """Adversarial images of a batch (N, ...), as training makes them; the images if there is no attack."""
     attack = training.attack
     if training.batchnorm == "eval" and attack.batchnorm != "eval":
         attack = _against_running_statistics(attack)
@@ -393,7 +394,7 @@ def perturb(
 def loss_around(network: StackedNetwork, training: Training, examples: int, draws: int) -> RobustLoss:
     """Cross-entropy on the first training examples, made adversarial by training's attack on cross-entropy.
 
-    Whatever the objective and BatchNorm's mode in training: the loss that evaluation sees.
+    This is the loss in evaluation, for any objective and any mode of BatchNorm in training.
 
     Args:
         network: Of θ_0.
@@ -432,7 +433,7 @@ def _losses(
     outcome = training.objective(network, images, adversarial, targets)
     logits = outcome.robust_logits
     total = replicas * outcome.loss
-    if logits is None:  # the objective knows none: NaN says so
+    if logits is None:  # the objective uses none, which NaN shows
         return total, torch.full((replicas,), float("nan"))
     with torch.no_grad():
         each = F.cross_entropy(logits, targets, reduction="none").view(replicas, -1).mean(dim=1)

@@ -1,9 +1,9 @@
 """The directory of an ensemble: settings, starting point, and one file for each finished chunk of replicas.
 
-``settings.json`` says what the numbers depend on; ``start.npz`` holds the starting point; ``lines.npz`` the
-loss along the directions; ``chunks/*.npz`` the replicas; ``path/*.npz`` what was measured at their mean.
-Every file appears whole or not at all, so that a killed command, or several at work on parts of the ensemble,
-leave nothing that the next one could not go on with.
+``settings.json`` contains everything on which the numbers depend, ``start.npz`` the starting point,
+``lines.npz`` the loss along the directions, ``chunks/*.npz`` the replicas, and ``path/*.npz`` the
+measurements at their mean. Every file is either complete or absent. A command that was killed can therefore
+always be resumed, and several commands can work on parts of the ensemble.
 """
 
 import io
@@ -35,9 +35,9 @@ class EnsembleRecord:
 
     Args:
         directory: Made if absent.
-        settings: What the numbers depend on; JSON can hold it. The number of replicas is no part of it: an
-            ensemble may grow.
-        provenance: Versions and the like, noted down with the first settings and never compared.
+        settings: Everything on which the numbers depend, in a form that JSON can hold. The number of replicas
+            is not part of it, because an ensemble may grow.
+        provenance: Versions and the like, written with the first settings and never compared.
         chunk: Replicas of a chunk.
 
     Raises:
@@ -77,7 +77,7 @@ class EnsembleRecord:
             raise RecordError(f"{self.directory}: holds an ensemble with {changed}; {_ANOTHER}")
 
     def start(self, measure: Callable[[], MeasuredPoint], device: torch.device) -> MeasuredPoint:
-        """The recorded starting point; where there is none, ``measure`` is asked, by one process alone."""
+        """The recorded starting point; if there is none, a single process calls ``measure``."""
         path = self.directory / START
         with FileLock(self.directory / ".start.lock"):
             if not path.exists():
@@ -87,12 +87,12 @@ class EnsembleRecord:
     def path(
         self, replicas: int, steps: Sequence[int], measure: Callable[[NDArray[np.float32]], MeasuredPoint]
     ) -> None:
-        """Have the path of the first ``replicas``' mean measured where it is not yet.
+        """Measure the path of the mean of the first ``replicas``, where it has not been measured yet.
 
         Args:
             replicas: All of them must be there.
             steps: The mean steps.
-            measure: Asked for the point at a mean move (P,), by one process alone.
+            measure: Returns the point at a mean move (P,); called by a single process.
         """
         with FileLock(self.directory / ".path.lock"):
             for row, step in enumerate(steps):
@@ -107,7 +107,7 @@ class EnsembleRecord:
                 _write(file, _packed({k: v for k, v in point.items() if k not in shared}))
 
     def lines(self, measure: Callable[[], Lines]) -> Lines:
-        """The recorded loss along the directions; where there is none, ``measure`` is asked, by one alone."""
+        """The recorded loss along the directions; if there is none, a single process calls ``measure``."""
         path = self.directory / LINES
         with FileLock(self.directory / ".lines.lock"):
             if not path.exists():
@@ -115,12 +115,12 @@ class EnsembleRecord:
             return Lines.from_arrays(_unpacked(path))
 
     def missing(self, replicas: int, *, shard: int = 0, shards: int = 1) -> Iterator[range]:
-        """Chunks among the first ``replicas`` that a shard has to run and are not there yet.
+        """Chunks among the first ``replicas`` that a shard still has to run.
 
         Whole chunks belong to a shard, so that no number depends on how many shards there are.
 
         Raises:
-            ConfigError: ``replicas`` is no multiple of the chunk, or there is no such shard.
+            ConfigError: ``replicas`` is not a multiple of the chunk, or there is no such shard.
         """
         if replicas % self.chunk:
             near = -(-replicas // self.chunk) * self.chunk
@@ -151,9 +151,9 @@ class RecordedEnsemble:
     """What a directory holds; see ``robustdyn.replicas.Ensemble.run`` for the arrays.
 
     Attributes:
-        settings: What the numbers depend on, as in ``settings.json``.
+        settings: Everything on which the numbers depend, as in ``settings.json``.
         start: The measured starting point.
-        path_steps: (Q,), those of the mean steps at which the path was measured for all these replicas.
+        path_steps: (Q,), the mean steps at which the path was measured for all these replicas.
         path: Q points at the mean of the replicas' weights, along the directions of the start.
         lines: The loss along the directions; None where it was not measured.
         replicas: (R,) numbers of the replicas that are there.
@@ -173,7 +173,7 @@ class RecordedEnsemble:
         held_loss: (R, L), on the adversarial examples of θ_0.
         linear_loss: (R, L), its expansion to first order.
         expanded_loss: (R, L), to second order.
-        outside: (R, L), norm of what of θ − θ_0 the directions do not span.
+        outside: (R, L), norm of the part of θ − θ_0 outside the span of the directions.
     """
 
     settings: Mapping[str, Any]

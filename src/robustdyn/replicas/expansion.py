@@ -1,13 +1,14 @@
-"""The robust loss around θ_0 against its second-order expansion, along lines and at any point.
+"""The robust loss around θ_0 compared with its second-order expansion, along lines and at any point.
 
-The loss is a mean over fixed training examples, with running statistics; weight decay and weight
-perturbations are no part of it. Its adversarial examples are those made at θ_0, *held* fixed, or are made
-*anew* at every point from the same random starts. H is the Hessian of the former. Both have the same slopes
-at θ_0 where the attack finds a maximum (Danskin's theorem); whether PGD does is measured.
+The loss is a mean over fixed training examples, with running statistics. Weight decay and weight
+perturbations are not part of it. Its adversarial examples are either *held* fixed as they were made at θ_0,
+or made again (*anew*) at every point from the same random starts. H is the Hessian of the held loss. Both
+losses have the same slopes at θ_0 if the attack finds a maximum (Danskin's theorem). Whether PGD does is
+measured.
 
-PGD of a few steps is chaotic: over draws of its starts the loss made anew jumps by more than it rises within
-a deviation, and only the mean over many draws is smooth. So there are A draws of each example's start, and
-the loss is told for each draw: differences are taken draw by draw.
+PGD of a few steps is chaotic: from one draw of its starts to another, the loss made anew jumps by more than
+it rises within a deviation, and only the mean over many draws is smooth. There are therefore A draws of each
+example's start. The loss is given for each draw, and differences are taken draw by draw.
 
 Shapes: m examples, A draws, R points, P parameters, k directions, M distances on either side.
 """
@@ -41,8 +42,8 @@ class RobustLoss:
         network: The stacked network.
         images: (m, ...) in [0, 1], on the network's device.
         targets: (m,) classes or (m, K) probabilities.
-        loss: Of each example, from outputs and targets; the attack climbs its sum.
-        attack: Makes the adversarial examples, against running statistics whatever it says itself.
+        loss: Of each example, from outputs and targets; the attack maximises its sum.
+        attack: Makes the adversarial examples, always with running statistics.
         draws: A ≥ 1, random starts of the attack for each example, the same at every point.
         batch_size: Examples of each network in one pass.
         seed: Of the random starts.
@@ -124,7 +125,7 @@ class RobustLoss:
 
     @cached_property
     def starts(self) -> Array:
-        """L_0 of each draw, (A,): the losses at θ_0, where held and anew are the same."""
+        """L_0 of each draw, (A,): the losses at θ_0, where both kinds of loss are the same."""
         found: Array = self.held(self._theta, self.network.statistics(1))[0][0].cpu().numpy()
         return found
 
@@ -189,11 +190,11 @@ class Lines:
     Attributes:
         deviations: σ (k,), the unit of distance along each direction; see
             ``robustdyn.replicas.line_units``.
-        multiples: c (2M,), ascending: as far to either side.
+        multiples: c (2M,), ascending; the same on both sides.
         examples: m.
         starts: L_0 of each draw, (A,).
         gradient: g (k,), along the directions, mean over draws.
-        hessian: H (k, k) between the directions, of the loss held, mean over draws.
+        hessian: H (k, k) between the directions, of the held loss, mean over draws.
         held: (k, 2M), loss with the adversarial examples of θ_0, mean over draws.
         anew: (A, k, 2M), loss with adversarial examples made at each point, of each draw.
         anew_gradient: (k, 2M), slope along the line at fixed examples, made at the point itself: the
@@ -219,12 +220,12 @@ class Lines:
         return float(self.starts.mean())
 
     def arrays(self) -> dict[str, Any]:
-        """What ``from_arrays`` takes back."""
+        """The arrays from which ``from_arrays`` restores this."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, Any]) -> "Lines":
-        """Lines from what ``arrays`` gave."""
+        """Lines from the result of ``arrays``."""
         rest: dict[str, Any] = {name: np.asarray(value) for name, value in arrays.items()}
         return cls(examples=rest.pop("examples").item(), **rest)
 

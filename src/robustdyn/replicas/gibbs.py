@@ -24,13 +24,13 @@ _ORTHONORMAL = 1e-5  # float32 directions, products summed in float64: the round
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class WeightPosterior:
-    """Q = N(μ, U Σ Uᵀ + σ² (I − U Uᵀ)): a shape of its own in k directions, the same noise in all others.
+    """Q = N(μ, U Σ Uᵀ + σ² (I − U Uᵀ)): any covariance in k directions, and equal noise in all others.
 
     Attributes:
         mean: μ (P,).
         directions: U (P, k), orthonormal columns.
         covariance: Σ (k, k), positive definite.
-        complement_std: σ > 0, of every dimension that U leaves.
+        complement_std: σ > 0, of every dimension outside the span of U.
 
     Raises:
         ValueError: Shapes that do not fit, directions that are not orthonormal, Σ not positive definite.
@@ -77,8 +77,8 @@ class WeightPosterior:
 class GibbsSampling:
     """How a Gibbs error is estimated.
 
-    Many networks on few examples each tell more than few networks on all: what bounds the error of the
-    estimate is the number of independent draws.
+    Many networks on few examples each are more informative than few networks on all examples, because the
+    number of independent draws bounds the error of the estimate.
 
     Attributes:
         networks: N ≥ 1 weights drawn.
@@ -112,10 +112,9 @@ def gibbs_errors(
 ) -> NDArray[np.float64]:
     """Robust 0-1 errors of weights drawn from Q, each on examples and from starts of the attack of its own.
 
-    Given the n examples the N numbers are independent, lie in [0, 1] and have Q's empirical error, in
-    expectation over the attack's start, for their mean: what
-    ``robustdyn.theory.risk_certificate`` asks for. All random numbers of network j are a function of
-    (seed, stream, j).
+    Given the n examples, the N numbers are independent and in [0, 1], and their mean is Q's empirical error,
+    in expectation over the attack's start. This is what ``robustdyn.theory.risk_certificate`` requires. All
+    random numbers of network j are a function of (seed, stream, j).
 
     Args:
         network: The stacked network.
@@ -126,9 +125,9 @@ def gibbs_errors(
         targets: (n,) classes.
         attack: Against running statistics, ``batchnorm="eval"``.
         sampling: How many networks and examples.
-        chunk: R, networks in one pass; memory and speed only, numbers differ by rounding.
+        chunk: R, networks in one pass; affects memory and speed only, and rounding.
         seed: Of all random numbers.
-        stream: Tells draws that must be independent apart.
+        stream: Different for draws that must be independent.
 
     Returns:
         (N,).

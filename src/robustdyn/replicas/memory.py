@@ -1,7 +1,8 @@
-"""How much of where replicas are they owe to where they were: their memory, measured and predicted.
+"""How far the places of replicas depend on their earlier places: their memory, measured and predicted.
 
-A linear system forgets: displacements decay with its slopes. Replicas that strive for places of their own, as
-when slow directions that are not tracked hold them apart, do not; their spread then is not the noise's.
+A linear system forgets: displacements decay with its slopes. Replicas that move towards places of their own
+do not forget, for instance if slow directions that are not tracked keep them apart. Their spread is then not
+caused by noise alone.
 """
 
 from dataclasses import dataclass
@@ -25,8 +26,8 @@ class Memory:
         step: (M,), the earlier ones.
         correlation: (M,), mean over directions of the correlation of x_i at both.
         error: (M,), its standard error, by the jackknife over replicas.
-        expected: (M,), what the slopes leave of the states (x, v) that the replicas had, in the same unit:
-            those of the start or, where they were measured along the mean's path, these.
+        expected: (M,), what the slopes would leave of the states (x, v) that the replicas had, in the same
+            unit; with the slopes of the start or, if they were measured, of the mean's path.
     """
 
     reference: int
@@ -37,7 +38,7 @@ class Memory:
 
 
 def memory(ensemble: RecordedEnsemble, reference: int) -> Memory:
-    """The replicas' memory at a recorded step of all recorded steps before it but the start.
+    """The replicas' memory, at a recorded step, of all recorded steps before it except the start.
 
     Raises:
         ValueError: The step was not recorded, slopes were not measured, or batches were drawn without

@@ -26,10 +26,10 @@ _SLAB = 2**16  # parameters that are copied to float64 at once
 class StackedNetwork(nn.Module):
     """R copies of a network as one network, from images (R·B, ...) to outputs (R·B, K), replica by replica.
 
-    Attacks, objectives and scopes of ``robustdyn.models.modes`` take it for an ordinary network. It holds
-    a copy of ``model``; the weights and running statistics that a pass uses are those last given to
-    ``use``. BatchNorm in eval mode is computed as a scale and a shift, x·s + t, which on a CPU takes a
-    third of the time of PyTorch's own; the numbers differ by rounding.
+    Attacks, objectives and the scopes of ``robustdyn.models.modes`` can use it like an ordinary network. It
+    holds a copy of ``model``. A pass uses the weights and running statistics that were last given to ``use``.
+    BatchNorm in eval mode is computed as a scale and a shift, x·s + t, which takes a third of the time of
+    PyTorch's own on a CPU and differs by rounding.
 
     Attributes:
         names: Names of the parameter tensors that require gradients, in the order of θ.
@@ -90,15 +90,15 @@ class StackedNetwork(nn.Module):
         )
 
     def use(self, theta: Tensor, statistics: dict[str, Tensor], *, learn: bool = False) -> list[Tensor]:
-        """Let the next passes be at these weights.
+        """Use these weights in the following passes.
 
         Args:
-            theta: (R, P); views of it are used, so that later changes in place show.
-            statistics: As ``statistics``; BatchNorm in train mode moves them in place.
-            learn: Whether gradients with respect to the weights will be wanted.
+            theta: (R, P); views of it are used, so that later changes in place have an effect.
+            statistics: As ``statistics``; BatchNorm in train mode updates them in place.
+            learn: Whether gradients with respect to the weights will be needed.
 
         Returns:
-            The leaves (R, ...), one per name, to ask gradients for.
+            The leaves (R, ...), one per name, with respect to which gradients can be taken.
         """
         leaves = [part.detach().requires_grad_(learn) for part in self.split(theta)]
         self._parameters_now = dict(zip(self.names, leaves, strict=True))
@@ -170,7 +170,7 @@ class _AffineNorm(nn.Module):
 
 
 def _with_affine_norms(module: nn.Module) -> nn.Module:
-    """Replace what can be replaced; a BatchNorm of another make stays as it is."""
+    """Replace the BatchNorm layers that can be replaced; other kinds of BatchNorm stay as they are."""
     for name, child in module.named_children():
         plain = type(child) in (nn.BatchNorm1d, nn.BatchNorm2d)
         if plain and child.affine and child.track_running_stats and child.momentum is not None:

@@ -1,4 +1,4 @@
-"""An optimiser of torch.optim, as it stands, read into the rule and the state that replicas start with."""
+"""Reads an optimiser of torch.optim into the rule and the state with which replicas start."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -17,7 +17,7 @@ _SETTLED = 10**6  # steps after which Adam has no bias left to correct
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """See that replicas know the optimiser's step; its state does not matter.
+    """Check that replicas support the optimiser's step; its state does not matter.
 
     Raises:
         ConfigError: They do not.
@@ -97,7 +97,7 @@ def read_update(
         model: Whose parameters it steps.
         buffer: From ``initial_buffer``.
         frozen: Hold Adam's preconditioner.
-        measured: Asked for Adam's second moment (P,) where the optimiser holds none.
+        measured: Called for Adam's second moment (P,) if the optimiser holds none.
     """
     options, decay = optimizer.param_groups[0], weight_decay(optimizer, model)
     if type(optimizer) is torch.optim.SGD:

@@ -1,4 +1,4 @@
-"""Slope and noise as the replicas' own gradients show them, which no measurement at one point does."""
+"""Slope and noise from the replicas' own gradients, which no measurement at a single point shows."""
 
 from dataclasses import dataclass
 
@@ -13,16 +13,16 @@ IntArray = NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class OwnGradients:
-    """What replicas' gradients are at their own places, relative to the start; M recorded steps.
+    """The replicas' gradients at their own places, relative to the start; M recorded steps.
 
     Attributes:
-        step: (M,), updates taken; the gradient is that of the last of them, at the place before it.
-        slope: (M,), Σ_i cov(g_i, x_i) over Σ_i (J Σ)_ii with J of the start and the measured Σ: by how much
-            the gradient that pulls replicas back differs from the linear one.
+        step: (M,), updates taken; the gradient belongs to the last of them, at the place before it.
+        slope: (M,), Σ_i cov(g_i, x_i) over Σ_i (J Σ)_ii with J of the start and the measured Σ: the ratio of
+            the gradient that pulls replicas back to the linear one.
         slope_error: (M,), standard error by the jackknife over replicas.
-        noise: (M,), geometric mean over directions of the variance of g − J x over a batch's at the start; it
-            counts what the mean gradient at x differs from J x, too.
-        noise_error: (M,), likewise.
+        noise: (M,), geometric mean over directions of the variance of g − J x, divided by a batch's variance
+            at the start. It includes the difference between the mean gradient at x and J x.
+        noise_error: (M,), standard error by the jackknife over replicas.
     """
 
     step: IntArray
@@ -48,8 +48,8 @@ def own_gradients(
         batch_noise: γ (k,), variance of a batch's gradient at the start.
         steps: (S,), recorded ones.
         position: (R, S, k).
-        gradient: (R, S, k), that of the update before each step; steps where it is NaN are left out.
-        settled: First step that is used; before, replicas have hardly parted.
+        gradient: (R, S, k), of the update before each step; steps where it is NaN are left out.
+        settled: First step that is used; before it, replicas have hardly separated.
 
     Raises:
         ValueError: The start has no slopes.

@@ -1,6 +1,6 @@
-"""The loss at one point, measured: all that a prediction of the replicas' distribution needs.
+"""Measures the loss at one point: everything that a prediction of the replicas' distribution needs.
 
-That point is the replicas' common start, or one on the path of their mean. Shapes: n training examples, P
+The point is the replicas' common start, or a point on the path of their mean. Shapes: n training examples, P
 parameters, k directions, A attack draws, M mini-batches.
 """
 
@@ -46,17 +46,17 @@ class PointSettings:
     Attributes:
         eigenvectors: Leading eigenvectors of the Hessian (algebraically largest) to follow, ≥ 1.
         random_directions: Random directions, orthogonal to these and to each other, to follow as well, ≥ 0.
-        attack_draws: A, random starts of the attack for each example, ≥ 1, that the eigenvectors come from,
-            and as many others that all values along them come from; with 2 or more the attack's noise is
-            told from the examples'.
-        noise_batches: M, mini-batches drawn at the start as replicas draw theirs, each attacked twice, whose
-            gradients' covariance holds for every method; 0 for none, else at least 2.
+        attack_draws: A ≥ 1, random starts of the attack for each example for the eigenvectors, and as many
+            other starts for all values along them. With 2 or more, the attack's noise is separated from the
+            examples'.
+        noise_batches: M, mini-batches drawn at the start as replicas draw theirs, each attacked twice. The
+            covariance of their gradients is valid for every method. 0 for none, else at least 2.
         slope_batches: Mini-batches over which the slopes of their gradients are averaged; 0 for none, else at
             least 2.
-        slope_distance: How far the two points of a slope lie from the middle, in standard deviations that the
+        slope_distance: Distance of the two points of a slope from the middle, in standard deviations that the
             theory predicts there, > 0.
         tolerance: Of an eigenpair's residual, relative to the largest eigenvalue.
-        max_products: Most Hessian products.
+        max_products: Largest number of Hessian products.
         memory: Bytes for passes and graphs kept; see ``robustdyn.curvature.EmpiricalRisk``.
 
     Raises:
@@ -90,18 +90,19 @@ class PointSettings:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MeasuredPoint:
-    """The loss at θ as the theory wants it. With a weight perturbation v: at θ + v, v from the whole set.
+    """The loss at θ as the theory needs it. With a weight perturbation v: at θ + v, v from the whole set.
 
-    Adversarial examples are made at θ with the training attack and held fixed, A of each example, but for
-    what is sampled: ``sampled_gradients`` and ``slopes``. The eigenvectors come from A other ones of each
-    example, for along them H and C of the very same adversarial examples are too large. Units: θ has none,
-    losses are in nats. All arrays float64 but the directions.
+    Adversarial examples are made at θ with the training attack and held fixed, A for each example. The
+    sampled quantities, ``sampled_gradients`` and ``slopes``, have their own attacks. The eigenvectors come
+    from A other adversarial examples for each example, because along eigenvectors H and C of the same
+    adversarial examples are too large. Units: θ has none, losses are in nats. All arrays except the
+    directions are float64.
 
     Attributes:
         directions: k of them, in the order eigenvectors, random ones.
         eigenvalues: (k,), uᵀ H u, the diagonal of ``hessian``.
-        residuals: (k,), ‖H u_i − λ_i u_i‖ of the eigenvectors, H and λ_i of the adversarial examples they
-            come from; NaN for the others.
+        residuals: (k,), ‖H u_i − λ_i u_i‖ of the eigenvectors, with H and λ_i for the adversarial examples
+            from which they come; NaN for the others.
         converged: Whether all eigenpairs met the tolerance.
         hessian: (k, k), H between the directions: the off-diagonal shows how far they are from eigenvectors.
         mean_gradient: (k,), of the loss without weight decay.
@@ -110,19 +111,20 @@ class MeasuredPoint:
             gradient over attack draws; NaN where an example has no gradient of its own (BatchNorm in train
             mode).
         attack_covariance: C_a (k, k), mean over examples of the covariance over attack draws; 0 with one
-            draw, when the attack's noise counts in the former.
+            draw, when ``example_covariance`` includes the attack's noise.
         noise: C (k, k), covariance of a full batch's gradient that follows, for independent batches.
-        sampled_gradients: (M, k), of mini-batches drawn and attacked, with v of their own, as a replica's.
+        sampled_gradients: (M, k), of mini-batches drawn, attacked and perturbed like a replica's.
         sampled_again: (M, k), of the same mini-batches, attacked from other starts.
-        slopes: J (k, k), ∂g_i/∂x_j of the mean mini-batch gradient g that the optimiser gets, without weight
-            decay: adversarial examples and weight perturbation follow the weights, as they do in training. H
-            leaves out how the maximiser moves; for the gradient of a maximum J is its Hessian. By central
-            differences, the same M batches and starts of the attack at both ends; NaN without batches.
+        slopes: J (k, k), ∂g_i/∂x_j of the mean mini-batch gradient g that the optimiser receives, without
+            weight decay. Adversarial examples and weight perturbation follow the weights, as in training. H
+            does not include the motion of the maximiser; for the gradient of a maximum, J is its Hessian. By
+            central differences, with the same M batches and starts of the attack at both ends; NaN without
+            batches.
         slope_errors: (k, k), standard errors of these over batches.
         slope_distances: (k,), from the middle to either end.
         loss: Mean adversarial loss at θ (+ v).
-        curvature_has_decay: Whether weight decay is in ``eigenvalues`` and ``hessian``, so that the theory
-            is to be given 0: with a preconditioner, or not the same decay for all parameters.
+        curvature_has_decay: Whether ``eigenvalues`` and ``hessian`` include weight decay, so that the theory
+            has to be given 0. This is so with a preconditioner, or if parameters have different decays.
     """
 
     directions: Directions
@@ -151,12 +153,12 @@ class MeasuredPoint:
 
     @property
     def sampled_attack_noise(self) -> Array:
-        """The part (k, k) of ``sampled_noise`` that the attack's random start makes in a batch's gradient."""
+        """The part (k, k) of ``sampled_noise`` that comes from the attack's random start."""
         apart = self.sampled_gradients - self.sampled_again
         return np.asarray(apart.T @ apart / (2 * len(apart)))
 
     def arrays(self) -> dict[str, Any]:
-        """What ``from_arrays`` takes back."""
+        """The arrays from which ``from_arrays`` restores this."""
         plain = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "directions"}
         return {
             **plain,
@@ -166,7 +168,7 @@ class MeasuredPoint:
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, Any], device: torch.device) -> "MeasuredPoint":
-        """A starting point from what ``arrays`` gave."""
+        """A starting point from the result of ``arrays``."""
         rest: dict[str, Any] = {
             name: np.asarray(value) for name, value in arrays.items() if name not in ("positions", "forces")
         }
@@ -192,13 +194,13 @@ def measure_point(
 
     Args:
         model: The point; it is not changed.
-        training: How replicas are trained; its update tells the weight decay.
+        training: How replicas are trained; its update has the weight decay.
         settings: How to measure.
         engine: How sampled mini-batches pass.
         chunk: How many of them at a time.
         preconditioner: d (P,) > 0, diagonal of D, of an optimiser that steps along D m; None for 1. The
             eigenvectors are then those of D^{1/2} (H + ω) D^{1/2}; see ``Directions``.
-        directions: Measure along these, those of the start, instead of the eigenvectors here.
+        directions: Measure along these directions of the start, instead of the eigenvectors here.
 
     Raises:
         ValueError: A preconditioner that is not positive, or Dropout in train mode.
@@ -290,11 +292,11 @@ def measure_point(
 def sampled_gradients(
     network: StackedNetwork, training: Training, directions: Directions, *, batches: int, chunk: int
 ) -> tuple[Array, Array]:
-    """Gradients at θ_0 of mini-batches as replicas' first ones, of other replicas than those trained.
+    """Gradients at θ_0 of mini-batches that are drawn like the first batches of further replicas.
 
-    Their mean and covariance need no assumption: they hold for weight perturbations, BatchNorm in train mode
-    and any sampling. Without replacement a batch is the first of an epoch. Each is attacked from two starts,
-    which tells the attack's noise from the examples'.
+    Their mean and covariance need no assumption. They are valid with weight perturbations, with BatchNorm in
+    train mode and for any sampling. Without replacement a batch is the first of an epoch. Each is attacked
+    from two starts, which separates the attack's noise from the examples'.
 
     Args:
         network: At θ_0.
@@ -330,18 +332,18 @@ def gradient_slopes(
     batches: int,
     chunk: int,
 ) -> tuple[Array, Array]:
-    """How the mean mini-batch gradient changes along directions, with the attack and all else made anew.
+    """How the mean mini-batch gradient changes along directions, if the attack is repeated at each point.
 
     Central differences between x_j = ± h_j, with the same batches and starts of the attack at both ends, so
-    that the sampling noise of a batch largely cancels. They see the loss on the scale h, over which the kinks
-    of ReLU and of the attack's signs average out.
+    that the sampling noise of a batch largely cancels. They measure the loss on the scale h, over which the
+    kinks of ReLU and of the attack's signs average out.
 
     Args:
         network: At θ.
         training: How.
         directions: k of them.
         distances: h (k,) > 0; not read without batches.
-        batches: M ≥ 2, or 0 for none; others than those of replicas.
+        batches: M ≥ 2, or 0 for none; different from those of replicas.
         chunk: Networks at a time.
 
     Returns:
@@ -376,8 +378,8 @@ def gradient_slopes(
 def predicted_deviations(point: MeasuredPoint, training: Training) -> Array:
     """Standard deviations (k,) along the directions that the theory predicts for replicas from this point.
 
-    With H's curvature and the noise of sampled mini-batches, of the examples where there are none; at the
-    largest rate throughout, the largest over the steps.
+    They use H's curvature and the noise of sampled mini-batches, or of the examples if there are none. The
+    rate is the largest rate throughout, and the result is the largest over the steps.
 
     Raises:
         ValueError: A direction without noise has none.
@@ -389,8 +391,8 @@ def predicted_deviations(point: MeasuredPoint, training: Training) -> Array:
 def line_units(point: MeasuredPoint, training: Training) -> Array:
     """Units (k,) in which to measure how far along the directions the loss is quadratic.
 
-    The predicted deviation σ, but √P σ along random directions: there one deviation is nothing, and replicas
-    move along all P of them at once, by a norm of √P σ if all are alike.
+    The unit is the predicted deviation σ, and √P σ along random directions. There a single deviation is very
+    small, and replicas move along all P of them at once, by a norm of √P σ if all are equal.
 
     Raises:
         ValueError: As ``predicted_deviations``.
@@ -431,7 +433,7 @@ def second_moment(network: StackedNetwork, training: Training, *, batches: int, 
     Args:
         network: At θ_0.
         training: How.
-        batches: M ≥ 1 mini-batches, others than those of replicas.
+        batches: M ≥ 1 mini-batches, different from those of replicas.
         chunk: Batches at a time.
     """
     start = network.theta()

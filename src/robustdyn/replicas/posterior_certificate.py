@@ -1,8 +1,9 @@
 """PAC-Bayes certificates of the robust error with a posterior that replicas measured.
 
-The prior is N(θ_0, s² I) around the checkpoint, s from a grid; the posterior has a share of the replicas'
-mean move for its mean, their covariance along the directions, scaled, and the prior's noise in all others.
-The grid is screened, and of every share of the move the best is certified with weights drawn anew.
+The prior is N(θ_0, s² I) around the checkpoint, with s from a grid. The mean of the posterior is the
+checkpoint plus a fraction of the replicas' mean move. Along the directions it has their covariance, scaled,
+and in all other directions the prior's noise. The grid is screened, and for each fraction of the move the
+best point is certified with new draws of the weights.
 """
 
 import itertools
@@ -47,16 +48,16 @@ class CertificateSettings:
     """What is tried and drawn.
 
     Attributes:
-        shift: Shares of the mean's move, ≥ 0.
+        shift: Fractions of the mean's move, ≥ 0.
         scale: Factors on the measured standard deviations, > 0.
         prior_std: Standard deviations s of the prior, > 0; they share ``alpha``, half of it for themselves.
         alpha: Probability over the draw of S with which a bound may fail.
-        alpha_sampling: Probability over the weights drawn with which one may.
+        alpha_sampling: Probability over the draw of the weights with which a bound may fail.
         screening: Networks and examples for every point of the grid.
-        sampling: For what is certified.
-        test: For the error on test examples, which is for comparison.
-        chunk: Networks in one pass; memory and speed only.
-        batch_size: Of passes of one network; memory only.
+        sampling: Networks and examples for the certificates.
+        test: Networks and examples for the error on test examples, for comparison.
+        chunk: Networks in one pass; affects memory and speed only.
+        batch_size: For passes of one network; affects memory only.
         seed: Of all random numbers.
     """
 
@@ -75,16 +76,16 @@ class CertificateSettings:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MeasuredPosterior:
-    """What an ensemble says of the posterior at one step.
+    """The posterior that an ensemble measured at one step.
 
     Attributes:
-        step: Which, in steps taken.
+        step: The step, in steps taken.
         replicas: R.
-        images: Digest of the examples that replicas trained on.
+        images: Digest of the examples on which the replicas were trained.
         move: (P,), mean of θ − θ_0.
         directions: (P, k), orthonormal.
         covariance: (k, k), along them.
-        complement_std: Standard deviation of each dimension that they leave, if all had the same.
+        complement_std: Standard deviation of each other dimension, if all are equal.
     """
 
     step: int
@@ -97,15 +98,15 @@ class MeasuredPosterior:
 
 
 def measured_posterior(ensemble: RecordedEnsemble, folder: Path, step: int | None) -> MeasuredPosterior:
-    """The posterior at a step, or at the last at which the mean of the weights was kept.
+    """The posterior at a step, or at the last step at which the mean of the weights was kept.
 
     Args:
         ensemble: Of momentum SGD, with BatchNorm in eval mode.
-        folder: Where it lies, for messages.
+        folder: Its directory, for messages.
         step: Steps taken; None for the last.
 
     Raises:
-        RecordError: The ensemble cannot tell.
+        RecordError: The ensemble lacks what is needed.
     """
     settings = ensemble.settings
     if str(settings["optimizer"]["_target_"]).rpartition(".")[2] != "SGD":
@@ -148,7 +149,7 @@ def measured_posterior(ensemble: RecordedEnsemble, folder: Path, step: int | Non
 
 @dataclass(frozen=True)
 class _Choice:
-    """A point of the grid; ``scale`` None for the prior's own noise along the directions, too."""
+    """A point of the grid; with ``scale`` None the directions have the prior's noise, too."""
 
     shift: float
     scale: float | None
@@ -156,7 +157,7 @@ class _Choice:
 
     @property
     def group(self) -> tuple[float, bool]:
-        """Of each group the best is certified."""
+        """The best point of each group is certified."""
         return self.shift, self.scale is None
 
     @property
@@ -176,8 +177,8 @@ class Certifier:
             images (n, ...) in [0, 1] and classes (n,), on the network's device.
         attack: Of the error that is certified; ``batchnorm="eval"``.
         settings: What is tried and drawn.
-        classes: K, whose chance 1 − 1/K is where a bound says nothing.
-        say: Told how it goes, a line at a time.
+        classes: K; a bound above chance, 1 − 1/K, says nothing.
+        say: Called with progress messages, a line at a time.
     """
 
     def __init__(
@@ -196,7 +197,7 @@ class Certifier:
         self.theta, self.statistics = network.theta(), network.statistics(1)
         self.move, self.directions = (part.to(self.theta) for part in (measured.move, measured.directions))
         self.n = len(data["S"][1])
-        # each prior may fail Maurer's bound, for all posteriors, and Chernoff's, for itself
+        # each prior may fail Maurer's bound, for all posteriors, and Chernoff's bound, for itself
         self.alpha = settings.alpha / (2 * len(settings.prior_std))
 
     def certify(self) -> dict[str, Any]:
@@ -226,9 +227,9 @@ class Certifier:
         return [*(_Choice(*point) for point in measured), *(_Choice(0.0, None, std) for std in stds)]
 
     def _screened(self) -> list[dict[str, Any]]:
-        """Error and bound of the grid; where KL alone makes the bound worse than another's, not measured.
+        """Error and bound of every point; a point whose KL alone makes it worse than another is not measured.
 
-        All points with the same random numbers: their differences are less noisy than their errors.
+        All points use the same random numbers, so that their differences are less noisy than their errors.
         """
         choices = sorted(
             ((self._kl(choice).total, choice) for choice in self._grid()), key=lambda pair: pair[0]
@@ -247,7 +248,7 @@ class Certifier:
         return found
 
     def _chosen(self, screened: Sequence[Mapping[str, Any]]) -> list[_Choice]:
-        """Of every shift what promises most, and the prior itself; among equals that of least KL."""
+        """The most promising point of every shift, and the prior itself; among equals, the least KL."""
         best: dict[tuple[float, bool], tuple[float, _Choice]] = {}
         for row in screened:
             choice = _Choice(row["shift"], row["scale"], row["prior_std"])
@@ -290,7 +291,7 @@ class Certifier:
         }
 
     def _held_out(self) -> dict[str, Any]:
-        """What S certifies as a test set of the checkpoint: what the PAC-Bayes bound has to beat."""
+        """The bound from S as a test set of the checkpoint, which the PAC-Bayes bound has to beat."""
         error = self._error_of(self.theta, "S")
         risk = self.settings.alpha + self.settings.alpha_sampling
         return {
@@ -303,7 +304,7 @@ class Certifier:
         }
 
     def _as_measured(self) -> dict[str, Any]:
-        """The replicas' law with its own noise outside the directions; its KL with a prior of that noise."""
+        """The replicas' law with its own noise outside the directions, and its KL with such a prior."""
         measured = self.measured
         squared = self._distance_sq()
         std = measured.complement_std
@@ -382,7 +383,7 @@ class Certifier:
 
 
 def _largest(found: RiskCertificate, bound_at_zero_kl: float) -> str:
-    """Which step from nothing to the bound is the largest."""
+    """Which part of the bound is the largest."""
     steps = {
         "error on S": found.sampled_error,
         "number of weights sampled": found.empirical_upper - found.sampled_error,

@@ -1,7 +1,7 @@
-"""What the theory says of an ensemble: the laws that its measured replicas are compared with.
+"""What the theory predicts for an ensemble: the laws with which its measured replicas are compared.
 
-No law has a free parameter: curvature, noise and gradient are measured at the replicas' start, or along
-the path of their mean. Shapes: S recorded steps, T steps in all, k directions.
+No law has a free parameter. Curvature, noise and gradient are measured at the replicas' start, or along the
+path of their mean. Shapes: S recorded steps, T steps in total, k directions.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -41,11 +41,11 @@ class Law:
         name: Which: ``stationary``, σ² at the current rate; ``slow_mode``, the papers' early-phase form,
             joined together at every change of the rate; ``exact``, the time-resolved law with the Hessian at
             fixed adversarial examples; ``refreshed``, the same with the slopes of the gradient whose attack
-            is made anew. ``_path``: with what was measured along the replicas' mean, which no one knows
-            before the replicas have run.
+            follows the weights. ``_path``: with measurements along the replicas' mean, which are not
+            available before the replicas have run.
         mean: (S, k).
-        covariance: (S, k, k). The first two know the variances alone: NaN off the diagonal, and on it where
-            there is no stationary law.
+        covariance: (S, k, k). The first two have only variances: NaN off the diagonal, and on it where there
+            is no stationary law.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Law:
 def momentum_dynamics(ensemble: RecordedEnsemble) -> tuple[MomentumDynamics, float]:
     """The optimiser as momentum SGD along the ensemble's directions, at a rate of 1; the rate's factor.
 
-    Under Adam μ = β₁ and the rate counts 1 − β₁ times, equation (27) of docs/theory.md.
+    Under Adam μ = β₁ and the factor is 1 − β₁, equation (27) of docs/theory.md.
 
     Raises:
         KeyError: Settings of another kind.
@@ -86,13 +86,13 @@ def sampling_of(ensemble: RecordedEnsemble) -> Sampling:
 
 
 def example_noise(ensemble: RecordedEnsemble, point: MeasuredPoint) -> tuple[Array, Array]:
-    """(C₁, C_a) (k, k) of a point: from every example where it has a gradient, else from sampled batches.
+    """(C₁, C_a) (k, k) of a point: from every example if it has a gradient, else from sampled batches.
 
-    With a weight perturbation, which follows a batch, or BatchNorm in train mode, only sampled batches have
-    the noise that replicas get.
+    With a weight perturbation, which follows a batch, or with BatchNorm in train mode, only sampled batches
+    have the noise of replicas.
 
     Raises:
-        RecordError: No batches were sampled where only they would do.
+        RecordError: Sampled batches are necessary and there are none.
     """
     sampling = sampling_of(ensemble)
     if not ensemble.settings.get("perturbation") and np.isfinite(point.example_covariance).all():
@@ -109,13 +109,13 @@ def example_noise(ensemble: RecordedEnsemble, point: MeasuredPoint) -> tuple[Arr
 
 
 def predicted_laws(ensemble: RecordedEnsemble) -> dict[str, Law]:
-    """All laws that what was measured allows, by name.
+    """All laws for which the necessary measurements exist, by name.
 
-    ``refreshed`` needs slopes, those along the path a path.
+    ``refreshed`` needs slopes, and the laws along the path need a path.
 
     Raises:
         KeyError: Settings of another kind.
-        RecordError: No noise was measured that holds for the ensemble.
+        RecordError: No noise was measured that is valid for the ensemble.
     """
     start = ensemble.start
     laws = {law.name: law for law in (_stationary(ensemble), _slow_mode(ensemble))}
@@ -136,10 +136,10 @@ def predicted_laws(ensemble: RecordedEnsemble) -> dict[str, Law]:
 
 
 def seen_by_replicas(ensemble: RecordedEnsemble) -> OwnGradients | None:
-    """Slope and noise as the replicas' own gradients show them.
+    """Slope and noise from the replicas' own gradients.
 
-    None without slopes at the start, without two recorded steps in a row, or with batches drawn without
-    replacement, whose noise remembers earlier batches.
+    None without slopes at the start, without two successive recorded steps, or with batches drawn without
+    replacement, because their noise depends on earlier batches.
     """
     start, sampling = ensemble.start, sampling_of(ensemble)
     if not np.isfinite(start.slopes).all() or not sampling.replacement:

@@ -4,13 +4,12 @@ With C₁ the population covariance of one example's gradient (denominator n), a
 
 - with replacement: covariance C₁ / B, independent from step to step;
 - without replacement within an epoch: covariance C₁ (n − B) / (B (n − 1)), and −C₁ / (n − 1) between any two
-  batches of the same epoch, whatever their sizes. At fixed weights the mean over an epoch of equal batches
-  that uses all examples has no noise; a short last batch, or examples left out, keep some. Noise along slow
-  directions (relaxation time over an epoch) largely cancels, so that the formula
-  for independent batches overestimates their variance; ``robustdyn.theory.propagate_coupled`` has
-  the exact one.
+  batches of the same epoch, for any sizes. At fixed weights the mean over an epoch of equal batches that uses
+  all examples has no noise. A short last batch, or examples that are left out, keep some of it. Noise along
+  slow directions (relaxation time longer than an epoch) largely cancels, so that the formula for independent
+  batches overestimates their variance. ``robustdyn.theory.propagate_coupled`` has the exact one.
 
-Noise of the attack's random start adds to the former and is independent from step to step in either case.
+Noise of the attack's random start comes on top, and is independent from step to step in both cases.
 """
 
 from dataclasses import dataclass
@@ -26,12 +25,12 @@ from robustdyn.theory import BatchSampling
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How mini-batches are drawn. What replica r gets at step t is a function of (seed, r, t) alone.
+    """How mini-batches are drawn. The batch of replica r at step t depends only on (seed, r, t).
 
     Attributes:
         examples: n.
         batch_size: B in [1, n].
-        replacement: Every example of every batch independently, or shuffled epochs.
+        replacement: True: every example of every batch independently. False: shuffled epochs.
         drop_last: Without replacement, leave out an epoch's last batch if it is shorter than B.
 
     Raises:
@@ -49,7 +48,7 @@ class Sampling:
 
     @property
     def epoch(self) -> int:
-        """Steps after which the batches are drawn anew: of an epoch, or 1 with replacement."""
+        """Steps of an epoch, after which the examples are shuffled again; 1 with replacement."""
         if self.replacement:
             return 1
         whole, rest = divmod(self.examples, self.batch_size)
@@ -67,7 +66,7 @@ class Sampling:
         return order[number * self.batch_size : (number + 1) * self.batch_size]
 
     def batches(self, steps: int) -> BatchSampling:
-        """What the theory needs to know of the first ``steps`` steps."""
+        """What the theory needs about the first ``steps`` steps."""
         epoch = None if self.replacement else self.epoch
         return BatchSampling(examples=self.examples, sizes=self.sizes(steps), epoch=epoch)
 

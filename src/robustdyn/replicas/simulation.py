@@ -1,6 +1,7 @@
-"""One way to run an ensemble, whoever asks for it: from a checkpoint's file or from a training that is on.
+"""Runs an ensemble, from a checkpoint's file or from a training in progress.
 
-The network, its optimiser and the data come as they are; what is missing in the ensemble's directory is run.
+The network, its optimiser and the data are taken in their current state. What is missing in the ensemble's
+directory is run.
 """
 
 import copy
@@ -53,7 +54,7 @@ from robustdyn.replicas.updates import MomentumUpdate
 
 @dataclass(frozen=True, kw_only=True)
 class EnsembleSettings:
-    """What an ensemble is, apart from the point it starts from; conf/ensemble holds the defaults.
+    """Settings of an ensemble, apart from its starting point; conf/ensemble has the defaults.
 
     Attributes:
         replicas: R, a multiple of ``chunk``.
@@ -61,21 +62,21 @@ class EnsembleSettings:
         engine: How they pass.
         seed: Of all random numbers.
         initial_state: Of the optimiser's buffer.
-        freeze_preconditioner: Hold Adam's preconditioner at the start's.
+        freeze_preconditioner: Whether Adam keeps its preconditioner of the start.
         batchnorm: See ``robustdyn.replicas.Training``.
-        learning_rate: η that the factors multiply; None for that of the training's next step.
+        learning_rate: η that the factors multiply; None for the rate of the training's next step.
         factors: Of each step (T,).
         batch_size: Of a replica's batch; None for the training's.
         replacement: See ``robustdyn.replicas.Sampling``.
-        drop_last: Likewise.
-        recorded: What is recorded; no more loss examples are used than there are.
+        drop_last: See ``robustdyn.replicas.Sampling``.
+        recorded: What is recorded; at most all examples are used as loss examples.
         start: How the start is measured, and the path of the mean.
         multiples: Distances at which the loss is measured along the directions, in predicted standard
             deviations; empty for no expansion.
         prefix: Of the names of these settings in errors, e.g. ``"ensemble."``.
 
     Raises:
-        ValueError: ``replicas`` is no multiple of ``chunk``.
+        ValueError: ``replicas`` is not a multiple of ``chunk``.
     """
 
     replicas: int
@@ -103,20 +104,20 @@ class EnsembleSettings:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TrainingState:
-    """A training where replicas leave it.
+    """The state of a training from which replicas start.
 
     Attributes:
-        model: The network; not changed. BatchNorm that looks at several processes' batches is taken for one
-            that looks at its own.
-        optimizer: Its optimiser, as it stands.
+        model: The network; not changed. A BatchNorm that uses the batches of several processes is replaced by
+            one that uses its own.
+        optimizer: Its optimiser, in its current state.
         next_rate: η of its next step.
         images: The training examples.
         batch_size: B.
         objective: See ``robustdyn.replicas.Training``.
-        attack: Likewise.
-        perturbation: Likewise.
-        identity: Tells this point from others, e.g. its ``fingerprint``; for the record.
-        description: More of what the numbers depend on, for the record: how all this is configured.
+        attack: See ``robustdyn.replicas.Training``.
+        perturbation: See ``robustdyn.replicas.Training``.
+        identity: Distinguishes this point from others, e.g. its ``fingerprint``; for the record.
+        description: The configuration behind all this, on which the numbers also depend; for the record.
     """
 
     model: nn.Module
@@ -139,7 +140,7 @@ class EnsembleRun:
         state: Where replicas start.
 
     Raises:
-        ConfigError: A setting, the optimiser or the objective does not do for replicas.
+        ConfigError: Replicas do not support a setting, the optimiser or the objective.
     """
 
     def __init__(self, settings: EnsembleSettings, state: TrainingState) -> None:
@@ -156,7 +157,7 @@ class EnsembleRun:
                 drop_last=settings.drop_last,
             )
         with _naming(settings.prefix):
-            # with no more of the optimiser than its weight decay: to read the rest may take work
+            # reads only the optimiser's weight decay, because reading the rest may take long
             self._training = Training(
                 images=to_unit(state.images.images).to(next(state.model.parameters()).dtype),
                 targets=state.images.labels,
@@ -177,7 +178,7 @@ class EnsembleRun:
             example_loss(self._training)
 
     def settings(self) -> dict[str, object]:
-        """What the numbers depend on, as it is recorded."""
+        """Everything on which the numbers depend, as it is recorded."""
         chosen, state, training = self._settings, self._state, self._training
         start = asdict(chosen.start)
         del start["memory"]
@@ -217,16 +218,15 @@ class EnsembleRun:
         """Run what is missing of the ensemble: the start, a shard's chunks, and the path of the mean.
 
         Args:
-            directory: Of the ensemble; several processes may be at work in it.
+            directory: Of the ensemble; several processes may work in it.
             provenance: See ``robustdyn.replicas.EnsembleRecord``.
-            shard: Which of the shards is this process's.
-            shards: How many there are.
-            say: Told how it goes, a line at a time.
-            wait: Called when this shard's chunks are there, to return when all shards' are; None where
-                nobody waits.
+            shard: The shard of this process.
+            shards: Number of shards.
+            say: Called with progress messages, a line at a time.
+            wait: Called when this shard's chunks are done, and returns when all shards are; None to not wait.
 
         Returns:
-            How many chunks of other shards are still missing; then the path is left to them.
+            How many chunks of other shards are still missing; in that case they will measure the path.
 
         Raises:
             ConfigError: Replicas diverged, or the optimiser holds no state to start with.
@@ -320,7 +320,7 @@ class EnsembleRun:
 def fingerprint(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
     """A digest of weights, running statistics and the optimiser's state: the same point, the same digest.
 
-    That of a live training is that of the checkpoint written then, whatever the memory layout.
+    A training in progress has the same digest as the checkpoint that it writes, in any memory layout.
     """
     found = hashlib.sha256()
     for name, tensor in {**model.state_dict(), **held_state(optimizer, model)}.items():

@@ -1,7 +1,7 @@
-"""The optimisers' updates, for many replicas at once and exactly as PyTorch's.
+"""The optimisers' updates, for many replicas at once and exactly as in PyTorch.
 
-Shapes: R replicas, P parameters. Weight decay is PyTorch's, a term ω θ of the gradient, whether a number or
-one for each parameter (P,): with the same ω for all the effective Hessian is H + ω I.
+Shapes: R replicas, P parameters. Weight decay is PyTorch's, a term ω θ of the gradient, with one ω or with
+one for each parameter (P,). With the same ω for all parameters, the effective Hessian is H + ω I.
 """
 
 from dataclasses import dataclass
@@ -30,8 +30,8 @@ class Update(Protocol):
         """One step in place.
 
         Args:
-            theta: (R, P), what the optimiser sees: perturbed weights, where it steps at these.
-            gradient: (R, P) of the loss without weight decay; not kept, it may be changed.
+            theta: (R, P), the weights at which the optimiser steps; perturbed weights, if it steps at these.
+            gradient: (R, P) of the loss without weight decay; it may be overwritten.
             state: Changed in place.
             learning_rate: η of this step.
             count: Steps taken before, of this replica.
@@ -45,10 +45,10 @@ class Update(Protocol):
 
         Args:
             learning_rate: η of a step.
-            decay_inside: Whether the curvature holds weight decay already, so that ω is 0 here.
+            decay_inside: Whether the curvature includes weight decay already, so that ω is 0 here.
 
         Raises:
-            ValueError: ω is not one number and ``decay_inside`` is not said.
+            ValueError: ω is not one number and ``decay_inside`` is false.
         """
 
 
@@ -79,7 +79,7 @@ class MomentumUpdate:
         return {"buffer": _start(self.initial_buffer, theta)}
 
     def step(self, theta: Tensor, gradient: Tensor, state: State, learning_rate: float, count: int) -> None:
-        """As ``Update``; η enters the weights alone, so that (θ, v) runs on through a change of η."""
+        """As ``Update``; η only affects the weights, so that (θ, v) is continuous when η changes."""
         _add_decay(gradient, theta, self.weight_decay)
         state["buffer"].mul_(self.momentum).add_(gradient)
         theta.add_(state["buffer"], alpha=-learning_rate)
@@ -96,11 +96,11 @@ class MomentumUpdate:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AdamUpdate:
-    """``torch.optim.Adam``, or with ``frozen`` the same with its preconditioner D = diag(1/(√v̂ + ε)) held.
+    """``torch.optim.Adam``, or with ``frozen`` the same with a fixed preconditioner D = diag(1/(√v̂ + ε)).
 
-    Frozen: m ← β₁ m + (1 − β₁)(g + ω θ); θ ← θ − η D m, without corrections of the bias. This is momentum SGD
-    in other coordinates, exactly (equation (27) of docs/theory.md); how far Adam itself is from that is what
-    replicas with and without it tell.
+    Frozen: m ← β₁ m + (1 − β₁)(g + ω θ); θ ← θ − η D m, without corrections of the bias. This is exactly
+    momentum SGD in other coordinates (equation (27) of docs/theory.md). Comparing replicas with and without
+    it shows how far Adam itself is from that.
 
     Attributes:
         beta1: β₁ in [0, 1).
@@ -111,7 +111,7 @@ class AdamUpdate:
         second_moment: v before the first step (P,) ≥ 0, as PyTorch keeps it (v̂ = v / (1 − β₂^count)); None
             for zero.
         initial_count: Steps taken before the first one, for the corrections of the bias.
-        frozen: Hold D at that of ``second_moment``, here taken for v̂.
+        frozen: Whether D is fixed at the value from ``second_moment``, which is then taken as v̂.
 
     Raises:
         ValueError: A setting outside its range; frozen without second moment.

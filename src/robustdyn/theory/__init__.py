@@ -1,6 +1,7 @@
 """The mathematics: linear dynamics, posterior covariances, bounds and the Weight-Curvature Index.
 
-Pure NumPy and SciPy, float64, vectorised over directions. Numbers in brackets are docs/theory.md's equations.
+Pure NumPy and SciPy, float64, vectorised over directions. Numbers in brackets are equations of
+docs/theory.md.
 """
 
 from robustdyn.theory.bounds import (

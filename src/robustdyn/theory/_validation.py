@@ -177,7 +177,7 @@ def state_covariances(name: str, blocks: ArrayLike, shape: tuple[int, ...]) -> A
     if array.ndim == 4:
         covariance_matrix(name, array.transpose(0, 2, 1, 3).reshape(2 * shape[0], 2 * shape[0]))
         return array
-    # in units of each variable's own deviation: η lies between those of x and v
+    # in units of each variable's own deviation, because those of x and v differ by a factor of η
     deviation = np.sqrt(np.maximum(np.einsum("kii->ki", array), 0))
     product, mixed = deviation.prod(axis=1), (array[:, 0, 1], array[:, 1, 0])
     good = (np.einsum("kii->ki", array) >= 0).all(axis=1) & (

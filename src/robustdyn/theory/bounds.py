@@ -1,7 +1,7 @@
 """Every term of the PAC-Bayes bounds, by name.
 
-Shapes: k directions. A bound evaluated on k < d directions is a statement about their span: the result says
-how many directions it covers, and ``covers`` says it in words.
+Shapes: k directions. A bound evaluated on k < d directions is a statement about their span. The result
+contains the number of directions, and ``covers`` puts it into words.
 """
 
 import math
@@ -29,7 +29,7 @@ PriorLocation = Literal["zero", "initialisation"]
 class DominantTerms:
     """The two bound terms that move with the learning dynamics, over the tracked directions only.
 
-    A truncation: the sums say something about the span of the tracked directions and nothing about the
+    This is a truncation. The sums are statements about the span of the tracked directions, and not about the
     model's other parameters.
 
     Attributes:
@@ -88,7 +88,7 @@ class GaussianKL:
         mean: ‖μ_Q − θ_P‖² / (2σ_P²).
         trace: ½ Σ (σ_i²/σ_P² − 1).
         log_determinant: −½ Σ ln(σ_i²/σ_P²).
-        total_correlation: TC ≥ 0, the price of correlated directions.
+        total_correlation: TC ≥ 0, the cost of correlated directions.
     """
 
     mean: float
@@ -185,7 +185,7 @@ class CatoniBound:
 
     @property
     def covers(self) -> str:
-        """What the sums run over, in words fit for a label."""
+        """The directions over which the sums run, in words for a label."""
         if self.directions == self.parameters:
             return f"all {self.parameters} parameters"
         return f"tracked subspace, {self.directions} of {self.parameters} directions"
@@ -257,7 +257,7 @@ def catoni_bound(
         n: Examples in S.
         alpha: In (0, 1).
         loss_range: c > 0, the largest value of the loss. Cross-entropy has none: clip it, or use 0-1 loss.
-        parameters: d, to say what part of the model the k directions are.
+        parameters: d, the number of parameters of the model, of which the k directions are a part.
         mean_offset: m (k,), default 0.
         gradient: g (k,), default 0.
         total_correlation: TC(Σ) ≥ 0.

@@ -1,9 +1,8 @@
-"""The law of momentum SGD where curvature couples directions and batches of an epoch are correlated.
+"""The law of momentum SGD if curvature couples directions and the batches of an epoch are correlated.
 
-``robustdyn.theory.propagate`` follows eigenvectors of a symmetric Hessian. The slope of the gradient that
-an adversarially trained network gets is not that: the attack moves with the weights, the slope J need be
-neither diagonal in the Hessian's eigenbasis nor symmetric. Shapes: T measurements, k directions, N steps, S
-recorded steps.
+``robustdyn.theory.propagate`` follows eigenvectors of a symmetric Hessian. In adversarial training the attack
+moves with the weights, and the slope J of the gradient need be neither diagonal in the Hessian's eigenbasis
+nor symmetric. Shapes: T measurements, k directions, N steps, S recorded steps.
 """
 
 from dataclasses import dataclass
@@ -91,7 +90,7 @@ class MeasuredDrift:
 
 
 def interpolated(known_at: IntArray, values: Array, step: int) -> Array:
-    """What is known at T increasing steps, at another one: on straight lines between; the ends hold outside.
+    """Values at T increasing steps, interpolated linearly at another step; constant beyond the ends.
 
     Args:
         known_at: (T,).
@@ -216,7 +215,9 @@ def propagate_coupled(
             repaid, response = move @ repaid @ move.T, move @ response + kick @ _roots(examples)
         elif epoch is not None:
             noise = attack
-        with np.errstate(over="ignore", invalid="ignore"):  # said above, once it is reported
+        with np.errstate(
+            over="ignore", invalid="ignore"
+        ):  # an overflow is reported above, when a step is recorded
             mean = move @ mean + kick @ drift.gradient
             covariance = move @ covariance @ move.T + kick @ noise @ kick.T / sizes[step]
         if epoch is not None and (step + 1) % epoch == 0:

@@ -108,7 +108,7 @@ class CovarianceTerms:
 
     @property
     def commuting_sum(self) -> Array:
-        """Σ λ_i Σ_ii − Σ ln Σ_ii (...), the dominant terms (33), in which H and C are taken to commute."""
+        """Σ λ_i Σ_ii − Σ ln Σ_ii (...), the dominant terms (33), which assume that H and C commute."""
         return self.curvature + self.log_variance
 
     @property
@@ -122,7 +122,7 @@ class CovarianceTerms:
         Args:
             distance_sq: ‖μ − θ_P‖² ≥ 0 within the span of the directions.
             prior_variance: σ_P² > 0; None for the one of smallest KL, (‖μ − θ_P‖² + Tr Σ) / k, chosen for
-                each Σ anew. Choosing it on the training set is to be paid for, equation (32).
+                each Σ. Choosing it on the training set has a cost, equation (32).
 
         Returns:
             (...), nats.
@@ -223,9 +223,10 @@ def largest_total_correlation(
 ) -> float:
     """The most total correlation that any gradient noise can give the stationary posterior, in nats.
 
-    It is that of F, F_ij = Σ_ij / C_ij of equation (14), and noise of rank one that reaches all directions
-    attains it. In general TC(Σ) ≤ min(TC(C), this). For small steps, ηλ ≪ (1 − μ)², it is −Σ_{i<j} ln(|λ_i −
-    λ_j| / (λ_i + λ_j)), by Cauchy's determinant: near curvatures let correlations through, far ones do not.
+    It is TC(F) with F_ij = Σ_ij / C_ij from equation (14). Noise of rank one that reaches all directions
+    attains it. In general TC(Σ) ≤ min(TC(C), TC(F)). For small steps, ηλ ≪ (1 − μ)², it is −Σ_{i<j} ln(|λ_i −
+    λ_j| / (λ_i + λ_j)), by Cauchy's determinant. Correlations survive between similar curvatures, and not
+    between different ones.
 
     Args:
         eigenvalue: λ (k,).
@@ -234,7 +235,7 @@ def largest_total_correlation(
         weight_decay: ω ≥ 0.
 
     Returns:
-        TC(F); infinite where two curvatures coincide, or are so close that float64 cannot tell.
+        TC(F); infinite if two curvatures are equal in float64.
 
     Raises:
         ValueError: As ``robustdyn.theory.stationary_covariance``.

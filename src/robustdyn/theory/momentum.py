@@ -2,7 +2,7 @@
 
 Along the eigenvector u_i of the Hessian, x = u_iᵀ(θ − θ*) and v is the component of PyTorch's momentum
 buffer. The optimiser's lines ``v = μ v + g; θ = θ − η v`` become s⁺ = A s + b ξ with s = (x, v). The buffer
-does not carry η, so (x, v) runs on unchanged through a change of the learning rate.
+does not contain η, so (x, v) is continuous when the learning rate changes.
 
 Shapes: ``...`` any shape of directions; the last axes (2,) and (2, 2) are (x, v).
 """
@@ -128,7 +128,7 @@ class MomentumDynamics:
         return -self.weight_decay, 2 * (1 + self.momentum) / self.learning_rate - self.weight_decay
 
     def curvature(self, eigenvalue: ArrayLike) -> Array:
-        """λ + ω (...), the curvature the optimiser feels."""
+        """λ + ω (...), the curvature of the loss with weight decay."""
         return finite("eigenvalue", eigenvalue) + self.weight_decay
 
     def transition(self, eigenvalue: ArrayLike) -> Array:

@@ -48,8 +48,8 @@ def adam_scale(second_moment: ArrayLike, epsilon: float) -> Array:
 def adam_dynamics(learning_rate: float, beta1: float) -> MomentumDynamics:
     """Momentum SGD that moves as Adam does in the whitened coordinates: μ = β₁, rate η (1 − β₁).
 
-    Adam averages, m ← β₁ m + (1 − β₁) g, where SGD sums; so v = m / (1 − β₁), and a buffer covariance of the
-    dynamics is that of m divided by (1 − β₁)². Weight decay belongs to ``whiten``.
+    Adam averages, m ← β₁ m + (1 − β₁) g, where SGD sums. So v = m / (1 − β₁), and the buffer covariance of
+    the dynamics is the covariance of m divided by (1 − β₁)². Weight decay belongs in ``whiten``.
 
     Args:
         learning_rate: Adam's η > 0.
@@ -69,7 +69,7 @@ class WhitenedProblem:
     """A quadratic problem in the eigenbasis of D^{1/2} (H + ωI) D^{1/2}.
 
     Attributes:
-        eigenvalue: (P,), ascending; to be used with ``weight_decay=0``, for ω is in it.
+        eigenvalue: (P,), ascending; it includes ω, so use it with ``weight_decay=0``.
         noise: (P, P), covariance of the mini-batch gradient in that basis.
         basis: (P, P), θ = basis @ z for coordinates z in that basis.
         scale: d (P,), the diagonal of D.

@@ -1,7 +1,7 @@
-"""The variance of one direction where batches are drawn without replacement, everything allowed to change.
+"""The variance of one direction if batches are drawn without replacement and everything may change.
 
-What ``robustdyn.theory.propagate_coupled`` is for many coupled directions, for one and in plain floats: a
-whole training of 80,000 steps takes a fraction of a second.
+This is ``robustdyn.theory.propagate_coupled`` for a single direction and in plain floats: a whole training of
+80,000 steps takes a fraction of a second.
 """
 
 from math import sqrt

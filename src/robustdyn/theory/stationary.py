@@ -1,4 +1,4 @@
-"""Where momentum SGD's distribution settles at a constant learning rate, exactly."""
+"""The exact stationary distribution of momentum SGD at a constant learning rate."""
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -197,17 +197,17 @@ def _with_buffer(position: Array, left: Array, right: Array, eta: float, mu: flo
 def total_correlation(covariance: ArrayLike) -> float:
     """TC = ½ (Σ ln Σ_ii − ln det Σ) ≥ 0 in nats, equation (17) of docs/theory.md.
 
-    What the Kullback–Leibler term pays for correlations between directions; 0 exactly when Σ is diagonal,
-    hence when H and C commute and H's eigenvalues differ.
+    This is what correlations between directions add to the Kullback–Leibler term. It is 0 exactly when Σ is
+    diagonal, and therefore when H and C commute and H's eigenvalues differ.
 
     Args:
         covariance: Σ (k, k), symmetric, positive definite on its diagonal.
 
     Returns:
-        TC; infinite for a Σ that is singular as far as float64 can tell.
+        TC; infinite for a Σ that is singular in float64.
 
     Raises:
-        ValueError: Not a covariance, whatever the units of its directions, or with a diagonal entry ≤ 0.
+        ValueError: Not a covariance, in any units of its directions, or with a diagonal entry ≤ 0.
 
     Source: Watanabe (1960); non-negativity is Hadamard's inequality.
     """

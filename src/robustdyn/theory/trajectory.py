@@ -88,7 +88,7 @@ class MeasuredSpectrum:
         return self.noise.ndim == 3
 
     def between(self, first: int, last: int) -> tuple[Array, Array, Array]:
-        """(λ, γ or C, g) at steps first … last − 1, between which no measurement may lie.
+        """(λ, γ or C, g) at steps first … last − 1, with no measurement between them.
 
         Returns:
             Arrays with a leading axis of last − first steps; read-only where they are constant.
@@ -199,14 +199,14 @@ def propagate(
     but they do have a law at every step.
 
     Args:
-        spectrum: λ, γ and g of the run, along directions that stay what they are.
+        spectrum: λ, γ and g of the run, along fixed directions.
         learning_rate: η (N,) > 0, the rate each update used.
         momentum: μ in [0, 1).
         weight_decay: ω ≥ 0.
         record_steps: (R,) steps in [``first_step``, N], increasing, at which to report.
         initial_covariance: (k, 2, 2), or (k, k, 2, 2) with a noise matrix; default 0, a run from one point.
         initial_mean: (k, 2); default 0.
-        first_step: Step in [0, N] at which the initial state is that of the run.
+        first_step: Step in [0, N] at which the run has the initial state.
         method: ``"auto"`` takes the cheaper way for each stretch, ``"recurrence"`` single steps throughout,
             ``"doubling"`` doubling wherever λ and γ are held.
         allow_unstable: Accept η(λ + ω) ≥ 2(1 + μ), where the iteration diverges by overshooting.

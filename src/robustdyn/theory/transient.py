@@ -50,7 +50,7 @@ def covariance_after(
 ) -> Array:
     """S_t = S_∞ + A^t (S_0 − S_∞) A^tᵀ, equation (18) of docs/theory.md.
 
-    Exact for every t, with real and complex roots alike. For λ ≤ 0, where S_∞ does not exist, use
+    Exact for every t, with both real and complex roots. For λ ≤ 0, where S_∞ does not exist, use
     ``robustdyn.theory.propagate``.
 
     Args:
@@ -138,8 +138,8 @@ def slow_mode_variance(
 ) -> Array:
     """σ_∞² + ρ^{2t} (σ_0² − σ_∞²), the papers' early-phase form, equation (20) of docs/theory.md.
 
-    It keeps A's larger eigenvalue only and drops the momentum buffer: fair for η(λ+ω) ≪ (1 − √μ)², wrong by
-    a factor where the roots are complex. ``covariance_after`` is exact at no more cost.
+    It keeps only A's larger eigenvalue and drops the momentum buffer. This is accurate for η(λ+ω) ≪ (1 −
+    √μ)², and wrong by a factor where the roots are complex. ``covariance_after`` is exact at the same cost.
 
     Args:
         steps: t (T,) or one number.

@@ -17,14 +17,14 @@ from robustdyn.theory._validation import (
     vector,
 )
 
-# Per-example contributions must average to the traces they come with; float32 sums over 1e5 terms stay
-# far inside this share, a sum passed for a mean does not.
+# Per-example contributions must average to the given traces. Float32 sums over 1e5 terms stay far inside this
+# share; a sum that was passed as a mean does not.
 _CONSISTENCY = 1e-2
 
 
 @dataclass(frozen=True, eq=False)
 class WeightCurvatureIndex:
-    """WCI = Σ_k √(‖W_k‖²_F Tr H_k), with what is needed to judge it.
+    """WCI = Σ_k √(‖W_k‖²_F Tr H_k), with its error and its parts.
 
     Attributes:
         value: The index.

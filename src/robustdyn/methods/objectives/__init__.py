@@ -1,4 +1,4 @@
-"""Objectives: what the attack climbs and what the optimiser descends."""
+"""Objectives: what the attack maximises and what the optimiser minimises."""
 
 from robustdyn.methods.objectives.adversarial import AdversarialCrossEntropy
 from robustdyn.methods.objectives.mart import MART

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from robustdyn.attacks import AttackLoss, summed_cross_entropy
 from robustdyn.methods.objectives.objective import Outcome
 
-# Of the authors' code, for 1, 0 and 1: logarithms of adversarial probabilities stay finite.
+# From the authors' code, for 1, 0 and 1, so that logarithms of adversarial probabilities stay finite.
 _MARGIN, _FLOOR, _CORRECT = 1.0001, 1e-12, 1.0000001
 
 
@@ -17,9 +17,9 @@ class MART:
     """mean_b [ BCE_b + β · KL(p(x_b) ‖ p(x_b + δ_b)) · (1 − p_y(x_b)) ] (Wang et al., ICLR 2020, eqs. 7-11).
 
     BCE_b = −ln p_y(x_b + δ_b) − ln(1 − max_{k≠y} p_k(x_b + δ_b)), the boosted cross-entropy; the last factor
-    weighs examples that are misclassified anyway. δ climbs the cross-entropy. The margin needs a class to
-    compare with, so that targets must be class numbers. As in the authors' code 1.0001 stands for the 1 in
-    the second logarithm, which caps it at 9.2 and changes it by less than 1e-4 / (1 − max_{k≠y} p_k).
+    gives more weight to misclassified examples. δ maximises the cross-entropy. The margin needs a class to
+    compare with, so that targets must be class numbers. As in the authors' code, 1.0001 replaces the 1 in the
+    second logarithm, which caps it at 9.2 and changes it by less than 1e-4 / (1 − max_{k≠y} p_k).
 
     Args:
         beta: β, λ of the paper, ≥ 0.

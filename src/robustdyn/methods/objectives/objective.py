@@ -16,7 +16,7 @@ class Outcome(NamedTuple):
 
     Attributes:
         loss: The training loss, a scalar, mean over B.
-        robust_logits: (B, K), of the adversarial images; None where the objective knows none.
+        robust_logits: (B, K), of the adversarial images; None if the objective uses none.
     """
 
     loss: Tensor
@@ -30,11 +30,11 @@ class Objective(Protocol):
     """Whether targets may be probabilities; where not, mixed images are refused when the run is composed."""
 
     def attack_loss(self, model: nn.Module, images: Tensor) -> AttackLoss | None:
-        """What the training attack climbs, a sum over examples; None to train without an attack.
+        """What the training attack maximises, a sum over examples; None to train without an attack.
 
-        Called once per step, in the mode that the attack runs in and without gradient; what depends on the
-        unperturbed ``images`` (B, C, H, W) alone is computed here.
+        Called once per step, in the mode in which the attack runs and without gradient. Whatever depends only
+        on the unperturbed ``images`` (B, C, H, W) is computed here.
         """
 
     def __call__(self, model: nn.Module, images: Tensor, adversarial: Tensor, targets: Tensor) -> Outcome:
-        """The training loss; ``adversarial`` is ``images`` itself where there is no attack."""
+        """The training loss; ``adversarial`` is ``images`` itself if there is no attack."""

@@ -12,8 +12,8 @@ from robustdyn.methods.objectives.objective import Outcome
 class TRADES:
     """mean_b [ ℓ(f(x_b), y_b) + β · KL(p(x_b) ‖ p(x_b + δ_b)) ] (Zhang et al., ICML 2019, eq. 5).
 
-    p is the softmax of the logits; δ climbs the same KL, from p(x) held fixed. Clean and adversarial images
-    go through the network apart, each with its own batch statistics, as in the authors' code.
+    p is the softmax of the logits. δ maximises the same KL, with p(x) held fixed. Clean and adversarial
+    images go through the network separately, each with its own batch statistics, as in the authors' code.
 
     Args:
         beta: β = 1/λ of the paper, ≥ 0.
@@ -33,7 +33,7 @@ class TRADES:
         self._beta, self._label_smoothing = beta, label_smoothing
 
     def attack_loss(self, model: nn.Module, images: Tensor) -> AttackLoss:
-        """Σ_b KL(p(x_b) ‖ p(x_b + δ_b)); the labels play no part."""
+        """Σ_b KL(p(x_b) ‖ p(x_b + δ_b)), which does not depend on the labels."""
         clean = F.softmax(model(images), dim=1)
         return lambda logits, targets: F.kl_div(F.log_softmax(logits, dim=1), clean, reduction="sum")
 

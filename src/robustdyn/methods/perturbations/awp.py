@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 from robustdyn.methods.perturbations.perturbation import WeightPerturbation
 
-_TINY = 1e-20  # of the authors' code: a tensor without gradient does not move
+_TINY = 1e-20  # from the authors' code: a tensor without gradient does not move
 
 
 class AWP(WeightPerturbation):
     """v_k = γ ‖w_k‖ g_k / ‖g_k‖ for each convolution or linear weight (Wu et al., NeurIPS 2020, eqs. 8-10).
 
-    As in the authors' code: one ascent step, BatchNorm parameters and biases stay, and the optimiser steps at
-    w + v before v is taken off, so that its weight decay acts on w + v.
+    As in the authors' code, there is one ascent step, BatchNorm parameters and biases do not move, and the
+    optimiser steps at w + v before v is removed, so that its weight decay acts on w + v.
 
     Args:
         gamma: γ, size of each tensor's perturbation relative to the tensor, ≥ 0.
@@ -48,8 +48,9 @@ class AWP(WeightPerturbation):
 class GlobalAWP(WeightPerturbation):
     """v = γ (‖w‖ / ‖g‖) g with the norms over all parameters at once, BatchNorm and biases included.
 
-    The variant of the MAIR library, which calls it AWP: the ratio is the whole network's, so that a tensor's
-    own relative perturbation is anything; v is taken off before the optimiser steps, as in SAM.
+    The variant of the MAIR library, which calls it AWP. There is one ratio for the whole network, so that the
+    relative perturbation of a single tensor can have any size. v is removed before the optimiser steps, as in
+    SAM.
 
     Args:
         gamma: γ, size of the perturbation relative to the weights, ≥ 0.

@@ -1,4 +1,4 @@
-"""What a weight perturbation is: an ascent step in the weights before the descent step, taken back later."""
+"""What a weight perturbation is: an ascent step in the weights before the descent step, undone later."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 class WeightPerturbation(ABC):
     """Moves weights from w to w + v, v from the loss's gradient at w, and back.
 
-    Subclasses say which tensors move and how v follows from their gradients. The model itself is moved: there
-    is no second copy of it, only v is held.
+    Subclasses define which tensors move and how v follows from their gradients. The model itself is moved.
+    There is no second copy of it, and only v is kept.
 
     Args:
         warmup_epochs: First epochs, counted from 0, without a perturbation.
@@ -50,10 +50,11 @@ class WeightPerturbation(ABC):
             model: Network, at w.
             loss: Scalar with a graph, the loss at w; its graph is freed.
             loss_scale: Factor that keeps half-precision gradients from vanishing; None without one. v does
-                not depend on it, but where it makes any gradient infinite v is 0 for all tensors and ranks.
+                not depend on it, except that v is 0 for all tensors and ranks if it makes a gradient
+                infinite.
 
         Raises:
-            RuntimeError: The last perturbation was not taken back.
+            RuntimeError: The last perturbation was not undone.
         """
         if self._applied:
             raise RuntimeError("the weights are perturbed already: restore() comes first")
@@ -70,11 +71,11 @@ class WeightPerturbation(ABC):
         for weight, move in zip(weights, moves, strict=True):
             weight.add_(move)
         self._applied = list(zip(weights, moves, strict=True))
-        torch.clear_autocast_cache()  # else autocast would go on with the half-precision copies of w
+        torch.clear_autocast_cache()  # else autocast would keep using the half-precision copies of w
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Take v off again, from wherever the weights are by now; without a perturbation, nothing."""
+        """Subtract v from the current weights; does nothing without a perturbation."""
         for weight, move in self._applied:
             weight.sub_(move)
         self._applied = []

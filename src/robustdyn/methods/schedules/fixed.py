@@ -18,15 +18,15 @@ class Constant(Schedule):
 class Piecewise(Schedule):
     """η = η₀ · factor^(number of milestones reached), or η₀ times the factors of those reached.
 
-    With milestones at 1/2 and 3/4 of the run and factor 0.1 that of Rice et al. (ICML 2020).
+    With milestones at 1/2 and 3/4 of the run and factor 0.1 it is the rule of Rice et al. (ICML 2020).
 
     Args:
         milestones: First epochs with the lower rate, strictly increasing, ≥ 1.
         factor: Multiplies the rate at each milestone, > 0; or a list, one for each milestone.
 
     Raises:
-        ValueError: Milestones that are no list or do not increase from 1 on; factors that are not positive,
-            or not as many as milestones.
+        ValueError: Milestones that are not a list or do not increase from 1 on; factors that are not
+            positive, or not as many as milestones.
     """
 
     def __init__(self, milestones: Sequence[int], factor: float | Sequence[float]) -> None:
@@ -56,7 +56,7 @@ class MultiDecay(Schedule):
     """η falls by η₀/n after each n-th of the run, a staircase to η₀/n (Rice et al., ICML 2020, section 4).
 
     Args:
-        length: Epochs of the run, ≥ 1; where n is larger the rate falls within epochs, too.
+        length: Epochs of the run, ≥ 1; if n is larger, the rate also falls within epochs.
         decays: n, ≥ 1.
 
     Raises:
@@ -75,7 +75,7 @@ class MultiDecay(Schedule):
         return 1.0 - reached / self._decays
 
     def decay_epochs(self, max_epochs: int) -> tuple[int, ...]:
-        """First epoch of each step that lies wholly at the lower rate."""
+        """First epoch of each step that is entirely at the lower rate."""
         first = {math.ceil(step * self._length / self._decays) for step in range(1, self._decays)}
         return tuple(sorted(epoch for epoch in first if epoch < max_epochs))
 
@@ -86,7 +86,7 @@ class Interpolated(Schedule):
     Args:
         length: Epochs of the run, ≥ 1.
         at: Points as fractions of the run, strictly increasing from 0 to 1.
-        factors: η/η₀ at each point, > 0; at the first and the last one, which no step's middle meets, ≥ 0.
+        factors: η/η₀ at each point, > 0; ≥ 0 at the first and the last one, which no step's middle reaches.
 
     Raises:
         ValueError: Points or factors that do not fit.

@@ -10,14 +10,15 @@ from robustdyn.methods.schedules.schedule import Schedule
 class WCIRate(Schedule):
     """η₀ until the first decay, then η₁ · min(1, τ / q), q the last measured WCI (WCI paper, algorithm 1).
 
-    The rule as the paper's text fixes it: the rate decays to η₁ at ``start_epoch``; from then on q is
-    measured, and where it exceeds the threshold the rate is inversely proportional to it.
+    This is the rule as far as the paper's text defines it. The rate decays to η₁ at ``start_epoch``. From
+    then on q is measured, and if it exceeds the threshold, the rate is inversely proportional to it.
 
     Args:
         start_epoch: First epoch at η₁, ≥ 1; q is measured from the end of the epoch before on.
         factor: η₁ / η₀, > 0.
         interval: Epochs from one measurement to the next, ≥ 1.
-        quantity: q: ``"wci"``, or ``"hessian_trace"`` for a rate inverse to the trace, the text's motivation.
+        quantity: q: ``"wci"``, or ``"hessian_trace"`` for a rate inverse to the trace, as motivated in the
+            text.
         threshold: τ, in the units of q, > 0.
         monotone: Whether the rate may only fall from ``start_epoch`` on.
 
@@ -58,7 +59,7 @@ class WCIRate(Schedule):
         return (self._start_epoch,) if self._start_epoch < max_epochs else ()
 
     def reading_epochs(self, max_epochs: int) -> tuple[int, ...]:
-        """Every ``interval`` epochs from the last one at η₀ on; none after which no rate follows."""
+        """Every ``interval`` epochs from the last one at η₀ on, except where no rate follows."""
         return tuple(range(self._start_epoch - 1, max_epochs - 1, self._interval))
 
     def observe(self, row: Mapping[str, Any]) -> None:
@@ -83,5 +84,5 @@ class WCIRate(Schedule):
         return {"damping": self._damping}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take it back; a run that began under another rule starts undamped."""
+        """Restore the damping; a run that began under another rule starts undamped."""
         self._damping = float(state.get("damping", 1.0))
