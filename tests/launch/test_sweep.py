@@ -24,9 +24,9 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from robustdyn.commands import train
+from robustdyn.commands.report import main as report_command
 from robustdyn.errors import ConfigError
 from robustdyn.launch import sweep as sweeps
-from robustdyn.launch.states import main as report_command
 from robustdyn.launch.states import plan_of
 from robustdyn.records import find_runs
 from robustdyn.records.progress import RunStatus, folder_name, identity, is_done, mark_done, run_states

@@ -34,7 +34,7 @@ from tests.replicas.problems import (
     sampling,
     training,
 )
-from tests.replicas.test_record import SETTINGS, arrays, start
+from tests.replicas.test_ensemble_record import SETTINGS, arrays, start
 from tests.tolerances import EXACT64, FD
 
 MULTIPLES = (0.5, 1.0, 2.0)
