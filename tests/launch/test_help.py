@@ -43,3 +43,11 @@ def test_a_setting_of_a_group_has_the_comment_of_the_choice(monkeypatch, capsys)
     (comment,) = re.findall(r"(?m)^download: true +# (.*)", written)
     assert f"  download: true  # {comment}\n" in text
     assert "$$" not in text
+
+
+def test_hydras_own_help_is_there_where_ours_has_nothing_to_compose(monkeypatch, capsys):
+    """It takes the text for a template, in which a dollar sign begins a name."""
+    assert invoke(train.main, monkeypatch, "--help", "-cn", "train") == 0
+    text = capsys.readouterr().out
+    assert "== Settings" in text
+    assert "$$" not in text

@@ -1,6 +1,7 @@
 """The weight perturbations against their papers' formulas, and their place in the training step."""
 
 import copy
+import dataclasses
 import functools
 import math
 from typing import NamedTuple
@@ -267,6 +268,17 @@ def fit(module, tmp_path, epochs=1, **settings):
     )
     trainer.fit(module, torch.utils.data.DataLoader(batches(), batch_size=None, shuffle=False))
     return trainer
+
+
+def test_training_refuses_images_out_of_range_in_any_batch(tmp_path):
+    """The second of three batches, from a loader that is not the project's own."""
+    module = module_of(problem()[0], None, steps=1)
+    largest = float(batches()[0].images.max())
+    assert float(batches()[1].images.max()) > largest
+    module.attack = dataclasses.replace(module.attack, valid_range=(-100.0, largest))
+    with pytest.raises(ValueError, match="range"):
+        fit(module, tmp_path)
+    assert module.trainer.global_step == 1
 
 
 def by_hand(name, clip=None, l1=0.0):

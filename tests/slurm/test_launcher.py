@@ -1,5 +1,6 @@
 """The launcher where no SLURM is; on a real one: test_slurm.py."""
 
+import inspect
 import os
 import pickle
 import re
@@ -128,6 +129,19 @@ def test_a_request_that_cannot_work_is_refused_before_it_is_queued(
     assert not list(refusing.iterdir())
 
 
+class Interrupted:
+    """Raises when its signature is read."""
+
+    def __init__(self, error):
+        self.error = error
+
+    @property
+    def __signature__(self):
+        raise self.error
+
+    def __call__(self): ...
+
+
 @pytest.mark.parametrize(
     ("state", "command", "waits"),
     [
@@ -144,9 +158,14 @@ def test_a_job_that_slurm_has_requeued_already_leaves_no_error(
     program(programs, "squeue", f'echo "$@" > {tmp_path}/asked; echo {state}')
     slept = []
     monkeypatch.setattr(launcher.time, "sleep", slept.append)
-    launcher._leave_if_requeued(subprocess.CalledProcessError(1, command))
+    refusal = subprocess.CalledProcessError(1, command)
+    launcher._leave_if_requeued(refusal)
     assert slept == [launcher.END_S] * waits
     assert (tmp_path / "asked").exists() == (command[0] == "scontrol")
+    with pytest.raises(TypeError) as swallowed:  # the signal came while Lightning read a signature
+        inspect.getfullargspec(Interrupted(refusal))
+    launcher._leave_if_requeued(swallowed.value)
+    assert slept == [launcher.END_S] * 2 * waits
 
 
 def test_what_is_done_is_not_queued_again(refusing, tmp_path, monkeypatch):

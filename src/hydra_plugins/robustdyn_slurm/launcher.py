@@ -105,8 +105,8 @@ class SlurmSweep(Launcher if SlurmLauncher is None else SlurmLauncher):  # type:
             raise
         try:
             _ = ended.return_value  # raises what the run raised, which Hydra had put aside
-        except subprocess.CalledProcessError as refused:
-            _leave_if_requeued(refused)
+        except Exception as error:
+            _leave_if_requeued(error)
             raise
         return ended
 
@@ -184,15 +184,20 @@ class SlurmSweep(Launcher if SlurmLauncher is None else SlurmLauncher):  # type:
         return dict(sorted(runs.items()))
 
 
-def _leave_if_requeued(refused: subprocess.CalledProcessError) -> None:
-    """Wait for SLURM to end this process, if it refused to requeue the job because it has done so already.
+def _leave_if_requeued(error: BaseException | None) -> None:
+    """Wait for SLURM to end this process, if the error comes from asking it to requeue a job it already has.
 
     A job can be preempted between the warning of its time limit and submitit's request. An error left behind
-    would count as the end of a run that goes on.
+    would count as the end of a run that goes on. submitit asks in a signal handler, so that whatever code the
+    signal interrupted may have turned the refusal into an error of its own (``inspect`` does).
     """
-    if refused.cmd[:2] != REQUEUE:
+    while error is not None and not (
+        isinstance(error, subprocess.CalledProcessError) and error.cmd[:2] == REQUEUE
+    ):
+        error = error.__cause__ or error.__context__
+    if error is None:
         return
-    state = ["squeue", "--noheader", "--jobs", refused.cmd[2], "--format", "%T"]
+    state = ["squeue", "--noheader", "--jobs", error.cmd[2], "--format", "%T"]
     found = subprocess.run(state, capture_output=True, text=True, check=False)
     if found.stdout.strip() in ("PENDING", "COMPLETING"):
         time.sleep(END_S)

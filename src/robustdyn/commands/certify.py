@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -36,6 +35,7 @@ from robustdyn.run.of_checkpoint import (
     required_run_of,
     type_name,
 )
+from robustdyn.run.status import say
 
 NAME = "certify"
 COUNTED = ("screening", "sampling", "test")
@@ -102,7 +102,7 @@ def run_certify(cfg: DictConfig) -> None:
         attack,
         _settings(cfg),
         classes=run.data.num_classes,
-        say=_say,
+        say=say,
     )
     result = certifier.certify() | {
         "settings": {
@@ -120,8 +120,8 @@ def run_certify(cfg: DictConfig) -> None:
             f"{output}: cannot write ({error.strerror}); free space or choose another output=FILE"
         ) from error
     for line in report(result):
-        _say(line)
-    _say(f"certificate: {output}")
+        say(line)
+    say(f"certificate: {output}")
 
 
 def report(result: Mapping[str, Any]) -> Iterator[str]:
@@ -281,14 +281,8 @@ def _keys(split: ImageTensors) -> list[bytes]:
     ]
 
 
-def _say(line: str) -> None:
-    sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()
-
-
 if __name__ == "__main__":
-    from robustdyn.commands.certify import (
-        main as command,
-    )  # by its name: a launcher's workers look for it there
+    # by its name: a launcher's workers look for it there
+    from robustdyn.commands.certify import main as command
 
     command()

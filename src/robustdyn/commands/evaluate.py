@@ -46,6 +46,7 @@ from robustdyn.run.of_checkpoint import (
     run_of,
     type_name,
 )
+from robustdyn.run.status import say
 
 NAME = "evaluate"
 OF_THE_RUN = ("data", "model", "attack")
@@ -90,10 +91,10 @@ def evaluate_checkpoint(typed: DictConfig) -> None:
     output = Path(cfg.output) if cfg.output else default
     settings = _settings(cfg, checkpoint, layout, ball, data)
 
-    _say(f"checkpoint  {checkpoint} ({layout})")
+    say(f"checkpoint  {checkpoint} ({layout})")
     which = "all" if len(data) == len(split) else f"the first {len(data):,} of"
-    _say(f"examples    {which} {len(split):,} of the {cfg.evaluation.split} split of {type_name(cfg.data)}")
-    _say(f"ball        {ball.norm}, radius {cfg.attack.eps_255:g}/255")
+    say(f"examples    {which} {len(split):,} of the {cfg.evaluation.split} split of {type_name(cfg.data)}")
+    say(f"ball        {ball.norm}, radius {cfg.attack.eps_255:g}/255")
     with EvaluationRecord.open(output, settings, _provenance(device)) as record, _Progress() as progress:
         try:
             result = evaluate(
@@ -110,8 +111,8 @@ def evaluate_checkpoint(typed: DictConfig) -> None:
         except ValueError as error:
             raise ConfigError(f"evaluation.attacks: {error}") from error
     for line in report(result):
-        _say(line)
-    _say(f"record: {output}")
+        say(line)
+    say(f"record: {output}")
 
 
 def report(result: Result) -> Iterator[str]:
@@ -360,14 +361,8 @@ class _Progress:
         self._name = name
 
 
-def _say(line: str) -> None:
-    sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()
-
-
 if __name__ == "__main__":
-    from robustdyn.commands.evaluate import (
-        main as command,
-    )  # by its name: a launcher's workers look for it there
+    # by its name: a launcher's workers look for it there
+    from robustdyn.commands.evaluate import main as command
 
     command()

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from robustdyn.run.of_checkpoint import (
     device_of,
     required_run_of,
 )
+from robustdyn.run.status import say
 
 NAME = "replicas"
 
@@ -50,8 +50,8 @@ def run_replicas(cfg: DictConfig) -> None:
     ensemble = EnsembleRun(settings, training_state(run, checkpoint, device))
     output = Path(cfg.output) if cfg.output else RunDirectory(run_dir).replicas / checkpoint.stem
     noted = provenance(settings.engine, device)
-    left = ensemble.run(output, noted, shard=shard, shards=shards, say=_say, wait=None)
-    _say(f"ensemble: {output}" + (f" ({left} chunks are still missing)" if left else ""))
+    left = ensemble.run(output, noted, shard=shard, shards=shards, say=say, wait=None)
+    say(f"ensemble: {output}" + (f" ({left} chunks are still missing)" if left else ""))
 
 
 def _shard(typed: str | None) -> tuple[int, int]:
@@ -132,14 +132,8 @@ def _saved_optimizer(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def _say(line: str) -> None:
-    sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()
-
-
 if __name__ == "__main__":
-    from robustdyn.commands.replicas import (
-        main as command,
-    )  # by its name: a launcher's workers look for it there
+    # by its name: a launcher's workers look for it there
+    from robustdyn.commands.replicas import main as command
 
     command()

@@ -246,9 +246,7 @@ class EmpiricalRisk:
         """
         with self.guard():
             total = torch.zeros(self.numel, dtype=self.dtype, device=self.device)
-            own = (
-                None if weights is None else plain(weights)[self.shards.own].to(total).split(self.chunk_size)
-            )
+            own = None if weights is None else self.rows_of_chunks(plain(weights)[self.shards.own].to(total))
             leaves = self.leaves()
             for index, (inputs, targets) in enumerate(self.chunks()):
                 losses = self.losses(leaves, inputs, targets)
@@ -392,6 +390,13 @@ class EmpiricalRisk:
         """This process's examples in order, ``chunk_size`` at a time, on the parameters' device."""
         for start in range(0, len(self.inputs), self.chunk_size):
             yield self.subset(slice(start, start + self.chunk_size))
+
+    def rows_of_chunks(self, values: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
+        """Views of ``values``, which has an entry for each of this process's examples along ``dim``.
+
+        Empty, as ``tapes`` and ``chunks`` are, where this process has no examples.
+        """
+        return values.split(self.chunk_size, dim) if len(self.inputs) else ()
 
     def subset(self, which: slice) -> tuple[Tensor, Tensor]:
         """Copies of some of this process's inputs and targets, on the parameters' device.

@@ -4,6 +4,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from string import Template
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -29,7 +30,7 @@ def show_help(command: str) -> None:
         with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
             cfg = hydra.compose(command, overrides, return_hydra_config=True)
             HydraConfig.instance().set_config(cfg)
-            print(cfg.hydra.help.template)
+            print(Template(cfg.hydra.help.template).substitute())  # as Hydra does
     except HydraException:
         return
     sys.exit(0)
@@ -71,7 +72,7 @@ def _settings(command: str, _root_: DictConfig) -> str:
         f"{line}  # {comments[key]}" if key in comments else line
         for key, line in _keys(OmegaConf.to_yaml(shown, resolve=False))
     ]
-    return "\n".join(lines)
+    return "\n".join(lines).replace("$", "$$")  # Hydra takes the text for a template
 
 
 def _group(name: str) -> str:

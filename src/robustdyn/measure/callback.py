@@ -194,7 +194,8 @@ class Measure(Callback):
                 trainer.world_size,
             )
             if self._inputs == "adversarial":
-                # in evaluation's batches: it attacks the same way and has needed as much memory
+                # in evaluation's batches, which fit in memory; here the attack runs in the weights' own
+                # precision, which takes up to twice the memory of an evaluation in half precision
                 size = -(-data.eval_batch_size // trainer.world_size)
                 batches = zip(*(t.split(size) for t in (images, labels, starts)), strict=True)
                 images = torch.cat([attack.climb(module.model, *batch) for batch in batches])

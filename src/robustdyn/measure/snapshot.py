@@ -198,7 +198,7 @@ def _of_examples(risk: EmpiricalRisk, directions: Tensor) -> tuple[Array, Array]
     parts = [tuple(risk.split(column).values()) for column in directions.unbind(dim=1)]
     own = torch.zeros(len(risk.inputs), 2, len(parts), dtype=risk.dtype, device=risk.device)
     with risk.guard(products=True):
-        for (tape, _), rows in zip(risk.tapes(), own.split(risk.chunk_size), strict=True):
+        for (tape, _), rows in zip(risk.tapes(), risk.rows_of_chunks(own), strict=True):
             for index, part in enumerate(parts):
                 change = tape.jacobian_product(part)
                 rows[:, 0, index] = (tape.slopes.detach() * change).flatten(1).sum(dim=1)

@@ -355,10 +355,10 @@ class AdversarialTraining(lightning.LightningModule):
         """Which part of batch ``number`` this rank has; all of it if there is only one rank.
 
         Raises:
-            ValueError: The first images of an epoch are outside ``attack``'s range, with a loader not ours.
+            ValueError: The loader is not ours, and images are outside ``attack``'s range.
         """
-        if number == 0 and not isinstance(loader, TensorBatches):
-            attack.check(batch.images)  # one batch: the check makes the host wait for a GPU
+        if not isinstance(loader, TensorBatches):  # ours yields bytes, and the host waits for the check
+            attack.check(batch.images)
         if self.trainer.world_size == 1:
             return Part(slice(None), len(batch.images))
         assert isinstance(loader, TensorBatches)
