@@ -1,4 +1,5 @@
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 
@@ -88,9 +89,12 @@ def test_ensembles_with_and_without_a_decay_go_together(runs, tmp_path):
     start = point(np.diag(LAM), NOISE, np.zeros(3), slopes=SLOPES)
     write(run / "replicas" / "cosine", recorded(start, x, steps, cosine, gradient=g))
     written = conduct("ground_truth", [run, runs], tmp_path / "out")
-    said = written.findings.read_text(encoding="utf-8")
-    assert "**Digits, AT, rate falls smoothly**: 30 replicas × 40 steps" in said
-    assert "Digits, AT, rate falls smoothly, memory: where replicas are at step 40" in said
+    tables = {path.stem: pd.read_csv(path) for path in written.tables}
+    described = tables["ensembles"].set_index("ensemble").loc["Digits, AT, rate falls smoothly"]
+    assert described[["replicas", "steps"]].tolist() == [30, 40]
+    assert np.isnan(described["decay_step"])
+    remembered = tables["memory"].set_index("ensemble").loc["Digits, AT, rate falls smoothly"]
+    assert set(remembered["reference"]) == {40}
 
 
 def test_labels_tell_apart_what_differs(tmp_path):
@@ -120,8 +124,9 @@ def test_labels_tell_apart_what_differs(tmp_path):
 def test_everything_is_written(runs, tmp_path):
     written = conduct("ground_truth", runs, tmp_path)
     said = written.findings.read_text(encoding="utf-8")
-    assert "**Digits, AT**: 200 replicas × 100 steps, 3 directions, λ from 20 to 3" in said
-    assert "0.001 from step 60" in said
+    assert "Digits, AT: measured / predicted variance lies within 0.9 to 1.11" in said
+    assert "| ensemble | replicas | steps | directions |" in said
+    assert "| Digits, AT | 200 | 100 | 3 | 0.01 | 60 | 0.001 |" in said
     names = {path.name for path in written.figures}
     for stem in (
         "ratio",

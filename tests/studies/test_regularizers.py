@@ -49,7 +49,10 @@ def test_settings_are_named_by_what_regularises(answered):
 
 def test_wci_and_gap_are_correlated_within_runs_and_among_them(answered):
     findings = "\n".join(answered.findings)
-    assert "digits mixup α=1.4: Pearson correlation of WCI and robust loss gap over 5 epochs 1.00" in findings
+    within = answered.tables["correlations"]
+    own = within[(within["setting"] == "mixup α=1.4") & (within["phase"] == "all epochs")]
+    assert own["pearson"].to_list() == pytest.approx([1.0] * 4)
+    assert set(own["epochs"]) == {5}
     index = np.array([80 * gap / 10 + 0.5 * seed for gap in (4, 3, 2, 1) for seed in (0, 1)])
     found = stats.pearsonr(index, np.repeat([1.6, 1.2, 0.8, 0.4], 2))
     low, high = found.confidence_interval(0.95)

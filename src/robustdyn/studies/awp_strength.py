@@ -20,21 +20,25 @@ from robustdyn.errors import RecordError
 from robustdyn.records.reader import Run
 from robustdyn.report import style
 from robustdyn.report.plotting import End, key, label_ends
-from robustdyn.studies.shared.alike import require_alike, require_repetitions
-from robustdyn.studies.shared.over_seeds import COVERAGE, LEVEL
+from robustdyn.studies.shared.comparing import (
+    LEVEL,
+    RATE,
+    intervals_said,
+    pearson,
+    require_alike,
+    require_repetitions,
+    seeds_said,
+)
 from robustdyn.studies.shared.study import Answer, Picture, Study
 from robustdyn.studies.shared.tracked import (
     BEFORE,
     END,
     LATE,
-    LEARNING_RATE,
-    MOMENTS,
     QUANTITIES,
     WITHOUT_RATE,
     label,
     mean,
     moments,
-    number,
     over_epochs,
     tracked_directions,
 )
@@ -81,7 +85,13 @@ def answer(runs: Sequence[Run]) -> Answer:
             "runs": points,
         },
         pictures=list(_pictures(points, levels, k)),
-        findings=list(_findings(points, levels, trends, agreement, k)),
+        findings=[
+            *(_choices(levels, moment, k) for moment in (LATE, END)),
+            f"γ = 0 is AT. Sums and means are over {k} tracked directions, not the whole model. Correlations "
+            f"and slopes take all {len(runs)} runs for independent; p-values are not corrected for their "
+            "number.",
+            intervals_said(levels),
+        ],
     )
 
 
@@ -107,7 +117,7 @@ def _points(run: Run) -> pd.DataFrame:
     for name in ("test_robust_error", "test_robust_loss"):
         own = values[values["quantity"] == name]
         best.append(own.loc[[own["value"].idxmin()]].assign(moment=BEST))
-    rows = pd.concat([rows[rows["quantity"] != LEARNING_RATE], *best], ignore_index=True)
+    rows = pd.concat([rows[rows["quantity"] != RATE], *best], ignore_index=True)
     return rows.assign(gamma=gamma_of(run), seed=run.config.get("seed"))[
         ["gamma", "seed", "moment", "epoch", "quantity", "value"]
     ]
@@ -168,83 +178,13 @@ def _agreement(points: pd.DataFrame) -> pd.DataFrame:
                 pairs = wide[[term, metric]].dropna()
                 if len(pairs) < 3 or (pairs.nunique() < 2).any():
                     continue
-                x, y = pairs[term].to_numpy(), pairs[metric].to_numpy()
-                pearson, rank = stats.pearsonr(x, y), stats.spearmanr(x, y)
-                interval = pearson.confidence_interval(LEVEL) if len(pairs) > 3 else None
-                found.append(
-                    {
-                        "moment": moment,
-                        "term": term,
-                        "robustness": metric,
-                        "runs": len(pairs),
-                        "pearson": pearson.statistic,
-                        "low": interval.low if interval else np.nan,
-                        "high": interval.high if interval else np.nan,
-                        "p": pearson.pvalue,
-                        "spearman": rank.statistic,
-                        "spearman_p": rank.pvalue,
-                    }
-                )
-    return pd.DataFrame(found)
-
-
-def _findings(
-    points: pd.DataFrame, levels: pd.DataFrame, trends: pd.DataFrame, agreement: pd.DataFrame, k: int
-) -> Iterator[str]:
-    seeds = points.groupby("gamma")["seed"].nunique()
-    yield (
-        f"γ (seeds): {', '.join(f'{gamma:g} ({n})' for gamma, n in seeds.items())}; γ = 0 is AT. {k} tracked "
-        "directions: sums and means are over these, no statement about the whole model. Intervals of means: "
-        f"95 %, Student, over seeds, said from three on ({COVERAGE}). Correlations and slopes are over all "
-        f"{seeds.sum()} runs, taken for independent, and their p-values not corrected for their number."
-    )
-    epochs = (
-        points[points["quantity"] == "hessian_eigenvalue_top"].groupby("moment")["epoch"].agg(["min", "max"])
-    )
-    where = (
-        f"{m}: epoch {_range(epochs['min'][m], epochs['max'][m])} ({text})" for m, text in MOMENTS.items()
-    )
-    yield f"Moments: {', '.join(where)}; best: at its own lowest epoch on the test set."
-    shown = [(quantity, moment) for moment in (BEFORE, LATE, END) for quantity in TERMS]
-    curvature = ("hessian_eigenvalue_top", "noise_eigenvalue_top", "stationary_variance_mean")
-    shown += [(quantity, LATE) for quantity in curvature]
-    shown += [("test_robust_error", BEST), ("test_robust_loss", BEST)]
-    shown += [(quantity, END) for quantity in (*ROBUSTNESS, "test_clean_error")]
-    for quantity, moment in shown:
-        rows = levels[(levels["quantity"] == quantity) & (levels["moment"] == moment)]
-        values = (f"γ = {row['gamma']:g} {number(row)}" for _, row in rows.iterrows())
-        yield f"{label(quantity, k)}, {moment}: {', '.join(values)}{_trend(trends, quantity, moment)}."
-    for moment in (LATE, END):
-        yield _choices(levels, moment, k)
-    chosen = (
-        agreement[
-            (agreement["moment"] == LATE)
-            & agreement["term"].isin([*TERMS, "hessian_eigenvalue_top"])
-            & agreement["robustness"].isin(ROBUSTNESS)
-        ]
-        if not agreement.empty
-        else agreement
-    )
-    for term, rows in chosen.groupby("term", sort=False) if not chosen.empty else []:
-        said = (
-            f"{label(row['robustness'], k)} r = {row['pearson']:.2f} [{row['low']:.2f}, {row['high']:.2f}], "
-            f"rank {row['spearman']:.2f} (p = {row['spearman_p']:.2g})"
-            for _, row in rows.iterrows()
-        )
-        yield f"Over runs, late, {label(str(term), k)} with {'; '.join(said)}."
-
-
-def _trend(trends: pd.DataFrame, quantity: str, moment: str) -> str:
-    for _, row in trends[(trends["quantity"] == quantity) & (trends["moment"] == moment)].iterrows():
-        factor = row["change"] == "factor"
-        scale = 1.0 if factor else QUANTITIES[quantity].scale
-        form = "×{:.3g}" if factor else "{:+.3g}"
-        slope, low, high = (form.format(scale * row[name]) for name in ("slope", "low", "high"))
-        return (
-            f"; rank correlation with γ {row['spearman']:.2f} (p = {row['p']:.2g}), per {UNIT:g} of γ "
-            f"{slope} [{low}, {high}]"
-        )
-    return ""
+                x, y = pairs[term], pairs[metric]
+                of, rank = pearson(x, y), stats.spearmanr(x, y)
+                if len(pairs) == 3:  # too few for an interval
+                    of |= {"low": np.nan, "high": np.nan}
+                head = {"moment": moment, "term": term, "robustness": metric, "runs": len(pairs)}
+                found.append(head | of | {"spearman": rank.statistic, "spearman_p": rank.pvalue})
+    return pd.DataFrame(found).rename(columns={"r": "pearson"})
 
 
 def _choices(levels: pd.DataFrame, moment: str, k: int) -> str:
@@ -255,10 +195,6 @@ def _choices(levels: pd.DataFrame, moment: str, k: int) -> str:
         if not rows.empty:
             said.append(f"{label(quantity, k)} γ = {rows.nsmallest(1, 'mean')['gamma'].iloc[0]:g}")
     return f"Lowest mean, {moment}: {'; '.join(said)}."
-
-
-def _range(low: float, high: float) -> str:
-    return f"{low:g}" if low == high else f"{low:g}–{high:g}"
 
 
 def _pictures(points: pd.DataFrame, levels: pd.DataFrame, k: int) -> Iterator[Picture]:
@@ -346,9 +282,8 @@ def _against_gamma(ax: Axes, own: pd.DataFrame, colour: str) -> None:
 
 def _legend(figure: Figure, data: pd.DataFrame, colour: str) -> None:
     n = data.loc[data["seed"] != MEAN].groupby("gamma")["seed"].nunique()
-    seeds = f"{n.min()}" if n.min() == n.max() else f"{n.min()}–{n.max()}"
     handles = [
-        key(f"mean of {seeds} seeds", marker="_", colour=colour),
+        key(f"mean of {seeds_said(n.rename('seeds').to_frame())}", marker="_", colour=colour),
         key("single seeds", "", "o", colour, fillstyle="none"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=2)

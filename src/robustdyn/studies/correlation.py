@@ -27,8 +27,13 @@ from robustdyn.records.schema import EPOCHS, WCI
 from robustdyn.report import style
 from robustdyn.report.plotting import Cast, finish, key, mark_decays
 from robustdyn.report.statistics import decay_epochs, of_run
-from robustdyn.studies.shared.alike import require_repetitions
-from robustdyn.studies.shared.over_seeds import LEVEL, draw_with_interval, mean_with_interval
+from robustdyn.studies.shared.comparing import (
+    LEVEL,
+    mean_with_interval,
+    pearson,
+    require_repetitions,
+)
+from robustdyn.studies.shared.comparison_figures import draw_with_interval
 from robustdyn.studies.shared.study import Answer, Picture, Study
 
 GAPS = ("robust_loss_gap", "robust_error_gap")
@@ -36,7 +41,6 @@ DECAYED, ALL = "from the first decay on", "all"
 VALUES, CHANGES = "values", "changes"
 MIN_SEEDS = 3
 MIN_EPOCHS = 4  # three changes, the fewest that a correlation says anything about
-SIGNIFICANT = 0.05
 GRID = 60  # points of a drawn line
 PAPER = {  # WCI paper, appendix C.1, CIFAR-10, six seeds, counted as if epochs were independent
     "robust_loss_gap": "0.0030 [0.0029, 0.0032], R² 0.685",
@@ -105,11 +109,9 @@ def per_seed(pairs: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for what, sample in _samples(pairs):
         for seed, own in sample.groupby("seed"):
-            found = stats.pearsonr(own["wci"], own["value"])
             slope = stats.linregress(own["wci"], own["value"]).slope
-            low, high = found.confidence_interval(LEVEL)
             row = {"seed": seed, "points": len(own), "slope": slope}
-            rows.append(what | row | {"r": found.statistic, "low": low, "high": high, "p": found.pvalue})
+            rows.append(what | row | pearson(own["wci"], own["value"]))
     return pd.DataFrame(rows)
 
 
@@ -159,10 +161,8 @@ def across_seeds(pairs: pd.DataFrame) -> pd.DataFrame:
     for gap in GAPS:
         for epoch, own in pairs.groupby("epoch"):
             if len(own) == seeds:
-                found = stats.pearsonr(own["wci"], own[gap])
-                low, high = found.confidence_interval(LEVEL)
-                row = {"r": found.statistic, "low": low, "high": high, "p": found.pvalue}
-                rows.append({"epoch": epoch, "gap": gap, "seeds": seeds} | row)
+                head = {"epoch": epoch, "gap": gap, "seeds": seeds}
+                rows.append(head | pearson(own["wci"], own[gap]))
     return pd.DataFrame(rows, columns=["epoch", "gap", "seeds", "r", "low", "high", "p"])
 
 
@@ -213,7 +213,14 @@ def answer(runs: Sequence[Run]) -> Answer:
             "wci_spread": spreads,
         },
         pictures=pictures,
-        findings=_findings(pairs, of_seed, regression, by_epoch, spreads),
+        findings=[
+            *(_answered(gap, of_seed, regression) for gap in GAPS),
+            "Index and gap both have a trend over epochs, and any two trends correlate; changes from one"
+            " measured epoch to the next are free of it. Intervals per seed and naive ones take epochs for"
+            f" independent, which they are not; that clustered by seed tends to be too short with {len(runs)}"
+            " clusters, and that of the seeds' own slopes is not. The papers' own slopes on CIFAR-10, naive:"
+            f" {'; '.join(f'{EPOCHS[gap].label} {text}' for gap, text in PAPER.items())}.",
+        ],
     )
 
 
@@ -405,86 +412,20 @@ def _mark_rates(axes: Sequence[Axes], rates: pd.DataFrame) -> None:
     mark_decays(axes, one, Cast.of(one))
 
 
-def _findings(
-    pairs: pd.DataFrame,
-    of_seed: pd.DataFrame,
-    regression: pd.DataFrame,
-    by_epoch: pd.DataFrame,
-    spreads: pd.DataFrame,
-) -> list[str]:
-    seeds, since = pairs["seed"].nunique(), pairs[pairs["decayed"]]
-    found = [
-        f"{seeds} seeds, {len(pairs)} pairs of WCI and gap at epochs {_range(pairs['epoch'])}, of which"
-        f" {len(since)} from the first decay on (epochs {_range(since['epoch'])}). Slopes are in nats (loss)"
-        " or fractions of 1 (error) per unit of WCI; intervals are of 95 %."
-    ]
-    for gap in GAPS:
-        name = EPOCHS[gap].label
-        for epochs in (DECAYED, ALL):
-            own, row = _of(of_seed, epochs, VALUES, gap), _of(regression, epochs, VALUES, gap).iloc[0]
-            within = own["slope"].between(row["naive_low"], row["naive_high"]).sum()
-            found += [
-                f"{name}, epochs {epochs}: {_r_over_seeds(own)}.",
-                f"{name}, epochs {epochs}, pooled: slope {row['slope']:.3g}, R² {row['r2']:.3f}; 95 % naive"
-                f" {_interval(row, 'naive')}, clustered by seed {_interval(row, 'cluster')}"
-                f" (p = {row['cluster_p']:.2g}); mean of the seeds' own slopes {row['seeds_mean']:.3g}"
-                f" {_interval(row, 'seeds')}, {within} of {seeds} of them in the naive interval."
-                + (f" Paper, on CIFAR-10, naive: {PAPER[gap]}." if epochs == ALL else ""),
-            ]
-    found.append(
-        "Caution: index and gap both have a trend over epochs, and any two trends correlate; p-values per"
-        " seed and naive intervals take epochs for independent, which they are not. Changes from one measured"
-        " epoch to the next are free of a steady trend:"
-    )
-    for gap in GAPS:
-        own, row = _of(of_seed, DECAYED, CHANGES, gap), _of(regression, DECAYED, CHANGES, gap).iloc[0]
-        found.append(
-            f"{EPOCHS[gap].label}, changes since the first decay: {_r_over_seeds(own)}; pooled slope"
-            f" {row['slope']:.3g}, clustered by seed {_interval(row, 'cluster')}."
+def _answered(gap: str, of_seed: pd.DataFrame, regression: pd.DataFrame) -> str:
+    """Whether index and gap, and their changes, go together since the first decay."""
+    parts = []
+    for form, text in ((VALUES, "r per seed"), (CHANGES, "of changes")):
+        own, row = (
+            table[(table["epochs"] == DECAYED) & (table["form"] == form) & (table["gap"] == gap)]
+            for table in (of_seed, regression)
         )
-    for gap in GAPS:
-        own = by_epoch[by_epoch["gap"] == gap]
-        if len(own):
-            found.append(
-                f"{EPOCHS[gap].label}, over {seeds} seeds at one epoch: median r {own['r'].median():.2f} over"
-                f" {len(own)} epochs ({own['r'].min():.2f} to {own['r'].max():.2f}); Fisher's interval lies"
-                f" above 0 at {(own['low'] > 0).sum()} of them and below at {(own['high'] < 0).sum()}; by"
-                f" chance it would at {0.5 * (1 - LEVEL) * len(own):.1f} each."
-            )
-    if len(spreads):
-        share, noise = spreads["sd_share"], spreads["measurement_se"] / spreads["sd"]
-        found.append(
-            f"WCI's standard deviation over seeds is {100 * share.min():.0f}–{100 * share.max():.0f} % of its"
-            f" mean (median {100 * share.median():.0f} %); the standard error of one measurement is"
-            f" {100 * noise.median():.0f} % of it (median over epochs)."
+        low, high = row[["cluster_low", "cluster_high"]].iloc[0]
+        clear = "leaves out" if low > 0 or high < 0 else "holds"
+        parts.append(
+            f"{text} {own['r'].mean():.2f} on average, and the pooled slope's clustered interval {clear} 0"
         )
-    found.append(
-        "The clustered interval says how the slope would vary with other seeds, not that a line fits:"
-        " where all seeds follow one bent curve it is even the shorter one. With"
-        f" {seeds} clusters it tends to be too short; that of the seeds' own slopes is not, and leaves"
-        " differences of level between seeds out."
-    )
-    return found
-
-
-def _of(table: pd.DataFrame, epochs: str, form: str, gap: str) -> pd.DataFrame:
-    return table[(table["epochs"] == epochs) & (table["form"] == form) & (table["gap"] == gap)]
-
-
-def _r_over_seeds(own: pd.DataFrame) -> str:
-    """``r per seed 0.61 on average (0.55 to 0.70), p < 0.05 in 6 of 6``."""
-    return (
-        f"r per seed {own['r'].mean():.2f} on average ({own['r'].min():.2f} to {own['r'].max():.2f}),"
-        f" p < {SIGNIFICANT} in {(own['p'] < SIGNIFICANT).sum()} of {len(own)}"
-    )
-
-
-def _interval(row: pd.Series, name: str) -> str:
-    return f"[{row[f'{name}_low']:.3g}, {row[f'{name}_high']:.3g}]"
-
-
-def _range(epochs: pd.Series) -> str:
-    return f"{epochs.min()}–{epochs.max()}"
+    return f"{EPOCHS[gap].label}, epochs {DECAYED}: {'; '.join(parts)}."
 
 
 STUDY = Study(

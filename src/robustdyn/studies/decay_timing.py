@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from robustdyn.errors import RecordError
 from robustdyn.records.reader import Run, read_table
 from robustdyn.report.statistics import decay_epochs
-from robustdyn.studies.shared.curves import compared
+from robustdyn.studies.shared.one_factor import compared
 from robustdyn.studies.shared.study import Answer, Study
 
 

@@ -6,40 +6,39 @@ means are over the tracked directions only.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from robustdyn.records.labels import SEED
 from robustdyn.records.reader import Run
 from robustdyn.report import style
-from robustdyn.report.plotting import Cast, End, finish, key, label_ends, log_axis, mark_decays
-from robustdyn.report.statistics import format_number
-from robustdyn.studies.shared.alike import require_alike, require_repetitions
-from robustdyn.studies.shared.over_seeds import COVERAGE, draw_with_interval
+from robustdyn.report.plotting import Cast, finish, key, label_ends, mark_decays
+from robustdyn.studies.shared.comparing import (
+    RATE,
+    intervals_said,
+    require_alike,
+    require_repetitions,
+    told_apart,
+)
+from robustdyn.studies.shared.comparison_figures import Panel, draw_panel
 from robustdyn.studies.shared.study import Answer, Picture, Study
 from robustdyn.studies.shared.tracked import (
-    AFTER,
     BEFORE,
-    END,
     LATE,
-    LEARNING_RATE,
     MOMENTS,
     QUANTITIES,
     STEPS,
     WITHOUT_RATE,
-    changed,
+    changes_between,
     label,
     mean,
     moments,
-    number,
     over_epochs,
-    told,
     tracked_directions,
 )
 
@@ -49,18 +48,16 @@ ABOVE_NULL = 2.0  # spreads of the null: beyond, sampling noise alone is an unli
 LOSSES = ("test_robust_loss", "robust_loss_gap")
 
 OTHER, NULL = "--", ":"
-
-
-@dataclass(frozen=True)
-class Panel:
-    """What a panel shows: a quantity in full lines, and perhaps a second one in others."""
-
-    title: str
-    unit: str
-    quantity: str
-    second: str = ""
-    line: str = OTHER
-    limits: tuple[float | None, float | None] = (None, None)
+TOLD = (
+    "hessian_eigenvalue_top",
+    "noise_eigenvalue_top",
+    "stationary_variance_mean",
+    "curvature_term_stationary",
+    "log_variance_term_stationary",
+    "dominant_terms_stationary",
+    "test_robust_loss",
+    "robust_loss_gap",
+)
 
 
 def answer(runs: Sequence[Run]) -> Answer:
@@ -75,7 +72,7 @@ def answer(runs: Sequence[Run]) -> Answer:
     every, at = [], []
     for run in runs:
         values = over_epochs(run)
-        names = {"method": method_of(run), "seed": run.config.get("seed")}
+        names = {"method": method_of(run), SEED: run.config.get(SEED)}
         every.append(values.assign(**names))
         at.append(moments(values, run.path).assign(**names))
     values, points = pd.concat(every, ignore_index=True), pd.concat(at, ignore_index=True)
@@ -95,7 +92,7 @@ def answer(runs: Sequence[Run]) -> Answer:
     return Answer(
         tables=tables,
         pictures=list(_pictures(curves, k)),
-        findings=list(_findings(values, points, at_moments, changes, against, methods, reference, k)),
+        findings=list(_findings(values, changes, against, k)),
     )
 
 
@@ -116,7 +113,7 @@ def _curves(values: pd.DataFrame) -> pd.DataFrame:
 
 
 def _at_moments(points: pd.DataFrame) -> pd.DataFrame:
-    rows = mean(points[points["quantity"] != LEARNING_RATE], ["method", "moment"])
+    rows = mean(points[points["quantity"] != RATE], ["method", "moment"])
     return _ordered(rows)
 
 
@@ -124,7 +121,9 @@ def _changes(points: pd.DataFrame) -> pd.DataFrame:
     """Changes between moments, counted in each run, over the seeds."""
     found = []
     for start, end in STEPS:
-        pairs = _pair(points[points["moment"] == start], points[points["moment"] == end], ["method", "seed"])
+        pairs = changes_between(
+            points[points["moment"] == start], points[points["moment"] == end], ["method", SEED]
+        )
         found.append(mean(pairs, ["method"], changes=True).assign(**{"from": start, "to": end}))
     rows = _ordered(pd.concat(found, ignore_index=True))
     return rows[["method", "quantity", "from", "to", "change", "mean", "low", "high", "seeds"]]
@@ -136,19 +135,12 @@ def _against(points: pd.DataFrame, methods: Sequence[str], reference: str) -> pd
     for method in methods:
         if method != reference:
             ours, theirs = (points[points["method"] == name] for name in (reference, method))
-            pairs = _pair(ours, theirs, ["moment", "seed"])
+            pairs = changes_between(ours, theirs, ["moment", SEED])
             found.append(mean(pairs, ["moment"], changes=True).assign(method=method, against=reference))
     if not found:
         return pd.DataFrame()
     rows = _ordered(pd.concat(found, ignore_index=True))
     return rows[["method", "against", "moment", "quantity", "change", "mean", "low", "high", "seeds"]]
-
-
-def _pair(start: pd.DataFrame, end: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
-    """The change of each quantity from the one set of rows to the other, matched by ``by``."""
-    pairs = start.merge(end, on=[*by, "quantity"], suffixes=("_start", "_end"), validate="one_to_one")
-    pairs = pairs[pairs["quantity"] != LEARNING_RATE]
-    return pairs.assign(value=changed(pairs["value_start"], pairs["value_end"], pairs["quantity"]))
 
 
 def _ordered(rows: pd.DataFrame) -> pd.DataFrame:
@@ -181,50 +173,18 @@ def _above_null(values: pd.DataFrame) -> pd.DataFrame:
     ]
 
 
-def _findings(
-    values: pd.DataFrame,
-    points: pd.DataFrame,
-    at_moments: pd.DataFrame,
-    changes: pd.DataFrame,
-    against: pd.DataFrame,
-    methods: Sequence[str],
-    reference: str,
-    k: int,
-) -> Iterator[str]:
-    seeds = points.groupby("method", sort=False)["seed"].agg(lambda s: ", ".join(map(str, sorted(set(s)))))
-    measured = points[points["quantity"] == "hessian_eigenvalue_top"]
-    epochs = measured.groupby("moment")["epoch"].agg(["min", "max"])
-    where = ", ".join(
-        f"{moment}: epoch {_range(epochs['min'][moment], epochs['max'][moment])} ({MOMENTS[moment]})"
-        for moment in MOMENTS
-    )
-    yield (
-        f"{'; '.join(f'{method}: seeds {n}' for method, n in seeds.items())}; {k} tracked "
-        f"directions: sums and means are over these, no statement about the whole model. Intervals: 95 %, "
-        f"Student, over seeds ({COVERAGE}); ×: factors, with geometric means."
-    )
-    yield f"Moments: {where}."
-    lines = [
-        ("Robust overfitting, test robust loss", "test_robust_loss"),
-        ("Robust loss gap", "robust_loss_gap"),
-        ("Leading Hessian eigenvalue", "hessian_eigenvalue_top"),
-        (f"Hessian eigenvalues, geometric mean of {k} tracked directions", "hessian_eigenvalue_mean"),
-        ("Leading eigenvalue of the gradient noise", "noise_eigenvalue_top"),
-        (f"Gradient noise along H's {k} tracked directions, geometric mean", "gradient_noise_mean"),
-        (f"Stationary σ², geometric mean of {k} tracked directions", "stationary_variance_mean"),
-        (f"Time-resolved σ², geometric mean of {k} tracked directions", "resolved_variance_mean"),
-        (f"Σ λσ², {k} tracked directions, stationary", "curvature_term_stationary"),
-        (f"−Σ ln σ² (nats), {k} tracked directions, stationary", "log_variance_term_stationary"),
-        (f"Σ λσ² − Σ ln σ², {k} tracked directions, stationary", "dominant_terms_stationary"),
-        (f"Σ λσ² − Σ ln σ², {k} tracked directions, time-resolved", "dominant_terms_resolved"),
-    ]
-    for text, quantity in lines:
-        said = [f"{method} {_steps(changes, method, quantity)}" for method in methods]
-        yield f"{text}: {'. '.join(said)}."
-    yield _rate_part(points, changes, methods, k)
-    for other in dict.fromkeys(against["method"]) if not against.empty else []:
-        yield _other(against[against["method"] == other], other, reference, k)
-    yield from _alignment(_above_null(values), at_moments, methods, k)
+def _findings(values: pd.DataFrame, changes: pd.DataFrame, against: pd.DataFrame, k: int) -> Iterator[str]:
+    across = changes[(changes["from"] == BEFORE) & (changes["to"] == LATE)]
+    for method, rows in across.groupby("method", sort=False):
+        yield f"{method}, {BEFORE} → {LATE}: {_directions(rows, ('rises', 'falls', 'no clear change'), k)}."
+    if not against.empty:
+        late = against[against["moment"] == LATE]
+        for method, rows in late.groupby("method", sort=False):
+            said = _directions(rows, ("higher", "lower", "no clear difference"), k)
+            yield f"{method} against {rows['against'].iloc[0]}, seed by seed, {LATE}: {said}."
+    where = ", ".join(f"{moment}: {text}" for moment, text in MOMENTS.items())
+    yield f"Sums and means are over {k} tracked directions, not the whole model. Moments: {where}."
+    yield intervals_said(changes)
     missing = values[values["quantity"] == "dominant_terms_stationary"].groupby("method", sort=False)["value"]
     lacking = [f"{method}: {v.isna().sum()} of {len(v)}" for method, v in missing if v.isna().any()]
     if lacking:
@@ -234,118 +194,28 @@ def _findings(
         )
 
 
-def _steps(changes: pd.DataFrame, method: str, quantity: str) -> str:
-    rows = changes[(changes["method"] == method) & (changes["quantity"] == quantity)]
-    said = []
-    for _, row in rows.iterrows():
-        if (row["from"], row["to"]) in ((BEFORE, AFTER), (AFTER, LATE), (BEFORE, LATE)):
-            said.append(f"{row['from']} → {row['to']} {told(row)}")
-    return "; ".join(said) if said else "no value"
-
-
-def _rate_part(points: pd.DataFrame, changes: pd.DataFrame, methods: Sequence[str], k: int) -> str:
-    """What of the change of −Σ ln σ² is the learning rate's own, since the stationary σ² goes with it."""
-    rates = points[points["quantity"] == LEARNING_RATE].set_index(["method", "seed", "moment"])["value"]
-    before, late = rates.xs(BEFORE, level="moment"), rates.xs(LATE, level="moment")
-    own = k * np.log(before / late).mean()
-    said = [f"{method} {_steps(changes, method, WITHOUT_RATE)}" for method in methods]
-    return (
-        f"Of the change of −Σ ln σ² before → late, k ln(η before / η late) = {format_number(float(own))} "
-        f"nats are the rate's own, whatever the network does. Without it, −Σ ln(σ²/η): {'. '.join(said)}."
-    )
-
-
-def _other(against: pd.DataFrame, other: str, reference: str, k: int) -> str:
-    lines = [
-        ("leading λ", "hessian_eigenvalue_top"),
-        ("leading noise eigenvalue", "noise_eigenvalue_top"),
-        ("stationary σ²", "stationary_variance_mean"),
-        ("Σ λσ²", "curvature_term_stationary"),
-        ("−Σ ln σ² (nats)", "log_variance_term_stationary"),
-        ("their sum", "dominant_terms_stationary"),
-        ("test robust loss", "test_robust_loss"),
-        ("robust loss gap", "robust_loss_gap"),
-    ]
-    said = []
-    for moment in (BEFORE, LATE):
-        rows = {str(row["quantity"]): row for _, row in against[against["moment"] == moment].iterrows()}
-        numbers = [f"{text} {_compared(rows[name])}" for text, name in lines if name in rows]
-        said.append(f"{moment}: {', '.join(numbers)}")
-    return (
-        f"{other} against {reference}, seed by seed ({k} tracked directions, stationary) – {'; '.join(said)}."
-    )
-
-
-def _compared(row: pd.Series) -> str:
-    words = {"rises": "higher", "falls": "lower", "no clear change": "no clear difference"}
-    text = told(row)
-    for change, comparison in words.items():
-        text = text.replace(f", {change}", f" {comparison}")
-    return text
-
-
-def _alignment(
-    above: pd.DataFrame, at_moments: pd.DataFrame, methods: Sequence[str], k: int
-) -> Iterator[str]:
-    rows = {(row["method"], row["moment"], row["quantity"]): row for _, row in at_moments.iterrows()}
-
-    def at(method: str, moment: str, quantity: str) -> str:
-        place = (method, moment, quantity)
-        return number(rows[place]) if place in rows else "no value"
-
-    for name, text in (
-        ("commutator", "relative commutator"),
-        ("total_correlation", "total correlation (nats)"),
-    ):
-        said = []
-        for method in methods:
-            counted = above[(above["quantity"] == name) & (above["method"] == method)]
-            beyond = "".join(
-                f"; over null + {ABOVE_NULL:g} sd in {row['above']} of {row['measurements']} measurements"
-                for _, row in counted.iterrows()
-            )
-            values = ", ".join(
-                f"{moment} {at(method, moment, name)} (null {at(method, moment, f'{name}_null')})"
-                for moment in (BEFORE, LATE)
-            )
-            said.append(f"{method} {values}{beyond}")
-        yield f"Alignment, {text}, {k} tracked directions: {'. '.join(said)}."
-    said = []
-    for method in methods:
-        overlaps = ", ".join(f"{m} {at(method, m, 'subspace_overlap')}" for m in (BEFORE, LATE, END))
-        said.append(f"{method} {overlaps}; captured noise {at(method, LATE, 'captured_noise')} (late)")
-    yield f"Overlap of the leading subspaces of H and C, {k} tracked directions: {'. '.join(said)}."
-
-
-def _range(low: float, high: float) -> str:
-    return f"{low:g}" if low == high else f"{low:g}–{high:g}"
+def _directions(rows: pd.DataFrame, words: tuple[str, str, str], k: int) -> str:
+    """Which of ``TOLD`` went which way; a factor's interval is about 1."""
+    own = rows[rows["quantity"].isin(TOLD)]
+    unchanged = own["change"].map({"factor": 1.0, "difference": 0.0})
+    bounds = own[["low", "high"]].sub(unchanged, axis=0)
+    return told_apart(bounds, [label(quantity, k) for quantity in own["quantity"]], words)
 
 
 def _pictures(curves: pd.DataFrame, k: int) -> Iterator[Picture]:
     ranked = ("hessian_eigenvalue", "gradient_noise", "noise_eigenvalue")
     variances = ("stationary_variance", "resolved_variance")
     terms = ("curvature_term", "log_variance_term", "dominant_terms")
+    kinds = [f"{n}_{e}" for n in terms for e in ("stationary", "resolved")]
+    nulls = [f"{n}{e}" for n in ("commutator", "total_correlation") for e in ("", "_null")]
     contents = {
         "curvature_and_noise": ([f"{n}_{e}" for n in ranked for e in ("top", "mean")], _curvature_and_noise),
         "posterior_variance": ([f"{n}_{e}" for n in variances for e in ("top", "mean")], _posterior_variance),
-        "bound_terms": (
-            [*(f"{n}_{e}" for n in terms for e in ("stationary", "resolved")), WITHOUT_RATE, *LOSSES],
-            _bound_terms,
-        ),
-        "alignment": (
-            [
-                "commutator",
-                "commutator_null",
-                "subspace_overlap",
-                "captured_noise",
-                "total_correlation",
-                "total_correlation_null",
-            ],
-            _alignment_figure,
-        ),
+        "bound_terms": ([*kinds, WITHOUT_RATE, *LOSSES], _bound_terms),
+        "alignment": ([*nulls, "subspace_overlap", "captured_noise"], _alignment_figure),
     }
     for name, (quantities, draw) in contents.items():
-        data = curves[curves["quantity"].isin([*quantities, LEARNING_RATE])].sort_values(
+        data = curves[curves["quantity"].isin([*quantities, RATE])].sort_values(
             ["quantity", "method", "epoch"]
         )
         yield Picture(name, data.reset_index(drop=True), partial(draw, k=k))
@@ -355,40 +225,22 @@ def _pictures(curves: pd.DataFrame, k: int) -> Iterator[Picture]:
 def _curvature_and_noise(data: pd.DataFrame, k: int) -> Figure:
     figure = style.new_figure(f"Curvature and gradient noise, {k} tracked directions", 4.2)
     panels = [
-        Panel("Hessian eigenvalues", "λ", "hessian_eigenvalue_top", "hessian_eigenvalue_mean", OTHER),
-        Panel("Noise along H's directions", "γ = uᵀCu", "gradient_noise_top", "gradient_noise_mean", OTHER),
-        Panel(
-            "Eigenvalues of the noise C",
-            "eigenvalue of C",
-            "noise_eigenvalue_top",
-            "noise_eigenvalue_mean",
-            OTHER,
-        ),
+        _ranked("Hessian eigenvalues", "λ", "hessian_eigenvalue"),
+        _ranked("Noise along H's directions", "γ = uᵀCu", "gradient_noise"),
+        _ranked("Eigenvalues of the noise C", "eigenvalue of C", "noise_eigenvalue"),
     ]
-    return _draw(figure, figure.subplots(1, 3), panels, data, _ranks(k), logarithmic=(0, 1, 2))
+    return _draw(figure, figure.subplots(1, 3), panels, data, _ranks(k))
 
 
 @style.styled
 def _posterior_variance(data: pd.DataFrame, k: int) -> Figure:
     figure = style.new_figure(f"Posterior variance of the weights, {k} tracked directions", 4.4)
     panels = [
-        Panel(
-            "Stationary at the present rate",
-            "σ²",
-            "stationary_variance_top",
-            "stationary_variance_mean",
-            OTHER,
-        ),
-        Panel(
-            "Time-resolved, through the run's rates",
-            "",
-            "resolved_variance_top",
-            "resolved_variance_mean",
-            OTHER,
-        ),
+        _ranked("Stationary at the present rate", "σ²", "stationary_variance"),
+        _ranked("Time-resolved, through the run's rates", "", "resolved_variance"),
     ]
     axes = figure.subplots(1, 2, sharey=True)
-    return _draw(figure, axes, panels, data, _ranks(k), logarithmic=(0,), marker="")
+    return _draw(figure, axes, panels, data, _ranks(k), marker="")
 
 
 @style.styled
@@ -399,14 +251,17 @@ def _bound_terms(data: pd.DataFrame, k: int) -> Figure:
         ("log_variance_term", "Complexity term", f"−Σ ln σ², top {k} (nats)"),
         ("dominant_terms", "Their sum", f"Σ λσ² − Σ ln σ², top {k}"),
     )
-    panels = [Panel(title, unit, f"{n}_stationary", f"{n}_resolved", OTHER) for n, title, unit in named]
+    panels = [
+        Panel(title, f"{n}_stationary", unit, f"{n}_resolved", log=n == "curvature_term")
+        for n, title, unit in named
+    ]
     panels += [
-        Panel("Complexity without the rate's part", f"−Σ ln(σ²/η), top {k} (nats)", WITHOUT_RATE),
-        Panel("Robust loss, test", "nats", "test_robust_loss"),
-        Panel("Robust loss gap, test − train", "nats", "robust_loss_gap"),
+        Panel("Complexity without the rate's part", WITHOUT_RATE, f"−Σ ln(σ²/η), top {k} (nats)"),
+        Panel("Robust loss, test", "test_robust_loss", "nats"),
+        Panel("Robust loss gap, test − train", "robust_loss_gap", "nats"),
     ]
     keys = [key("stationary σ²"), key("time-resolved σ²", OTHER)]
-    return _draw(figure, figure.subplots(2, 3).ravel(), panels, data, keys, logarithmic=(0,))
+    return _draw(figure, figure.subplots(2, 3).ravel(), panels, data, keys)
 
 
 @style.styled
@@ -415,11 +270,11 @@ def _alignment_figure(data: pd.DataFrame, k: int) -> Figure:
     floor, share = (0.0, None), (0.0, 1.0)
     nats = "total correlation (nats)"
     panels = [
-        Panel("Commutator", "‖HC − CH‖ / (2‖H‖‖C‖)", "commutator", "commutator_null", NULL, floor),
+        Panel("Commutator", "commutator", "‖HC − CH‖ / (2‖H‖‖C‖)", "commutator_null", NULL, limits=floor),
         Panel(
-            "Leading subspaces", "overlap, captured noise", "subspace_overlap", "captured_noise", OTHER, share
+            "Leading subspaces", "subspace_overlap", "overlap, captured noise", "captured_noise", limits=share
         ),
-        Panel("Total correlation", nats, "total_correlation", "total_correlation_null", NULL, floor),
+        Panel("Total correlation", "total_correlation", nats, "total_correlation_null", NULL, limits=floor),
     ]
     keys = [
         key("measured; overlap of subspaces"),
@@ -427,6 +282,10 @@ def _alignment_figure(data: pd.DataFrame, k: int) -> Figure:
         key("captured noise", OTHER),
     ]
     return _draw(figure, figure.subplots(1, 3), panels, data, keys)
+
+
+def _ranked(title: str, unit: str, quantity: str) -> Panel:
+    return Panel(title, f"{quantity}_top", unit, f"{quantity}_mean", log=True)
 
 
 def _ranks(k: int) -> list[Line2D]:
@@ -440,21 +299,20 @@ def _draw(
     data: pd.DataFrame,
     keys: Sequence[Line2D],
     *,
-    logarithmic: Sequence[int] = (),
     marker: str = "o",
 ) -> Figure:
     """Panels over epochs, a colour for each method named at its line's end, decays marked."""
     axes = list(axes)
     methods = list(dict.fromkeys(data["method"]))
     colours = dict(zip(methods, style.colours(len(methods)), strict=True))
-    ends = [_lines(ax, data, panel, colours, marker) for ax, panel in zip(axes, panels, strict=True)]
-    for i, (ax, panel) in enumerate(zip(axes, panels, strict=True)):
-        if i in logarithmic:
-            log_axis(ax)
-        if panel.limits != (None, None):
-            ax.set_ylim(*panel.limits)
+    curves = data.rename(columns={"method": "setting"})
+    ends = [
+        draw_panel(ax, curves, panel, colours, markers={panel.quantity: marker})
+        for ax, panel in zip(axes, panels, strict=True)
+    ]
+    for ax, panel in zip(axes, panels, strict=True):
         finish(ax, panel.title, panel.unit)
-    rates = data[data["quantity"] == LEARNING_RATE]
+    rates = data[data["quantity"] == RATE]
     epochs = rates.assign(run=rates["method"], group=rates["method"], lr=rates["mean"])
     mark_decays(axes, epochs, Cast.of(epochs))
     for ax, named in zip(axes, ends, strict=True):
@@ -464,23 +322,6 @@ def _draw(
     about = [key(text, "", colour=style.MARK) for text in sorted(said)]
     figure.legend(handles=[*keys, *about], loc="outside lower center", ncols=2 if len(keys) > 2 else 3)
     return figure
-
-
-def _lines(ax: Axes, data: pd.DataFrame, panel: Panel, colours: Mapping[str, str], marker: str) -> list[End]:
-    """The panel's two quantities of each method, mean and interval; where the first one's lines end."""
-    ends = []
-    for method, colour in colours.items():
-        for quantity, line in ((panel.quantity, "-"), (panel.second, panel.line)):
-            curve = data[(data["method"] == method) & (data["quantity"] == quantity)].sort_values("epoch")
-            if curve.empty:
-                continue
-            first = quantity == panel.quantity
-            draw_with_interval(ax, curve, "epoch", colour=colour, line=line, marker=marker if first else "")
-            if first:
-                ends.append(
-                    End(float(curve["epoch"].iloc[-1]), float(curve["mean"].iloc[-1]), method, colour)
-                )
-    return ends
 
 
 STUDY = Study(

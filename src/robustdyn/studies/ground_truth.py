@@ -44,7 +44,6 @@ from robustdyn.studies.shared.expansion_figures import draw_expansion, expansion
 from robustdyn.studies.shared.study import Answer, Picture, Study
 
 CONFIDENCE, RESAMPLES, DRAWS = 0.95, 1000, 40
-BACK = 0.2  # of the steps so far: how far back what is said of memory looks
 MANY = 4  # changes of the rate from which on a schedule counts as smooth
 SHOWN = 6  # directions in the figure of variances
 REMEMBERED = ["ensemble", "reference", "step", "learning_rate", "correlation", "error", "expected"]
@@ -141,7 +140,7 @@ def answer(runs: Sequence[Run]) -> Answer:
         pictures.append(Picture("memory", remembered, draw_memory))
     expanded = {name: e for name, e in ensembles.items() if e.lines is not None}
     tables = expansion_tables(expanded) if expanded else {}
-    findings = _findings(described, steps, path, replicas, remembered)
+    findings = [_said_of_variances(name, steps[steps["ensemble"] == name]) for name in ensembles]
     if expanded:
         pictures.append(Picture("expansion", tables["expansion_means"], draw_expansion))
         findings += expansion_findings(tables)
@@ -359,103 +358,18 @@ def _ends(directions: pd.DataFrame, described: pd.DataFrame) -> pd.DataFrame:
     return kept
 
 
-# ---------------------------------------------------------------------- findings
-
-
-def _findings(
-    described: pd.DataFrame,
-    steps: pd.DataFrame,
-    path: pd.DataFrame,
-    replicas: pd.DataFrame,
-    remembered: pd.DataFrame,
-) -> list[str]:
-    said = []
-    for about in described.to_dict("records"):
-        name, own = about["ensemble"], steps[steps["ensemble"] == about["ensemble"]]
-        said += [
-            _said_of(about),
-            *_said_of_variances(name, own[own["step"] >= SETTLED]),
-            _said_at_end(name, own),
-        ]
-        along = path[(path["ensemble"] == name) & (path["step"] > 0)]
-        if len(along):
-            end = along.iloc[-1]
-            said.append(
-                f"{name}, at the replicas' mean after {end['step']:.0f} steps: λ × {end['curvature']:.2f}, "
-                f"slope × {end['slope']:.2f}, noise × {end['noise']:.2f}, robust loss "
-                f"{end['robust_loss']:.3f} (start {about['robust_loss']:.3f})."
-            )
-        seen = replicas[replicas["ensemble"] == name]
-        if len(seen):
-            mean = np.average(seen["noise"], weights=1 / seen["noise_error"] ** 2)
-            late = seen.iloc[-1]
-            said.append(
-                f"{name}, from the replicas' own gradients: noise × {mean:.2f} over all recorded pairs of "
-                f"steps, × {late['noise']:.2f} ± {late['noise_error']:.2f} at the last."
-            )
-        own = remembered[remembered["ensemble"] == name]
-        said += [_said_of_memory(name, rows) for _, rows in own.groupby("reference", sort=True)]
-    return said
-
-
-def _said_of_memory(name: str, rows: pd.DataFrame) -> str:
-    """Of the recorded step that is nearest to a fifth of the way back."""
-    reference = rows["reference"].iloc[0]
-    row = rows.iloc[(rows["step"] - (1 - BACK) * reference).abs().argmin()]
+def _said_of_variances(name: str, steps: pd.DataFrame) -> str:
+    """At how many recorded steps each law agrees with the replicas, once they have settled."""
+    settled = steps[steps["step"] >= SETTLED].dropna(subset=["geometric_mean"])
+    counts = settled["geometric_mean"].between(*GOAL).groupby(settled["law"]).agg(["sum", "size"])
+    said = ", ".join(
+        f"{text} {counts['sum'][law]} of {counts['size'][law]}"
+        for law, text in NAMES.items()
+        if law in counts.index
+    )
     return (
-        f"{name}, memory: where replicas are at step {reference} has a correlation of "
-        f"{row['correlation']:.2f} ± {row['error']:.2f} (mean over directions) with where they were at step "
-        f"{row['step']}; their slopes would leave {row['expected']:.2f}."
-    )
-
-
-def _said_of(about: Mapping[Any, Any]) -> str:
-    rate = f"rate {about['learning_rate']:g}"
-    if not pd.isna(about["decay_step"]):
-        rate += f", {about['last_learning_rate']:g} from step {about['decay_step']:.0f}"
-    spectrum = f"λ from {about['largest_eigenvalue']:.3g} to {about['smallest_eigenvalue']:.2g}"
-    text = (
-        f"**{about['ensemble']}**: {about['replicas']} replicas × {about['steps']} steps, "
-        f"{about['directions']} directions, {spectrum}, {rate}."
-    )
-    if not pd.isna(about["slope_over_eigenvalue"]):
-        text += (
-            f" With the attack made anew the gradient is {about['slope_over_eigenvalue']:.2f} times as steep "
-            "as λ (mean over directions)."
-        )
-    return text
-
-
-def _said_of_variances(name: str, settled: pd.DataFrame) -> list[str]:
-    said = []
-    for law in NAMES:
-        rows = settled[settled["law"] == law].dropna(subset=["geometric_mean"])
-        if rows.empty:
-            continue
-        inside = rows["geometric_mean"].between(*GOAL).sum()
-        possible = ((rows["low"] <= GOAL[1]) & (rows["high"] >= GOAL[0])).sum()
-        said.append(
-            f"{name}, {NAMES[law]}: measured / predicted variance {rows['geometric_mean'].min():.2f} to "
-            f"{rows['geometric_mean'].max():.2f} from step {SETTLED} on, {inside} of {len(rows)} recorded "
-            f"steps within {GOAL[0]} to {GOAL[1]} ({possible} by their 95 % intervals)."
-        )
-    return said
-
-
-def _said_at_end(name: str, own: pd.DataFrame) -> str:
-    last = own[own["law"] == (REFRESHED if (own["law"] == REFRESHED).any() else EXACT)].iloc[-1]
-    text = (
-        f"{name}, at the end: the mean has moved {last['rms_move']:.2f} predicted standard deviations (rms "
-        f"over directions), {last['rms_offset']:.2f} of them not predicted (chance: "
-        f"{last['rms_offset_of_chance']:.2f}); correlations misfit z² = {last['correlation_misfit']:.2f} "
-        f"with the full C and {last['commuting_misfit']:.2f} without correlations"
-    )
-    if not np.isfinite(last["total_correlation"]):  # no more replicas than directions
-        return f"{text}."
-    return (
-        f"{text}; total correlation {last['total_correlation']:.2f} nats, expected "
-        f"{last['total_correlation_expected']:.2f} ± {last['total_correlation_spread']:.2f}, "
-        f"{last['total_correlation_commuting']:.2f} if H and C commuted."
+        f"{name}: measured / predicted variance lies within {GOAL[0]} to {GOAL[1]} at these of the recorded "
+        f"steps from step {SETTLED} on: {said or 'none recorded'}."
     )
 
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import pandas as pd
-
 from robustdyn.errors import RecordError
 from robustdyn.records.reader import Run, read_table
 from robustdyn.report.statistics import decay_epochs
-from robustdyn.studies.shared.curves import COLUMNS, ERROR, compared, outcomes, summary
+from robustdyn.studies.shared.one_factor import compared
 from robustdyn.studies.shared.study import Answer, Study
 
 BASELINE = "0.1 → 0.01"  # best in the paper
@@ -39,21 +37,7 @@ def answer(runs: Sequence[Run]) -> Answer:
 
     ordered = sorted(runs, key=lambda run: found[run.path], reverse=True)
     title = "Robust overfitting by learning rate before and after the decay"
-    return compared(ordered, setting, title=title, baseline=BASELINE, findings=_best)
-
-
-def _best(rows: pd.DataFrame) -> list[str]:
-    """Which setting has the lowest robust error, at its best epoch and at the end."""
-    table = summary(outcomes(rows))
-    table = table[table["quantity"] == ERROR]
-    lines = []
-    for panel, own in table.groupby("panel", sort=False):
-        parts = []
-        for outcome in ("best robust error", "final robust error"):
-            row = own[own["outcome"] == outcome].sort_values("mean", kind="stable").iloc[0]
-            parts.append(f"{outcome}: {row['setting']} ({row['mean'] * COLUMNS[ERROR].scale:.1f} %)")
-        lines.append(f"{panel}, lowest {'; lowest '.join(parts)}.")
-    return lines
+    return compared(ordered, setting, title=title, baseline=BASELINE)
 
 
 STUDY = Study(

@@ -4,16 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import pandas as pd
-
 from robustdyn.records.reader import Run
-from robustdyn.studies.shared.curves import (
-    INDEX,
-    LOSS_GAP,
-    compared,
-    correlations,
-    data_set,
-)
+from robustdyn.studies.shared.comparing import data_set
+from robustdyn.studies.shared.one_factor import compared
 from robustdyn.studies.shared.study import Answer, Study
 
 PLAIN_DECAY = 5e-4  # both papers' weight decay
@@ -37,24 +30,7 @@ def answer(runs: Sequence[Run]) -> Answer:
     """See ``STUDY``."""
     ordered = sorted(runs, key=lambda run: (data_set(run), setting(run) != NONE, setting(run)))
     title = "WCI and robust gap under regularisers"
-    return compared(ordered, setting, title=title, baseline=NONE, findings=_index_and_gap)
-
-
-def _index_and_gap(rows: pd.DataFrame) -> list[str]:
-    """Whether WCI and gap go together within runs."""
-    if not (rows["quantity"] == INDEX).any():
-        return ["Without measured WCI (measure=index) nothing is said about it."]
-    lines = []
-    within = correlations(rows)
-    loss = within[(within["quantity"] == LOSS_GAP) & (within["phase"] == "all epochs")]
-    for (panel, level), own in loss.groupby(["panel", "setting"], sort=False):
-        low, high = own["pearson"].min(), own["pearson"].max()
-        spread = f" (seeds: {low:.2f} to {high:.2f})" if len(own) > 1 else ""
-        lines.append(
-            f"{panel} {level}: Pearson correlation of WCI and robust loss gap over "
-            f"{own['epochs'].min()} epochs {own['pearson'].mean():.2f}{spread}."
-        )
-    return lines
+    return compared(ordered, setting, title=title, baseline=NONE)
 
 
 STUDY = Study(

@@ -13,19 +13,34 @@ from robustdyn.records.reader import Run, combine
 from robustdyn.records.schema import EPOCHS, TIMED
 from robustdyn.report import style
 from robustdyn.report.plotting import finish, label_ends, log_axis
-from robustdyn.report.statistics import FINAL, of_run
-from robustdyn.studies.shared import comparison
-from robustdyn.studies.shared.alike import require_alike
-from robustdyn.studies.shared.comparison import (
-    DIFFERENCE,
-    draw_over_epochs,
-    ends_of,
-    of_seeds,
-    picked,
+from robustdyn.report.statistics import of_run
+from robustdyn.studies.shared.comparing import (
+    BEST,
+    ERROR,
+    FINAL,
+    METRICS,
+    MOMENT,
+    RATE,
+    RISE,
+    against,
+    at_moments,
+    intervals_said,
+    mean_with_interval,
+    metrics_over_epochs,
+    require_alike,
+    require_complete,
     said,
-    seeds_named,
+    seeds_said,
+    shown_table,
+    told_apart,
+    values,
 )
-from robustdyn.studies.shared.over_seeds import mean_with_interval
+from robustdyn.studies.shared.comparison_figures import (
+    BANDS,
+    draw_best_and_final,
+    draw_over_epochs,
+    of_seeds,
+)
 from robustdyn.studies.shared.study import Answer, Picture, Study
 
 NAMES = {
@@ -39,10 +54,11 @@ NAMES = {
 }
 WCI_RATE = "WCI-LR"
 MAY_DIFFER = ("schedule", "optimizer.lr")  # one-cycle has a higher peak
-CURVES = ("test_robust_error", "test_clean_error", "lr")
+CURVES = (ERROR, "test_clean_error", RATE)
 TRAINING, EVALUATION, MEASUREMENT = "training", "evaluation", "measurement"
 PARTS = {name: name if name in (EVALUATION, MEASUREMENT) else TRAINING for name in TIMED}
 SETTLED = 0.4  # of the run: a barely trained network's errors would flatten the curves
+NO_TIMES = "Cost: not recorded in these runs (table timing)."
 NEGLIGIBLE = 1e-3  # of the highest rate: curves of lower ones are cut
 
 
@@ -114,7 +130,7 @@ def of_training(times: pd.DataFrame) -> pd.DataFrame:
 def cost(times: pd.DataFrame, order: Sequence[str], unit: str = "s") -> pd.DataFrame:
     """Mean and interval over seeds of each column of ``seconds`` or its like, as ``quantity``."""
     long = times.drop(columns="seed").melt("setting", var_name="quantity")
-    found = mean_with_interval(long, ["setting", "quantity"], "value")
+    found = mean_with_interval(long, ["setting", "quantity"])
     found = found.sort_values("setting", key=lambda names: names.map(list(order).index), kind="stable")
     return found.assign(unit=found["quantity"].map({"measurement_share": "%"}).fillna(unit)).reset_index(
         drop=True
@@ -124,22 +140,23 @@ def cost(times: pd.DataFrame, order: Sequence[str], unit: str = "s") -> pd.DataF
 def answer(runs: Sequence[Run]) -> Answer:
     """Best and final of each schedule, learning curves, and times."""
     settings = settings_of(runs)
-    comparison.check_complete(runs)
+    require_complete(runs)
     order = list(dict.fromkeys(settings.values()))
-    values = comparison.best_and_final(runs, settings)
-    means = comparison.over_seeds(values)
+    ordered = sorted(runs, key=lambda run: order.index(settings[run.label]))
+    rows = values(ordered, [ERROR], lambda run: settings[run.label], None, optional=[*METRICS, *CURVES])
+    found = at_moments(rows)
+    means = mean_with_interval(found, MOMENT)
     reference = [name for name in order if name.startswith(WCI_RATE)][-1]
-    differences = comparison.against(values, reference)
-    over_epochs = comparison.curves(runs, settings, [EPOCHS[name] for name in CURVES])
+    differences = against(found, reference, MOMENT[1:]).assign(minus=reference)
     tables = {
         "schedules": means,
-        "schedules_shown": comparison.shown_table(means),
+        "schedules_shown": shown_table(means),
         "against_wci": differences,
-        "runs": values,
+        "runs": found,
     }
     pictures = [
-        Picture("best_and_final", means[means["moment"] != DIFFERENCE], draw_best_and_final),
-        Picture("learning_curves", over_epochs, draw_curves),
+        Picture("best_and_final", means[means["moment"] != RISE], draw_settings),
+        Picture("learning_curves", metrics_over_epochs(rows, CURVES), draw_curves),
     ]
     times = seconds(runs, settings)
     if len(times):
@@ -148,13 +165,14 @@ def answer(runs: Sequence[Run]) -> Answer:
         pictures.append(Picture("cost", tables["cost_of_training"], draw_cost))
     findings = [
         *_compared(means, differences, reference),
-        *_costs(tables.get("cost"), tables.get("cost_of_training"), reference),
+        _cost_said(tables["cost"], reference) if "cost" in tables else NO_TIMES,
+        intervals_said(means),
     ]
     return Answer(tables, pictures, findings)
 
 
 @style.styled
-def draw_best_and_final(means: pd.DataFrame) -> Figure:
+def draw_settings(means: pd.DataFrame) -> Figure:
     """The paper's table 1 as rows of points."""
     panels = {
         "test_robust_error": "Robust error",
@@ -163,7 +181,7 @@ def draw_best_and_final(means: pd.DataFrame) -> Figure:
         "robust_loss_gap": "Gap in loss",
     }
     title = "Best and final epoch of each schedule"
-    return comparison.draw_best_and_final(title, means, panels, _colours(means))
+    return draw_best_and_final(title, means, panels, _colours(means))
 
 
 @style.styled
@@ -172,15 +190,17 @@ def draw_curves(over_epochs: pd.DataFrame) -> Figure:
     colours = _colours(over_epochs)
     figure = style.new_figure(f"Learning curves ({of_seeds(over_epochs, colours)})", 3.6)
     axes = figure.subplots(1, len(CURVES))
+    curves = over_epochs.rename(columns={"metric": "quantity"})
     for ax, name, title in zip(axes, CURVES, ("Robust error", "Clean error", "Rate"), strict=True):
-        own = over_epochs[over_epochs["metric"] == name]
-        draw_over_epochs(ax, own, colours, bands=name != "lr")
+        own = curves[curves["quantity"] == name]
+        bands = name != RATE and len(colours) <= BANDS
+        ends = draw_over_epochs(ax, own, colours, {name: "-"}, bands=bands)
         finish(ax, title, EPOCHS[name].shown)
-        if name == "lr":
+        if name == RATE:
             log_axis(ax)
             lowest = max(ax.get_ylim()[0], NEGLIGIBLE * own["mean"].max())
             ax.set_ylim(bottom=lowest)
-            label_ends(ax, [replace(end, y=max(end.y, 1.5 * lowest)) for end in ends_of(own, colours)])
+            label_ends(ax, [replace(end, y=max(end.y, 1.5 * lowest)) for end in ends])
             continue
         settled = own.loc[own["epoch"] >= SETTLED * (own["epoch"].max() + 1), ["mean", "high"]]
         limit = 1.05 * settled.max(axis=None)
@@ -197,7 +217,7 @@ def draw_cost(costs: pd.DataFrame) -> Figure:
     """Time per epoch by what took it (the paper's table 2), in per cent of the run's own training."""
     order = list(dict.fromkeys(costs["setting"]))
     figure = style.new_figure(
-        f"Time per epoch, mean over the run ({seeds_named(costs)})", 1.4 + 0.36 * len(order)
+        f"Time per epoch, mean over the run ({seeds_said(costs)})", 1.4 + 0.36 * len(order)
     )
     ax = figure.subplots()
     start = dict.fromkeys(order, 0.0)
@@ -226,65 +246,27 @@ def _colours(frame: pd.DataFrame) -> dict[str, str]:
 
 
 def _compared(means: pd.DataFrame, differences: pd.DataFrame, reference: str) -> list[str]:
-    order = list(dict.fromkeys(means["setting"]))
-    robust, clean = EPOCHS["test_robust_error"], EPOCHS["test_clean_error"]
-    findings = [
-        f"{seeds_named(means)}; mean ± half of the 95 % interval over seeds. Best is the epoch of lowest "
-        "test robust error, chosen on the test set as in the paper, so that final − best of that error is "
-        "never negative."
+    """Which schedule leaves the network most robust, and which differ from the reference."""
+    errors = means[means["metric"] == ERROR].set_index("moment")
+    lowest = [errors.loc[[moment]].nsmallest(1, "mean").iloc[0] for moment in (BEST, FINAL)]
+    parts = [
+        f"{moment} {row['setting']} ({said(row, EPOCHS[ERROR])} %)"
+        for moment, row in zip((BEST, FINAL), lowest, strict=True)
     ]
-    for setting in order:
-        numbers = [
-            f"robust error best {said(picked(means, setting, robust.name, 'best'), robust)} %, final "
-            f"{said(picked(means, setting, robust.name), robust)} %, difference "
-            f"{said(picked(means, setting, robust.name, DIFFERENCE), robust)}",
-            f"clean error final {said(picked(means, setting, clean.name), clean)} %",
-            f"robust loss gap final "
-            f"{said(picked(means, setting, 'robust_loss_gap'), EPOCHS['robust_loss_gap'])} nats",
-        ]
-        findings.append(f"{setting}: {'; '.join(numbers)}.")
-    for moment in ("best", FINAL):
-        told = []
-        for setting in order:
-            if setting != reference:
-                row = picked(differences, setting, robust.name, moment)
-                told.append(f"{setting} {row['mean']:+.1f}{_interval(row)}")
-        findings.append(
-            f"Robust error, {moment}, minus that of {reference}, paired by seed (percentage points, "
-            f"95 % intervals not adjusted for their number): {', '.join(told)}."
-        )
-    return findings
-
-
-def _interval(row: pd.Series) -> str:
-    return "" if pd.isna(row["low"]) else f" [{row['low']:+.1f}, {row['high']:+.1f}]"
-
-
-def _costs(costs: pd.DataFrame | None, shares: pd.DataFrame | None, reference: str) -> list[str]:
-    if costs is None or shares is None:
-        return ["Cost: not recorded in these runs (table timing)."]
-    mean = costs.set_index(["setting", "quantity"])["mean"]
-    relative = shares.set_index(["setting", "quantity"])["mean"]
-    names = list(dict.fromkeys(costs["setting"]))
-    whole, measuring = mean[reference, "all"], mean[reference, MEASUREMENT]
-    one = mean.get((reference, "one_measurement"))
-    measured = (
-        f"{one:.3g} s for each measurement" if one is not None else "nothing measured after the first epoch"
-    )
-    by_setting = ", ".join(f"{name} {relative[name, 'all']:.0f} %" for name in names)
-    seconds_each = ", ".join(f"{name} {mean[name, 'all']:.3g} s" for name in names)
-    evaluating = ", ".join(
-        f"{name} {mean[name, 'one_evaluation']:.3g} s"
-        for name in names
-        if (name, "one_evaluation") in mean.index
-    )
+    final = differences[(differences["metric"] == ERROR) & (differences["moment"] == FINAL)]
     return [
-        f"Cost of {reference}: {whole:.3g} s an epoch, mean over the run, of which measuring takes "
-        f"{mean[reference, 'measurement_share']:.0f} % ({measured}); without it {whole - measuring:.3g} s.",
-        f"An epoch takes, of its run's own training: {by_setting}. In seconds, on the machine as loaded as "
-        f"it was, {seconds_each}; one evaluation of the test set: {evaluating}.",
-        "Memory: not recorded.",
+        f"Lowest robust error: {', '.join(parts)}. Best is the epoch of lowest test robust error, chosen on "
+        "the test set as in the paper, so that final − best of that error is never negative.",
+        f"Final robust error against {reference}, seed by seed: {told_apart(final, list(final['setting']))}.",
     ]
+
+
+def _cost_said(costs: pd.DataFrame, reference: str) -> str:
+    mean = costs.set_index(["setting", "quantity"])["mean"]
+    return (
+        f"An epoch of {reference} takes {mean[reference, 'all']:.3g} s, mean over the run, of which "
+        f"measuring takes {mean[reference, 'measurement_share']:.0f} %; on the machine as loaded as it was."
+    )
 
 
 STUDY = Study(

@@ -2,37 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from robustdyn.records.labels import SEED
 from robustdyn.records.reader import Run
-from robustdyn.studies.shared.curves import (
+from robustdyn.studies.shared.comparing import (
     ERROR_GAP,
     INDEX,
     LOSS_GAP,
     NORM,
+    RATE,
     TRACE,
-    Row,
     correlations,
     data_set,
-    figure_of_curves,
     first_decay,
     intervals_said,
-    over_seeds,
+    mean_with_interval,
+    over_epochs,
     values,
 )
-from robustdyn.studies.shared.over_seeds import mean_with_interval
+from robustdyn.studies.shared.comparison_figures import Panel, figure_of_curves
 from robustdyn.studies.shared.study import Answer, Picture, Study
 
 CEILING = "cauchy_schwarz_bound"
 BEFORE, AFTER = "before the first decay", "after it"
 ORDER = ("CIFAR-10", "CIFAR-100", "SVHN", "digits")
-GAPS = {LOSS_GAP: "robust loss gap", ERROR_GAP: "robust error gap"}
 FACTORS = {INDEX: "WCI", NORM: "‖W‖_F", TRACE: "√Tr H", "shape": "how alike layers are"}
 """The WCI and what it is the product of: ln WCI = ½ ln Σ‖W_k‖² + ½ ln Σ Tr H_k + ln(WCI / ceiling)."""
 
@@ -45,7 +43,7 @@ def factors(rows: pd.DataFrame) -> pd.DataFrame:
     the next begins: at the last measured epoch before the decay.
 
     Args:
-        rows: As ``robustdyn.studies.shared.curves.values`` returns them.
+        rows: As ``robustdyn.studies.shared.comparing.values`` returns them.
 
     Returns:
         ``panel``, ``setting``, ``phase``, ``factor``, ``from_epoch``, ``to_epoch``, and the mean natural
@@ -76,72 +74,58 @@ def answer(runs: Sequence[Run]) -> Answer:
     names = [*ORDER, *sorted({data_set(run) for run in runs} - set(ORDER))]
     runs = sorted(runs, key=lambda run: names.index(data_set(run)))
     rows = values(runs, [LOSS_GAP, ERROR_GAP, INDEX, NORM, TRACE, CEILING], setting=lambda run: "")
-    curves, r, changes = over_seeds(rows), correlations(rows), factors(rows)
-    by_factors = over_seeds(rows[rows["quantity"].isin(["lr", INDEX, NORM, TRACE, CEILING])], geometric=True)
-    gaps = [Row(LOSS_GAP, "robust loss gap"), Row(ERROR_GAP, "robust error gap"), Row(INDEX, "WCI")]
+    curves, r, changes = over_epochs(rows), correlations(rows), factors(rows)
+    product = rows[rows["quantity"].isin([RATE, INDEX, NORM, TRACE, CEILING])]
+    gaps = [
+        Panel("robust loss gap", LOSS_GAP),
+        Panel("robust error gap", ERROR_GAP),
+        Panel("WCI", INDEX),
+    ]
     apart = [
-        Row(NORM, "‖W‖²_F", log=True),
-        Row(TRACE, "Tr H", log=True),
-        Row(INDEX, "WCI", CEILING, log=True),
+        Panel("‖W‖²_F", NORM, log=True),
+        Panel("Tr H", TRACE, log=True),
+        Panel("WCI", INDEX, second=CEILING, log=True),
     ]
     pictures = [
         Picture(
             "wci_and_gap",
-            curves[curves["quantity"].isin(["lr", *(row.quantity for row in gaps)])],
-            partial(figure_of_curves, title="WCI and robust generalisation gap", rows=gaps),
+            curves[curves["quantity"].isin([RATE, *(panel.quantity for panel in gaps)])],
+            partial(figure_of_curves, title="WCI and robust generalisation gap", panels=gaps),
         ),
         Picture(
             "norm_and_trace",
-            by_factors,
-            partial(figure_of_curves, title="The two factors of the WCI", rows=apart, mean="geometric mean"),
+            over_epochs(product, geometric=True),
+            partial(
+                figure_of_curves, title="The two factors of the WCI", panels=apart, mean="geometric mean"
+            ),
         ),
     ]
     tables = {"curves": curves, "correlations": r, "factors": changes}
-    return Answer(tables, pictures, [*_told_correlations(r), *_told_factors(changes)])
+    return Answer(tables, pictures, [_follows(r), *_moving(changes), intervals_said(curves)])
 
 
-def _told_correlations(r: pd.DataFrame) -> list[str]:
-    """Pearson's r of WCI and gap, one sentence for each data set and phase."""
-    lines = []
-    for (panel, phase), rows in r.groupby(["panel", "phase"], sort=False):
-        parts = []
-        for gap, own in rows.groupby("quantity", sort=False):
-            low, mean, high = own["pearson"].min(), own["pearson"].mean(), own["pearson"].max()
-            spread = f" (seeds: {low:.2f} to {high:.2f})" if len(own) > 1 else ""
-            parts.append(f"{mean:.2f}{spread} with the {GAPS[str(gap)]}")
-        epochs = sorted(set(rows["epochs"]))
-        n = "–".join(str(count) for count in dict.fromkeys((epochs[0], epochs[-1])))
-        lines.append(
-            f"{panel}, {phase} ({n}): the WCI's Pearson correlation over epochs is {', '.join(parts)}."
-        )
-    if not lines:
-        lines.append(
+def _follows(r: pd.DataFrame) -> str:
+    """Pearson's r of WCI and loss gap over all epochs, by data set."""
+    own = r[(r["quantity"] == LOSS_GAP) & (r["phase"] == "all epochs")]
+    if own.empty:
+        return (
             "WCI and gaps have fewer than three epochs in common: no correlation; let "
             "measure.epochs name evaluated epochs."
         )
-    return lines
+    means = own.groupby("panel", sort=False)["pearson"].mean()
+    said = ", ".join(f"{panel} {mean:.2f}" for panel, mean in means.items())
+    return f"Pearson correlation of WCI and robust loss gap over all epochs, mean over seeds: {said}."
 
 
-def _told_factors(changes: pd.DataFrame) -> list[str]:
-    """By what the WCI was multiplied in each phase, and which factor did most of it."""
+def _moving(changes: pd.DataFrame) -> list[str]:
+    """Which factor moves more, by phase and data set."""
     lines = []
-    for (panel, phase), rows in changes.groupby(["panel", "phase"], sort=False):
-        own = {str(row["factor"]): row for row in rows.to_dict("records")}
-        said = {name: _factor_said(own[name]) for name in FACTORS}
-        strongest = max((NORM, TRACE), key=lambda name: abs(float(own[name]["mean"])))
-        lines.append(
-            f"{panel}, {phase}: the WCI is multiplied by {said[INDEX]}: {said[NORM]} from {FACTORS[NORM]}, "
-            f"{said[TRACE]} from {FACTORS[TRACE]}, {said['shape']} from {FACTORS['shape']}. "
-            f"{FACTORS[strongest]} moves more."
-        )
-    if lines:
-        lines.append(f"Factors' means are geometric. {intervals_said(changes)}")
+    for phase, rows in changes[changes["factor"].isin([NORM, TRACE])].groupby("phase", sort=False):
+        strongest = rows.loc[rows["mean"].abs().groupby(rows["panel"], sort=False).idxmax()]
+        pairs = zip(strongest["factor"], strongest["panel"], strict=True)
+        said = ", ".join(f"{FACTORS[factor]} ({panel})" for factor, panel in pairs)
+        lines.append(f"The factor of the WCI that moves more {phase}: {said}.")
     return lines
-
-
-def _factor_said(row: Mapping[Any, Any]) -> str:
-    mean, low, high = (float(np.exp(row[name])) for name in ("mean", "low", "high"))
-    return f"{mean:.2f}" if np.isnan(low) else f"{mean:.2f} [{low:.2f}, {high:.2f}]"
 
 
 STUDY = Study(

@@ -18,30 +18,48 @@ from robustdyn.errors import RecordError
 from robustdyn.records.reader import Run, combine
 from robustdyn.records.schema import EPOCHS, WCI
 from robustdyn.report import style
-from robustdyn.report.plotting import finish, label_ends, log_axis
+from robustdyn.report.plotting import End, finish, label_ends, log_axis
 from robustdyn.report.statistics import of_run
-from robustdyn.studies.shared import comparison
-from robustdyn.studies.shared.alike import require_alike
-from robustdyn.studies.shared.comparison import (
-    DIFFERENCE,
-    draw_over_epochs,
-    ends_of,
-    of_seeds,
-    picked,
-    said,
-    seeds_named,
+from robustdyn.studies.shared.comparing import (
+    ERROR,
+    FINAL,
+    INDEX,
+    LOSS,
+    LOSS_GAP,
+    METRICS,
+    MOMENT,
+    RATE,
+    RISE,
+    against,
+    at_moments,
+    intervals_said,
+    mean_with_interval,
+    metrics_over_epochs,
+    require_alike,
+    require_complete,
+    seeds_said,
+    shown_table,
+    told_apart,
+    values,
 )
-from robustdyn.studies.shared.over_seeds import COVERAGE, mean_with_interval
+from robustdyn.studies.shared.comparison_figures import (
+    BANDS,
+    draw_best_and_final,
+    draw_over_epochs,
+    draw_points,
+    name_rows,
+    of_seeds,
+)
 from robustdyn.studies.shared.study import Answer, Picture, Study
 
 STATIC = "static η₁"
-SHOWN = ("test_robust_error", "test_robust_loss")
-TRENDS = (*SHOWN, "robust_loss_gap")
+SHOWN = (ERROR, LOSS)
+TRENDS = (*SHOWN, LOSS_GAP)
 PER = 10  # epochs that a slope is said for
 LEAST = 3  # evaluated epochs that a line is fitted to
 UNDAMPED = 1 - 1e-6  # of η₁: not lowered
-ROOM = 0.08  # of the run, shown before the decay
-RATE_AND_INDEX = {"lr": EPOCHS["lr"], "wci": WCI["wci"]}
+MARGIN = 0.08  # of the run, shown before the decay
+RATE_AND_INDEX = {RATE: EPOCHS[RATE], INDEX: WCI[INDEX]}
 
 
 def damping(runs: Sequence[Run]) -> pd.DataFrame:
@@ -128,33 +146,36 @@ def answer(runs: Sequence[Run]) -> Answer:
     """Best and final of each threshold, the trend since the decay, and rate and index over epochs."""
     require_alike(runs, ["schedule.threshold"])
     damped = damping(runs)
-    comparison.check_complete(runs)
+    require_complete(runs)
     settings = settings_of(runs, damped)
-    values = comparison.best_and_final(runs, settings)
-    means = comparison.over_seeds(values)
+    order = list(dict.fromkeys(settings.values()))
+    ordered = sorted(runs, key=lambda run: order.index(settings[run.label]))
+    rows = values(ordered, [ERROR], lambda run: settings[run.label], None, optional=[*METRICS, INDEX])
+    found = at_moments(rows)
+    means = mean_with_interval(found, MOMENT)
     start = int(damped["epoch"].min())  # of all runs: they differ in nothing that moves it
     fitted = trends(runs, settings, start)
     slopes = mean_with_interval(fitted, ["setting", "metric"], "slope")
-    rule = _rule(damped, settings)
-    shown_from = max(0, start - max(2, round(ROOM * int(runs[0].config["trainer"]["max_epochs"]))))
-    over_epochs = comparison.curves(runs, settings, [EPOCHS[name] for name in ("lr", *SHOWN)])
+    shown_from = max(0, start - max(2, round(MARGIN * int(runs[0].config["trainer"]["max_epochs"]))))
+    over_epochs = metrics_over_epochs(rows, [RATE, INDEX, *SHOWN])
     over_epochs = over_epochs[over_epochs["epoch"] >= shown_from].assign(start=start)
     tables = {
         "thresholds": means,
-        "thresholds_shown": comparison.shown_table(means),
-        "runs": values,
+        "thresholds_shown": shown_table(means),
+        "runs": found,
         "trend": slopes,
-        "rule": rule,
+        "rule": _rule(damped, settings),
     }
-    if STATIC in settings.values():
-        tables["against_static"] = comparison.against(values, STATIC)
+    if STATIC in order:
+        tables["against_static"] = against(found, STATIC, MOMENT[1:]).assign(minus=STATIC)
+    rate_and_index = pd.concat([over_epochs[over_epochs["metric"] == name] for name in RATE_AND_INDEX])
     pictures = [
-        Picture("thresholds", over_epochs[over_epochs["metric"] != "lr"], draw_thresholds),
-        Picture("best_and_final", means[means["moment"] != DIFFERENCE], draw_best_and_final),
+        Picture("thresholds", over_epochs[over_epochs["metric"].isin(SHOWN)], draw_thresholds),
+        Picture("best_and_final", means[means["moment"] != RISE], draw_settings),
         Picture("trend", _trend_table(over_epochs, fitted, slopes), draw_trend),
-        Picture("rate_and_wci", _rate_and_wci(over_epochs, damped, runs, settings), draw_rate_and_wci),
+        Picture("rate_and_wci", rate_and_index.reset_index(drop=True), draw_rate_and_wci),
     ]
-    return Answer(tables, pictures, _findings(means, tables.get("against_static"), slopes, rule))
+    return Answer(tables, pictures, _findings(tables))
 
 
 @style.styled
@@ -165,47 +186,38 @@ def draw_thresholds(over_epochs: pd.DataFrame) -> Figure:
         f"The WCI rate at several thresholds τ ({of_seeds(over_epochs, colours)})", _height(colours)
     )
     for ax, metric in zip(figure.subplots(1, len(SHOWN)), SHOWN, strict=True):
-        own = over_epochs[over_epochs["metric"] == metric]
-        draw_over_epochs(ax, own, colours)
+        ends = _draw(ax, over_epochs, metric, colours)
         finish(ax, EPOCHS[metric].label.capitalize(), EPOCHS[metric].shown)
         _mark_decay(ax, over_epochs)
-        label_ends(ax, ends_of(own, colours))
+        label_ends(ax, ends)
     return figure
 
 
 @style.styled
-def draw_best_and_final(means: pd.DataFrame) -> Figure:
+def draw_settings(means: pd.DataFrame) -> Figure:
     """Best and final of each threshold: how sensitive the result is to it."""
     panels = {name: EPOCHS[name].label.capitalize() for name in TRENDS}
-    return comparison.draw_best_and_final(
-        "Best and final epoch at each threshold τ", means, panels, _colours(means)
-    )
+    return draw_best_and_final("Best and final epoch at each threshold τ", means, panels, _colours(means))
 
 
 @style.styled
 def draw_trend(table: pd.DataFrame) -> Figure:
     """Lines through the robust error since the decay, and all their slopes (the paper's figure 3 b)."""
     colours = _colours(table)
-    figure = style.new_figure(f"Trend since the decay ({seeds_named(table)}, 95 % interval)", 3.8)
+    figure = style.new_figure(f"Trend since the decay ({seeds_said(table)}, 95 % interval)", 3.8)
     left, right = figure.subplots(1, 2, width_ratios=(1.2, 1.0))
-    column = EPOCHS["test_robust_error"]
+    column = EPOCHS[ERROR]
     points, lines = table[table["kind"] == "measured"], table[table["kind"] == "line"]
     for setting, rows in points.groupby("setting", sort=False):
         left.plot(rows["epoch"], rows["mean"], "o", color=colours[str(setting)], alpha=0.55)
-    for setting, rows in lines.groupby("setting", sort=False):
-        left.plot(rows["epoch"], rows["mean"], color=colours[str(setting)])
+    ends = _draw(left, lines.assign(metric="line"), "line", colours, bands=False)
     finish(left, "Mean over seeds, and least-squares line", column.shown)
-    label_ends(left, ends_of(lines, colours))
+    label_ends(left, ends)
     slopes = table[table["kind"] == "slope"]
-    for i, (_, row) in enumerate(slopes.iloc[::-1].iterrows()):
-        colour = colours[row["setting"]]
-        if not pd.isna(row["low"]):
-            right.plot([row["low"], row["high"]], [i, i], color=colour, linewidth=1.4)
-        right.plot([row["mean"]], [i], "o", color=colour, markersize=6)
+    names = list(slopes["setting"])
+    draw_points(right, range(len(names))[::-1], slopes, [colours[name] for name in names])
     right.axvline(0.0, color=style.MARK, linewidth=0.8)
-    right.set_yticks(range(len(slopes)), slopes["setting"].iloc[::-1])
-    right.set_ylim(-0.6, len(slopes) - 0.4)
-    right.grid(visible=False, axis="y")
+    name_rows(right, names)
     right.set_title(f"Slope of the {column.label}")
     right.set_xlabel(f"percentage points per {PER} epochs")
     return figure
@@ -215,25 +227,33 @@ def draw_trend(table: pd.DataFrame) -> Figure:
 def draw_rate_and_wci(table: pd.DataFrame) -> Figure:
     """The rate above the index that it follows (the paper's figure 9 a)."""
     colours = _colours(table)
-    whose = " of the WCI" if len(colours) <= comparison.BANDS else ""
+    whose = " of the WCI" if len(colours) <= BANDS else ""
     title = f"Rate and WCI ({of_seeds(table, colours)}{whose})"
     figure = style.new_figure(title, 1.5 * _height(colours))
     upper, lower = figure.subplots(2, 1, sharex=True)
+    ends = {}
     for ax, (name, column) in zip((upper, lower), RATE_AND_INDEX.items(), strict=True):
-        draw_over_epochs(ax, table[table["metric"] == name], colours, bands=name == "wci")
+        ends[ax] = _draw(ax, table, name, colours, bands=name == INDEX)
         finish(ax, "", column.shown)
         _mark_decay(ax, table)
     upper.set_xlabel("")
     log_axis(upper)
     lower.set_ylim(bottom=0)
-    for ax, name in ((upper, "lr"), (lower, "wci")):
-        label_ends(ax, ends_of(table[table["metric"] == name], colours))
+    for ax in (upper, lower):
+        label_ends(ax, ends[ax])
     return figure
+
+
+def _draw(
+    ax: Axes, table: pd.DataFrame, metric: str, colours: Mapping[str, str], *, bands: bool = True
+) -> list[End]:
+    own = table[table["metric"] == metric].rename(columns={"metric": "quantity"})
+    return draw_over_epochs(ax, own, colours, {metric: "-"}, bands=bands and len(colours) <= BANDS)
 
 
 def _height(colours: Mapping[str, str]) -> float:
     """Inches, so that the labels of many curves fit beside them."""
-    return 3.7 if len(colours) <= comparison.BANDS else 4.6
+    return 3.7 if len(colours) <= BANDS else 4.6
 
 
 def _mark_decay(ax: Axes, table: pd.DataFrame) -> None:
@@ -270,12 +290,12 @@ def _rule(damped: pd.DataFrame, settings: Mapping[str, str]) -> pd.DataFrame:
         found += [
             {"setting": settings[label], "quantity": name, "value": value} for name, value in numbers.items()
         ]
-    return mean_with_interval(pd.DataFrame(found), ["setting", "quantity"], "value")
+    return mean_with_interval(pd.DataFrame(found), ["setting", "quantity"])
 
 
 def _trend_table(over_epochs: pd.DataFrame, fitted: pd.DataFrame, slopes: pd.DataFrame) -> pd.DataFrame:
     """Measured points and lines of the control and the largest other threshold; the slopes of all."""
-    metric = "test_robust_error"
+    metric = ERROR
     order = list(dict.fromkeys(slopes["setting"]))
     shown = [name for name in order if name != STATIC][-1:] + [name for name in order if name == STATIC]
     points = over_epochs[
@@ -299,69 +319,24 @@ def _trend_table(over_epochs: pd.DataFrame, fitted: pd.DataFrame, slopes: pd.Dat
     return pd.concat([part.assign(kind=kind) for kind, part in parts.items()], ignore_index=True)[columns]
 
 
-def _rate_and_wci(
-    over_epochs: pd.DataFrame, damped: pd.DataFrame, runs: Sequence[Run], settings: Mapping[str, str]
-) -> pd.DataFrame:
-    """Rate and index over epochs: mean and interval over seeds."""
-    wci = combine(runs, "wci")
-    wci["setting"] = wci["run"].map(settings)
-    index = mean_with_interval(wci, ["setting", "epoch"], "wci")
-    start = over_epochs["start"].iloc[0]
-    index = index[index["epoch"] >= over_epochs["epoch"].min()].assign(metric="wci", start=start)
-    index = index.sort_values(
-        "setting", key=lambda names: names.map(list(dict.fromkeys(settings.values())).index), kind="stable"
-    )
-    rates = over_epochs[over_epochs["metric"] == "lr"]
-    together: pd.DataFrame = pd.concat([rates, index], ignore_index=True)
-    return together[list(rates.columns)]
-
-
-def _findings(
-    means: pd.DataFrame, differences: pd.DataFrame | None, slopes: pd.DataFrame, rule: pd.DataFrame
-) -> list[str]:
-    order = list(dict.fromkeys(means["setting"]))
-    error, loss, gap = (EPOCHS[name] for name in ("test_robust_error", "test_robust_loss", "robust_loss_gap"))
-    ruled = rule.set_index(["setting", "quantity"])["mean"]
-    slope = slopes.set_index(["setting", "metric"])
-    highest = rule[rule["quantity"] == "highest WCI"]["mean"].max()
+def _findings(tables: Mapping[str, pd.DataFrame]) -> list[str]:
+    means, rule = tables["thresholds"], tables["rule"]
+    own = means[(means["metric"] == ERROR) & (means["moment"] == FINAL) & (means["setting"] != STATIC)]
+    finals = own.set_index("setting")["mean"]
     findings = [
-        f"{seeds_named(means)}; mean ± half of the 95 % interval over seeds ({COVERAGE}). τ is in "
-        f"units of this network's index, which was at most {highest:.3g}. Best is the epoch of lowest test "
-        "robust error, chosen on the test set."
+        f"Sensitivity to τ: the final robust error lies between {finals.min():.1f} % ({finals.idxmin()}) and "
+        f"{finals.max():.1f} % ({finals.idxmax()}). τ is in units of this network's index, which was at most "
+        f"{rule[rule['quantity'] == 'highest WCI']['mean'].max():.3g}."
     ]
-    for setting in order:
-        trend = slope.loc[(setting, error.name)]
-        interval = "" if pd.isna(trend["low"]) else f" [{trend['low']:+.2f}, {trend['high']:+.2f}]"
-        final = {column: said(picked(means, setting, column.name), column) for column in (error, loss, gap)}
-        rise = said(picked(means, setting, loss.name, DIFFERENCE), loss)
-        findings.append(
-            f"{setting}: the rate ends at {ruled[setting, 'final η / η₁']:.3g} η₁, the WCI at "
-            f"{ruled[setting, 'last WCI']:.3g}; robust error best "
-            f"{said(picked(means, setting, error.name, 'best'), error)} %, final {final[error]} %, since the "
-            f"decay {trend['mean']:+.2f}{interval} percentage points per {PER} epochs; robust loss final "
-            f"{final[loss]}, final − best {rise}; gap {final[gap]} nats."
-        )
-    finals = {name: picked(means, name, error.name)["mean"] for name in order if name != STATIC}
-    findings.append(
-        f"Sensitivity to τ: the final robust error lies between {min(finals.values()):.1f} % "
-        f"({min(finals, key=finals.__getitem__)}) and {max(finals.values()):.1f} % "
-        f"({max(finals, key=finals.__getitem__)})."
-    )
-    if differences is None:
+    if "against_static" in tables:
+        apart = tables["against_static"]
+        for metric in (ERROR, LOSS):
+            own = apart[(apart["metric"] == metric) & (apart["moment"] == FINAL)]
+            said = told_apart(own, list(own["setting"]))
+            findings.append(f"Final {EPOCHS[metric].label} against the static rate, seed by seed: {said}.")
+    else:
         findings.append("No control: no run kept η₁ throughout; schedule.threshold=1e9 makes one.")
-        return findings
-    for column, digits in ((error, 1), (loss, 3), (gap, 3)):
-        told = []
-        for setting in finals:
-            row = picked(differences, setting, column.name)
-            sides = "" if pd.isna(row["low"]) else f" [{row['low']:+.{digits}f}, {row['high']:+.{digits}f}]"
-            told.append(f"{setting} {row['mean']:+.{digits}f}{sides}")
-        unit = "percentage points" if column.scale > 1 else column.shown_unit
-        findings.append(
-            f"Final {column.label} minus that of the static rate, paired by seed ({unit}, 95 % intervals not "
-            f"adjusted for their number): {', '.join(told)}."
-        )
-    return findings
+    return [*findings, intervals_said(means)]
 
 
 STUDY = Study(

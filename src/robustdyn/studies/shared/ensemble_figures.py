@@ -105,6 +105,23 @@ def _grid(figure: Figure, count: int, **shared: Any) -> list[Axes]:
     return list(axes[:count])
 
 
+def _per_ensemble(
+    data: pd.DataFrame, title: str, ylabel: str, *, height: float = 2.7, sharey: bool = True
+) -> tuple[Figure, list[tuple[Axes, pd.DataFrame, _Steps]]]:
+    """A figure, and for each ensemble a panel over steps, its rows and its step axis."""
+    names = list(dict.fromkeys(data["ensemble"]))
+    figure = style.new_figure(title, 0.9 + height * -(-len(names) // 2))
+    panels = []
+    for ax, name in zip(_grid(figure, len(names), sharey=sharey), names, strict=True):
+        own = data[data["ensemble"] == name]
+        axis = _Steps(own)
+        axis.dress(ax)
+        ax.set_title(name)
+        ax.set_ylabel(ylabel)
+        panels.append((ax, own, axis))
+    return figure, panels
+
+
 @style.styled
 def draw_ratio(data: pd.DataFrame) -> Figure:
     """Geometric mean of measured / predicted variance against the step, a panel for each ensemble.
@@ -112,13 +129,14 @@ def draw_ratio(data: pd.DataFrame) -> Figure:
     Args:
         data: Table ``agreement`` from step 1 on.
     """
-    names = list(dict.fromkeys(data["ensemble"]))
-    rows = -(-len(names) // 2)
-    figure = style.new_figure("Variance of the weights, measured / predicted", 0.9 + 3.0 * rows)
-    for ax, name in zip(_grid(figure, len(names), sharey=True), names, strict=True):
-        own = data[data["ensemble"] == name]
-        axis = _Steps(own)
-        ax.axhspan(*GOAL, color=style.MARK, alpha=0.15, linewidth=0)
+    figure, panels = _per_ensemble(
+        data,
+        "Variance of the weights, measured / predicted",
+        "geometric mean over directions",
+        height=3.0,
+    )
+    for ax, own, axis in panels:
+        ax.axhspan(*GOAL, color=style.MARK, alpha=0.15, linewidth=0, zorder=0.9)
         ax.axhline(1, color=style.MARK, linewidth=0.8)
         for law in NAMES:
             line = own[own["law"] == law].dropna(subset=["geometric_mean"])
@@ -134,18 +152,9 @@ def draw_ratio(data: pd.DataFrame) -> Figure:
                 markersize=2.5,
             )
             if law in (EXACT, REFRESHED):
-                ax.fill_between(
-                    axis.place(line["step"]),
-                    line["low"],
-                    line["high"],
-                    color=COLOURS[law],
-                    alpha=0.15,
-                    linewidth=0,
-                )
+                band = axis.place(line["step"]), line["low"], line["high"]
+                ax.fill_between(*band, color=COLOURS[law], alpha=0.15, linewidth=0, zorder=0.9)
         _ratio_axis(ax, (0.15, 8.0))
-        axis.dress(ax)
-        ax.set_title(name)
-        ax.set_ylabel("geometric mean over directions")
     present = [law for law in NAMES if (data["law"] == law).any()]
     handles = [key(NAMES[law], LINES.get(law, "-"), colour=COLOURS[law]) for law in present]
     handles.append(key("learning rate falls", "--"))
@@ -245,13 +254,10 @@ def draw_mean(data: pd.DataFrame) -> Figure:
     Args:
         data: Table ``agreement`` from step 1 on.
     """
-    names = list(dict.fromkeys(data["ensemble"]))
-    figure = style.new_figure(
-        "Mean of the weights, in predicted standard deviations", 0.9 + 2.7 * -(-len(names) // 2)
-    )
-    for ax, name in zip(_grid(figure, len(names)), names, strict=True):
-        own = data[data["ensemble"] == name]
-        axis, ends = _Steps(own), []
+    title = "Mean of the weights, in predicted standard deviations"
+    figure, panels = _per_ensemble(data, title, "rms over directions (σ)", sharey=False)
+    for ax, own, axis in panels:
+        ends = []
         right = float(axis.place([axis.last])[0])
         for law in (EXACT, REFRESHED):
             rows = own[own["law"] == law]
@@ -266,9 +272,6 @@ def draw_mean(data: pd.DataFrame) -> Figure:
         ax.axhline(chance, color=style.MARK, linewidth=0.9, linestyle=":")
         ends.append(End(right, chance, "chance", style.MARK))
         ax.set_ylim(bottom=0)
-        axis.dress(ax)
-        ax.set_title(name)
-        ax.set_ylabel("rms over directions (σ)")
         label_ends(ax, ends)
     return figure
 
@@ -280,17 +283,13 @@ def draw_drift(data: pd.DataFrame) -> Figure:
     Args:
         data: Tables ``along_the_path`` and ``at_the_replicas``, told apart by ``source``, path or replicas.
     """
-    names = list(dict.fromkeys(data["ensemble"]))
-    figure = style.new_figure(
-        "What drifts while replicas train, relative to the start", 0.9 + 2.7 * -(-len(names) // 2)
-    )
+    title = "What drifts while replicas train, relative to the start"
+    figure, panels = _per_ensemble(data, title, "relative to the start")
     values = data[["curvature", "slope", "noise"]].to_numpy(dtype=float)
     values = values[values > FLOOR]  # an estimate may be negative
     limits = (min(0.5, values.min() / 1.3), max(2.0, 1.3 * values.max()))
     looks = {"curvature": style.PALETTE[0], "slope": style.PALETTE[1], "noise": style.PALETTE[2]}
-    for ax, name in zip(_grid(figure, len(names), sharey=True), names, strict=True):
-        own = data[data["ensemble"] == name]
-        axis = _Steps(own)
+    for ax, own, axis in panels:
         ax.axhline(1, color=style.MARK, linewidth=0.8)
         path = own[own["source"] == "path"].sort_values("step")
         for column, colour in looks.items():
@@ -310,11 +309,8 @@ def draw_drift(data: pd.DataFrame) -> Figure:
                 elinewidth=0.8,
                 color=looks[column],
             )
-        axis.dress(ax)
         ax.set_ylim(*limits)
         log_axis(ax)
-        ax.set_title(name)
-        ax.set_ylabel("relative to the start")
     handles = [
         key("λ of H, attack held fixed", colour=looks["curvature"]),
         key("slope, attack made anew", colour=looks["slope"]),
@@ -333,13 +329,9 @@ def draw_memory(data: pd.DataFrame) -> Figure:
     Args:
         data: Table ``memory``.
     """
-    names = list(dict.fromkeys(data["ensemble"]))
-    figure = style.new_figure(
-        "Correlation of replicas' places with those at an earlier step", 0.9 + 2.7 * -(-len(names) // 2)
-    )
-    for ax, name in zip(_grid(figure, len(names), sharey=True), names, strict=True):
-        own = data[data["ensemble"] == name]
-        axis = _Steps(own)
+    title = "Correlation of replicas' places with those at an earlier step"
+    figure, panels = _per_ensemble(data, title, "mean correlation")
+    for ax, own, axis in panels:
         ax.axhline(0, color=style.MARK, linewidth=0.8)
         for (reference, rows), colour in zip(
             own.groupby("reference", sort=True), style.PALETTE, strict=False
@@ -358,10 +350,7 @@ def draw_memory(data: pd.DataFrame) -> Figure:
                 label=f"at step {reference}",
             )
             ax.plot(places, rows["expected"], color=colour, linestyle=":", linewidth=1.3)
-        axis.dress(ax)
         ax.legend(loc="upper left")
-        ax.set_title(name)
-        ax.set_ylabel("mean correlation")
     handles = [
         key("measured, ± 2 s.e.", marker="o", colour=style.MARK),
         key("what the slopes would leave", ":", colour=style.MARK),

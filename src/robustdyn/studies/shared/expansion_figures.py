@@ -25,7 +25,6 @@ from robustdyn.errors import RecordError
 from robustdyn.replicas import Lines, RecordedEnsemble
 from robustdyn.report import style
 from robustdyn.report.plotting import key, log_axis
-from robustdyn.report.statistics import format_number
 
 Array = NDArray[np.float64]
 
@@ -405,82 +404,30 @@ def _draw_panel(ax: Axes, rows: pd.DataFrame, *, lines: bool) -> None:
 
 # ---------------------------------------------------------------------- findings
 
+_ALONG = {EIGENVECTOR: ("eigenvectors", "σ"), RANDOM: ("random directions", "√P σ")}
+
 
 def expansion_findings(tables: Mapping[str, pd.DataFrame]) -> list[str]:
-    """What the tables of ``expansion_tables`` say, in sentences with numbers."""
-    means, limits = tables["expansion_means"], tables["expansion_limits"]
+    """From where on each expansion is off by a fifth of its second-order term, along lines."""
+    limits = tables["expansion_limits"]
     found = []
-    for label in dict.fromkeys(means["ensemble"]):
-        own = means[means["ensemble"] == label]
-        said = [*_of_lines(own, limits[limits["ensemble"] == label]), *_of_replicas(own)]
-        found += [f"{label}: {text}" for text in said]
+    for (label, kind), rows in limits.groupby(["ensemble", "kind"], sort=False):
+        text, unit = _ALONG[str(kind)]
+        said = []
+        for case in CASES:
+            own = rows[(rows["attack"] == case.attack) & (rows["curvature"] == case.curvature)]
+            said.append(f"{case.text}, {_median(own, unit)}")
+        found.append(
+            f"{label}, along {text}: the error exceeds {BREAKS:.0%} of the second-order term on the worse "
+            f"side from this distance on, median over directions: {'; '.join(said)}."
+        )
     return found
 
 
-def _of_lines(means: pd.DataFrame, limits: pd.DataFrame) -> Iterator[str]:
-    for kind, text, unit in ((EIGENVECTOR, "eigenvectors", "σ"), (RANDOM, "random directions", "√P σ")):
-        own, where = means[means["kind"] == kind], limits[limits["kind"] == kind]
-        if own.empty:
-            continue
-        count = where["direction"].nunique()
-        slopes = _of_case(own, CASES[2]).dropna(subset=["error"])  # where H is more than rounding
-        said = ", ".join(
-            f"{format_number(ratio)} between ± {far:g} {unit}"
-            for far, ratio in zip(slopes["distance"], slopes["slope_ratio"], strict=True)
-        )
-        if len(slopes):
-            yield f"along {count} {text} the gradient with examples made anew rises by, of H's slope, {said}."
-        if kind == EIGENVECTOR and len(slopes):
-            near = slopes.iloc[(slopes["distance"] - 1).abs().argmin()]
-            yield (
-                f"along {text} the loss made anew has between ± {near['distance']:g} σ "
-                f"{near['gradient_ratio']:.2f} ± {near['gradient_ratio_se']:.2f} times the slope at fixed "
-                "examples (1 for a true maximum)."
-            )
-        for case in CASES:
-            breaks, errors = _limits_said(_of_case(where, case), unit), _errors(own, case, unit)
-            yield f"along {text}, {case.text}: {breaks} {errors}."
-
-
-def _of_replicas(means: pd.DataFrame) -> Iterator[str]:
-    for step, rows in means[means["kind"] == REPLICA].groupby("step", sort=True):
-        first = rows.iloc[0]
-        said = [f"{case.text}, {_error(_of_case(rows, case).iloc[0])}" for case in CASES]
-        yield (
-            f"{first['points']:.0f} replicas at step {step}, {first['distance']:.2g} σ from the start with "
-            f"{first['outside']:.0%} of the squared distance outside of the directions; error in the "
-            f"second-order term: {'; '.join(said)}."
-        )
-
-
-def _of_case(rows: pd.DataFrame, case: _Case) -> pd.DataFrame:
-    return rows[(rows["attack"] == case.attack) & (rows["curvature"] == case.curvature)]
-
-
-def _limits_said(limits: pd.DataFrame, unit: str) -> str:
+def _median(limits: pd.DataFrame, unit: str) -> str:
     """The median over directions; a bound on it where it lies outside of what was measured."""
-    said = []
-    for end, side in (("", "on the worse side"), ("_of_mean", "in the mean of both sides")):
-        known = limits[[f"limit{end}", f"bound{end}"]].dropna().sort_values(f"limit{end}")
-        if known.empty:
-            return "in no direction is the error known to a tenth;"
-        middle = known.iloc[(len(known) - 1) // 2]
-        bound, limit = middle[f"bound{end}"], f"{middle[f'limit{end}']:.2g} {unit}"
-        said.append(f"{bound} {limit} {side}".strip())
-    return (
-        f"the error exceeds {BREAKS:.0%} of the second-order term from {' and from '.join(said)} (median of "
-        f"{len(known)} directions);"
-    )
-
-
-def _errors(means: pd.DataFrame, case: _Case, unit: str) -> str:
-    rows = _of_case(means, case)
-    said = [f"{_error(row)} at {row['distance']:g} {unit}" for _, row in rows.iterrows()]
-    return f"in the mean over directions and sides it is {', '.join(said)}"
-
-
-def _error(row: pd.Series) -> str:
-    if not np.isfinite(row["error"]):
-        return "lost in rounding"
-    noise = f" ± {100 * row['error_se']:.0f}" if row["error_se"] > 0 else ""
-    return f"{100 * row['error']:+.0f}{noise} %"
+    known = limits.dropna(subset=["limit"]).sort_values("limit")
+    if known.empty:
+        return "in no direction is the error known to a tenth"
+    middle = known.iloc[(len(known) - 1) // 2]
+    return f"{middle['bound']} {middle['limit']:.2g} {unit}".strip()

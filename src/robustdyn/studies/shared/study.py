@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -21,6 +22,7 @@ from robustdyn.records.reader import Run, find_runs
 from robustdyn.report import style
 
 FINDINGS = "findings.md"
+SHORT = 40  # rows of a table that findings show in full
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Answer:
     Attributes:
         tables: File name without ending -> table.
         pictures: The figures.
-        findings: Sentences with the numbers that answer the question, in Markdown, in order.
+        findings: Sentences that answer the question, in Markdown; numbers are in the tables.
     """
 
     tables: Mapping[str, pd.DataFrame]
@@ -97,6 +99,8 @@ def conduct(
 ) -> Written:
     """Answer a study from runs and write ``tables/``, ``figures/`` and ``findings.md`` under ``output``.
 
+    Findings are the question, the answer, and the tables: short ones in full, long ones by file name.
+
     Args:
         name: Of the study.
         paths: Run or sweep directories.
@@ -123,7 +127,24 @@ def conduct(
             picture.data.to_csv(drawn[-1], index=False)
         findings = output / FINDINGS
         lines = [study.question, "", *(f"- {finding}" for finding in answer.findings)]
+        for stem, table in answer.tables.items():
+            lines += ["", f"`tables/{stem}.csv`, {len(table)} rows", *_markdown(table)]
         findings.write_text("\n".join(lines) + "\n", encoding="utf-8")
     except OSError as error:
         raise RecordError(f"{output}: cannot write ({error.strerror}); pick another --output") from error
     return Written(tuple(written), tuple(drawn), findings)
+
+
+def _markdown(table: pd.DataFrame) -> list[str]:
+    """The lines of a short table, numbers with four digits; nothing for a long one."""
+    if not 0 < len(table) <= SHORT:
+        return []
+    rows: list[Iterable[object]] = [table.columns, ["---"] * len(table.columns)]
+    rows += table.itertuples(index=False, name=None)
+    return ["", *(f"| {' | '.join(map(_cell, row))} |" for row in rows)]
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return "" if np.isnan(value) else f"{value:.4g}"
+    return "" if value is None or value is pd.NA else str(value)

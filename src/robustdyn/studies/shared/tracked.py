@@ -15,14 +15,12 @@ import pandas as pd
 
 from robustdyn.errors import RecordError
 from robustdyn.records.reader import Run, read_table
-from robustdyn.report.statistics import decay_epochs, format_number
-from robustdyn.studies.shared.over_seeds import geometric_mean_with_interval, mean_with_interval
+from robustdyn.report.statistics import decay_epochs
+from robustdyn.studies.shared.comparing import RATE, mean_with_interval, paired
 
 Change = Literal["factor", "difference"]
 
-LEARNING_RATE = "lr"
 BEFORE, AFTER, LATE, END = "before", "after", "late", "end"
-SHOWN_SEEDS = 3  # Student's interval of two seeds is 9 times the distance between them
 MOMENTS = {
     BEFORE: "last measured before the first decay",
     AFTER: "first measured at or after the first decay",
@@ -170,7 +168,7 @@ def over_epochs(run: Run) -> pd.DataFrame:
     )
     for kind in _SUMS:
         sums[f"dominant_terms_{kind}"] = sums[f"curvature_term_{kind}"] + sums[f"log_variance_term_{kind}"]
-    rate = epochs.set_index("epoch")[LEARNING_RATE]
+    rate = epochs.set_index("epoch")[RATE]
     own = _count(spectrum) * np.log(
         rate.reindex(sums.index)
     )  # the stationary σ² goes with η, whatever the network
@@ -179,7 +177,7 @@ def over_epochs(run: Run) -> pd.DataFrame:
     for name in ("commutator", "total_correlation"):
         above = alignment[name] - alignment[f"{name}_null"]
         alignment[f"{name}_excess"] = above / alignment[f"{name}_null_spread"].where(lambda v: v > 0)
-    evaluated = epochs.set_index("epoch")[[*_ROBUSTNESS, LEARNING_RATE]]
+    evaluated = epochs.set_index("epoch")[[*_ROBUSTNESS, RATE]]
     parts = [
         _long(measured),
         _long(_ranked(variances, ["stationary_variance", "resolved_variance"])),
@@ -205,7 +203,7 @@ def moments(values: pd.DataFrame, path: object) -> pd.DataFrame:
     Raises:
         RecordError: There is no decay, or nothing measured on one side of it.
     """
-    rates = values[values["quantity"] == LEARNING_RATE].rename(columns={"value": "lr"})
+    rates = values[values["quantity"] == RATE].rename(columns={"value": "lr"})
     decays = decay_epochs(rates)
     if not decays:
         raise RecordError(f"{path}: no learning-rate decay to compare across; train with schedule=piecewise")
@@ -238,44 +236,28 @@ def mean(frame: pd.DataFrame, by: Sequence[str], *, changes: bool = False) -> pd
         changes: Whether values are already logarithms of factors there.
     """
     keys = [*by, "quantity"]
-    factor = frame["quantity"].map(lambda q: q in QUANTITIES and QUANTITIES[q].change == "factor")
+    factor = _by_factors(frame["quantity"])
     logs = frame[factor]
-    geometric = geometric_mean_with_interval(
-        logs.assign(value=np.exp(logs["value"])) if changes else logs, keys, "value"
-    )
-    return pd.concat([geometric, mean_with_interval(frame[~factor], keys, "value")], ignore_index=True)
+    logs = logs.assign(value=np.exp(logs["value"])) if changes else logs
+    geometric = mean_with_interval(logs, keys, geometric=True)
+    return pd.concat([geometric, mean_with_interval(frame[~factor], keys)], ignore_index=True)
 
 
-def changed(start: pd.Series, end: pd.Series, quantity: pd.Series) -> pd.Series:
-    """From ``start`` to ``end``: the logarithm of the factor or the difference, as the quantity has it."""
-    factor = quantity.map(lambda q: q in QUANTITIES and QUANTITIES[q].change == "factor")
-    ratio = (end / start).where((end > 0) & (start > 0))
-    return pd.Series(np.where(factor, np.log(ratio), end - start), index=start.index)
+def changes_between(start: pd.DataFrame, end: pd.DataFrame, on: Sequence[str]) -> pd.DataFrame:
+    """Change of each quantity from ``start`` to ``end``: the logarithm of the factor, or the difference.
 
+    Args:
+        start: Rows with ``on``, ``quantity`` and ``value``.
+        end: As ``start``; rows without a partner are left out.
+        on: Columns that partners share, besides the quantity.
 
-def told(row: pd.Series) -> str:
-    """A mean change with its interval and what that says: ``×1.8 [1.5, 2.1], rises``."""
-    quantity = QUANTITIES[row["quantity"]]
-    factor = quantity.change == "factor"
-    scale = 1.0 if factor else quantity.scale
-
-    def shown(value: float) -> str:
-        return f"×{_factor(value)}" if factor else f"{scale * value:+.3g}"
-
-    if pd.isna(row["low"]):
-        return f"{shown(row['mean'])} (one seed)"
-    neutral = 1.0 if factor else 0.0
-    word = "rises" if row["low"] > neutral else "falls" if row["high"] < neutral else "no clear change"
-    low, high = (_factor(row[end]) if factor else f"{scale * row[end]:+.3g}" for end in ("low", "high"))
-    return f"{shown(row['mean'])} [{low}, {high}], {word}"
-
-
-def number(row: pd.Series) -> str:
-    """A mean with its interval, from three seeds on: ``0.42 [0.40, 0.44]``."""
-    quantity = QUANTITIES[row["quantity"]]
-    numbers = [quantity.scale * row[name] for name in ("mean", "low", "high")]
-    middle, low, high = map(_factor if quantity.change == "factor" else format_number, numbers)
-    return f"{middle} [{low}, {high}]" if row["seeds"] >= SHOWN_SEEDS else middle
+    Returns:
+        Rows of ``end`` with the change as ``value``, without those of the learning rate.
+    """
+    pairs = paired(end[end["quantity"] != RATE], start, [*on, "quantity"])
+    value, reference = pairs["value"], pairs.pop("reference")
+    ratio = (value / reference).where((value > 0) & (reference > 0))
+    return pairs.assign(value=np.where(_by_factors(pairs["quantity"]), np.log(ratio), value - reference))
 
 
 def label(quantity: str, k: int) -> str:
@@ -283,8 +265,8 @@ def label(quantity: str, k: int) -> str:
     return QUANTITIES[quantity].label.format(k=k)
 
 
-def _factor(value: float) -> str:
-    return f"{value:.3g}" if 1e-3 <= value < 1e4 else f"{value:.1e}"
+def _by_factors(quantity: pd.Series) -> pd.Series:
+    return quantity.map(lambda name: name in QUANTITIES and QUANTITIES[name].change == "factor").astype(bool)
 
 
 def _ranked(frame: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:

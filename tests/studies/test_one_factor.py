@@ -5,10 +5,12 @@ from scipy import stats
 
 from robustdyn.errors import RecordError
 from robustdyn.records import find_runs
-from robustdyn.studies.shared import curves
+from robustdyn.studies.shared import comparing, one_factor
+from robustdyn.studies.shared.comparison_figures import Panel, figure_of_curves, figure_of_outcomes
 from tests.studies.curve_runs import decayed, write_curves
 
-QUANTITIES = (curves.ERROR, curves.LOSS_GAP)
+BY = ["panel", "quantity", "outcome"]
+QUANTITIES = (comparing.ERROR, comparing.LOSS_GAP)
 FALLING, TEST, TRAIN = decayed(6, 3), [0.8, 0.6, 0.5, 0.3, 0.4, 0.45], [0.8, 0.6, 0.4, 0.2, 0.1, 0.1]
 
 
@@ -27,19 +29,19 @@ def write(root, seeds=(0, 1, 2), sizes=(300, 200), shift=0.0, **options):
 
 
 def test_curves_are_means_over_seeds_with_students_interval(tmp_path):
-    rows = curves.values(write(tmp_path), QUANTITIES, by_train_size)
-    table = curves.over_seeds(rows)
-    cell = table[(table["setting"] == "300") & (table["quantity"] == curves.ERROR)].set_index("epoch")
+    rows = comparing.values(write(tmp_path), QUANTITIES, by_train_size)
+    table = comparing.over_epochs(rows)
+    cell = table[(table["setting"] == "300") & (table["quantity"] == comparing.ERROR)].set_index("epoch")
     np.testing.assert_allclose(cell["mean"], np.array(TEST) + 0.01, rtol=1e-12)
     half = stats.t.ppf(0.975, 2) * 0.01 / np.sqrt(3)
     np.testing.assert_allclose(cell["high"] - cell["mean"], half, rtol=1e-9)
     assert set(cell["seeds"]) == {3}
-    assert set(table["quantity"]) == {*QUANTITIES, curves.RATE}
+    assert set(table["quantity"]) == {*QUANTITIES, comparing.RATE}
     assert set(table["panel"]) == {"digits"}
 
 
 def test_outcomes_are_lowest_last_and_rise(tmp_path):
-    found = curves.outcomes(curves.values(write(tmp_path), QUANTITIES, by_train_size))
+    found = one_factor.outcomes(comparing.values(write(tmp_path), QUANTITIES, by_train_size))
     one = found[(found["setting"] == "300") & (found["seed"] == 0)].set_index("outcome")["value"]
     assert one.to_dict() == pytest.approx(
         {
@@ -52,31 +54,22 @@ def test_outcomes_are_lowest_last_and_rise(tmp_path):
 
 
 def test_differences_are_paired_by_seed(tmp_path):
-    found = curves.outcomes(curves.values(write(tmp_path, shift=0.1), QUANTITIES, by_train_size))
-    apart = curves.against(found, "300").set_index("outcome").loc["final robust error"]
+    found = one_factor.outcomes(comparing.values(write(tmp_path, shift=0.1), QUANTITIES, by_train_size))
+    apart = comparing.against(found, "300", BY).set_index("outcome").loc["final robust error"]
     # 0.1 and 0, 1, 2 points by seed; unpaired, the interval would be wider
     want = stats.t.interval(0.95, 2, loc=0.11, scale=0.01 / np.sqrt(3))
-    assert (apart["setting"], apart["baseline"], apart["seeds"]) == ("200", "300", 3)
+    assert (apart["setting"], apart["seeds"]) == ("200", 3)
     np.testing.assert_allclose(apart[["mean", "low", "high"]].to_numpy(float), [0.11, *want], rtol=1e-9)
-    assert curves.against(found, "no such").empty
-    lines = curves.told_differences(curves.against(found, "300"), ["final robust error"])
-    assert lines[0].startswith(
-        "digits 200 less 300: final robust error +11.0 [+8.5, +13.5] percentage points"
-    )
-    assert "leaves out zero for final robust error" in lines[0]
+    assert comparing.against(found, "no such", BY).empty
 
 
 def test_one_seed_has_no_interval(tmp_path):
-    rows = curves.values(write(tmp_path, seeds=(0,)), QUANTITIES, by_train_size)
-    found = curves.outcomes(rows)
-    assert curves.told(curves.summary(found), ["final robust error"])[0] == (
-        "digits 300: final robust error 45.0 %."
-    )
-    assert (
-        "one seed, no interval"
-        in curves.told_differences(curves.against(found, "300"), ["best robust error"])[0]
-    )
-    assert curves.seeds_said(curves.over_seeds(rows)) == "1 seed"
+    rows = comparing.values(write(tmp_path, seeds=(0,)), QUANTITIES, by_train_size)
+    found = one_factor.outcomes(rows)
+    assert one_factor.summary(found)[["low", "high"]].isna().all(axis=None)
+    assert comparing.against(found, "300", BY)[["low", "high"]].isna().all(axis=None)
+    assert comparing.intervals_said(one_factor.summary(found)) == "One seed, so no intervals."
+    assert comparing.seeds_said(comparing.over_epochs(rows)) == "1 seed"
 
 
 def test_correlation_takes_the_gap_between_evaluated_epochs(tmp_path):
@@ -93,8 +86,8 @@ def test_correlation_takes_the_gap_between_evaluated_epochs(tmp_path):
         measured=[0, 2, 4, 6, 8],
     )
     runs = find_runs(tmp_path)
-    rows = curves.values(runs, [curves.INDEX, curves.LOSS_GAP, curves.ERROR_GAP], lambda run: "")
-    r = curves.correlations(rows)
+    rows = comparing.values(runs, [comparing.INDEX, comparing.LOSS_GAP, comparing.ERROR_GAP], lambda run: "")
+    r = comparing.correlations(rows)
     # evaluated are 1, 3, 5, 7: of the measured, 0 and 8 have no gap
     assert set(r["phase"]) == {"all epochs"}  # after the decay only 4 and 6 have
     assert list(r["epochs"]) == [3, 3]
@@ -106,44 +99,44 @@ def test_correlation_can_be_negative_after_the_decay_only(tmp_path):
     trace = np.array([1, 2, 3, 4, 8, 7, 6, 5.0]) ** 2
     options = {"lr": decayed(8, 4), "train": [0.1] * 8, "norm": np.ones(8)}
     write_curves(tmp_path / "run", test=0.1 + gap, trace=trace, **options)
-    rows = curves.values(
-        find_runs(tmp_path), [curves.INDEX, curves.LOSS_GAP, curves.ERROR_GAP], lambda run: ""
+    rows = comparing.values(
+        find_runs(tmp_path), [comparing.INDEX, comparing.LOSS_GAP, comparing.ERROR_GAP], lambda run: ""
     )
-    found = curves.correlations(rows).set_index(["quantity", "phase"])
+    found = comparing.correlations(rows).set_index(["quantity", "phase"])
     assert found["epochs"].to_list() == [8, 4, 8, 4]  # the decay's own epoch is after it
     r = found["pearson"]
-    assert r[curves.LOSS_GAP, "after the first decay"] == pytest.approx(-1)
-    assert r[curves.LOSS_GAP, "all epochs"] == pytest.approx(np.corrcoef(np.sqrt(trace), gap)[0, 1])
+    assert r[comparing.LOSS_GAP, "after the first decay"] == pytest.approx(-1)
+    assert r[comparing.LOSS_GAP, "all epochs"] == pytest.approx(np.corrcoef(np.sqrt(trace), gap)[0, 1])
 
 
 def test_what_runs_lack_is_said(tmp_path):
     runs = write(tmp_path / "a", seeds=(0,))
     with pytest.raises(RecordError, match="needs measured WCI; train with measure=index"):
-        curves.values(runs, [curves.INDEX], by_train_size)
-    assert not curves.values(runs, QUANTITIES, by_train_size, optional=[curves.INDEX]).empty
+        comparing.values(runs, [comparing.INDEX], by_train_size)
+    assert not comparing.values(runs, QUANTITIES, by_train_size, optional=[comparing.INDEX]).empty
     with pytest.raises(RecordError, match=r"one setting on digits differ in more than .*: data\.train_size"):
-        curves.values(runs, QUANTITIES, lambda run: "")
+        comparing.values(runs, QUANTITIES, lambda run: "")
     with pytest.raises(RecordError, match=r"seed 0 of 300 on digits is that of .* too"):
-        curves.values([*runs, *runs], QUANTITIES, by_train_size)
+        comparing.values([*runs, *runs], QUANTITIES, by_train_size)
     write_curves(tmp_path / "b", lr=FALLING[:4], test=TEST[:4], train=TRAIN[:4], seed=1)
     with pytest.raises(RecordError, match="b: ends after epoch 3, others after 5"):
-        curves.values([*runs, *find_runs(tmp_path / "b")], QUANTITIES, by_train_size)
+        comparing.values([*runs, *find_runs(tmp_path / "b")], QUANTITIES, by_train_size)
     write_curves(tmp_path / "c", lr=FALLING, test=TEST, train=TRAIN, every=9)
     with pytest.raises(RecordError, match="no epoch has a test_robust_error; train until"):
-        curves.values(find_runs(tmp_path / "c"), QUANTITIES, by_train_size)
+        comparing.values(find_runs(tmp_path / "c"), QUANTITIES, by_train_size)
     write_curves(tmp_path / "d", lr=[], test=[], train=[])
     with pytest.raises(RecordError, match="no finished epoch"):
-        curves.values(find_runs(tmp_path / "d"), QUANTITIES, by_train_size)
+        comparing.values(find_runs(tmp_path / "d"), QUANTITIES, by_train_size)
 
 
 def test_the_figure_of_curves_draws_its_table(tmp_path):
     measured = {"norm": np.ones(6), "trace": np.arange(1.0, 7.0)}
-    rows = curves.values(write(tmp_path, **measured), [*QUANTITIES, curves.INDEX], by_train_size)
-    table = curves.over_seeds(rows)
-    shown = [curves.Row(curves.ERROR, "robust error"), curves.Row(curves.INDEX, "WCI", log=True)]
-    figure = curves.figure_of_curves(table, "Title", shown)
+    rows = comparing.values(write(tmp_path, **measured), [*QUANTITIES, comparing.INDEX], by_train_size)
+    table = comparing.over_epochs(rows)
+    shown = [Panel("robust error", comparing.ERROR), Panel("WCI", comparing.INDEX, log=True)]
+    figure = figure_of_curves(table, "Title", shown)
     assert figure.get_suptitle() == "Title (mean of 3 seeds)"
-    for ax, quantity, scale in zip(figure.axes, (curves.ERROR, curves.INDEX), (100, 1), strict=True):
+    for ax, quantity, scale in zip(figure.axes, (comparing.ERROR, comparing.INDEX), (100, 1), strict=True):
         drawn = [line for line in ax.lines if len(line.get_xdata()) == 6]
         for line, setting in zip(drawn, ("300", "200"), strict=True):
             own = table[(table["quantity"] == quantity) & (table["setting"] == setting)]
@@ -153,9 +146,9 @@ def test_the_figure_of_curves_draws_its_table(tmp_path):
 
 
 def test_the_figure_of_outcomes_draws_its_table(tmp_path):
-    found = curves.outcomes(curves.values(write(tmp_path), QUANTITIES, by_train_size))
-    table = curves.with_seeds(curves.summary(found), found)
-    error = curves.figure_of_outcomes(table, "Title").axes[0]
+    found = one_factor.outcomes(comparing.values(write(tmp_path), QUANTITIES, by_train_size))
+    table = one_factor.with_seeds(one_factor.summary(found), found)
+    error = figure_of_outcomes(table, "Title").axes[0]
     labels = [label.get_text() for label in error.get_yticklabels()]
     best, of_best, final, of_final = error.lines
     for means, seeds, outcome in (
@@ -179,11 +172,11 @@ def test_axes_end_where_a_quantity_does(tmp_path):
             tmp_path / str(seed), lr=[0.1] * 3, test=[error] * 3, train=[0.5] * 3, seed=seed,
             norm=[1.0] * 3, trace=[1.0 + 9 * seed] * 3,
         )  # fmt: skip
-    quantities = [curves.ERROR, curves.ERROR_GAP, curves.INDEX]
-    rows = curves.values(find_runs(tmp_path), quantities, lambda run: "all")
-    found = curves.outcomes(rows)
-    outcomes = curves.figure_of_outcomes(curves.with_seeds(curves.summary(found), found), "Title")
-    over = curves.figure_of_curves(curves.over_seeds(rows), "Title", [curves.Row(q, q) for q in quantities])
+    quantities = [comparing.ERROR, comparing.ERROR_GAP, comparing.INDEX]
+    rows = comparing.values(find_runs(tmp_path), quantities, lambda run: "all")
+    found = one_factor.outcomes(rows)
+    outcomes = figure_of_outcomes(one_factor.with_seeds(one_factor.summary(found), found), "Title")
+    over = figure_of_curves(comparing.over_epochs(rows), "Title", [Panel(q, q) for q in quantities])
     ranges = [ax.get_xlim() for ax in outcomes.axes], [ax.get_ylim() for ax in over.axes]
     for error, gap, index in ranges:
         assert error == (0, 100)

@@ -2,7 +2,7 @@ import pytest
 
 from robustdyn.errors import RecordError
 from robustdyn.records import find_runs
-from robustdyn.studies.shared.alike import require_alike, require_repetitions
+from robustdyn.studies.shared.comparing import require_alike, require_repetitions
 from tests.records.synthetic import config, write_hydra
 
 
