@@ -1,11 +1,9 @@
 """``robustdyn-certify``: a PAC-Bayes certificate with the posterior that an ensemble of replicas measured."""
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +18,14 @@ from robustdyn.errors import ConfigError, RecordError
 from robustdyn.launch.application import run_app
 from robustdyn.launch.paths import load_run
 from robustdyn.models import load_weights
-from robustdyn.records.files import replace_file
+from robustdyn.records.files import file_digest, replace_file
 from robustdyn.records.run_directory import RunDirectory
 from robustdyn.records.writer import plain
 from robustdyn.replicas import StackedNetwork, read_ensemble
 from robustdyn.replicas.gibbs import GibbsSampling
 from robustdyn.replicas.posterior_certificate import CertificateSettings, Certifier, measured_posterior
 from robustdyn.run.config import COUNT, NON_NEGATIVE, POSITIVE, SEED, Rule, build, check_rules
-from robustdyn.run.environment import processor
+from robustdyn.run.environment import device_name, versions
 from robustdyn.run.of_checkpoint import (
     changed_run,
     checkpoint_of,
@@ -83,7 +81,7 @@ def run_certify(cfg: DictConfig) -> None:
     output = Path(cfg.output) if cfg.output else default
     device = device_of(cfg.device)
     ensemble = read_ensemble(folder)
-    if ensemble.settings["checkpoint"] != hashlib.sha256(checkpoint.read_bytes()).hexdigest():
+    if ensemble.settings["checkpoint"] != file_digest(checkpoint):
         raise RecordError(f"{folder}: an ensemble of another checkpoint; say replicas=DIR")
     measured = measured_posterior(ensemble, folder, cfg.step)
     run, examples = _examples(cfg, run_dir, measured.images, folder)
@@ -203,8 +201,8 @@ def _provenance(cfg: DictConfig, run: DictConfig, attack: PGD, device: torch.dev
         **{key: given[key] for key in kept},
         "attack": asdict(attack),
         "data": type_name(run.data),
-        "versions": {package: version(package) for package in ("robustdyn", "torch")},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
+        "versions": versions(),
+        "device": device_name(device),
     }
 
 
@@ -222,7 +220,7 @@ def _examples(
     run = load_run(run_dir)
     changed = changed_run(run, cfg.run)
     seen, trained, test = _split(run, "train"), _split(changed, "train"), _split(changed, "test")
-    if _fingerprint(trained) != images:
+    if trained.digest() != images:
         raise ConfigError(
             f"run.data: not the images of the ensemble {folder}; repeat what robustdyn-replicas was told, "
             "such as +run.data.train_size=null"
@@ -254,11 +252,6 @@ def _split(run: DictConfig, name: str) -> ImageTensors:
     module.prepare_data()
     module.setup("fit")
     return module.split(name)
-
-
-def _fingerprint(split: ImageTensors) -> str:
-    content = split.images.cpu().numpy().tobytes() + split.labels.cpu().numpy().tobytes()
-    return hashlib.sha256(content).hexdigest()
 
 
 def _difference(examples: ImageTensors, seen: ImageTensors) -> tuple[ImageTensors, int]:

@@ -1,12 +1,10 @@
 """``robustdyn-evaluate``: clean and robust accuracy of a checkpoint, ours or a foreign one."""
 
 import difflib
-import hashlib
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from robustdyn.evaluation import Ball, EvaluationRecord, Result, evaluate
 from robustdyn.launch.application import run_app
 from robustdyn.launch.paths import load_run
 from robustdyn.models import load_weights
+from robustdyn.records.files import file_digest
 from robustdyn.records.labels import flatten
 from robustdyn.records.run_directory import CONFIG, RunDirectory
 from robustdyn.records.schema import EVALUATION
@@ -38,7 +37,7 @@ from robustdyn.run.config import (
     check_rules,
     config_dir,
 )
-from robustdyn.run.environment import processor
+from robustdyn.run.environment import device_name, versions
 from robustdyn.run.of_checkpoint import (
     checkpoint_of,
     device_of,
@@ -90,12 +89,14 @@ def evaluate_checkpoint(typed: DictConfig) -> None:
     default = RunDirectory(run_dir or checkpoint.parent).evaluations / checkpoint.stem
     output = Path(cfg.output) if cfg.output else default
     settings = _settings(cfg, checkpoint, layout, ball, data)
+    # rounding may differ elsewhere, the outcomes hardly
+    provenance = {**versions("pyautoattack"), "device": device_name(device)}
 
     say(f"checkpoint  {checkpoint} ({layout})")
     which = "all" if len(data) == len(split) else f"the first {len(data):,} of"
     say(f"examples    {which} {len(split):,} of the {cfg.evaluation.split} split of {type_name(cfg.data)}")
     say(f"ball        {ball.norm}, radius {cfg.attack.eps_255:g}/255")
-    with EvaluationRecord.open(output, settings, _provenance(device)) as record, _Progress() as progress:
+    with EvaluationRecord.open(output, settings, provenance) as record, _Progress() as progress:
         try:
             result = evaluate(
                 model.to(device),
@@ -306,27 +307,19 @@ def _settings(
     cfg: DictConfig, checkpoint: Path, layout: str, ball: Ball, data: ImageTensors
 ) -> dict[str, Any]:
     """What the outcomes depend on, whatever the attack; compared when an evaluation goes on."""
-    images = hashlib.sha256(data.images.cpu().numpy().tobytes() + data.labels.cpu().numpy().tobytes())
     return {
-        "checkpoint": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
+        "checkpoint": file_digest(checkpoint),
         "layout": layout,
         "model": OmegaConf.to_container(cfg.model, resolve=True),
         "data": type_name(cfg.data),
         "evaluation.split": cfg.evaluation.split,
         "evaluation.examples": len(data),
-        "images": images.hexdigest(),
+        "images": data.digest(),
         "evaluation.batch_size": cfg.evaluation.batch_size,
         "attack.norm": ball.norm,
         "attack.eps_255": cfg.attack.eps_255,
         "seed": cfg.seed,
     }
-
-
-def _provenance(device: torch.device) -> dict[str, str]:
-    """What the evaluation was begun with; rounding may differ elsewhere, the outcomes hardly."""
-    versions = {name: version(name) for name in ("robustdyn", "torch", "pyautoattack")}
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
-    return {**versions, "device": name}
 
 
 # ---------------------------------------------------------------------- the terminal

@@ -1,6 +1,5 @@
 """``robustdyn-replicas``: an ensemble of replicas of a run's checkpoint."""
 
-import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from robustdyn.launch.application import run_app
 from robustdyn.launch.paths import load_run
 from robustdyn.methods import Regularizer
 from robustdyn.models import load_weights
+from robustdyn.records.files import file_digest
 from robustdyn.records.run_directory import RunDirectory
 from robustdyn.replicas import EnsembleRun, TrainingState
 from robustdyn.run.config import build, config_dir
@@ -116,7 +116,7 @@ def training_state(run: DictConfig, checkpoint: Path, device: torch.device) -> T
         objective=build(run, "objective", from_file=True),
         attack=build(run, "attack.train", from_file=True),
         perturbation=build(run, "perturbation", from_file=True) if run.get("perturbation") else None,
-        identity=hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
+        identity=file_digest(checkpoint),
         description=description(run),
     )
 

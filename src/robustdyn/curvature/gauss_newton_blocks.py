@@ -96,8 +96,8 @@ def sampled_squared_norms(
     """
     classes = number_of_classes(risk)
     # Drawn for all examples at once, so that the numbers depend neither on chunk_size nor on the shards.
-    signs = rademacher((probes, risk.examples, classes), generator, risk.dtype, torch.device("cpu"))
-    signs = risk.rows_of_chunks(signs[:, risk.shards.own], dim=1)
+    everybody = rademacher((probes, risk.examples, classes), generator, risk.dtype, torch.device("cpu"))
+    signs = risk.rows_of_chunks(everybody[:, risk.shards.own], dim=1)
 
     def rows() -> Iterator[Tensor]:
         with risk.guard(), SquaredGradientNorms(_modules(risk), names, probes) as norms:

@@ -3,6 +3,7 @@
 Legend: N images of a split, B images of a batch, C channels, H and W rows and columns.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Self
@@ -48,6 +49,11 @@ class ImageTensors:
     def take(self, indices: Tensor) -> Self:
         """The images at ``indices`` (int64, any length), in that order."""
         return type(self)(self.images[indices], self.labels[indices])
+
+    def digest(self) -> str:
+        """SHA-256 of the images and labels, in hexadecimal digits."""
+        content = self.images.cpu().numpy().tobytes() + self.labels.cpu().numpy().tobytes()
+        return hashlib.sha256(content).hexdigest()
 
     def batch(self, indices: Tensor) -> Batch:
         """The images at ``indices`` (int64, (B,)) as a batch, un-augmented."""

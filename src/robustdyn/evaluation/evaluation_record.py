@@ -12,10 +12,12 @@ from typing import Any
 
 from robustdyn.errors import RecordError
 from robustdyn.records import RunRecords
-from robustdyn.records.files import sole_process
+from robustdyn.records.files import replace_file, sole_process
+from robustdyn.records.labels import changes
+from robustdyn.records.lines import parse_lines
+from robustdyn.records.run_directory import RunDirectory
 from robustdyn.records.writer import plain
 
-SETTINGS = "settings.json"
 _ANOTHER = "choose another output=DIR, or delete this one"
 
 Row = Mapping[str, Any]
@@ -69,7 +71,7 @@ class EvaluationRecord:
         new = plain({"settings": settings, "attacks": attacks})
         old = stored["evaluators"].setdefault(evaluator, new)
         if old != new:
-            changed = _differences(old["settings"], new["settings"])
+            changed = changes(old["settings"], new["settings"])
             raise RecordError(f"{self.directory}: {evaluator} was run with {changed}; {_ANOTHER}")
         self._store(stored)
         self.attacks |= new["attacks"]
@@ -122,7 +124,7 @@ class EvaluationRecord:
         self._records.write_summary(summary)
 
     def _begin(self, settings: Mapping[str, object], provenance: Mapping[str, object]) -> None:
-        path = self.directory / SETTINGS
+        path = RunDirectory(self.directory).settings
         if not path.exists():
             if self._records.path("outcomes").exists():
                 raise RecordError(f"{path}: missing beside records that are there; {_ANOTHER}")
@@ -131,14 +133,18 @@ class EvaluationRecord:
         stored = self._stored()
         if stored["evaluation"] != settings:
             raise RecordError(
-                f"{self.directory}: holds an evaluation with {_differences(stored['evaluation'], settings)}; "
+                f"{self.directory}: holds an evaluation with {changes(stored['evaluation'], settings)}; "
                 f"{_ANOTHER}"
             )
         for evaluator in stored["evaluators"].values():
             self.attacks |= evaluator["attacks"]
-        for row in _rows(self._records.path("outcomes")):
+        outcomes, warned = (
+            parse_lines(self._records.path(name), warn=False, epochs=False, remedy=_ANOTHER)
+            for name in ("outcomes", "warnings")
+        )
+        for row in outcomes:
             self._outcomes.setdefault(row["evaluator"], []).append(row)
-        for row in _rows(self._records.path("warnings")):
+        for row in warned:
             self.warnings.setdefault((row["check"], row["evaluator"]), row["message"])
         self._rewrite()  # without half a line that a killed process left
 
@@ -147,7 +153,7 @@ class EvaluationRecord:
         self._records.replace("warnings", [_warning(*key, text) for key, text in self.warnings.items()])
 
     def _stored(self) -> dict[str, Any]:
-        path = self.directory / SETTINGS
+        path = RunDirectory(self.directory).settings
         try:
             stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
@@ -157,11 +163,9 @@ class EvaluationRecord:
         return stored
 
     def _store(self, content: Mapping[str, object]) -> None:
-        path = self.directory / SETTINGS
-        temporary = path.with_suffix(".tmp")
+        path = RunDirectory(self.directory).settings
         try:
-            temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            temporary.replace(path)
+            replace_file(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
         except OSError as error:
             raise RecordError(
                 f"{path}: cannot write ({error.strerror}); choose another output=DIR"
@@ -180,31 +184,5 @@ def _are_settings(stored: object) -> bool:
     )
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a table; a last line that a killed process left half-written is left out."""
-    if not path.is_file():
-        return []
-    lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
-    rows: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            if number < len(lines):
-                raise RecordError(f"{path}, line {number}: not a record; {_ANOTHER}") from error
-    return rows
-
-
 def _warning(check: str, evaluator: str, message: str) -> Row:
     return {"check": check, "evaluator": evaluator, "message": message}
-
-
-def _differences(old: Mapping[str, object], new: Mapping[str, object]) -> str:
-    """``eps=0.1 (now 0.2)`` for every setting that differs."""
-    keys = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
-    return ", ".join(f"{key}={_short(old.get(key))} (now {_short(new.get(key))})" for key in keys)
-
-
-def _short(value: object) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."

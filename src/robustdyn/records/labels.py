@@ -7,6 +7,7 @@ which job ran them never counts.
 
 from __future__ import annotations
 
+import json
 import os.path
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -72,6 +73,19 @@ def differences(setups: Sequence[Setup]) -> dict[str, list[object]]:
     own = [{k: v for k, v in f.items() if k not in s.derived} for f, s in zip(flats, setups, strict=True)]
     keys = [key for key in _ordered_union(own) if not _ignored(key)]
     return {k: [f.get(k) for f in flats] for k in keys if len({format_value(f.get(k)) for f in flats}) > 1}
+
+
+def changes(old: Mapping[str, object], new: Mapping[str, object]) -> str:
+    """``eps=0.1 (now 0.2), seed=0 (now 1)``: the settings that are not what they were."""
+    keys = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
+    return ", ".join(change(key, old.get(key), new.get(key)) for key in keys)
+
+
+def change(key: str, old: object, new: object, *, longest: int = 40) -> str:
+    """``eps=0.1 (now 0.2)``, with at most so many characters of each value."""
+    texts = [value if isinstance(value, str) else json.dumps(value) for value in (old, new)]
+    before, now = (text if len(text) <= longest else f"{text[: longest - 3]}..." for text in texts)
+    return f"{key}={before} (now {now})"
 
 
 def distinguishing(setups: Sequence[Setup]) -> dict[str, list[object]]:

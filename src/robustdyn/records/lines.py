@@ -13,25 +13,37 @@ from robustdyn.errors import RecordError
 LONGEST = 1 << 20
 """Bytes of a line: a row has some hundred."""
 LAST_EPOCH = 10**9
+REMEDY = "remove the line, or restore the file from a copy"
 
 
-def decode(line: bytes) -> dict[str, Any] | None:
+def decode(line: bytes, *, epochs: bool = True) -> dict[str, Any] | None:
     """The row in one line, or ``None`` when the line is broken; NaN and infinities are null.
 
-    A line cut short never decodes: the closing brace is its last character.
+    A line cut short never decodes: the closing brace is its last character. With ``epochs`` a row without an
+    epoch is broken, too; an evaluation's tables have none.
     """
     try:
         row = json.loads(line, parse_constant=lambda name: None)
     except (ValueError, RecursionError):
         return None
-    epoch = row.get("epoch") if isinstance(row, dict) else None
-    return row if type(epoch) is int and 0 <= epoch <= LAST_EPOCH else None
+    if not isinstance(row, dict):
+        return None
+    epoch = row.get("epoch")
+    return row if not epochs or (type(epoch) is int and 0 <= epoch <= LAST_EPOCH) else None
 
 
-def parse_lines(path: Path, *, warn: bool = True) -> list[dict[str, Any]]:
-    """All rows of a record file, in order.
+def parse_lines(
+    path: Path, *, warn: bool = True, epochs: bool = True, remedy: str = REMEDY
+) -> list[dict[str, Any]]:
+    """All rows of a record file, in order; none where there is no file.
 
     A broken last line (the process was killed while writing it) is left out, with a warning if ``warn``.
+
+    Args:
+        path: The file.
+        warn: Whether to warn.
+        epochs: Whether every row must have an epoch.
+        remedy: What the user may do about a broken line, for the message.
 
     Raises:
         RecordError: The file cannot be read, or a line before the last is broken, or one is too long.
@@ -43,16 +55,15 @@ def parse_lines(path: Path, *, warn: bool = True) -> list[dict[str, Any]]:
             for number, line in enumerate(iter(lambda: file.readline(LONGEST + 1), b""), start=1):
                 if not line.strip():
                     continue
-                row = decode(line) if len(line) <= LONGEST else None
+                row = decode(line, epochs=epochs) if len(line) <= LONGEST else None
                 if broken is not None or len(line) > LONGEST:
-                    raise RecordError(
-                        f"{path}, line {broken or number}: not a record; remove the line, or restore the "
-                        "file from a copy"
-                    )
+                    raise RecordError(f"{path}, line {broken or number}: not a record; {remedy}")
                 if row is None:
                     broken = number
                 else:
                     rows.append(row)
+    except FileNotFoundError:
+        return []
     except OSError as error:
         if isinstance(error, RecordError):
             raise

@@ -53,7 +53,7 @@ def read_table(run_dir: str | os.PathLike[str], table: str) -> pd.DataFrame:
     """
     spec = schema.table(table)
     path = RunDirectory(run_dir).table(table)
-    rows = parse_lines(path) if path.is_file() else []
+    rows = parse_lines(path)
     frame = pd.DataFrame(rows, columns=_columns(spec, rows))
     for column in spec.columns:
         frame[column.name] = _typed(frame[column.name], column, spec, path)

@@ -33,7 +33,8 @@ class RunDirectory:
         hydra_config: How Hydra came to it: the options chosen, the working directory.
         overrides: What was typed.
         records: Folder of the tables; see ``table``.
-        summary: The final and the best epoch; of an evaluation's directory its result.
+        summary: The final and the best epoch.
+        settings: What was evaluated: in the directory of an evaluation, which has tables and a summary, too.
         environment: Versions, hardware and code revision.
         status: Whether the run is running, done or failed.
         traceback: Of an error that no one foresaw.
@@ -56,6 +57,7 @@ class RunDirectory:
         self.overrides = self.hydra / "overrides.yaml"
         self.records = self.path / "records"
         self.summary = self.path / "summary.json"
+        self.settings = self.path / "settings.json"
         self.environment = self.path / "environment.json"
         self.status = self.path / "status.json"
         self.traceback = self.path / "error.txt"

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from robustdyn.errors import ConfigError, RecordError
 from robustdyn.records.files import replace_file
+from robustdyn.records.labels import changes
 from robustdyn.records.writer import plain
 from robustdyn.replicas.ensemble import EXPANDED, Arrays
 from robustdyn.replicas.expansion import Lines
@@ -72,9 +73,9 @@ class EnsembleRecord:
             return
         stored = _settings(self.directory)
         if stored != settings:
-            keys = [k for k in dict.fromkeys([*stored, *settings]) if stored.get(k) != settings.get(k)]
-            changed = ", ".join(f"{k}={_short(stored.get(k))} (now {_short(settings.get(k))})" for k in keys)
-            raise RecordError(f"{self.directory}: holds an ensemble with {changed}; {_ANOTHER}")
+            raise RecordError(
+                f"{self.directory}: holds an ensemble with {changes(stored, settings)}; {_ANOTHER}"
+            )
 
     def start(self, measure: Callable[[], MeasuredPoint], device: torch.device) -> MeasuredPoint:
         """The recorded starting point; if there is none, a single process calls ``measure``."""
@@ -280,8 +281,3 @@ def _write(path: Path, content: bytes) -> None:
 
 def _unwritable(path: Path, error: OSError) -> RecordError:
     return RecordError(f"{path}: cannot write ({error.strerror}); free space or choose another output=DIR")
-
-
-def _short(value: object) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."

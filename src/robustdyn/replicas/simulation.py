@@ -184,7 +184,7 @@ class EnsembleRun:
         del start["memory"]
         return {
             "checkpoint": state.identity,
-            "images": _digest(state.images.images, state.images.labels),
+            "images": state.images.digest(),
             "examples": len(state.images),
             **state.description,
             "initial_state": chosen.initial_state,
@@ -324,12 +324,9 @@ def fingerprint(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
     """
     found = hashlib.sha256()
     for name, tensor in {**model.state_dict(), **held_state(optimizer, model)}.items():
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {_digest(tensor)}".encode())
+        content = hashlib.sha256(tensor.detach().cpu().numpy().tobytes()).hexdigest()
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {content}".encode())
     return found.hexdigest()
-
-
-def _digest(*tensors: Tensor) -> str:
-    return hashlib.sha256(b"".join(t.detach().cpu().numpy().tobytes() for t in tensors)).hexdigest()
 
 
 def _alone(model: nn.Module) -> nn.Module:

@@ -5,7 +5,6 @@ Everything here is text and plain numbers for the page; how it looks is the temp
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -21,17 +20,15 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from robustdyn.errors import RecordError
-from robustdyn.evaluation.evaluation_record import SETTINGS
 from robustdyn.records import schema
 from robustdyn.records.command_line import at, command
 from robustdyn.records.files import read_object
 from robustdyn.records.labels import SEED, distinguishing, flatten, format_value
+from robustdyn.records.lines import parse_lines
 from robustdyn.records.progress import STATES, RunState
 from robustdyn.records.reader import Run
 from robustdyn.records.run_directory import MULTIRUN, RunDirectory
 from robustdyn.records.untrusted import read_yaml
-from robustdyn.records.writer import RunRecords
 from robustdyn.report import style
 from robustdyn.report.describe import environment
 from robustdyn.report.plotting import MAX_MARKS
@@ -465,7 +462,7 @@ def evaluations(runs: Sequence[Run], page: Path) -> Evaluations:
     attacks: dict[str, str] = {}
     for run in runs:
         for folder in sorted(RunDirectory(run.path).evaluations.glob("*/")):
-            settings = read_object(folder / SETTINGS)
+            settings = read_object(RunDirectory(folder).settings)
             if not settings:
                 continue
             rows = _recorded(folder, schema.EVALUATION)
@@ -486,18 +483,9 @@ def evaluations(runs: Sequence[Run], page: Path) -> Evaluations:
 
 def _recorded(folder: Path, table: schema.Table) -> pd.DataFrame:
     """A table of an evaluation, which has no epochs; without a last line that a killed process left half."""
-    path = RunRecords(folder).path(table.name)
-    lines = [line for line in path.read_bytes().split(b"\n") if line.strip()] if path.is_file() else []
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except (ValueError, RecursionError) as error:
-            if number < len(lines):
-                raise RecordError(
-                    f"{path}, line {number}: not a record; evaluate again into another directory, and "
-                    "delete this one"
-                ) from error
+    remedy = "evaluate again into another directory, and delete this one"
+    path = RunDirectory(folder).table(table.name)
+    rows = parse_lines(path, warn=False, epochs=False, remedy=remedy)
     return pd.DataFrame(rows, columns=list(table.names))
 
 

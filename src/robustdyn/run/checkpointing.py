@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from robustdyn.errors import CheckpointError, ConfigError
 from robustdyn.models.checkpoints import why_not_loaded
 from robustdyn.records.command_line import at, command
+from robustdyn.records.labels import change
 from robustdyn.records.progress import is_of
 from robustdyn.records.run_directory import HYDRA_FILES, RunDirectory
 from robustdyn.records.untrusted import read_yaml
@@ -202,8 +203,8 @@ def resume_from(cfg: DictConfig, run_dir: Path) -> Path | None:
         raise CheckpointError(f"{path}: not a checkpoint of robustdyn-train; {_REMEDY}")
     present: Any = OmegaConf.to_container(cfg, resolve=True)
     changes = [
-        f"{name}={_short(old)} (now {_short(new)})"
-        for name, old, new in _differences(checkpoint["config"], present)
+        change(name, *("null" if value is None else str(value) for value in values), longest=60)
+        for name, *values in _differences(checkpoint["config"], present)
     ]
     if changes and cfg.resume != "changed":
         for name in HYDRA_FILES:
@@ -273,11 +274,6 @@ def _differences(
             yield from _differences(old, new, f"{name}.")
         elif old != new:
             yield name, old, new
-
-
-def _short(value: object) -> str:
-    text = "null" if value is None else str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _why_not_written(error: BaseException) -> str:

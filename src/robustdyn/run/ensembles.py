@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from robustdyn.records.run_directory import RunDirectory
 from robustdyn.replicas import EnsembleSettings, PointSettings, Recorded
 from robustdyn.run.config import COUNT, POSITIVE, SEED, SWITCH, WHOLE, Rule, build, check_rules
 from robustdyn.run.ensemble_callback import RunEnsembles
-from robustdyn.run.environment import processor
+from robustdyn.run.environment import device_name, versions
 from robustdyn.run.of_checkpoint import type_name
 
 GROUP = "ensemble"
@@ -139,9 +138,7 @@ def description(run: DictConfig) -> dict[str, object]:
 
 def provenance(engine: str, device: torch.device) -> dict[str, object]:
     """What the numbers should not depend on."""
-    versions = {name: version(name) for name in ("robustdyn", "torch")}
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
-    return {**versions, "device": name, "engine": engine}
+    return {**versions(), "device": device_name(device), "engine": engine}
 
 
 def check_ensemble(cfg: DictConfig) -> None:

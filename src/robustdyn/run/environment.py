@@ -13,7 +13,7 @@ import torch
 
 from robustdyn.records.run_directory import RunDirectory
 
-PACKAGES = ("robustdyn", "torch", "lightning", "hydra-core", "torchmetrics", "numpy", "scipy")
+PACKAGES = ("lightning", "hydra-core", "torchmetrics", "numpy", "scipy")
 
 
 def write_environment(run_dir: Path, trainer: lightning.Trainer, model: torch.nn.Module) -> None:
@@ -21,7 +21,7 @@ def write_environment(run_dir: Path, trainer: lightning.Trainer, model: torch.nn
     accelerator = trainer.strategy.root_device
     facts: dict[str, object] = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "packages": {name: version(name) for name in PACKAGES},
+        "packages": versions(*PACKAGES),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": processor(),
@@ -38,6 +38,16 @@ def write_environment(run_dir: Path, trainer: lightning.Trainer, model: torch.nn
         facts["earlier_sessions"] = [*before.pop("earlier_sessions", []), before]
     run_dir.mkdir(parents=True, exist_ok=True)
     run.environment.write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def versions(*others: str) -> dict[str, str]:
+    """Versions of robustdyn, torch and other packages."""
+    return {name: version(name) for name in ("robustdyn", "torch", *others)}
+
+
+def device_name(device: torch.device) -> str:
+    """The name of the GPU, or of the processor."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
 
 
 def processor() -> str:
