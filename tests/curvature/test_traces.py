@@ -282,6 +282,20 @@ def hooked() -> nn.Module:
     return model
 
 
+def hooks_its_gradient(x: Tensor) -> Tensor:
+    out = x.relu()
+    if out.requires_grad:
+        out.register_hook(lambda gradient: 2 * gradient)
+    return out
+
+
+def hooks_its_node(x: Tensor) -> Tensor:
+    out = x.relu()
+    if out.requires_grad:
+        out.grad_fn.register_prehook(lambda gradients: (2 * gradients[0],))
+    return out
+
+
 class Scaled(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -380,6 +394,8 @@ OBSTACLES = {
     "divided": (Divided, "Div divides by a number that depends on 'a.weight'"),
     "late": (Late, "Gelu is not known"),
     "hooked": (hooked, "Linear '1' has forward hooks"),
+    "hooked tensor": (lambda: Functional(hooks_its_gradient), "uses a tensor's register_hook"),
+    "hooked node": (lambda: Functional(hooks_its_node), "uses a tensor's grad_fn"),
     "owned": (Scaled, "owns parameters"),
     "named": (lambda: Functional(Relu.apply), "ReluBackward is not known to be piecewise linear"),
     "overwriting": (lambda: Functional(overwrites_a_part), "a custom function overwrites a part"),

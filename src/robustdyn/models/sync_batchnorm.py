@@ -50,8 +50,9 @@ def desynchronized(model: nn.Module) -> Iterator[None]:
             module.forward = partial(_forward, module)  # type: ignore[method-assign]
 
 
-def _synchronized(model: nn.Module) -> list[nn.Module]:
-    return [m for m in model.modules() if getattr(vars(m).get("forward"), "func", None) is _forward]
+def _synchronized(model: nn.Module) -> list[_BatchNorm]:
+    layers = (module for module in model.modules() if isinstance(module, _BatchNorm))
+    return [m for m in layers if getattr(vars(m).get("forward"), "func", None) is _forward]
 
 
 def _forward(module: _BatchNorm, input: Tensor) -> Tensor:
