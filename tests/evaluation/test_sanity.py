@@ -183,12 +183,12 @@ def test_more_steps_that_break_less_are_seen(tmp_path):
     assert "few" not in {name for check, name in result.warnings if check == "weaker_with_more_effort"}
 
 
-def test_an_ensemble_weaker_than_one_attack_is_seen(robust_net, tmp_path, monkeypatch):
-    monkeypatch.setattr(APGDAttack, "perturb", lambda self, x, y=None: x)  # an ensemble that does nothing
+def test_a_suite_weaker_than_one_attack_is_seen(robust_net, tmp_path, monkeypatch):
+    monkeypatch.setattr(APGDAttack, "perturb", lambda self, x, y=None: x)  # a suite that does nothing
     evaluators = {"pgd": pgd(), "aa": AutoAttackEvaluator(attack_list=["apgd-ce"])}
     result = run(tmp_path, robust_net, digits(40), evaluators, ball=BALL)
-    assert checks(result) == {"ensemble_weaker"}
-    assert "pgd alone only" in result.warnings["ensemble_weaker", "aa"]
+    assert checks(result) == {"suite_weaker"}
+    assert "pgd alone only" in result.warnings["suite_weaker", "aa"]
 
 
 def test_a_black_box_attack_may_be_weaker(robust_net, tmp_path, monkeypatch):

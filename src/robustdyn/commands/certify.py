@@ -1,4 +1,4 @@
-"""``robustdyn-certify``: a PAC-Bayes certificate with the posterior that an ensemble of replicas measured."""
+"""``robustdyn-certify``: bounds a checkpoint's robust error (PAC-Bayes) with a posterior from replicas."""
 
 import json
 from collections import Counter
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def run_certify(cfg: DictConfig) -> None:
-    """Certify the posterior that an ensemble measured, and say what the bound is made of.
+    """Certify the posterior that an ensemble measured, and print which parts make up the bound.
 
     Raises:
         UserError: The configuration, the checkpoint, the data or the ensemble cannot be used.
@@ -123,7 +123,7 @@ def run_certify(cfg: DictConfig) -> None:
 
 
 def report(result: Mapping[str, Any]) -> Iterator[str]:
-    """Lines for people: a table of certificates, and what limits the best."""
+    """Lines to print: a table of certificates, and what limits the best one."""
     yield ""
     heads = (
         "posterior",
@@ -212,10 +212,10 @@ def _provenance(cfg: DictConfig, run: DictConfig, attack: PGD, device: torch.dev
 def _examples(
     cfg: DictConfig, run_dir: Path, images: str, folder: Path
 ) -> tuple[DictConfig, dict[str, ImageTensors]]:
-    """The run's configuration with its changes, and the examples: of the prior, S, of the test.
+    """The run's configuration with its changes, and the examples of the prior, of S and of the test set.
 
     Raises:
-        UserError: The ensemble's examples are not those, or leave none that the prior has not seen.
+        UserError: The ensemble used other examples, or the prior has seen all of them.
     """
     run = load_run(run_dir)
     changed = changed_run(run, cfg.run)
@@ -255,7 +255,7 @@ def _split(run: DictConfig, name: str) -> ImageTensors:
 
 
 def _difference(examples: ImageTensors, seen: ImageTensors) -> tuple[ImageTensors, int]:
-    """``examples`` without those of ``seen``, each as often as it is there; how many of these were absent."""
+    """``examples`` without those in ``seen``, as a multiset; and how many of ``seen`` were not among them."""
     left = Counter(_keys(seen))
     kept = []
     for place, key in enumerate(_keys(examples)):
@@ -275,7 +275,7 @@ def _keys(split: ImageTensors) -> list[bytes]:
 
 
 if __name__ == "__main__":
-    # by its name: a launcher's workers look for it there
+    # imported by name, so that a launcher's workers find it
     from robustdyn.commands.certify import main as command
 
     command()

@@ -1,4 +1,4 @@
-"""``robustdyn-replicas``: an ensemble of replicas of a run's checkpoint."""
+"""``robustdyn-replicas``: trains an ensemble of replicas from a run's checkpoint."""
 
 import os
 from pathlib import Path
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def run_replicas(cfg: DictConfig) -> None:
-    """Run what is missing of an ensemble, or of one shard of it.
+    """Run the missing part of an ensemble, or of one shard of it.
 
     Raises:
         UserError: The configuration, the checkpoint, the data or the record cannot be used.
@@ -55,7 +55,7 @@ def run_replicas(cfg: DictConfig) -> None:
 
 
 def _shard(typed: str | None) -> tuple[int, int]:
-    """Which part of the chunks is ours: as typed, or as the launcher of the processes says."""
+    """The shard of this process and the number of shards: as typed, or from the launcher's environment."""
     if typed is None:
         for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
             if rank in os.environ and size in os.environ:
@@ -68,7 +68,7 @@ def _shard(typed: str | None) -> tuple[int, int]:
 
 
 def _run_config(cfg: DictConfig, run_dir: Path) -> DictConfig:
-    """The run's configuration with what this command changes."""
+    """The run's configuration with the changes that the command was given."""
     run = load_run(run_dir)
     for group in ("perturbation", "optimizer"):
         name = cfg.method[group]
@@ -85,7 +85,7 @@ def _run_config(cfg: DictConfig, run_dir: Path) -> DictConfig:
 
 
 def training_state(run: DictConfig, checkpoint: Path, device: torch.device) -> TrainingState:
-    """The training as the checkpoint has it."""
+    """The state of the training at the checkpoint."""
     model: nn.Module = build(run, "model", from_file=True)
     load_weights(model, checkpoint, layout="robustdyn")
     model.to(device).eval()
@@ -95,12 +95,12 @@ def training_state(run: DictConfig, checkpoint: Path, device: torch.device) -> T
     )
     saved = _saved_optimizer(checkpoint)
     ours, theirs = optimizer.param_groups, saved["param_groups"]
-    # of groups of other sizes, those of another regularizer, it cannot be told which state is whose
+    # with another regularizer the groups have other sizes, and states cannot be matched to parameters
     if [len(group["params"]) for group in ours] == [len(group["params"]) for group in theirs]:
         for own, other in zip(ours, theirs, strict=True):
             for p, number in zip(own["params"], other["params"], strict=True):
                 held = saved["state"].get(number, {})
-                # as it is: the run's optimiser may be of another kind
+                # copied without conversion, because the run's optimiser may be of another kind
                 optimizer.state[p] = {
                     k: v.to(device) if isinstance(v, Tensor) else v for k, v in held.items()
                 }
@@ -133,7 +133,7 @@ def _saved_optimizer(checkpoint: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    # by its name: a launcher's workers look for it there
+    # imported by name, so that a launcher's workers find it
     from robustdyn.commands.replicas import main as command
 
     command()

@@ -33,7 +33,7 @@ class Alignment:
         self._groups, self._randomisations = groups, randomisations
 
     def measure(self, snapshot: Snapshot) -> Iterator[Row]:
-        """The row."""
+        """Yield one ``alignment`` row."""
         hessian, noise, projections = snapshot.hessian, snapshot.noise, snapshot.projected.projections
         groups = min(self._groups, len(projections))
         result = alignment(

@@ -48,7 +48,7 @@ class Spectrum:
                     "curvature": along.curvature[index],
                     "curvature_se": along.curvature_standard_errors[index],
                     "gradient_noise": gamma[index],
-                    # as if all of it came from the attack, which is too much by at most B / n of it
+                    # as if all noise came from the attack, which overstates it by a share of at most B / n
                     "gradient_noise_se": along.variance_standard_errors[index] / size,
                     "attack_noise": attack[index],
                     "noise_eigenvalue": own * float(noise.eigenvalues[index]),

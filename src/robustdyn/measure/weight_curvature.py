@@ -14,8 +14,9 @@ class WeightCurvature:
     """Rows of the ``wci`` and ``layers`` tables (docs/theory.md, section on the Weight-Curvature Index).
 
     Args:
-        probes: Random probes where the traces are sampled.
-        exact_classes_up_to: Classes up to which the Gauss–Newton route is exact (one reverse pass a class).
+        probes: Random probes, if the traces are sampled.
+        exact_classes_up_to: With at most so many classes the Gauss–Newton traces are exact, at the cost of
+            one reverse pass per class.
     """
 
     tables: ClassVar[tuple[str, ...]] = ("wci", "layers")

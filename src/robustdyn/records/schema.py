@@ -371,7 +371,7 @@ OUTCOMES = _table("""
     label int | label | class of the example
     prediction int | prediction | class that the model predicts for the unattacked image
     attacked bool | attacked | false for examples wrong unattacked or broken by an earlier attack of the same
-        ensemble
+        suite
     robust bool | robust | whether the model is still right after this attack
     zero_gradient bool | zero gradient | whether the cross-entropy's gradient at the unattacked image is
         exactly zero or not finite | optional
@@ -379,8 +379,8 @@ OUTCOMES = _table("""
 """)
 
 EVALUATION = _table("""
-    evaluation | one attack, ensemble or summary of an evaluation | evaluator
-    evaluator str | attack | name of the attack or ensemble; 'clean', or 'worst_case': right under every
+    evaluation | one attack, suite of attacks or summary of an evaluation | evaluator
+    evaluator str | attack | name of the attack or suite; 'clean', or 'worst_case': right under every
         attack
     examples int | examples | number of examples
     accuracy float fraction | accuracy | share of the examples that stay right | higher

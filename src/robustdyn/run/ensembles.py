@@ -1,4 +1,4 @@
-"""The settings of an ensemble of replicas, in ``conf/ensemble`` for ``robustdyn-replicas`` and ``-train``."""
+"""Checks and builds the settings of replica ensembles, for ``robustdyn-replicas`` and ``robustdyn-train``."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -65,10 +65,10 @@ RULES: Mapping[str, Rule] = {
 
 
 def ensemble_settings(cfg: DictConfig, prefix: str = "") -> EnsembleSettings:
-    """The settings as ``cfg`` has them under ``prefix``: at the top level, or ``"ensemble."``.
+    """The settings in ``cfg`` under ``prefix``, which is empty for the top level, or ``"ensemble."``.
 
     Raises:
-        ConfigError: A value that cannot be, by its key.
+        ConfigError: A value is not allowed; the message names its key.
     """
     check_rules(cfg, RULES, prefix)
     chosen = OmegaConf.select(cfg, prefix.rstrip(".")) if prefix else cfg
@@ -109,10 +109,10 @@ def ensemble_settings(cfg: DictConfig, prefix: str = "") -> EnsembleSettings:
 
 
 def check_run(run: DictConfig, remedy: str) -> None:
-    """Refuse a run that replicas cannot follow.
+    """Refuse a run whose training steps replicas do not support.
 
     Raises:
-        ConfigError: Names the key and the remedy.
+        ConfigError: A setting is not supported; the message names the key and the remedy.
     """
     if penalty := OmegaConf.select(run, "regularizer.l1"):
         raise ConfigError(
@@ -127,7 +127,7 @@ def check_run(run: DictConfig, remedy: str) -> None:
 
 
 def description(run: DictConfig) -> dict[str, object]:
-    """What replicas' numbers depend on, of a run's configuration."""
+    """The part of a run's configuration on which the replicas' numbers depend."""
     return {
         "data": type_name(run.data),
         **{key: _plain(run, key) for key in ("model", "objective", "perturbation", "optimizer")},
@@ -137,22 +137,20 @@ def description(run: DictConfig) -> dict[str, object]:
 
 
 def provenance(engine: str, device: torch.device) -> dict[str, object]:
-    """What the numbers should not depend on."""
+    """Versions, device and engine, on which the replicas' numbers should not depend."""
     return {**versions(), "device": device_name(device), "engine": engine}
 
 
 def check_ensemble(cfg: DictConfig) -> None:
-    """Refuse settings of a training's ensembles that cannot be, before anything is read.
+    """Refuse settings of a training's ensembles that cannot work, before any data is read.
 
     Raises:
-        ConfigError: Names the key.
+        ConfigError: A setting cannot work; the message names its key.
     """
     settings = cfg[GROUP]
     if not settings:
         return
-    if (
-        "epochs" not in settings or "engine" not in settings
-    ):  # the command line may take away a preset's group
+    if "epochs" not in settings or "engine" not in settings:  # the command line may remove a preset's group
         raise ConfigError(
             f"{GROUP}.{next(iter(settings))} is set but {GROUP}=none takes no settings; choose "
             f"{GROUP}=default, and {GROUP}.epochs=[] to run none, or leave the settings out"
@@ -162,7 +160,7 @@ def check_ensemble(cfg: DictConfig) -> None:
 
 
 def ensemble_callbacks(cfg: DictConfig, run_dir: Path) -> list[Callback]:
-    """The callback that runs a training's ensembles; none where there are none."""
+    """The callback that runs a training's ensembles, or none if there are no ensembles."""
     if not cfg[GROUP]:
         return []
     settings = ensemble_settings(cfg, f"{GROUP}.")
