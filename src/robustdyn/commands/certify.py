@@ -20,7 +20,7 @@ from robustdyn.launch.paths import load_run
 from robustdyn.models import load_weights
 from robustdyn.records.files import file_digest, replace_file
 from robustdyn.records.run_directory import RunDirectory
-from robustdyn.records.writer import plain
+from robustdyn.records.writer import jsonable
 from robustdyn.replicas import StackedNetwork, read_ensemble
 from robustdyn.replicas.gibbs import GibbsSampling
 from robustdyn.replicas.posterior_certificate import CertificateSettings, Certifier, measured_posterior
@@ -82,7 +82,7 @@ def run_certify(cfg: DictConfig) -> None:
     device = device_of(cfg.device)
     ensemble = read_ensemble(folder)
     if ensemble.settings["checkpoint"] != file_digest(checkpoint):
-        raise RecordError(f"{folder}: an ensemble of another checkpoint; say replicas=DIR")
+        raise RecordError(f"{folder}: an ensemble of another checkpoint; give replicas=DIR")
     measured = measured_posterior(ensemble, folder, cfg.step)
     run, examples = _examples(cfg, run_dir, measured.images, folder)
     for part in ("screening", "sampling"):
@@ -92,7 +92,9 @@ def run_certify(cfg: DictConfig) -> None:
     load_weights(model, checkpoint, layout="robustdyn")
     attack: PGD = build(run, "attack.evaluation", from_file=True)
     if attack.batchnorm != "eval":
-        raise ConfigError("attack.evaluation.batchnorm=train would move statistics; say eval")
+        raise ConfigError(
+            "attack.evaluation.batchnorm=train would change the running statistics; choose eval"
+        )
     certifier = Certifier(
         StackedNetwork(model.to(device).eval(), cfg.engine),
         measured,
@@ -112,17 +114,17 @@ def run_certify(cfg: DictConfig) -> None:
     }
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(output, (json.dumps(plain(result), indent=1) + "\n").encode())
+        replace_file(output, (json.dumps(jsonable(result), indent=1) + "\n").encode())
     except OSError as error:
         raise RecordError(
             f"{output}: cannot write ({error.strerror}); free space or choose another output=FILE"
         ) from error
-    for line in report(result):
+    for line in certificate_lines(result):
         say(line)
     say(f"certificate: {output}")
 
 
-def report(result: Mapping[str, Any]) -> Iterator[str]:
+def certificate_lines(result: Mapping[str, Any]) -> Iterator[str]:
     """Lines to print: a table of certificates, and what limits the best one."""
     yield ""
     heads = (

@@ -111,12 +111,12 @@ def evaluate_checkpoint(typed: DictConfig) -> None:
             )
         except ValueError as error:
             raise ConfigError(f"evaluation.attacks: {error}") from error
-    for line in report(result):
+    for line in evaluation_lines(result):
         say(line)
     say(f"record: {output}")
 
 
-def report(result: Result) -> Iterator[str]:
+def evaluation_lines(result: Result) -> Iterator[str]:
     """Lines to print: a table of accuracies, then every warning."""
     width = max(len(row["evaluator"]) for row in result.rows)
     accuracy = EVALUATION["accuracy"]
@@ -188,8 +188,8 @@ def _of_run(checkpoint: Path, run_dir: Path | None) -> DictConfig:
     if run_dir is None:
         if "data" not in typed.groups:
             raise ConfigError(
-                f"checkpoint={checkpoint} does not lie in a run directory (no {CONFIG} there): say "
-                "what it was trained on and which network it is, data=... model=..."
+                f"checkpoint={checkpoint} is not in a run directory (no {CONFIG} there): give "
+                "its data set and network with data=... model=..."
             )
         return _composed([], typed)
     run = load_run(run_dir)
@@ -197,8 +197,8 @@ def _of_run(checkpoint: Path, run_dir: Path | None) -> DictConfig:
     for group in kept:
         if not isinstance(run[group], DictConfig):
             raise RecordError(
-                f"{RunDirectory(run_dir).config}: {group} is no section; restore it, or move the checkpoint "
-                "away"
+                f"{RunDirectory(run_dir).config}: {group} is not a section; restore it, or move the "
+                "checkpoint away"
             )
     cfg = _composed(
         [f"{group}={choice}" for group, choice in _choices(run_dir).items() if group in kept], typed

@@ -18,7 +18,7 @@ from robustdyn.records.files import file_digest
 from robustdyn.records.run_directory import RunDirectory
 from robustdyn.replicas import EnsembleRun, TrainingState
 from robustdyn.run.config import build, config_dir
-from robustdyn.run.ensembles import check_run, description, ensemble_settings, provenance
+from robustdyn.run.ensembles import check_run, description, engine_provenance, ensemble_settings
 from robustdyn.run.of_checkpoint import (
     changed_run,
     checkpoint_of,
@@ -49,7 +49,7 @@ def run_replicas(cfg: DictConfig) -> None:
     device = device_of(cfg.device)
     ensemble = EnsembleRun(settings, training_state(run, checkpoint, device))
     output = Path(cfg.output) if cfg.output else RunDirectory(run_dir).replicas / checkpoint.stem
-    noted = provenance(settings.engine, device)
+    noted = engine_provenance(settings.engine, device)
     left = ensemble.run(output, noted, shard=shard, shards=shards, say=say, wait=None)
     say(f"ensemble: {output}" + (f" ({left} chunks are still missing)" if left else ""))
 
@@ -80,7 +80,7 @@ def _run_config(cfg: DictConfig, run_dir: Path) -> DictConfig:
             raise ConfigError(f"method.{group}={name} is not known; choose run, {known}")
         run[group] = OmegaConf.load(path)
     changed = changed_run(run, cfg.run)
-    check_run(changed, "say +run.regularizer.l1=0")
+    check_run(changed, "set +run.regularizer.l1=0")
     return changed
 
 
@@ -127,7 +127,7 @@ def _saved_optimizer(checkpoint: Path) -> dict[str, Any]:
         state: dict[str, Any] = content["optimizer_states"][0]
     except (KeyError, IndexError, TypeError) as error:
         raise RecordError(
-            f"{checkpoint}: holds no optimiser; give one of a run's checkpoints that training goes on from"
+            f"{checkpoint}: holds no optimiser; give a checkpoint from which a run's training can resume"
         ) from error
     return state
 

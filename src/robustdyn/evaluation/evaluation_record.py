@@ -16,7 +16,7 @@ from robustdyn.records.files import replace_file, sole_process
 from robustdyn.records.labels import changes
 from robustdyn.records.lines import parse_lines
 from robustdyn.records.run_directory import RunDirectory
-from robustdyn.records.writer import plain
+from robustdyn.records.writer import jsonable
 
 _ANOTHER = "choose another output=DIR, or delete this one"
 
@@ -58,7 +58,7 @@ class EvaluationRecord:
         """
         with sole_process(directory, _ANOTHER):
             record = cls(directory)
-            record._begin(plain(settings), plain(provenance))
+            record._begin(jsonable(settings), jsonable(provenance))
             yield record
 
     def describe(self, evaluator: str, settings: Mapping[str, object], attacks: Mapping[str, Row]) -> None:
@@ -68,7 +68,7 @@ class EvaluationRecord:
             RecordError: An evaluator of this name was recorded with other settings.
         """
         stored = self._stored()
-        new = plain({"settings": settings, "attacks": attacks})
+        new = jsonable({"settings": settings, "attacks": attacks})
         old = stored["evaluators"].setdefault(evaluator, new)
         if old != new:
             changed = changes(old["settings"], new["settings"])

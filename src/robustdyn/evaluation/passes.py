@@ -113,7 +113,7 @@ def evaluate(
             standing = right_unattacked
             for name, attack in parts.items():
                 standing = run.attack(name, attack, standing)
-        return summarise(record, len(data), sanity)
+        return _summarise(record, len(data), sanity)
 
 
 class _Run:
@@ -225,7 +225,7 @@ def _attackable(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def summarise(record: EvaluationRecord, examples: int, sanity: Sanity) -> Result:
+def _summarise(record: EvaluationRecord, examples: int, sanity: Sanity) -> Result:
     """Compute and write accuracies, suites, the worst case and warnings from all finished attacks."""
     found = {CLEAN: _flags(record.outcomes(CLEAN), examples)}
     found |= {name: _flags(record.outcomes(name), examples) for name in record.attacks}

@@ -24,7 +24,7 @@ from robustdyn.records import RunRecords
 
 _log = logging.getLogger(__name__)
 
-Row = tuple[str, Mapping[str, Any]]
+TableRow = tuple[str, Mapping[str, Any]]
 """(table, columns) of one record."""
 
 
@@ -34,7 +34,7 @@ class Measurement(Protocol):
     tables: ClassVar[tuple[str, ...]]
     """The tables that its rows belong to."""
 
-    def measure(self, snapshot: Snapshot) -> Iterable[Row]:
+    def measure(self, snapshot: Snapshot) -> Iterable[TableRow]:
         """Rows for the record, computed from the snapshot alone."""
 
 

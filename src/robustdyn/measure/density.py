@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from robustdyn.curvature import GradientCovariance, Hessian, SpectralDensity, spectral_density
-from robustdyn.measure.callback import Row
+from robustdyn.measure.callback import TableRow
 from robustdyn.measure.snapshot import Snapshot
 from robustdyn.methods import OptimizerState
 from robustdyn.records.schema import WHOLE_SPACE
@@ -37,7 +37,7 @@ class Density:
             raise ValueError(f"steps must be at least 4, for half of them give the trace too, got {steps}")
         self._probes, self._steps, self._noise_probes = probes, steps, noise_probes
 
-    def measure(self, snapshot: Snapshot) -> Iterator[Row]:
+    def measure(self, snapshot: Snapshot) -> Iterator[TableRow]:
         """The ``density`` rows of both kinds, then one ``whole_space`` row."""
         hessian, covariance = Hessian(snapshot.risk), GradientCovariance(snapshot.risk)
         plain = spectral_density(
@@ -99,7 +99,7 @@ class _Tracked:
         return float(samples.mean()), float(samples.std() / len(samples) ** 0.5)
 
 
-def _nodes(snapshot: Snapshot, kind: str, density: SpectralDensity, factor: float) -> Iterator[Row]:
+def _nodes(snapshot: Snapshot, kind: str, density: SpectralDensity, factor: float) -> Iterator[TableRow]:
     """A row for each node of each random vector."""
     masses = factor * density.masses[:, None] * density.weights
     for probe, length in enumerate(density.lengths.tolist()):

@@ -6,7 +6,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from robustdyn.measure.callback import Row
+from robustdyn.measure.callback import TableRow
 from robustdyn.measure.snapshot import Snapshot
 from robustdyn.theory import dominant_terms, is_stable, minibatch_noise_factor, stationary_variance
 
@@ -24,7 +24,7 @@ class Spectrum:
 
     tables: ClassVar[tuple[str, ...]] = ("spectrum", "bounds")
 
-    def measure(self, snapshot: Snapshot) -> Iterator[Row]:
+    def measure(self, snapshot: Snapshot) -> Iterator[TableRow]:
         """First k ``spectrum`` rows, then one ``bounds`` row."""
         hessian, noise = snapshot.hessian, snapshot.noise
         along, n, size = snapshot.along, snapshot.train_examples, snapshot.batch_size

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 from robustdyn.curvature import layer_traces
-from robustdyn.measure.callback import Row
+from robustdyn.measure.callback import TableRow
 from robustdyn.measure.snapshot import Snapshot
 from robustdyn.theory import weight_curvature_index
 
@@ -25,7 +25,7 @@ class WeightCurvature:
         self._probes = probes
         self._exact_classes_up_to = exact_classes_up_to
 
-    def measure(self, snapshot: Snapshot) -> Iterator[Row]:
+    def measure(self, snapshot: Snapshot) -> Iterator[TableRow]:
         """One ``wci`` row, then one ``layers`` row per convolution kernel or linear weight."""
         started = time.perf_counter()
         traces = layer_traces(

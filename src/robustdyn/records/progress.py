@@ -30,8 +30,8 @@ from robustdyn.records.writer import _replace
 LONGEST_NAME = 100  # bytes in the readable part of a folder's name; file systems allow 255
 LONGEST_ERROR = 400  # characters of an error that was not written for the user
 
-State = Literal["done", "failed", "unfinished", "missing"]
-STATES: tuple[State, ...] = ("done", "failed", "unfinished", "missing")
+StateName = Literal["done", "failed", "unfinished", "missing"]
+STATES: tuple[StateName, ...] = ("done", "failed", "unfinished", "missing")
 
 
 class RunStatus:
@@ -150,7 +150,7 @@ class RunState:
     """
 
     name: str
-    state: State
+    state: StateName
     epochs: int = 0
     planned: int | None = None
     error: str | None = None
@@ -240,7 +240,7 @@ def _state(run: Run, name: str, *, asked: bool = True) -> RunState:
         planned = None
     status = RunDirectory(run.path).read_status()
     error = None
-    state: State = "unfinished"
+    state: StateName = "unfinished"
     if status is not None:
         if status.get("state") in ("done", "failed"):
             state = status["state"]

@@ -89,10 +89,10 @@ def find_runs(paths: Iterable[str | os.PathLike[str]] | str | os.PathLike[str]) 
             resolved = directory.resolve()
             if resolved not in found:
                 found[resolved] = RunDirectory(directory).setup()
-    return label(list(found.values()))
+    return label_runs(list(found.values()))
 
 
-def label(setups: Sequence[Setup]) -> list[Run]:
+def label_runs(setups: Sequence[Setup]) -> list[Run]:
     """Label runs by the settings that differ among these runs."""
     names = labels(setups)
     groups = labels(setups, without=[SEED])

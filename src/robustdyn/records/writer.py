@@ -136,20 +136,20 @@ class RunRecords:
         """
         path = RunDirectory(self.run_dir).summary
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        _replace(path, json.dumps(plain(summary), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        _replace(path, json.dumps(jsonable(summary), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
         return path
 
 
-def plain(value: object) -> Any:
+def jsonable(value: object) -> Any:
     """A value that JSON can hold: array scalars become numbers, and non-finite numbers become ``None``.
 
     Raises:
         ValueError: The value is not a scalar or text, nor a mapping or sequence of these.
     """
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [jsonable(item) for item in value]
     item = getattr(value, "item", None)
     if callable(item):
         try:
@@ -196,7 +196,7 @@ def summarise(epochs: pd.DataFrame) -> dict[str, object]:
         "epoch": None if lowest is None else int(ordered["epoch"].iloc[lowest]),
         "value": minimum,
     }
-    summary["robust_loss_rise"] = None if minimum is None else plain(float(last) - minimum)
+    summary["robust_loss_rise"] = None if minimum is None else jsonable(float(last) - minimum)
     return summary
 
 
@@ -213,7 +213,7 @@ def _row(frame: pd.DataFrame, position: int | None) -> dict[str, object] | None:
         return None
     optional = {c.name for c in schema.EPOCHS.columns if not c.required}
     return {
-        str(name): plain(None if pd.isna(series.iloc[position]) else series.iloc[position])
+        str(name): jsonable(None if pd.isna(series.iloc[position]) else series.iloc[position])
         for name, series in frame.items()
         if not (name in optional and series.isna().all())
     }
@@ -240,7 +240,7 @@ def _value(spec: schema.Table, column: schema.Column, value: object) -> object:
     """One value, checked against its column."""
     where = f"row of table {spec.name!r}, column {column.name!r}"
     try:
-        value = plain(value)
+        value = jsonable(value)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     if value is None:

@@ -5,7 +5,7 @@ Shapes: R replicas of a chunk, P parameters, k directions, T steps, S recorded s
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from robustdyn import streams
 from robustdyn.attacks import PGD, AttackLoss
-from robustdyn.curvature.empirical_risk import cross_entropy
+from robustdyn.curvature.empirical_risk import BatchNormMode, cross_entropy
 from robustdyn.methods.objectives.objective import Objective
 from robustdyn.methods.perturbations import WeightPerturbation
 from robustdyn.models.modes import mode
@@ -25,7 +25,6 @@ from robustdyn.replicas.network import Engine, StackedNetwork, project
 from robustdyn.replicas.sampling import Sampling
 from robustdyn.replicas.updates import Update
 
-BatchNormMode = Literal["eval", "train"]
 Arrays = dict[str, NDArray[np.floating[Any]]]
 
 EXPANDED = ("anew_loss", "held_loss", "linear_loss", "expanded_loss", "outside")

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from robustdyn.errors import ConfigError, RecordError
 from robustdyn.records.files import replace_file
 from robustdyn.records.labels import changes
-from robustdyn.records.writer import plain
+from robustdyn.records.writer import jsonable
 from robustdyn.replicas.ensemble import EXPANDED, Arrays
 from robustdyn.replicas.expansion import Lines
 from robustdyn.replicas.point import MeasuredPoint
@@ -57,7 +57,7 @@ class EnsembleRecord:
         try:
             (directory / CHUNKS).mkdir(parents=True, exist_ok=True)
             with FileLock(directory / ".lock"):
-                self._begin(plain({**settings, "chunk": chunk}), plain(provenance))
+                self._begin(jsonable({**settings, "chunk": chunk}), jsonable(provenance))
         except OSError as error:
             if isinstance(error, RecordError):
                 raise
@@ -125,7 +125,7 @@ class EnsembleRecord:
         """
         if replicas % self.chunk:
             near = -(-replicas // self.chunk) * self.chunk
-            raise ConfigError(f"replicas={replicas} is no multiple of chunk={self.chunk}; choose {near}")
+            raise ConfigError(f"replicas={replicas} is not a multiple of chunk={self.chunk}; choose {near}")
         if not 0 <= shard < shards:
             raise ConfigError(
                 f"shard={shard}/{shards} does not exist; choose 0/{shards} to {shards - 1}/{shards}"

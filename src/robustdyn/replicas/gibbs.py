@@ -158,7 +158,7 @@ def gibbs_errors(
     return errors
 
 
-def robust_error(
+def zero_one_error(
     network: StackedNetwork,
     statistics: dict[str, Tensor],
     theta: Tensor,

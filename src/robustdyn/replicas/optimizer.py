@@ -26,24 +26,25 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     if type(optimizer) is torch.optim.SGD:
         if any(group["nesterov"] or group["dampening"] for group in groups):
             raise ConfigError(
-                "optimizer: replicas know SGD without Nesterov and dampening; set nesterov=false, dampening=0"
+                "optimizer: replicas support SGD without Nesterov or dampening; set "
+                "nesterov=false, dampening=0"
             )
         shared = ["momentum"]
     elif type(optimizer) is torch.optim.Adam:
         if any(group["amsgrad"] or group["decoupled_weight_decay"] for group in groups):
             raise ConfigError(
-                "optimizer: replicas know Adam without amsgrad and decoupled weight decay; set both to false"
+                "optimizer: replicas support Adam without amsgrad or decoupled weight decay; turn both off"
             )
         shared = ["betas", "eps"]
     else:
         raise ConfigError(
-            f"optimizer: replicas know SGD and Adam, not {type(optimizer).__name__}; choose sgd or adam"
+            f"optimizer: replicas support SGD and Adam, not {type(optimizer).__name__}; choose sgd or adam"
         )
     if any(group["maximize"] for group in groups):
-        raise ConfigError("optimizer: replicas know minimisation only; set maximize to false")
+        raise ConfigError("optimizer: replicas only support minimisation; set maximize to false")
     for name in ("lr", *shared):
         if any(group[name] != groups[0][name] for group in groups):
-            raise ConfigError(f"optimizer: replicas know one {name} for all weights only; choose one")
+            raise ConfigError(f"optimizer: replicas only support one {name} for all weights; choose one")
 
 
 def weight_decay(optimizer: torch.optim.Optimizer, model: nn.Module) -> float | Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 from robustdyn.attacks import PGD
 from robustdyn.errors import ConfigError, RecordError
 from robustdyn.replicas import RecordedEnsemble, StackedNetwork
-from robustdyn.replicas.gibbs import GibbsSampling, WeightPosterior, gibbs_errors, robust_error
+from robustdyn.replicas.gibbs import GibbsSampling, WeightPosterior, gibbs_errors, zero_one_error
 from robustdyn.theory import (
     RiskCertificate,
     SubspaceKL,
@@ -33,12 +33,12 @@ from robustdyn.theory import (
 Array = NDArray[np.float64]
 
 ASSUMPTIONS = (
-    "given the prior's examples, those of S are drawn independently from the distribution that the bound "
-    "speaks of, or at random without replacement from a finite set of images; class-balanced draws serve as "
-    "well, and the bound is then of the same balance",
-    "nothing that the prior depends on has seen S: neither the run, its settings, nor the grid of prior.std",
-    "the bound is of the error under this attack, in expectation over its random start; a stronger attack "
-    "may find more",
+    "given the prior's examples, those of S are drawn independently from the distribution for which the "
+    "bound holds, or at random without replacement from a finite set of images; class-balanced draws are "
+    "also allowed, and the bound then holds for the same balance",
+    "nothing on which the prior depends has seen S: not the run, its settings, or the grid of prior.std",
+    "the bound holds for the error under this attack, in expectation over its random start; a stronger "
+    "attack may find more errors",
     "pseudo-random numbers count as random, and weights rounded to float32 as Gaussian",
 )
 
@@ -114,7 +114,7 @@ def measured_posterior(ensemble: RecordedEnsemble, folder: Path, step: int | Non
         raise RecordError(f"{folder}: directions of a preconditioned optimiser; give an ensemble of SGD")
     if settings["batchnorm"] != "eval":
         raise RecordError(
-            f"{folder}: replicas moved the running statistics, which are no weights; run them with "
+            f"{folder}: replicas moved the running statistics, which are not weights; run them with "
             "batchnorm=eval"
         )
     known = [at for at in ensemble.mean_steps.tolist() if at > 0 and at in ensemble.steps]
@@ -129,8 +129,8 @@ def measured_posterior(ensemble: RecordedEnsemble, folder: Path, step: int | Non
     replicas, k = len(ensemble.replicas), ensemble.start.directions.count
     if replicas <= k:
         raise RecordError(
-            f"{folder}: {replicas} replicas tell no covariance of {k} directions; run robustdyn-replicas "
-            f"with replicas={2 * k} or more"
+            f"{folder}: {replicas} replicas are too few for a covariance of {k} directions; run "
+            f"robustdyn-replicas with replicas={2 * k} or more"
         )
     row = ensemble.steps.tolist().index(at)
     move = ensemble.mean_move[ensemble.mean_steps.tolist().index(at)]
@@ -371,7 +371,7 @@ class Certifier:
         )
 
     def _error_of(self, theta: Tensor, split: str) -> float:
-        return robust_error(
+        return zero_one_error(
             self.network,
             self.statistics,
             theta,

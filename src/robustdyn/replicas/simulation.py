@@ -6,8 +6,7 @@ The network, its optimiser and the data are used in their current state.
 import copy
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,18 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from robustdyn.attacks import PGD
+from robustdyn.curvature.empirical_risk import BatchNormMode
 from robustdyn.data.tensors import ImageTensors, to_unit
-from robustdyn.errors import ConfigError
+from robustdyn.errors import ConfigError, config_errors
 from robustdyn.methods.objectives.objective import Objective
 from robustdyn.methods.perturbations import WeightPerturbation
 from robustdyn.models.sync_batchnorm import desynchronize
-from robustdyn.replicas.ensemble import (
-    BatchNormMode,
-    Ensemble,
-    Recorded,
-    Training,
-    refuse_dropout,
-)
+from robustdyn.replicas.ensemble import Ensemble, Recorded, Training, refuse_dropout
 from robustdyn.replicas.ensemble_record import EnsembleRecord
 from robustdyn.replicas.expansion import measure_lines
 from robustdyn.replicas.network import Engine, StackedNetwork
@@ -98,7 +92,9 @@ class EnsembleSettings:
     def __post_init__(self) -> None:
         if self.replicas % self.chunk:
             near = -(-self.replicas // self.chunk) * self.chunk
-            raise ValueError(f"replicas={self.replicas} is no multiple of chunk={self.chunk}; choose {near}")
+            raise ValueError(
+                f"replicas={self.replicas} is not a multiple of chunk={self.chunk}; choose {near}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -148,14 +144,14 @@ class EnsembleRun:
         recorded, examples = settings.recorded, len(state.images)
         self._recorded = replace(recorded, loss_examples=min(recorded.loss_examples, examples))
         rate = state.next_rate if settings.learning_rate is None else settings.learning_rate
-        with _naming(f"{settings.prefix}sampling."):
+        with config_errors(f"{settings.prefix}sampling."):
             sampling = Sampling(
                 examples=examples,
                 batch_size=settings.batch_size or state.batch_size,
                 replacement=settings.replacement,
                 drop_last=settings.drop_last,
             )
-        with _naming(settings.prefix):
+        with config_errors(settings.prefix):
             # only the optimiser's weight decay is read here, because the rest may take long
             self._training = Training(
                 images=to_unit(state.images.images).to(next(state.model.parameters()).dtype),
@@ -173,7 +169,7 @@ class EnsembleRun:
             )
             if settings.batchnorm == "train":
                 refuse_dropout(state.model)
-        with _naming("objective: "):
+        with config_errors("objective: "):
             example_loss(self._training)
 
     def settings(self) -> dict[str, object]:
@@ -232,7 +228,7 @@ class EnsembleRun:
             RecordError: The directory cannot be used, or holds another ensemble.
         """
         settings, state = self._settings, self._state
-        with _naming(settings.prefix):
+        with config_errors(settings.prefix):
             buffer = initial_buffer(state.optimizer, state.model, settings.initial_state)
         record = EnsembleRecord(directory, self.settings(), provenance, chunk=settings.chunk)
         todo = list(record.missing(settings.replicas, shard=shard, shards=shards))
@@ -352,14 +348,3 @@ def moved(model: nn.Module, move: Tensor) -> nn.Module:
         for p, part in zip(learned, move.to(learned[0]).split([p.numel() for p in learned]), strict=True):
             p.add_(part.view_as(p))
     return copied
-
-
-@contextmanager
-def _naming(prefix: str) -> Iterator[None]:
-    """Errors that start with a setting's name get the rest of the name."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(f"{prefix}{error}") from error

@@ -122,8 +122,8 @@ def _early_stopping(cfg: DictConfig) -> None:
     monitor = str(cfg.stopping.get("monitor", ""))
     if monitor not in EPOCHS.names:
         raise ConfigError(
-            f"stopping.monitor={monitor} is no column of the epochs table; choose validation_robust_error or "
-            "another one"
+            f"stopping.monitor={monitor} is not a column of the epochs table; choose validation_robust_error "
+            "or another one"
         )
     if monitor.startswith("validation_") and not cfg.data.validation_size:
         raise ConfigError(
@@ -153,5 +153,5 @@ def _metric(cfg: DictConfig) -> None:
     if cfg.metric not in known:
         close = difflib.get_close_matches(str(cfg.metric), known, n=3, cutoff=0.3)
         raise ConfigError(
-            f"metric={cfg.metric} is no number of summary.json; choose {' or '.join(close or known)}"
+            f"metric={cfg.metric} is not a number in summary.json; choose {' or '.join(close or known)}"
         )

@@ -115,7 +115,7 @@ class RunEnsembles(Callback):
                 ) from error
         if left:
             raise ConfigError(
-                f"{directory}: {left} chunks of other devices are not here; put hydra.run.dir on a file "
+                f"{directory}: {left} chunks of other devices are missing here; put hydra.run.dir on a file "
                 "system that all devices share"
             )
 

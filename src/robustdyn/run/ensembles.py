@@ -1,7 +1,6 @@
 """Checks and builds the settings of replica ensembles, for ``robustdyn-replicas`` and ``robustdyn-train``."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from robustdyn.errors import ConfigError
+from robustdyn.errors import ConfigError, config_errors
 from robustdyn.records.run_directory import RunDirectory
 from robustdyn.replicas import EnsembleSettings, PointSettings, Recorded
 from robustdyn.run.config import COUNT, POSITIVE, SEED, SWITCH, WHOLE, Rule, build, check_rules
@@ -73,10 +72,10 @@ def ensemble_settings(cfg: DictConfig, prefix: str = "") -> EnsembleSettings:
     check_rules(cfg, RULES, prefix)
     chosen = OmegaConf.select(cfg, prefix.rstrip(".")) if prefix else cfg
     steps, schedule = chosen.steps, build(cfg, f"{prefix}schedule")
-    with _naming(f"{prefix}start."):
+    with config_errors(f"{prefix}start."):
         given = {key: value for key, value in chosen.start.items() if key != "memory_mib"}
         start = PointSettings(memory=chosen.start.memory_mib * 2**20, **given)
-    with _naming(f"{prefix}record."):
+    with config_errors(f"{prefix}record."):
         when: dict[str, Any] = {
             name: tuple(step for step in chosen.record[name] if step <= steps)
             for name in ("steps", "loss_steps", "mean_steps")
@@ -87,7 +86,7 @@ def ensemble_settings(cfg: DictConfig, prefix: str = "") -> EnsembleSettings:
             expansion=len(chosen.expansion.multiples) > 0,
             **when,
         )
-    with _naming(prefix):
+    with config_errors(prefix):
         return EnsembleSettings(
             replicas=chosen.replicas,
             chunk=chosen.chunk,
@@ -116,12 +115,12 @@ def check_run(run: DictConfig, remedy: str) -> None:
     """
     if penalty := OmegaConf.select(run, "regularizer.l1"):
         raise ConfigError(
-            f"regularizer.l1={penalty} of the run is not 0, which replicas do not know; {remedy}"
+            f"regularizer.l1={penalty} of the run is not 0, which replicas do not support; {remedy}"
         )
     for key, plain in (("accumulate_grad_batches", 1), ("gradient_clip_val", None)):
         if (value := run.trainer.get(key, plain)) not in (plain, 0):
             raise ConfigError(
-                f"trainer.{key}={value} of the run changes its steps in a way that replicas do not know; "
+                f"trainer.{key}={value} of the run changes its steps in a way that replicas do not support; "
                 "train without it"
             )
 
@@ -136,7 +135,7 @@ def description(run: DictConfig) -> dict[str, object]:
     }
 
 
-def provenance(engine: str, device: torch.device) -> dict[str, object]:
+def engine_provenance(engine: str, device: torch.device) -> dict[str, object]:
     """Versions, device and engine, on which the replicas' numbers should not depend."""
     return {**versions(), "device": device_name(device), "engine": engine}
 
@@ -164,7 +163,7 @@ def ensemble_callbacks(cfg: DictConfig, run_dir: Path) -> list[Callback]:
     if not cfg[GROUP]:
         return []
     settings = ensemble_settings(cfg, f"{GROUP}.")
-    noted: Callable[[torch.device], Mapping[str, object]] = partial(provenance, settings.engine)
+    noted: Callable[[torch.device], Mapping[str, object]] = partial(engine_provenance, settings.engine)
     epochs: Any = OmegaConf.to_container(cfg[GROUP], resolve=True)
     return [
         RunEnsembles(
@@ -180,12 +179,3 @@ def ensemble_callbacks(cfg: DictConfig, run_dir: Path) -> list[Callback]:
 def _plain(run: DictConfig, key: str) -> Any:
     node = OmegaConf.select(run, key)
     return OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else node
-
-
-@contextmanager
-def _naming(prefix: str) -> Iterator[None]:
-    """Errors that start with a setting's name get the rest of the name."""
-    try:
-        yield
-    except ValueError as error:
-        raise ConfigError(f"{prefix}{error}") from error

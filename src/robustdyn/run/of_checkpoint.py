@@ -21,7 +21,7 @@ def checkpoint_of(cfg: DictConfig) -> Path:
         DataFileError: There is no such file.
     """
     if not cfg.checkpoint:
-        raise ConfigError("checkpoint is not given; say checkpoint=RUN/checkpoints/best_on_test.ckpt")
+        raise ConfigError("checkpoint is not given; give checkpoint=RUN/checkpoints/best_on_test.ckpt")
     path = Path(str(cfg.checkpoint))
     if path.is_dir():
         found = sorted(RunDirectory(path).checkpoints.glob("*.ckpt")) or sorted(path.glob("*.ckpt"))
@@ -56,7 +56,7 @@ def required_run_of(checkpoint: Path) -> Path:
     """
     run_dir = run_of(checkpoint)
     if run_dir is None:
-        raise ConfigError(f"checkpoint={checkpoint} does not lie in a run directory; give a run's checkpoint")
+        raise ConfigError(f"checkpoint={checkpoint} is not in a run directory; give a run's checkpoint")
     return run_dir
 
 
@@ -96,7 +96,7 @@ def device_of(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device={name} is not here; choose auto or cpu") from error
+        raise ConfigError(f"device={name} is not available; choose auto or cpu") from error
     return device
 
 
