@@ -20,6 +20,7 @@ from robustdyn.measure.snapshot import Eigenpairs, Snapshot
 from robustdyn.measure.when import EpochSpec, measured_epochs
 from robustdyn.methods import AdversarialTraining
 from robustdyn.models.modes import mode
+from robustdyn.models.sync_batchnorm import desynchronized
 from robustdyn.records import RunRecords
 
 _log = logging.getLogger(__name__)
@@ -141,6 +142,7 @@ class Measure(Callback):
             pl_module.execution.eager(),
             _first_rank_buffers(pl_module.model, trainer.world_size),
             mode(pl_module.model, training=False),  # the network as deployed: no dropout, running statistics
+            desynchronized(pl_module.model),  # which makes no difference in this mode
         ):
             began = time.perf_counter()
             try:
