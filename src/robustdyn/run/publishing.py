@@ -5,12 +5,12 @@ the table in the run directory cannot differ, and that a resumed run can tell a 
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Self
 
 import lightning
 from lightning.pytorch.callbacks import Callback
@@ -123,49 +123,28 @@ def _plain(row: Mapping[Any, Any]) -> dict[str, Any]:
     return {str(key): value for key, value in row.items() if value == value and value is not None}
 
 
-@runtime_checkable
-class RecordLogger(Protocol):
-    """A logger that knows what records are."""
-
-    shows_figures: bool
-    """Whether it wants the report's figures."""
-
-    @property
-    def complete(self) -> bool:
-        """Whether an earlier session had the whole run."""
-
-    def follow(self, run_dir: Path, config: Mapping[str, Any]) -> None:
-        """Begin, or go on, with the records as they are now."""
-
-    def update(self) -> None:
-        """Take what was recorded since."""
-
-    def conclude(self) -> None:
-        """Take the whole tables: training has ended."""
-
-    def show(self, figures: Mapping[str, Path]) -> None:
-        """Take the report's figures, PNG files by name."""
-
-    def finish(self, *, failed: bool) -> None:
-        """End, so that the next run of a sweep has one of its own."""
-
-
 class CurveLogger:
-    """Any Lightning logger: it gets the curves. One that a resumed run opens again is written anew, whole.
+    """Hands a run's records to a Lightning logger, as curves.
+
+    A logger that a resumed run opens again is written anew, whole.
 
     Args:
         logger: The logger.
+
+    Attributes:
+        shows_figures: Whether it wants the report's figures.
+        complete: Whether an earlier session had the whole run.
     """
 
     shows_figures = False
-    complete = False  # Lightning opens it, and that may have emptied it
+    complete = False  # Lightning opens the logger, and that may have emptied it
 
     def __init__(self, logger: Logger) -> None:
         self._logger = logger
         self._feed: RecordFeed | None = None
 
     def follow(self, run_dir: Path, config: Mapping[str, Any]) -> None:
-        """Hand over the configuration and all records."""
+        """Begin, or go on, with the configuration and the records as they are now."""
         if isinstance(self._logger, TensorBoardLogger):  # would show an interrupted run's rows twice
             for file in Path(self._logger.log_dir).glob("events.out.tfevents.*"):
                 file.unlink()
@@ -174,23 +153,28 @@ class CurveLogger:
         self.update()
 
     def update(self) -> None:
-        """Hand over what is new."""
+        """Hand over what was recorded since."""
         if self._feed is not None:
             self._take(self._feed.moments())
 
     def conclude(self) -> None:
-        """Hand over the tables that were written as a whole."""
+        """Hand over the tables that are written as a whole: training has ended."""
         if self._feed is not None:
             self._take(self._feed.whole())
 
     def show(self, figures: Mapping[str, Path]) -> None:
-        """Curves only."""
+        """Hand over the report's figures, PNG files by name; here none, only curves."""
 
     def finish(self, *, failed: bool) -> None:
-        """Close its files, again where Lightning has done so."""
+        """End, so that the next run of a sweep has a logger of its own."""
         self._logger.finalize("failed" if failed else "success")
 
-    def _take(self, moments: Sequence[Moment] | Iterator[Moment]) -> None:
+    def recover(self, error: Exception) -> bool:
+        """Say what follows from an error, and return whether to begin again with ``follow``."""
+        _log.warning("a logger stopped (%s); training and its records go on without it", brief(error))
+        return False
+
+    def _take(self, moments: Iterable[Moment]) -> None:
         for moment in moments:
             self._logger.log_metrics({"epoch": moment.epoch, **moment.curves()}, step=moment.step)
         self._logger.save()
@@ -199,8 +183,8 @@ class CurveLogger:
 class Publisher(Callback):
     """Keeps the loggers up to date with the record, on the first rank.
 
-    Place it behind every callback that writes records. A logger that fails is left behind with one line on
-    the terminal: no run ends because of what only watches it.
+    Place it behind every callback that writes records. A logger that fails begins again, if it can, and
+    is left behind otherwise, with one line on the terminal: no run ends because of what only watches it.
 
     As a context manager it ends the loggers' runs with the block, as failed after an exception.
 
@@ -211,14 +195,15 @@ class Publisher(Callback):
     """
 
     def __init__(self, loggers: Sequence[Logger], run_dir: Path, config: Mapping[str, Any]) -> None:
-        self._active: list[RecordLogger] = [
-            logger if isinstance(logger, RecordLogger) else CurveLogger(logger) for logger in loggers
+        self._active: list[CurveLogger] = [
+            logger if isinstance(logger, CurveLogger) else CurveLogger(logger) for logger in loggers
         ]
         self._run_dir = run_dir
         self._config = config
         self._first_rank = False
         self._begun = False
         self._pictures: dict[str, Path] = {}
+        self._actions: list[Callable[[CurveLogger], None]] = []
 
     @property
     def shows_figures(self) -> bool:
@@ -271,15 +256,22 @@ class Publisher(Callback):
         self._begun = True
         self._each(lambda logger: logger.follow(self._run_dir, self._config))
 
-    def _each(self, action: Callable[[RecordLogger], None]) -> None:
+    def _each(self, action: Callable[[CurveLogger], None]) -> None:
+        self._actions.append(action)
         for logger in list(self._active):
-            try:
+            self._perform([action], logger)
+
+    def _perform(self, actions: Sequence[Callable[[CurveLogger], None]], logger: CurveLogger) -> None:
+        try:
+            for action in actions:
                 action(logger)
-            except Exception as error:
+        except Exception as error:
+            with suppress(Exception):
+                logger.finish(failed=True)
+            if logger.recover(error):
+                self._perform(list(self._actions), logger)
+            else:
                 self._active.remove(logger)
-                _log.warning("a logger stopped (%s); training and its records go on without it", brief(error))
-                with suppress(Exception):
-                    logger.finish(failed=True)
 
 
 def brief(error: BaseException) -> str:
