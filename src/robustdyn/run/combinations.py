@@ -1,30 +1,40 @@
-"""Choices along different axes that cannot go together, refused before anything is read."""
+"""What the parts refuse, and choices that cannot go together: refused before anything is read."""
 
 import difflib
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
 from robustdyn.errors import ConfigError
+from robustdyn.methods.objectives.objective import Objective
+from robustdyn.methods.schedules import Schedule
 from robustdyn.records.schema import EPOCHS
 from robustdyn.run.config import build
 
 HALF = ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16")
 """Lightning's precisions in which the weights themselves are rounded."""
 
+PARTS = (
+    "data", "attack.train", "attack.evaluation", "objective", "perturbation", "optimizer", "regularizer",
+    "schedule", "averaging", "stopping", "execution", "measure.eigenpairs",
+)  # fmt: skip
+
 
 def check_combinations(cfg: DictConfig) -> None:
-    """Refuse combinations that cannot be.
+    """Refuse what the constructors of the run's parts refuse, and combinations that cannot be.
 
     Raises:
         ConfigError: Names the keys and the remedy.
     """
     _trainer(cfg)
     _settings_of_nothing(cfg)
-    _mixed_targets(cfg)
-    _optimizer(cfg)
-    _rates(cfg)
-    _measured_rate(cfg)
+    parts = _parts(cfg)
+    _mixed_targets(cfg, parts["objective"])
+    _optimizer(parts["optimizer"])
+    _rates(cfg, parts["schedule"])
+    _measured_rate(cfg, parts)
     _averaging(cfg)
     _early_stopping(cfg)
     _metric(cfg)
@@ -59,26 +69,32 @@ def _settings_of_nothing(cfg: DictConfig) -> None:
             )
 
 
-def _mixed_targets(cfg: DictConfig) -> None:
-    if OmegaConf.select(cfg, "data.mixup") and not build(cfg, "objective").takes_probabilities:
+def _parts(cfg: DictConfig) -> dict[str, Any]:
+    """The run's parts by their keys; each constructor checks its arguments."""
+    with torch.device("meta"):  # no memory for weights
+        build(cfg, "model")
+    chosen = [name for name, measurement in cfg.measure.measurements.items() if measurement is not None]
+    return {key: build(cfg, key) for key in (*PARTS, *(f"measure.measurements.{name}" for name in chosen))}
+
+
+def _mixed_targets(cfg: DictConfig, objective: Objective) -> None:
+    if OmegaConf.select(cfg, "data.mixup") and not objective.takes_probabilities:
         raise ConfigError(
             f"data.mixup={cfg.data.mixup} mixes labels, but {_choice(cfg, 'objective')} compares the "
             "labelled class with the others; choose data.mixup=0, or objective=at or trades"
         )
 
 
-def _optimizer(cfg: DictConfig) -> None:
+def _optimizer(factory: Callable[[list[torch.nn.Parameter]], object]) -> None:
     """What its constructor refuses, it refuses now: Nesterov without momentum, say."""
-    factory = build(cfg, "optimizer")
     try:
         factory([torch.nn.Parameter(torch.zeros(1))])
     except (TypeError, ValueError) as error:
         raise ConfigError(f"optimizer: {error}") from error
 
 
-def _rates(cfg: DictConfig) -> None:
+def _rates(cfg: DictConfig, schedule: Schedule) -> None:
     """A rate of 0 trains nothing and has no law to settle to."""
-    schedule = build(cfg, "schedule")
     for epoch in range(cfg.trainer.max_epochs):
         if not schedule.factor(epoch + 0.5) > 0:
             raise ConfigError(
@@ -88,12 +104,12 @@ def _rates(cfg: DictConfig) -> None:
             )
 
 
-def _measured_rate(cfg: DictConfig) -> None:
-    schedule = build(cfg, "schedule")
+def _measured_rate(cfg: DictConfig, parts: Mapping[str, Any]) -> None:
+    schedule: Schedule = parts["schedule"]
     if schedule.reads is None:
         return
-    names = [name for name, chosen in cfg.measure.measurements.items() if chosen is not None]
-    if not any(schedule.reads in build(cfg, f"measure.measurements.{name}").tables for name in names):
+    measurements = [part for key, part in parts.items() if key.startswith("measure.measurements.")]
+    if not any(schedule.reads in measurement.tables for measurement in measurements):
         raise ConfigError(
             f"{_choice(cfg, 'schedule')} follows the measured table {schedule.reads}, but "
             "measure.measurements has nothing that measures it; keep measure.measurements.weight_curvature "

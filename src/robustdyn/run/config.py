@@ -3,9 +3,11 @@
 ``build`` is the project's only caller of Hydra's ``instantiate``.
 """
 
+import inspect
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,6 +80,14 @@ COUNT = Rule(lambda v: _whole(v) and v >= 1, "must be a whole number of at least
 FRACTION = Rule(lambda v: _number(v) and 0 <= v < 1, "must lie in [0, 1)")
 SWITCH = Rule(lambda v: isinstance(v, bool), "must be true or false")
 
+TYPES: Mapping[object, Rule] = {
+    bool: SWITCH,
+    int: Rule(_whole, "must be a whole number"),
+    float: Rule(_number, "must be a number"),
+}
+"""By the annotation of a constructor's argument."""
+
+# what the constructor of a part checks is not repeated here: ``check_combinations`` builds the parts
 RULES: Mapping[str, Rule] = {
     "seed": SEED,
     "data.seed": SEED,
@@ -89,45 +99,20 @@ RULES: Mapping[str, Rule] = {
     ),
     "resume": _one_of("same", "changed"),
     "deterministic": SWITCH,
-    "data.batch_size": COUNT,
-    "data.eval_batch_size": COUNT,
-    "data.augment.cutout": WHOLE,
-    "data.mixup": NON_NEGATIVE,
-    "model.width": COUNT,
     "attack.norm": _one_of("linf", "l2"),
     "attack.eps_255": NON_NEGATIVE,
     "attack.step_255": POSITIVE,
     "attack.steps": WHOLE,
-    "attack.train.batchnorm": _one_of("train", "eval"),
-    "attack.train.random_start": _one_of("uniform", "gaussian", "none"),
-    "objective.label_smoothing": FRACTION,
-    "objective.beta": NON_NEGATIVE,
-    "perturbation.gamma": NON_NEGATIVE,
-    "perturbation.rho": NON_NEGATIVE,
-    "perturbation.warmup_epochs": WHOLE,
     "optimizer.lr": POSITIVE,
     "optimizer.momentum": FRACTION,
     "optimizer.weight_decay": NON_NEGATIVE,
-    "optimizer.nesterov": SWITCH,
     "optimizer.fused": SWITCH,
-    "execution.channels_last": SWITCH,
-    "execution.compile": _one_of("none", "default", "reduce-overhead", "max-autotune"),
-    "regularizer.l1": NON_NEGATIVE,
-    "regularizer.weight_decay_on": _one_of("all", "weights"),
-    "schedule.threshold": POSITIVE,
-    "schedule.interval": COUNT,
-    "schedule.start_epoch": COUNT,
-    "schedule.quantity": _one_of("wci", "hessian_trace"),
-    "schedule.monotone": SWITCH,
     "stopping.patience": COUNT,
     "measure.inputs": _one_of("adversarial", "clean"),
     "measure.examples": WHOLE,
     "measure.second_attack": WHOLE,
     "measure.memory_mib": COUNT,
     "measure.precision": _one_of("full", "tf32", "bfloat16"),
-    "measure.eigenpairs.directions": COUNT,
-    "measure.eigenpairs.max_products": COUNT,
-    "measure.eigenpairs.warm_start": SWITCH,
     "measure.interpolation": _one_of("log_linear", "piecewise_constant"),
     "trainer.max_epochs": COUNT,
     "trainer.check_val_every_n_epoch": COUNT,
@@ -192,20 +177,23 @@ def build(cfg: Any, key: str, *, from_file: bool = False, **extra: Any) -> Any:
         return None  # the choice "none" of a group
     try:
         _check_targets(OmegaConf.to_container(node, resolve=True), key, from_file=from_file)
+        factory = instantiate(node, _partial_=True)
+        if isinstance(factory, partial):
+            _check_types(factory, key)
         # extra arguments go straight to the constructor: Hydra would turn dataclasses into configurations
-        return instantiate(node, _partial_=True)(**extra) if extra else instantiate(node)
+        return factory(**extra) if extra else instantiate(node)
     except UserError:
         raise
     except InstantiationException as error:
         cause = error.__cause__
         if isinstance(cause, UserError):
             raise cause from error
-        raise ConfigError(f"{key}: {_one_line(cause or error)}") from error
+        raise ConfigError(_refusal(key, node, cause or error)) from error
     except Exception as error:
         from lightning.fabric.utilities.exceptions import MisconfigurationException  # takes seconds to load
 
         if isinstance(error, OmegaConfBaseException | MisconfigurationException | ValueError | TypeError):
-            raise ConfigError(f"{key}: {_one_line(error)}") from error
+            raise ConfigError(_refusal(key, node, error)) from error
         raise
 
 
@@ -238,8 +226,19 @@ def _named_in_conf(key: str) -> list[str]:
     return sorted({name for file in files for name in re.findall(r"_target_: *(\S+)", file.read_text())})
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+def _check_types(factory: partial[Any], key: str) -> None:
+    """Refuse text for a number and the like: a constructor's ``TypeError`` would not name the argument."""
+    for name, parameter in inspect.signature(factory.func).parameters.items():
+        rule = TYPES.get(parameter.annotation)
+        if rule is not None and name in factory.keywords and not rule.holds(factory.keywords[name]):
+            raise ConfigError(f"{key}.{name}={factory.keywords[name]} {rule.requirement}")
+
+
+def _refusal(key: str, node: Any, error: BaseException) -> str:
+    """One line: ``objective.beta must be ...`` where a constructor said ``beta must be ...``."""
+    said = " ".join(str(error).split())
+    named = isinstance(node, DictConfig) and re.split(r"\W", said)[0] in node
+    return f"{key}.{said}" if named else f"{key}: {said}"
 
 
 # At import: a launcher's worker unpickles the task without passing through the command.
