@@ -1,4 +1,4 @@
-"""What the parts refuse, and choices that cannot go together: refused before anything is read."""
+"""Refuses settings of a run's parts, and choices that do not go together, before any data is read."""
 
 import difflib
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ from robustdyn.records.schema import EPOCHS
 from robustdyn.run.config import build
 
 HALF = ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16")
-"""Lightning's precisions in which the weights themselves are rounded."""
+"""Precisions of Lightning in which the weights themselves are rounded."""
 
 PARTS = (
     "data", "attack.train", "attack.evaluation", "objective", "perturbation", "optimizer", "regularizer",
@@ -23,10 +23,10 @@ PARTS = (
 
 
 def check_combinations(cfg: DictConfig) -> None:
-    """Refuse what the constructors of the run's parts refuse, and combinations that cannot be.
+    """Refuse settings that the constructors of the run's parts refuse, and combinations that cannot work.
 
     Raises:
-        ConfigError: Names the keys and the remedy.
+        ConfigError: A setting or a combination cannot work; the message names the keys and the remedy.
     """
     _trainer(cfg)
     _settings_of_nothing(cfg)
@@ -59,7 +59,7 @@ def _trainer(cfg: DictConfig) -> None:
 
 
 def _settings_of_nothing(cfg: DictConfig) -> None:
-    """``none`` on the command line, and an experiment's settings of what it replaced."""
+    """Refuse settings of a group for which ``none`` was chosen: a preset may set what ``none`` replaces."""
     for group in ("perturbation", "averaging", "stopping"):
         settings = cfg[group]
         if settings and "_target_" not in settings:
@@ -70,7 +70,11 @@ def _settings_of_nothing(cfg: DictConfig) -> None:
 
 
 def _parts(cfg: DictConfig) -> dict[str, Any]:
-    """The run's parts by their keys; each constructor checks its arguments."""
+    """Build every part of the run; a constructor that refuses its arguments raises ``ConfigError``.
+
+    Returns:
+        All parts but the model, by their keys.
+    """
     with torch.device("meta"):  # no memory for weights
         build(cfg, "model")
     chosen = [name for name, measurement in cfg.measure.measurements.items() if measurement is not None]
@@ -86,7 +90,7 @@ def _mixed_targets(cfg: DictConfig, objective: Objective) -> None:
 
 
 def _optimizer(factory: Callable[[list[torch.nn.Parameter]], object]) -> None:
-    """What its constructor refuses, it refuses now: Nesterov without momentum, say."""
+    """Let the optimiser's constructor refuse its settings now, for instance Nesterov without momentum."""
     try:
         factory([torch.nn.Parameter(torch.zeros(1))])
     except (TypeError, ValueError) as error:
@@ -94,7 +98,7 @@ def _optimizer(factory: Callable[[list[torch.nn.Parameter]], object]) -> None:
 
 
 def _rates(cfg: DictConfig, schedule: Schedule) -> None:
-    """A rate of 0 trains nothing and has no law to settle to."""
+    """Refuse a learning rate of 0, which trains nothing and has no stationary law."""
     for epoch in range(cfg.trainer.max_epochs):
         if not schedule.factor(epoch + 0.5) > 0:
             raise ConfigError(
@@ -138,8 +142,8 @@ def _early_stopping(cfg: DictConfig) -> None:
     monitor = str(cfg.stopping.get("monitor", ""))
     if monitor not in EPOCHS.names:
         raise ConfigError(
-            f"stopping.monitor={monitor} is no column of the epochs table; choose validation_robust_error or "
-            "another one"
+            f"stopping.monitor={monitor} is not a column of the epochs table; choose validation_robust_error "
+            "or another one"
         )
     if monitor.startswith("validation_") and not cfg.data.validation_size:
         raise ConfigError(
@@ -169,5 +173,5 @@ def _metric(cfg: DictConfig) -> None:
     if cfg.metric not in known:
         close = difflib.get_close_matches(str(cfg.metric), known, n=3, cutoff=0.3)
         raise ConfigError(
-            f"metric={cfg.metric} is no number of summary.json; choose {' or '.join(close or known)}"
+            f"metric={cfg.metric} is not a number in summary.json; choose {' or '.join(close or known)}"
         )

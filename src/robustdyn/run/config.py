@@ -19,24 +19,24 @@ from omegaconf.errors import OmegaConfBaseException
 from robustdyn.errors import ConfigError, UserError
 
 ALLOWED_TARGETS = ("robustdyn.", "torch.", "lightning.")
-"""Beginnings of what a command may name that the user types himself; see ``build``."""
+"""Prefixes of the targets that a command line may name; see ``build``."""
 
 
 def config_dir() -> Path:
-    """The folder of default configurations: inside an installed wheel, else at the top of the checkout."""
+    """The folder of default configurations: inside an installed wheel, or at the top of the checkout."""
     package = Path(__file__).resolve().parents[1]
     installed = package / "conf"
     return installed if installed.is_dir() else package.parents[1] / "conf"
 
 
 def register_resolvers() -> None:
-    """What ``${name:...}`` may say in ``conf/``.
+    """Register the resolvers that ``${name:...}`` in ``conf/`` uses.
 
     ``per_255``: a pixel radius given in 1/255, on the [0, 1] scale that all code uses.
     ``short``: text for a folder name, cut to 100 characters (file systems take 255 bytes), without slashes.
     ``at_fractions``: epochs at fractions of the run's length, so that a shorter run keeps the papers' shape.
-    ``first_at_fraction``: likewise one epoch, at least 1.
-    ``first``: the first of some epochs, 1 if there is none.
+    ``first_at_fraction``: one epoch at a fraction of the run's length, at least 1.
+    ``first``: the first of some epochs; 1 if there are none.
     """
     OmegaConf.register_new_resolver("per_255", lambda value: float(value) / 255, replace=True)
     OmegaConf.register_new_resolver("short", lambda text: str(text).replace("/", "-")[:100], replace=True)
@@ -53,7 +53,7 @@ def _at_fractions(length: int, fractions: Sequence[float]) -> ListConfig:
 
 
 class Rule(NamedTuple):
-    """What a key's value must satisfy, and how that reads in an error."""
+    """A requirement on the value of a key, and its wording in an error."""
 
     holds: Callable[[Any], bool]
     requirement: str
@@ -85,9 +85,9 @@ TYPES: Mapping[object, Rule] = {
     int: Rule(_whole, "must be a whole number"),
     float: Rule(_number, "must be a number"),
 }
-"""By the annotation of a constructor's argument."""
+"""Rules by the annotation of a constructor's argument."""
 
-# what the constructor of a part checks is not repeated here: ``check_combinations`` builds the parts
+# the constructors of the run's parts check the other values when ``check_combinations`` builds them
 RULES: Mapping[str, Rule] = {
     "seed": SEED,
     "data.seed": SEED,
@@ -120,15 +120,15 @@ RULES: Mapping[str, Rule] = {
 
 
 def check_rules(cfg: DictConfig, rules: Mapping[str, Rule], prefix: str = "") -> None:
-    """Refuse values that cannot be, of settings that must all be there.
+    """Refuse missing settings and values that break a rule.
 
     Args:
         cfg: The configuration.
-        rules: By key.
-        prefix: Of every key, e.g. ``"ensemble."``.
+        rules: The rules by key.
+        prefix: Prefix of every key, e.g. ``"ensemble."``.
 
     Raises:
-        ConfigError: Names the key, the value and what is admissible.
+        ConfigError: A value breaks a rule; the message names the key, the value and the requirement.
     """
     for key, rule in rules.items():
         value = OmegaConf.select(cfg, f"{prefix}{key}")
@@ -137,10 +137,10 @@ def check_rules(cfg: DictConfig, rules: Mapping[str, Rule], prefix: str = "") ->
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuse values no run can use, before anything is read or built.
+    """Refuse values that no run can use, before anything is read or built.
 
     Raises:
-        ConfigError: Names the key, the value and what is admissible.
+        ConfigError: A value breaks a rule; the message names the key, the value and the requirement.
     """
     for key, rule in RULES.items():
         value = OmegaConf.select(cfg, key)
@@ -151,24 +151,28 @@ def check(cfg: DictConfig) -> None:
 
 
 def _present(cfg: DictConfig, key: str) -> set[str]:
-    """{key} if the configuration has it, even with a null value."""
+    """Return {key} if the configuration has it, even with a null value."""
     parent, _, leaf = key.rpartition(".")
     node = OmegaConf.select(cfg, parent) if parent else cfg
     return {key} if isinstance(node, DictConfig) and leaf in node else set()
 
 
 def build(cfg: Any, key: str, *, from_file: bool = False, **extra: Any) -> Any:
-    """The object that the ``_target_`` at ``key`` names, ``extra`` added to its arguments; None for none.
+    """Build the object that the ``_target_`` at ``key`` names, with ``extra`` added to its arguments.
 
     Args:
         cfg: The configuration.
-        key: Of a section with a ``_target_``.
-        from_file: The configuration was read from a run directory, which may be a stranger's, and not typed
-            by the user: only what ``conf/`` itself names for this section is called.
+        key: The key of a section with a ``_target_``.
+        from_file: Whether the configuration was read from a run directory, which may be a stranger's. Then
+            only the targets that ``conf/`` itself names for this section are called.
         extra: Arguments that only the program knows.
 
+    Returns:
+        The object; None where a group's choice is ``none``.
+
     Raises:
-        ConfigError: The target is not allowed or unknown, or it refused its arguments; names ``key``.
+        ConfigError: The target is not allowed or unknown, or it refused its arguments; the message names the
+            key.
     """
     node = OmegaConf.select(cfg, key)
     if node is None:
@@ -198,10 +202,10 @@ def build(cfg: Any, key: str, *, from_file: bool = False, **extra: Any) -> Any:
 
 
 def _check_targets(node: object, key: str, *, from_file: bool) -> None:
-    """Refuse what is not to be called.
+    """Refuse targets that must not be called.
 
     Raises:
-        ConfigError: Names the key and what is allowed.
+        ConfigError: A target is not allowed; the message names the key and what is allowed.
     """
     if isinstance(node, dict):
         target = node.get("_target_")
@@ -221,7 +225,7 @@ def _check_targets(node: object, key: str, *, from_file: bool) -> None:
 
 
 def _named_in_conf(key: str) -> list[str]:
-    """Full names: a beginning such as ``torch.`` lets in what a package imports, ``torch.os.system`` too."""
+    """Return full names: the prefix ``torch.`` alone would also allow ``torch.os.system``."""
     files = (config_dir() / key.partition(".")[0]).glob("*.yaml")
     return sorted({name for file in files for name in re.findall(r"_target_: *(\S+)", file.read_text())})
 
@@ -241,5 +245,5 @@ def _refusal(key: str, node: Any, error: BaseException) -> str:
     return f"{key}.{said}" if named else f"{key}: {said}"
 
 
-# At import: a launcher's worker unpickles the task without passing through the command.
+# at import, because a launcher's worker unpickles the task without passing through the command
 register_resolvers()

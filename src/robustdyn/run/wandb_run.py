@@ -1,9 +1,9 @@
-"""A training run on Weights & Biases: what its records say, online, or in a file to upload later.
+"""Shows a training run's records on Weights & Biases, or writes them to a file to upload later.
 
-Facts about wandb 0.31 that shape this module, each held by a test: a second ``log`` at a committed step is
-dropped; an offline file whose run says ``resume`` is appended on ``wandb sync`` and its steps renumbered, one
-that does not replaces what the server has; the service keeps the id of a run whose ``init`` failed; the
-running minimum in a summary starts afresh in a resumed session.
+Facts about wandb 0.31 that shape this module, each covered by a test: wandb drops a second ``log`` at a
+committed step. ``wandb sync`` appends an offline file to the server's run and renumbers its steps if the
+file says ``resume``; otherwise the file replaces the run. The service keeps the id of a run whose ``init``
+failed. A resumed session starts the running minimum of a summary again.
 """
 
 import json
@@ -39,26 +39,26 @@ _log = logging.getLogger(__name__)
 
 
 class WandbRecords(CurveLogger, WandbLogger):
-    """A run's records on Weights & Biases, under one id however often the run is resumed.
+    """Shows a run's records on Weights & Biases, under one id however often the run is resumed.
 
-    wandb's step is the number of optimiser steps; curves are drawn over ``epoch`` (``rates`` over its own
-    step). A step that the server has is not sent again. Offline, every session writes one file with the whole
-    run, in place of its predecessors' files.
+    The step of wandb is the number of optimiser steps. Curves are drawn over ``epoch``, and ``rates`` over
+    its own step. A step that the server has is not sent again. Offline, every session writes one file with
+    the whole run and removes the files of earlier sessions.
 
     Lightning's ``WandbLogger`` starts wandb's run when a trainer is set up, asks for a login on the terminal
-    and lets every error of wandb end the training. Here the run starts with the records, nothing is asked and
-    only the publisher sees an error. Without a login, without an answer in ``init_timeout`` seconds, or when
-    wandb breaks off later, the run is written offline from its first row, and one line says so. All files lie
-    in ``DIRECTORY/wandb``, the id in ``run.json`` there.
+    and lets every error of wandb end the training. This class starts the run with the records, asks nothing
+    and raises errors only to the publisher. Without a login, without an answer in ``init_timeout`` seconds,
+    or when wandb fails later, the run is written offline from its first row, and one line says so. All files
+    are in ``DIRECTORY/wandb``; the id is in ``run.json`` there.
 
     Args:
         directory: The run directory.
-        offline: Whether to write a file for ``wandb sync`` and not to connect.
+        offline: Whether to write a file for ``wandb sync`` instead of connecting.
         init_timeout: Seconds to wait for the server's first answer.
         finish_timeout: Seconds to wait for uploads when the run ends.
         figures: Whether to show the report's figures.
-        checkpoints: Which to keep as artifacts when the run has ended.
-        settings: More of ``wandb.Settings``.
+        checkpoints: Which checkpoints to upload as artifacts when the run has ended.
+        settings: Further fields of ``wandb.Settings``.
         init: Further arguments of Lightning's logger and of ``wandb.init``, e.g. ``project`` and ``tags``.
 
     Raises:
@@ -105,7 +105,7 @@ class WandbRecords(CurveLogger, WandbLogger):
         self._error: Exception | None = None
         self._concluded = False
         self._defined: set[str] = set()
-        # by hand: wandb's own summaries start afresh with every session
+        # best values so far: wandb's own start again in every session
         self._best: dict[str, float] = {}
 
     # Lightning's interface
@@ -113,28 +113,28 @@ class WandbRecords(CurveLogger, WandbLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """The run; before it begins and after it has ended, something that takes every call.
+        """The run of wandb; before its start and after its end an object that accepts every call.
 
-        Lightning asks for it while it sets up, when it is not yet known whether there is anything to do.
+        Lightning asks for it during setup, when it is not yet known whether there is anything to log.
         """
         return DummyExperiment() if self._experiment is None else self._experiment
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Take the configuration, which is sent when the run begins."""
+        """Keep the configuration, which is sent when the run starts."""
         self._wandb_init["config"].update(params)
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """What a module or callback hands to ``self.log``; the records come through ``update``.
+        """Log what a module or a callback passes to ``self.log``; ``update`` logs the records.
 
-        An error waits for the next ``update``.
+        The next ``update`` raises an error that occurs here.
         """
         if self._experiment is None or self._error is not None:
             return
         run = self._experiment
         try:
-            # never ahead of the next moment of the record, or that would be dropped
+            # no step below that of an earlier row, or wandb would drop the values
             run.log({**metrics, "trainer/global_step": step}, step=max(step or 0, run.step))
         except Exception as error:
             self._error = error
@@ -142,7 +142,7 @@ class WandbRecords(CurveLogger, WandbLogger):
     # the records
 
     def follow(self, run_dir: Path, config: Mapping[str, Any]) -> None:
-        """Begin, or go on, with the configuration and the records as they are now."""
+        """Start the run with the configuration and all rows that the server does not have."""
         self.log_hyperparams(config)
         run = self._begin()
         place = run.url or "disabled"
@@ -154,7 +154,7 @@ class WandbRecords(CurveLogger, WandbLogger):
         super().follow(run_dir, config)
 
     def update(self) -> None:
-        """Log what was recorded since."""
+        """Log the rows recorded since the last call."""
         if self._error is not None:
             raise self._error
         super().update()
@@ -166,7 +166,7 @@ class WandbRecords(CurveLogger, WandbLogger):
         for table in TABLES_SHOWN:
             frame = read_table(self._directory.path, table).dropna(axis="columns", how="all").astype(object)
             if len(frame):
-                frame = frame.where(frame.notna(), None)  # as JSON can hold it
+                frame = frame.where(frame.notna(), None)  # JSON has no other missing value
                 media[f"tables/{table}"] = wandb.Table(dataframe=frame, allow_mixed_types=True)
         if media:
             self.experiment.log(media)
@@ -177,7 +177,7 @@ class WandbRecords(CurveLogger, WandbLogger):
             self.experiment.log({f"figures/{name}": wandb.Image(str(p)) for name, p in figures.items()})
 
     def finish(self, *, failed: bool) -> None:
-        """Upload the rest and end wandb's run, its threads and its service."""
+        """Upload the rest and end the run of wandb with its threads and its service."""
         complete = self._concluded and not failed
         if complete:
             self._log_checkpoints()
@@ -189,12 +189,12 @@ class WandbRecords(CurveLogger, WandbLogger):
         finally:
             with suppress(Exception):
                 wandb.teardown()
-            wandb.run = None  # a run that could not be finished would be taken for that of the next job
+            wandb.run = None  # the next job would log to a run that could not be finished
             while self._environment:
                 os.environ.pop(self._environment.popitem()[0], None)
 
     def recover(self, error: Exception) -> bool:
-        """Go on offline, if it was not offline that wandb failed."""
+        """Report an error, and return whether to start again offline; a second failure ends the logging."""
         if self._wandb_init["mode"] == "offline":
             _log.warning("wandb: %s; the run goes on without it, its records are complete", brief(error))
             return False
@@ -217,22 +217,22 @@ class WandbRecords(CurveLogger, WandbLogger):
             "WANDB_DATA_DIR": str(folder / "data"),
             "WANDB_ARTIFACT_DIR": str(folder / "artifacts"),
         }
-        # these are read from the environment alone; the user's own stay
+        # wandb reads these only from the environment; what the user has set stays
         self._environment = {name: value for name, value in wanted.items() if name not in os.environ}
         os.environ.update(self._environment)
         mode = self._wandb_init["mode"] or os.environ.get("WANDB_MODE")
         if mode not in ("offline", "disabled") and not wandb.login(prompt=False, verify=False):
             raise ConnectionError("no login; `wandb login` once, or WANDB_API_KEY, would change that")
-        # a sweep agent's run has the id that the agent gave it
+        # the agent of a sweep gives the id of the run
         given = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
         self._id = given or self._id or uuid.uuid4().hex[:8]
-        # an offline file is whole, and must replace what the server has
+        # an offline file holds the whole run and must replace the server's
         self._wandb_init |= {"id": self._id, "resume": None if mode == "offline" else "allow"}
         self._save_state(complete=False)
-        self._remove_files("offline-run")  # all they hold is sent again
+        self._remove_files("offline-run")  # all their rows are sent again
         run = super().experiment
         self._defined, self._error = set(), None
-        # what modules log has the axis that Lightning gives it, but rows of the records do not get it too
+        # Lightning's axis for what modules log; without step_sync, rows of the records do not get it too
         run.define_metric("*", step_metric="trainer/global_step", step_sync=False, overwrite=True)
         return run
 
@@ -264,7 +264,7 @@ class WandbRecords(CurveLogger, WandbLogger):
                 axis = "rates/step" if name.startswith("rates/") else "epoch"
                 run.define_metric(name, step_metric=None if own else axis, hidden=own or None)
             self._defined |= values.keys()
-            # not before what ``log_metrics`` may have logged
+            # ``log_metrics`` may have logged at a later step
             run.log(values, step=max(moment.step, run.step), commit=True)
         run.summary.update(self._best | dict(_summary(self._directory.summary)))
 
@@ -278,7 +278,7 @@ class WandbRecords(CurveLogger, WandbLogger):
 
 
 def histograms(moment: Moment) -> dict[str, wandb.Histogram]:
-    """The spectra of a moment, as ``histograms/<column>``; of a density, its mass over the eigenvalues."""
+    """Return the spectra of a moment as ``histograms/<column>``, and densities as mass over eigenvalues."""
     found: dict[str, wandb.Histogram] = {}
     for table, columns in HISTOGRAMS.items():
         rows = [row for name, row in moment.rows if name == table]
@@ -298,7 +298,7 @@ def histograms(moment: Moment) -> dict[str, wandb.Histogram]:
 
 
 def _summary(path: Path) -> Iterator[tuple[str, Any]]:
-    """What ``summary.json`` says: ``best_on_test/test_robust_error``, ..."""
+    """Yield the values of ``summary.json`` by names such as ``best_on_test/test_robust_error``."""
     if not path.is_file():
         return
     for key, value in json.loads(path.read_text()).items():
