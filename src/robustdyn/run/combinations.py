@@ -16,7 +16,7 @@ from robustdyn.run.config import build
 HALF = ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16")
 """Precisions of Lightning in which the weights themselves are rounded."""
 
-PARTS = (
+BUILT_TO_CHECK = (
     "data", "attack.train", "attack.evaluation", "objective", "perturbation", "optimizer", "regularizer",
     "schedule", "averaging", "stopping", "execution", "measure.eigenpairs",
 )  # fmt: skip
@@ -78,7 +78,10 @@ def _parts(cfg: DictConfig) -> dict[str, Any]:
     with torch.device("meta"):  # no memory for weights
         build(cfg, "model")
     chosen = [name for name, measurement in cfg.measure.measurements.items() if measurement is not None]
-    return {key: build(cfg, key) for key in (*PARTS, *(f"measure.measurements.{name}" for name in chosen))}
+    return {
+        key: build(cfg, key)
+        for key in (*BUILT_TO_CHECK, *(f"measure.measurements.{name}" for name in chosen))
+    }
 
 
 def _mixed_targets(cfg: DictConfig, objective: Objective) -> None:
