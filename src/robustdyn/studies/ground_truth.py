@@ -46,6 +46,14 @@ from robustdyn.studies.shared.study import Answer, Picture, Study
 CONFIDENCE, RESAMPLES, DRAWS = 0.95, 1000, 40
 MANY = 4  # changes of the rate from which on a schedule counts as smooth
 SHOWN = 6  # directions in the figure of variances
+MISFITS = (
+    "correlation_misfit",
+    "commuting_misfit",
+    "total_correlation",
+    "total_correlation_expected",
+    "total_correlation_spread",
+    "total_correlation_commuting",
+)
 REMEMBERED = ["ensemble", "reference", "step", "learning_rate", "correlation", "error", "expected"]
 SEEN = ["ensemble", "step", "learning_rate", "slope", "slope_error", "noise", "noise_error"]
 
@@ -194,65 +202,62 @@ def _steps(name: str, ensemble: RecordedEnsemble, found: Mapping[str, Agreement]
             logs = np.log(variances)
         moved = ensemble.steps > 0
         errors[moved] = logs[:, moved].mean(axis=2).std(axis=0, ddof=1)
+    head = {
+        "ensemble": name,
+        "step": ensemble.steps,
+        "learning_rate": _rates_before(ensemble, ensemble.steps),
+    }
     for law, seen in found.items():
-        for row, step in enumerate(ensemble.steps):
-            usable = np.isfinite(seen.offset[row]).any()
-            rows.append(
-                {
-                    "ensemble": name,
-                    "law": law,
-                    "step": int(step),
-                    "learning_rate": float(ensemble.learning_rate[max(step - 1, 0)]),
-                    "directions": int(seen.directions[row]),
-                    "geometric_mean": seen.geometric_mean[row],
-                    "low": seen.geometric_low[row],
-                    "high": seen.geometric_high[row],
-                    "prediction_error": errors[row] if law == REFRESHED else np.nan,
-                    "rms_offset": _rms(seen.offset[row]) if usable else np.nan,
-                    "rms_move": _rms(seen.move[row]) if usable else np.nan,
-                    "rms_offset_of_chance": seen.offset_error,
-                    "correlation_misfit": seen.correlation_misfit[row],
-                    "commuting_misfit": seen.commuting_misfit[row],
-                    "total_correlation": seen.total_correlation[row],
-                    "total_correlation_expected": seen.total_correlation_expected[row],
-                    "total_correlation_spread": seen.total_correlation_spread[row],
-                    "total_correlation_commuting": seen.total_correlation_commuting[row],
-                }
-            )
-    return pd.DataFrame(rows)
+        columns = {
+            "directions": seen.directions,
+            "geometric_mean": seen.geometric_mean,
+            "low": seen.geometric_low,
+            "high": seen.geometric_high,
+            "prediction_error": errors if law == REFRESHED else np.nan,
+            "rms_offset": _rms(seen.offset),
+            "rms_move": np.where(np.isfinite(seen.offset).any(axis=1), _rms(seen.move), np.nan),
+            "rms_offset_of_chance": seen.offset_error,
+        }
+        misfits = {column: getattr(seen, column) for column in MISFITS}
+        rows.append(pd.DataFrame(head | {"law": law} | columns | misfits))
+    found_steps = pd.concat(rows, ignore_index=True)
+    return found_steps[["ensemble", "law", *found_steps.columns.drop(["ensemble", "law"])]]
 
 
-def _rms(values: np.ndarray) -> float:
-    return float(np.sqrt(np.nanmean(values**2)))
+def _rates_before(ensemble: RecordedEnsemble, steps: np.ndarray) -> np.ndarray:
+    """The rate of the step that led to each of ``steps``; the first one at the start."""
+    rates: np.ndarray = ensemble.learning_rate[np.maximum(steps - 1, 0)]
+    return rates
+
+
+def _rms(values: np.ndarray) -> np.ndarray:
+    """Over the last axis, where anything is known."""
+    known = np.isfinite(values).any(axis=-1)
+    rms: np.ndarray = np.full(values.shape[:-1], np.nan)
+    rms[known] = np.sqrt(np.nanmean(values[known] ** 2, axis=-1))
+    return rms
 
 
 def _directions(name: str, ensemble: RecordedEnsemble, found: Mapping[str, Agreement]) -> pd.DataFrame:
     """One row per law, recorded step and direction."""
-    start = ensemble.start
+    start, k = ensemble.start, ensemble.start.directions.count
+    moved = np.flatnonzero(ensemble.steps > 0)
+    steps = np.repeat(ensemble.steps[moved], k)
+    head = {"ensemble": name, "step": steps, "learning_rate": _rates_before(ensemble, steps)}
+    of_direction = {
+        "direction": np.arange(1, k + 1),
+        "eigenvalue": start.eigenvalues,
+        "slope": np.diag(start.slopes),
+    }
+    head |= {column: np.tile(values, len(moved)) for column, values in of_direction.items()}
     parts = []
     for law, seen in found.items():
-        for row, step in enumerate(ensemble.steps):
-            if step == 0:
-                continue
-            parts.append(
-                pd.DataFrame(
-                    {
-                        "ensemble": name,
-                        "law": law,
-                        "step": int(step),
-                        "learning_rate": float(ensemble.learning_rate[step - 1]),
-                        "direction": np.arange(1, start.directions.count + 1),
-                        "eigenvalue": start.eigenvalues,
-                        "slope": np.diag(start.slopes),
-                        "measured": seen.variance[row],
-                        "low": seen.low[row],
-                        "high": seen.high[row],
-                        "predicted": seen.predicted[row],
-                        "offset": seen.offset[row],
-                    }
-                )
-            )
-    return pd.concat(parts, ignore_index=True)
+        columns = {"measured": seen.variance, "low": seen.low, "high": seen.high}
+        columns |= {"predicted": seen.predicted, "offset": seen.offset}
+        own = {column: values[moved].ravel() for column, values in columns.items()}
+        parts.append(pd.DataFrame(head | own).assign(law=law))
+    together = pd.concat(parts, ignore_index=True)
+    return together[["ensemble", "law", *together.columns.drop(["ensemble", "law"])]]
 
 
 def _path(name: str, ensemble: RecordedEnsemble) -> pd.DataFrame:
@@ -287,17 +292,8 @@ def _seen_at_replicas(name: str, ensemble: RecordedEnsemble) -> pd.DataFrame:
     own = seen_by_replicas(ensemble)
     if own is None:
         return pd.DataFrame(columns=SEEN)
-    return pd.DataFrame(
-        {
-            "ensemble": name,
-            "step": own.step,
-            "learning_rate": ensemble.learning_rate[own.step - 1],
-            "slope": own.slope,
-            "slope_error": own.slope_error,
-            "noise": own.noise,
-            "noise_error": own.noise_error,
-        }
-    )
+    rates = _rates_before(ensemble, own.step)
+    return pd.DataFrame({"ensemble": name, "learning_rate": rates} | vars(own))[SEEN]
 
 
 def _memory(name: str, ensemble: RecordedEnsemble) -> pd.DataFrame:
@@ -308,23 +304,11 @@ def _memory(name: str, ensemble: RecordedEnsemble) -> pd.DataFrame:
     steps = ensemble.steps.tolist()
     decay = _described(name, ensemble)["decay_step"]
     references = [s for s in (decay, steps[-1]) if isinstance(s, int) and s in steps]
-    return pd.concat(
-        [
-            pd.DataFrame(
-                {
-                    "ensemble": name,
-                    "reference": found.reference,
-                    "step": found.step,
-                    "learning_rate": ensemble.learning_rate[found.step - 1],
-                    "correlation": found.correlation,
-                    "error": found.error,
-                    "expected": found.expected,
-                }
-            )
-            for found in (memory(ensemble, reference) for reference in references)
-        ],
-        ignore_index=True,
-    )
+    parts = []
+    for found in (memory(ensemble, reference) for reference in references):
+        rates = _rates_before(ensemble, found.step)
+        parts.append(pd.DataFrame({"ensemble": name, "learning_rate": rates} | vars(found)))
+    return pd.concat(parts, ignore_index=True)[REMEMBERED]
 
 
 def _shown(directions: pd.DataFrame) -> pd.DataFrame:
