@@ -1,4 +1,4 @@
-"""Memory layout, compilation and half precision change nothing but rounding; steps never wait for a GPU."""
+"""Tests that layout, compilation and half precision change only rounding, and steps never wait for a GPU."""
 
 import datetime
 import functools
@@ -51,7 +51,7 @@ def prepared(*overrides):
 
 
 def fit(*overrides, callbacks=(), resume=None, **settings):
-    """A run in this process; the trained module and its trainer."""
+    """Train in this process; return the trained module and its trainer."""
     cfg, data, module = prepared(*overrides)
     averaging = build(cfg, "averaging")
     trainer = build(
@@ -101,7 +101,7 @@ class Gradients(lightning.Callback):
 
 @pytest.fixture(scope="module")
 def in_both():
-    """By layout: the trained module, its gradients and its momenta, of two epochs in float64."""
+    """For each layout: the trained module, its gradients and momenta after two epochs in float64."""
     found = {}
     for channels_last in LAYOUTS:
         gradients = Gradients()
@@ -139,7 +139,7 @@ def test_weights_gradients_and_momenta_stay_in_their_layout(in_both, channels_la
 
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory):
-    """The second of two epochs, from a checkpoint of a layout in another or the same one."""
+    """Train the second of two epochs from a checkpoint, in the same layout or in another."""
     paths = {}
     for channels_last in LAYOUTS:
         paths[channels_last] = tmp_path_factory.mktemp("layout") / "one.ckpt"
@@ -232,7 +232,7 @@ def test_other_inputs_are_let_alone():
 
 
 def test_averages_do_not_depend_on_the_layout():
-    """In float32, for Lightning makes the average before the weights become double."""
+    """This is in float32, because Lightning makes the average before the weights become double."""
     ends = {}
     for channels_last in LAYOUTS:
         averaging = ("averaging=ema", "averaging.decay=0.5", "trainer.max_epochs=1")
@@ -254,10 +254,10 @@ def test_there_are_four_kinds_of_compilation():
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """The number of images that each compiled pass was for, and whether it has gradients of weights.
+    """The number of images of each compiled pass, and whether it has gradients of weights.
 
-    Everything but the generation of code, which takes minutes, is as in use: PyTorch's own kernels do the
-    work, so that an eager run has the same bits.
+    Only the generation of code, which takes minutes, is left out: PyTorch's own kernels compute the passes,
+    so that an eager run has the same bits.
     """
     from torch._dynamo.backends.registry import lookup_backend
 
@@ -343,7 +343,7 @@ def test_averages_of_compiled_runs(averaging, graphs):
 
 
 class SaveWithin(lightning.Callback):
-    """A checkpoint behind the second of three batches of the first epoch."""
+    """Saves a checkpoint after the second of three batches of the first epoch."""
 
     def __init__(self, path):
         self._path = path
@@ -355,7 +355,7 @@ class SaveWithin(lightning.Callback):
 
 @pytest.mark.slow  # compiles twice
 def test_a_run_that_resumes_at_a_short_batch(graphs, tmp_path):
-    """It compiles for that size first, which nobody could know to be short, and then for the whole size."""
+    """It first compiles for that size, since it cannot know that it is short, and then for the full size."""
     path = tmp_path / "within.ckpt"
     expected, _ = fit(*SMALLER, callbacks=[SaveWithin(path)])
     found, trainer = fit(*SMALLER, "execution=compiled", resume=path)
@@ -393,7 +393,7 @@ def test_many_networks_in_one_process(graphs):
     ],
 )
 def test_generated_code_is_right(method, tolerance):
-    """With PyTorch's own backend, whose kernels round otherwise than the eager ones."""
+    """Use PyTorch's own backend, whose kernels round differently from the eager ones."""
     torch._dynamo.reset()
     overrides = (*SMALLER, f"method={method}", *((WARM,) if method == "awp" else ()))
     found, expected = fit(*overrides, "execution=compiled")[0], fit(*overrides)[0]
@@ -408,7 +408,7 @@ def test_generated_code_is_right(method, tolerance):
 
 @pytest.fixture
 def alone():
-    """One process that believes in a group of its own; afterwards there is none."""
+    """Make a process group of one process; it is destroyed afterwards."""
     before = dict(os.environ)
     yield
     if dist.is_initialized():
@@ -448,7 +448,7 @@ EVERY_METHOD = ("at", "awp")
 
 
 def main(rank, store, out):
-    """What each process does: python -m tests.methods.test_execution RANK STORE OUT."""
+    """Run one of the processes: python -m tests.methods.test_execution RANK STORE OUT."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -476,7 +476,7 @@ def main(rank, store, out):
 
 @pytest.fixture(scope="module")
 def everybody(tmp_path_factory):
-    """What each rank found."""
+    """The results of each rank."""
     out = tmp_path_factory.mktemp("processes")
     paths = run_processes("tests.methods.test_execution", out, PROCESSES, LIMIT)
     return [torch.load(path, weights_only=True) for path in paths]
@@ -520,7 +520,7 @@ FETCHING = {
 
 
 class Operations(TorchDispatchMode):
-    """Notes where a value or a size that only the device knows is asked for."""
+    """Notes operations that need a value or a size that only the device knows."""
 
     def __init__(self, notes):
         super().__init__()
@@ -534,9 +534,9 @@ class Operations(TorchDispatchMode):
 
 
 class Calls(TorchFunctionMode):
-    """Notes what brings a tensor to the host; on the CPU nothing is copied, so no operation tells.
+    """Notes calls that bring a tensor to the host; on the CPU nothing is copied, so no operation shows it.
 
-    Of moves those to "cpu" by name: a device handed on is the one that trains.
+    Among moves it notes those to "cpu" by name, because a device in a variable is the one that trains.
     """
 
     def __init__(self, notes):
@@ -577,7 +577,7 @@ METHODS = {
 
 @pytest.mark.parametrize("case", METHODS)
 def test_the_host_never_waits_within_a_step(case, monkeypatch):
-    """Whatever takes part: Lightning's loop, the module, the optimiser."""
+    """Neither Lightning's loop nor the module nor the optimiser waits."""
     notes, steps = watched(monkeypatch)
     fit(*SMALLER, *METHODS[case], "trainer.max_epochs=1", limit_val_batches=0)
     assert steps == [0, 1, 2]
@@ -585,8 +585,8 @@ def test_the_host_never_waits_within_a_step(case, monkeypatch):
 
 
 def test_the_host_never_waits_within_a_step_of_the_command(monkeypatch, tmp_path):
-    """All callbacks and a logger take part."""
-    # looks at every loss where that costs nothing, as here; on a GPU every so many steps
+    """The run has all callbacks and a logger."""
+    # on a CPU it checks every loss, which costs nothing here; on a GPU it checks every so many steps
     monkeypatch.setattr(StopOnNonFinite, "on_before_backward", lambda *_: None)
     notes, steps = watched(monkeypatch)
     arguments = ("measure=none", "trainer.max_epochs=1", "logger=csv", "report=false")
