@@ -18,7 +18,7 @@ GRADIENT = np.array([0.3, -0.2, 0.1])
 MULTIPLES = np.array([-4.0, -2.0, -1.0, -0.5, 0.5, 1.0, 2.0, 4.0])
 CUBIC, QUARTIC = 0.05, 0.01  # of the second-order term, at one deviation
 START = 1.5
-JITTER = np.array([-0.003, 0.003])  # of the loss made anew, in two draws
+JITTER = np.array([-0.003, 0.003])  # of the loss at recomputed examples, in two draws
 
 
 def lines(**changes):
