@@ -195,7 +195,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--attack",
         choices=("held", "refreshed"),
         default="held",
-        help="the replicas' adversarial examples: held as at the minimum, or made anew at each step",
+        help="the replicas' adversarial examples: held as at the minimum, or recomputed at each step",
     )
     args = parser.parse_args(arguments)
     fewest = FEWEST * args.directions

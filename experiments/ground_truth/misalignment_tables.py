@@ -33,7 +33,7 @@ TERMS: dict[str, str] = {
     "kl_prior_at_minimum": "KL, prior at the minimum",
     "kl_prior_at_start": "KL, prior at the start",
 }
-"""Columns ``term`` of the tables, and how they are shown. σ_P² is always the best one, chosen anew."""
+"""Columns ``term`` of the tables, and how they are shown. σ_P² is always the optimal one."""
 
 
 def by_name(terms: CovarianceTerms, distance_sq: float) -> dict[str, Array]:

@@ -3,7 +3,7 @@
     python experiments/ground_truth/off_the_mean.py RUN/replicas/NAME --step 200 --output FOLDER
 
 Repeats the first replicas of an ensemble of momentum SGD up to a step, and measures there along the
-ensemble's directions: the slopes J of the gradient whose attack is made anew, and the noise of mini-batches
+ensemble's directions: the slopes J of the gradient whose attack is recomputed, and the noise of mini-batches
 at fixed weights. The law of the ensemble is then propagated with each of the three in place of the start's
 (from the start's at step 0 in a straight line to these at the step), which tells what the prediction from
 the start lacks: the mean's motion, or the replicas' distance from it. Writes and prints

@@ -8,7 +8,7 @@ from matplotlib.lines import Line2D
 
 from robustdyn.errors import RecordError
 from robustdyn.replicas import EnsembleRecord, Lines, MeasuredPoint, read_ensemble
-from robustdyn.studies.shared.expansion_figures import draw_expansion, expansion_findings, expansion_tables
+from robustdyn.studies.shared.expansion_figures import draw_expansion, expansion_tables
 from tests.tolerances import EXACT64
 
 LAMBDA = np.array([8.0, 2.0, 1.0])  # two eigenvectors and a random direction
@@ -18,7 +18,7 @@ GRADIENT = np.array([0.3, -0.2, 0.1])
 MULTIPLES = np.array([-4.0, -2.0, -1.0, -0.5, 0.5, 1.0, 2.0, 4.0])
 CUBIC, QUARTIC = 0.05, 0.01  # of the second-order term, at one deviation
 START = 1.5
-JITTER = np.array([-0.003, 0.003])  # of the loss made anew, in two draws
+JITTER = np.array([-0.003, 0.003])  # of the loss at recomputed examples, in two draws
 
 
 def lines(**changes):
@@ -216,8 +216,7 @@ def test_what_rounding_hides_has_no_error(tmp_path):
     held = only(table["expansion"], kind="random", attack="held")
     assert held["error"].isna().all()
     assert np.isnan(only(table["expansion_limits"], kind="random", attack="held")["limit"].item())
-    said = " ".join(expansion_findings(table))
-    assert "on, median over directions: examples held, expanded with H, in no direction is the error" in said
+    assert only(table["expansion_breaks"], kind="random", attack="held")["bound"].item() == "not known"
 
 
 def test_ensembles_without_replicas_points_or_lines(tmp_path):
@@ -241,15 +240,16 @@ def test_one_draw_has_no_standard_error(tmp_path):
     anew = only(tables["expansion"], attack="anew")
     assert anew["error_se"].isna().all()
     assert only(tables["expansion_limits"], attack="anew")["limit"].isna().all()
-    assert any("in no direction is the error known" in text for text in expansion_findings(tables))
+    assert set(only(tables["expansion_breaks"], attack="anew")["bound"]) == {"not known"}
 
 
-def test_findings_say_where_each_expansion_breaks(tmp_path):
-    along, random = expansion_findings(expansion_tables({"AT": ensemble(tmp_path, rest=0.3)}))
-    assert along.startswith("AT, along eigenvectors: the error exceeds 20% of the second-order term")
-    assert "examples held, expanded with H, 2.5 σ; " in along
-    assert "examples made anew, expanded with H, at most 1 σ." in along
-    assert "2.5 √P σ" in random
+def test_where_each_expansion_breaks(tmp_path):
+    breaks = expansion_tables({"AT": ensemble(tmp_path, rest=0.3)})["expansion_breaks"]
+    rows = breaks.set_index(["kind", "attack", "curvature"])
+    assert rows.loc["eigenvector", "held", "H"]["limit"] == pytest.approx(2.5, abs=0.05)
+    anew = rows.loc["eigenvector", "anew", "H"]
+    assert (anew["bound"], anew["limit"]) == ("at most", pytest.approx(1, abs=0.05))
+    assert rows.loc["random", "held", "H"]["limit"] == pytest.approx(2.5, abs=0.05)
 
 
 def test_the_figure_draws_the_table(tmp_path):

@@ -124,7 +124,9 @@ def test_labels_tell_apart_what_differs(tmp_path):
 def test_everything_is_written(runs, tmp_path):
     written = conduct("ground_truth", runs, tmp_path)
     said = written.findings.read_text(encoding="utf-8")
-    assert "Digits, AT: measured / predicted variance lies within 0.9 to 1.11" in said
+    assert "- Measured / predicted variance lies within 0.9 to 1.11 at these of the recorded steps" in said
+    assert "| Digits, AT | exact | " in said
+    assert "![ratio](figures/ratio.png)" in said
     assert "| ensemble | replicas | steps | directions |" in said
     assert "| Digits, AT | 200 | 100 | 3 | 0.01 | 60 | 0.001 |" in said
     names = {path.name for path in written.figures}

@@ -109,6 +109,19 @@ def test_correlation_can_be_negative_after_the_decay_only(tmp_path):
     assert r[comparing.LOSS_GAP, "all epochs"] == pytest.approx(np.corrcoef(np.sqrt(trace), gap)[0, 1])
 
 
+def test_only_some_runs_have_measured_the_wci(tmp_path):
+    write(tmp_path / "a", sizes=(300,), norm=np.ones(6), trace=np.arange(1.0, 7.0))
+    write(tmp_path / "b", seeds=(0, 1), sizes=(200,))
+    write(tmp_path / "c", seeds=(2,), sizes=(200,), norm=np.ones(6), trace=np.arange(1.0, 7.0))
+    found = one_factor.compared(find_runs(tmp_path), by_train_size, title="Title", baseline="300")
+    r = found.tables["correlations"]
+    assert set(zip(r["setting"], r["seed"], strict=True)) == {("300", 0), ("300", 1), ("300", 2), ("200", 2)}
+    final = found.tables["outcomes"].set_index(["setting", "outcome"])["seeds"]
+    assert (final["300", one_factor.FINAL_INDEX], final["200", one_factor.FINAL_INDEX]) == (3, 1)
+    for picture in found.pictures:
+        picture.draw(picture.data)
+
+
 def test_what_runs_lack_is_said(tmp_path):
     runs = write(tmp_path / "a", seeds=(0,))
     with pytest.raises(RecordError, match="needs measured WCI; train with measure=index"):

@@ -74,25 +74,22 @@ def answer(runs: Sequence[Run]) -> Answer:
         raise RecordError(f"{len(strengths)} strengths γ of AWP, needs three; train experiment=awp_strength")
     levels = mean(points, ["gamma", "moment"]).sort_values(["quantity", "moment", "gamma"], ignore_index=True)
     trends, agreement = _trends(points), _agreement(points)
-    labelled = {"strengths": levels, "trends": trends}
-    return Answer(
-        tables={
-            **{
-                name: rows.assign(label=rows["quantity"].map(partial(label, k=k)))
-                for name, rows in labelled.items()
-            },
-            "agreement": agreement,
-            "runs": points,
-        },
-        pictures=list(_pictures(points, levels, k)),
-        findings=[
-            *(_choices(levels, moment, k) for moment in (LATE, END)),
-            f"γ = 0 is AT. Sums and means are over {k} tracked directions, not the whole model. Correlations "
-            f"and slopes take all {len(runs)} runs for independent; p-values are not corrected for their "
-            "number.",
-            intervals_said(levels),
-        ],
-    )
+    tables = {
+        name: rows.assign(label=rows["quantity"].map(partial(label, k=k)))
+        for name, rows in {"strengths": levels, "trends": trends}.items()
+    }
+    tables |= {"agreement": agreement, "runs": points}
+    return Answer(tables, list(_pictures(points, levels, k)), findings_of(levels, len(runs), k))
+
+
+def findings_of(levels: pd.DataFrame, runs: int, k: int) -> list[str]:
+    """Which strength is the lowest in each quantity, late and at the end."""
+    return [
+        *(_choices(levels, moment) for moment in (LATE, END)),
+        f"γ = 0 is AT. Sums and means are over {k} tracked directions, not the whole model. Correlations and "
+        f"slopes take all {runs} runs for independent; p-values are not corrected for their number.",
+        intervals_said(levels),
+    ]
 
 
 def gamma_of(run: Run) -> float:
@@ -187,14 +184,15 @@ def _agreement(points: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(found).rename(columns={"r": "pearson"})
 
 
-def _choices(levels: pd.DataFrame, moment: str, k: int) -> str:
-    """Which strength each quantity would choose."""
-    said = []
-    for quantity in (*TERMS, WITHOUT_RATE, *ROBUSTNESS):
+def _choices(levels: pd.DataFrame, moment: str) -> str:
+    """Which strengths have the lowest mean in which quantities."""
+    chosen: dict[float, list[str]] = {}
+    for quantity, text in (TERMS | {WITHOUT_RATE: "−Σ ln(σ²/η) (nats)"} | ROBUSTNESS).items():
         rows = levels[(levels["quantity"] == quantity) & (levels["moment"] == moment)]
         if not rows.empty:
-            said.append(f"{label(quantity, k)} γ = {rows.nsmallest(1, 'mean')['gamma'].iloc[0]:g}")
-    return f"Lowest mean, {moment}: {'; '.join(said)}."
+            chosen.setdefault(rows.nsmallest(1, "mean")["gamma"].iloc[0], []).append(text)
+    said = "; ".join(f"γ = {gamma:g}: {', '.join(chosen[gamma])}" for gamma in sorted(chosen))
+    return f"Lowest mean, {moment}: {said}."
 
 
 def _pictures(points: pd.DataFrame, levels: pd.DataFrame, k: int) -> Iterator[Picture]:

@@ -48,16 +48,17 @@ ABOVE_NULL = 2.0  # spreads of the null: beyond, sampling noise alone is an unli
 LOSSES = ("test_robust_loss", "robust_loss_gap")
 
 OTHER, NULL = "--", ":"
-TOLD = (
-    "hessian_eigenvalue_top",
-    "noise_eigenvalue_top",
-    "stationary_variance_mean",
-    "curvature_term_stationary",
-    "log_variance_term_stationary",
-    "dominant_terms_stationary",
-    "test_robust_loss",
-    "robust_loss_gap",
-)
+TOLD = {
+    "hessian_eigenvalue_top": "leading λ",
+    "noise_eigenvalue_top": "leading noise eigenvalue",
+    "stationary_variance_mean": "σ²",
+    "curvature_term_stationary": "Σ λσ²",
+    "log_variance_term_stationary": "−Σ ln σ²",
+    "dominant_terms_stationary": "their sum",
+    "test_robust_loss": "test robust loss",
+    "robust_loss_gap": "robust loss gap",
+}
+"""What findings are about, in short; all of the stationary law."""
 
 
 def answer(runs: Sequence[Run]) -> Answer:
@@ -92,7 +93,7 @@ def answer(runs: Sequence[Run]) -> Answer:
     return Answer(
         tables=tables,
         pictures=list(_pictures(curves, k)),
-        findings=list(_findings(values, changes, against, k)),
+        findings=[*findings_of(changes, against, k), *_lacking(values)],
     )
 
 
@@ -173,33 +174,36 @@ def _above_null(values: pd.DataFrame) -> pd.DataFrame:
     ]
 
 
-def _findings(values: pd.DataFrame, changes: pd.DataFrame, against: pd.DataFrame, k: int) -> Iterator[str]:
+def findings_of(changes: pd.DataFrame, against: pd.DataFrame, k: int) -> Iterator[str]:
+    """What moves across the decay, and how methods differ late."""
     across = changes[(changes["from"] == BEFORE) & (changes["to"] == LATE)]
     for method, rows in across.groupby("method", sort=False):
-        yield f"{method}, {BEFORE} → {LATE}: {_directions(rows, ('rises', 'falls', 'no clear change'), k)}."
+        yield f"{method}, {BEFORE} → {LATE}: {_directions(rows, ('rises', 'falls', 'no clear change'))}."
     if not against.empty:
         late = against[against["moment"] == LATE]
         for method, rows in late.groupby("method", sort=False):
-            said = _directions(rows, ("higher", "lower", "no clear difference"), k)
+            said = _directions(rows, ("higher", "lower", "no clear difference"))
             yield f"{method} against {rows['against'].iloc[0]}, seed by seed, {LATE}: {said}."
-    where = ", ".join(f"{moment}: {text}" for moment, text in MOMENTS.items())
-    yield f"Sums and means are over {k} tracked directions, not the whole model. Moments: {where}."
+    yield (
+        f"All is over {k} tracked directions, not the whole model; {BEFORE} is {MOMENTS[BEFORE]}, {LATE} is "
+        f"{MOMENTS[LATE]}."
+    )
     yield intervals_said(changes)
-    missing = values[values["quantity"] == "dominant_terms_stationary"].groupby("method", sort=False)["value"]
-    lacking = [f"{method}: {v.isna().sum()} of {len(v)}" for method, v in missing if v.isna().any()]
-    if lacking:
-        yield (
-            f"Measurements with a tracked direction without a stationary law, hence without sums: "
-            f"{'; '.join(lacking)}. Curves leave out epochs that some seed lacks."
-        )
 
 
-def _directions(rows: pd.DataFrame, words: tuple[str, str, str], k: int) -> str:
+def _lacking(values: pd.DataFrame) -> list[str]:
+    """Where some direction has no stationary law, so that there are no sums."""
+    sums = values[values["quantity"] == "dominant_terms_stationary"].groupby("method", sort=False)["value"]
+    counts = "; ".join(f"{name}: {own.isna().sum()} of {len(own)}" for name, own in sums if own.isna().any())
+    return [f"Measurements without a stationary law in some direction: {counts}."] if counts else []
+
+
+def _directions(rows: pd.DataFrame, words: tuple[str, str, str]) -> str:
     """Which of ``TOLD`` went which way; a factor's interval is about 1."""
     own = rows[rows["quantity"].isin(TOLD)]
     unchanged = own["change"].map({"factor": 1.0, "difference": 0.0})
     bounds = own[["low", "high"]].sub(unchanged, axis=0)
-    return told_apart(bounds, [label(quantity, k) for quantity in own["quantity"]], words)
+    return told_apart(bounds, list(own["quantity"].map(TOLD)), words)
 
 
 def _pictures(curves: pd.DataFrame, k: int) -> Iterator[Picture]:

@@ -40,12 +40,20 @@ from robustdyn.studies.shared.ensemble_figures import (
     draw_ratio_by_eigenvalue,
     draw_variances,
 )
-from robustdyn.studies.shared.expansion_figures import draw_expansion, expansion_findings, expansion_tables
+from robustdyn.studies.shared.expansion_figures import BREAKS, draw_expansion, expansion_tables
 from robustdyn.studies.shared.study import Answer, Picture, Study
 
 CONFIDENCE, RESAMPLES, DRAWS = 0.95, 1000, 40
 MANY = 4  # changes of the rate from which on a schedule counts as smooth
 SHOWN = 6  # directions in the figure of variances
+MISFITS = (
+    "correlation_misfit",
+    "commuting_misfit",
+    "total_correlation",
+    "total_correlation_expected",
+    "total_correlation_spread",
+    "total_correlation_commuting",
+)
 REMEMBERED = ["ensemble", "reference", "step", "learning_rate", "correlation", "error", "expected"]
 SEEN = ["ensemble", "step", "learning_rate", "slope", "slope_error", "noise", "noise_error"]
 
@@ -139,23 +147,18 @@ def answer(runs: Sequence[Run]) -> Answer:
     if not remembered.empty:
         pictures.append(Picture("memory", remembered, draw_memory))
     expanded = {name: e for name, e in ensembles.items() if e.lines is not None}
-    tables = expansion_tables(expanded) if expanded else {}
-    findings = [_said_of_variances(name, steps[steps["ensemble"] == name]) for name in ensembles]
+    tables = {
+        "within_goal": within_goal(steps),
+        "ensembles": described,
+        "agreement": steps,
+        "along_the_path": path,
+        "at_the_replicas": replicas,
+        "memory": remembered,
+    }
     if expanded:
+        tables |= expansion_tables(expanded)
         pictures.append(Picture("expansion", tables["expansion_means"], draw_expansion))
-        findings += expansion_findings(tables)
-    return Answer(
-        tables={
-            "ensembles": described,
-            "agreement": steps,
-            "along_the_path": path,
-            "at_the_replicas": replicas,
-            "memory": remembered,
-            **tables,
-        },
-        pictures=pictures,
-        findings=findings,
-    )
+    return Answer(tables, pictures, findings_of(tables))
 
 
 # ---------------------------------------------------------------------- tables
@@ -199,65 +202,62 @@ def _steps(name: str, ensemble: RecordedEnsemble, found: Mapping[str, Agreement]
             logs = np.log(variances)
         moved = ensemble.steps > 0
         errors[moved] = logs[:, moved].mean(axis=2).std(axis=0, ddof=1)
+    head = {
+        "ensemble": name,
+        "step": ensemble.steps,
+        "learning_rate": _rates_before(ensemble, ensemble.steps),
+    }
     for law, seen in found.items():
-        for row, step in enumerate(ensemble.steps):
-            usable = np.isfinite(seen.offset[row]).any()
-            rows.append(
-                {
-                    "ensemble": name,
-                    "law": law,
-                    "step": int(step),
-                    "learning_rate": float(ensemble.learning_rate[max(step - 1, 0)]),
-                    "directions": int(seen.directions[row]),
-                    "geometric_mean": seen.geometric_mean[row],
-                    "low": seen.geometric_low[row],
-                    "high": seen.geometric_high[row],
-                    "prediction_error": errors[row] if law == REFRESHED else np.nan,
-                    "rms_offset": _rms(seen.offset[row]) if usable else np.nan,
-                    "rms_move": _rms(seen.move[row]) if usable else np.nan,
-                    "rms_offset_of_chance": seen.offset_error,
-                    "correlation_misfit": seen.correlation_misfit[row],
-                    "commuting_misfit": seen.commuting_misfit[row],
-                    "total_correlation": seen.total_correlation[row],
-                    "total_correlation_expected": seen.total_correlation_expected[row],
-                    "total_correlation_spread": seen.total_correlation_spread[row],
-                    "total_correlation_commuting": seen.total_correlation_commuting[row],
-                }
-            )
-    return pd.DataFrame(rows)
+        columns = {
+            "directions": seen.directions,
+            "geometric_mean": seen.geometric_mean,
+            "low": seen.geometric_low,
+            "high": seen.geometric_high,
+            "prediction_error": errors if law == REFRESHED else np.nan,
+            "rms_offset": _rms(seen.offset),
+            "rms_move": np.where(np.isfinite(seen.offset).any(axis=1), _rms(seen.move), np.nan),
+            "rms_offset_of_chance": seen.offset_error,
+        }
+        misfits = {column: getattr(seen, column) for column in MISFITS}
+        rows.append(pd.DataFrame(head | {"law": law} | columns | misfits))
+    found_steps = pd.concat(rows, ignore_index=True)
+    return found_steps[["ensemble", "law", *found_steps.columns.drop(["ensemble", "law"])]]
 
 
-def _rms(values: np.ndarray) -> float:
-    return float(np.sqrt(np.nanmean(values**2)))
+def _rates_before(ensemble: RecordedEnsemble, steps: np.ndarray) -> np.ndarray:
+    """The rate of the step that led to each of ``steps``; the first one at the start."""
+    rates: np.ndarray = ensemble.learning_rate[np.maximum(steps - 1, 0)]
+    return rates
+
+
+def _rms(values: np.ndarray) -> np.ndarray:
+    """Over the last axis, where anything is known."""
+    known = np.isfinite(values).any(axis=-1)
+    rms: np.ndarray = np.full(values.shape[:-1], np.nan)
+    rms[known] = np.sqrt(np.nanmean(values[known] ** 2, axis=-1))
+    return rms
 
 
 def _directions(name: str, ensemble: RecordedEnsemble, found: Mapping[str, Agreement]) -> pd.DataFrame:
     """One row per law, recorded step and direction."""
-    start = ensemble.start
+    start, k = ensemble.start, ensemble.start.directions.count
+    moved = np.flatnonzero(ensemble.steps > 0)
+    steps = np.repeat(ensemble.steps[moved], k)
+    head = {"ensemble": name, "step": steps, "learning_rate": _rates_before(ensemble, steps)}
+    of_direction = {
+        "direction": np.arange(1, k + 1),
+        "eigenvalue": start.eigenvalues,
+        "slope": np.diag(start.slopes),
+    }
+    head |= {column: np.tile(values, len(moved)) for column, values in of_direction.items()}
     parts = []
     for law, seen in found.items():
-        for row, step in enumerate(ensemble.steps):
-            if step == 0:
-                continue
-            parts.append(
-                pd.DataFrame(
-                    {
-                        "ensemble": name,
-                        "law": law,
-                        "step": int(step),
-                        "learning_rate": float(ensemble.learning_rate[step - 1]),
-                        "direction": np.arange(1, start.directions.count + 1),
-                        "eigenvalue": start.eigenvalues,
-                        "slope": np.diag(start.slopes),
-                        "measured": seen.variance[row],
-                        "low": seen.low[row],
-                        "high": seen.high[row],
-                        "predicted": seen.predicted[row],
-                        "offset": seen.offset[row],
-                    }
-                )
-            )
-    return pd.concat(parts, ignore_index=True)
+        columns = {"measured": seen.variance, "low": seen.low, "high": seen.high}
+        columns |= {"predicted": seen.predicted, "offset": seen.offset}
+        own = {column: values[moved].ravel() for column, values in columns.items()}
+        parts.append(pd.DataFrame(head | own).assign(law=law))
+    together = pd.concat(parts, ignore_index=True)
+    return together[["ensemble", "law", *together.columns.drop(["ensemble", "law"])]]
 
 
 def _path(name: str, ensemble: RecordedEnsemble) -> pd.DataFrame:
@@ -292,17 +292,8 @@ def _seen_at_replicas(name: str, ensemble: RecordedEnsemble) -> pd.DataFrame:
     own = seen_by_replicas(ensemble)
     if own is None:
         return pd.DataFrame(columns=SEEN)
-    return pd.DataFrame(
-        {
-            "ensemble": name,
-            "step": own.step,
-            "learning_rate": ensemble.learning_rate[own.step - 1],
-            "slope": own.slope,
-            "slope_error": own.slope_error,
-            "noise": own.noise,
-            "noise_error": own.noise_error,
-        }
-    )
+    rates = _rates_before(ensemble, own.step)
+    return pd.DataFrame({"ensemble": name, "learning_rate": rates} | vars(own))[SEEN]
 
 
 def _memory(name: str, ensemble: RecordedEnsemble) -> pd.DataFrame:
@@ -313,23 +304,11 @@ def _memory(name: str, ensemble: RecordedEnsemble) -> pd.DataFrame:
     steps = ensemble.steps.tolist()
     decay = _described(name, ensemble)["decay_step"]
     references = [s for s in (decay, steps[-1]) if isinstance(s, int) and s in steps]
-    return pd.concat(
-        [
-            pd.DataFrame(
-                {
-                    "ensemble": name,
-                    "reference": found.reference,
-                    "step": found.step,
-                    "learning_rate": ensemble.learning_rate[found.step - 1],
-                    "correlation": found.correlation,
-                    "error": found.error,
-                    "expected": found.expected,
-                }
-            )
-            for found in (memory(ensemble, reference) for reference in references)
-        ],
-        ignore_index=True,
-    )
+    parts = []
+    for found in (memory(ensemble, reference) for reference in references):
+        rates = _rates_before(ensemble, found.step)
+        parts.append(pd.DataFrame({"ensemble": name, "learning_rate": rates} | vars(found)))
+    return pd.concat(parts, ignore_index=True)[REMEMBERED]
 
 
 def _shown(directions: pd.DataFrame) -> pd.DataFrame:
@@ -358,19 +337,32 @@ def _ends(directions: pd.DataFrame, described: pd.DataFrame) -> pd.DataFrame:
     return kept
 
 
-def _said_of_variances(name: str, steps: pd.DataFrame) -> str:
-    """At how many recorded steps each law agrees with the replicas, once they have settled."""
+def within_goal(steps: pd.DataFrame) -> pd.DataFrame:
+    """At how many of the recorded ``steps``, once settled, each law agrees with the replicas: ``within``."""
     settled = steps[steps["step"] >= SETTLED].dropna(subset=["geometric_mean"])
-    counts = settled["geometric_mean"].between(*GOAL).groupby(settled["law"]).agg(["sum", "size"])
+    near = settled.assign(within=settled["geometric_mean"].between(*GOAL))
+    by = near.groupby(["ensemble", "law"], sort=False)["within"]
+    return by.agg(within="sum", steps="size").reset_index()
+
+
+def findings_of(tables: Mapping[str, pd.DataFrame]) -> list[str]:
+    """How often each law is right, over all ensembles."""
+    counts = tables["within_goal"].groupby("law")[["within", "steps"]].sum()
     said = ", ".join(
-        f"{text} {counts['sum'][law]} of {counts['size'][law]}"
+        f"{text} {counts['within'][law]} of {counts['steps'][law]}"
         for law, text in NAMES.items()
         if law in counts.index
     )
-    return (
-        f"{name}: measured / predicted variance lies within {GOAL[0]} to {GOAL[1]} at these of the recorded "
-        f"steps from step {SETTLED} on: {said or 'none recorded'}."
-    )
+    findings = [
+        f"Measured / predicted variance lies within {GOAL[0]} to {GOAL[1]} at these of the recorded steps "
+        f"from step {SETTLED} on, all ensembles together: {said or 'none recorded'}."
+    ]
+    if "expansion" in tables:
+        findings.append(
+            "From the distance in expansion_breaks on, in predicted deviations (along random directions, "
+            f"norms), the error exceeds {BREAKS:.0%} of the second-order term on the worse side."
+        )
+    return findings
 
 
 def _slug(name: str) -> str:

@@ -15,24 +15,22 @@ from robustdyn.report import style
 from robustdyn.report.plotting import finish, label_ends, log_axis
 from robustdyn.report.statistics import of_run
 from robustdyn.studies.shared.comparing import (
-    BEST,
     ERROR,
-    FINAL,
     METRICS,
     MOMENT,
     RATE,
     RISE,
     against,
     at_moments,
+    final_said,
     intervals_said,
+    lowest_said,
     mean_with_interval,
     metrics_over_epochs,
     require_alike,
     require_complete,
-    said,
     seeds_said,
     shown_table,
-    told_apart,
     values,
 )
 from robustdyn.studies.shared.comparison_figures import (
@@ -40,6 +38,7 @@ from robustdyn.studies.shared.comparison_figures import (
     draw_best_and_final,
     draw_over_epochs,
     of_seeds,
+    setting_colours,
 )
 from robustdyn.studies.shared.study import Answer, Picture, Study
 
@@ -163,12 +162,17 @@ def answer(runs: Sequence[Run]) -> Answer:
         tables["cost"] = cost(times, order)
         tables["cost_of_training"] = cost(of_training(times), order, "%")
         pictures.append(Picture("cost", tables["cost_of_training"], draw_cost))
-    findings = [
-        *_compared(means, differences, reference),
+    return Answer(tables, pictures, findings_of(tables, reference))
+
+
+def findings_of(tables: Mapping[str, pd.DataFrame], reference: str) -> list[str]:
+    """Which schedule is the most robust, which differ from the WCI rate, and what that costs."""
+    return [
+        lowest_said(tables["schedules"]),
+        final_said(tables["against_wci"], ERROR, reference),
         _cost_said(tables["cost"], reference) if "cost" in tables else NO_TIMES,
-        intervals_said(means),
+        intervals_said(tables["schedules"]),
     ]
-    return Answer(tables, pictures, findings)
 
 
 @style.styled
@@ -181,13 +185,13 @@ def draw_settings(means: pd.DataFrame) -> Figure:
         "robust_loss_gap": "Gap in loss",
     }
     title = "Best and final epoch of each schedule"
-    return draw_best_and_final(title, means, panels, _colours(means))
+    return draw_best_and_final(title, means, panels)
 
 
 @style.styled
 def draw_curves(over_epochs: pd.DataFrame) -> Figure:
     """What the rates lead to, and the rates, whose curves end apart (the paper's figure 9 b)."""
-    colours = _colours(over_epochs)
+    colours = setting_colours(over_epochs)
     figure = style.new_figure(f"Learning curves ({of_seeds(over_epochs, colours)})", 3.6)
     axes = figure.subplots(1, len(CURVES))
     curves = over_epochs.rename(columns={"metric": "quantity"})
@@ -238,27 +242,6 @@ def draw_cost(costs: pd.DataFrame) -> Figure:
     ax.grid(visible=False, axis="y")
     figure.legend(loc="outside lower center", ncols=3)
     return figure
-
-
-def _colours(frame: pd.DataFrame) -> dict[str, str]:
-    order = list(dict.fromkeys(frame["setting"]))
-    return dict(zip(order, style.colours(len(order)), strict=True))
-
-
-def _compared(means: pd.DataFrame, differences: pd.DataFrame, reference: str) -> list[str]:
-    """Which schedule leaves the network most robust, and which differ from the reference."""
-    errors = means[means["metric"] == ERROR].set_index("moment")
-    lowest = [errors.loc[[moment]].nsmallest(1, "mean").iloc[0] for moment in (BEST, FINAL)]
-    parts = [
-        f"{moment} {row['setting']} ({said(row, EPOCHS[ERROR])} %)"
-        for moment, row in zip((BEST, FINAL), lowest, strict=True)
-    ]
-    final = differences[(differences["metric"] == ERROR) & (differences["moment"] == FINAL)]
-    return [
-        f"Lowest robust error: {', '.join(parts)}. Best is the epoch of lowest test robust error, chosen on "
-        "the test set as in the paper, so that final − best of that error is never negative.",
-        f"Final robust error against {reference}, seed by seed: {told_apart(final, list(final['setting']))}.",
-    ]
 
 
 def _cost_said(costs: pd.DataFrame, reference: str) -> str:

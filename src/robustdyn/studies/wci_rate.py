@@ -32,6 +32,7 @@ from robustdyn.studies.shared.comparing import (
     RISE,
     against,
     at_moments,
+    final_said,
     intervals_said,
     mean_with_interval,
     metrics_over_epochs,
@@ -39,7 +40,6 @@ from robustdyn.studies.shared.comparing import (
     require_complete,
     seeds_said,
     shown_table,
-    told_apart,
     values,
 )
 from robustdyn.studies.shared.comparison_figures import (
@@ -175,7 +175,7 @@ def answer(runs: Sequence[Run]) -> Answer:
         Picture("trend", _trend_table(over_epochs, fitted, slopes), draw_trend),
         Picture("rate_and_wci", rate_and_index.reset_index(drop=True), draw_rate_and_wci),
     ]
-    return Answer(tables, pictures, _findings(tables))
+    return Answer(tables, pictures, findings_of(tables))
 
 
 @style.styled
@@ -319,7 +319,8 @@ def _trend_table(over_epochs: pd.DataFrame, fitted: pd.DataFrame, slopes: pd.Dat
     return pd.concat([part.assign(kind=kind) for kind, part in parts.items()], ignore_index=True)[columns]
 
 
-def _findings(tables: Mapping[str, pd.DataFrame]) -> list[str]:
+def findings_of(tables: Mapping[str, pd.DataFrame]) -> list[str]:
+    """How much the threshold matters, and which thresholds differ from the static rate."""
     means, rule = tables["thresholds"], tables["rule"]
     own = means[(means["metric"] == ERROR) & (means["moment"] == FINAL) & (means["setting"] != STATIC)]
     finals = own.set_index("setting")["mean"]
@@ -330,10 +331,7 @@ def _findings(tables: Mapping[str, pd.DataFrame]) -> list[str]:
     ]
     if "against_static" in tables:
         apart = tables["against_static"]
-        for metric in (ERROR, LOSS):
-            own = apart[(apart["metric"] == metric) & (apart["moment"] == FINAL)]
-            said = told_apart(own, list(own["setting"]))
-            findings.append(f"Final {EPOCHS[metric].label} against the static rate, seed by seed: {said}.")
+        findings += [final_said(apart, metric, "the static rate") for metric in (ERROR, LOSS)]
     else:
         findings.append("No control: no run kept η₁ throughout; schedule.threshold=1e9 makes one.")
     return [*findings, intervals_said(means)]

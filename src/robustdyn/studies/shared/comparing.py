@@ -17,7 +17,7 @@ from scipy import stats
 from robustdyn.errors import RecordError
 from robustdyn.records.labels import SEED, differences, format_value
 from robustdyn.records.reader import Run, combine, read_table
-from robustdyn.records.schema import EPOCHS, WCI, Column
+from robustdyn.records.schema import EPOCHS, SPECTRUM, WCI, Column
 from robustdyn.report.statistics import decay_epochs, of_run
 
 OPERATION = ("checkpoint", "nonfinite", "resume")  # sections that change no result
@@ -28,8 +28,12 @@ BOUNDS = ("mean", "low", "high")
 
 LOSS_GAP, ERROR_GAP, INDEX, RATE = "robust_loss_gap", "robust_error_gap", "wci", "lr"
 NORM, TRACE = "weight_norm_sq", "hessian_trace"
-LOSS, ERROR, TRAIN_ERROR = "test_robust_loss", "test_robust_error", "train_robust_error"
-COLUMNS: dict[str, Column] = {column.name: column for column in (*WCI.columns, *EPOCHS.columns)}
+LOSS, ERROR = "test_robust_loss", "test_robust_error"
+TRAIN_LOSS, TRAIN_ERROR = "train_robust_loss", "train_robust_error"
+EIGENVALUE = "hessian_eigenvalue"  # the largest
+COLUMNS: dict[str, Column] = {
+    column.name: column for column in (SPECTRUM[EIGENVALUE], *WCI.columns, *EPOCHS.columns)
+}
 DATA_SETS = {"CIFAR10": "CIFAR-10", "CIFAR100": "CIFAR-100", "SVHN": "SVHN", "Digits": "digits"}
 BEST, FINAL, RISE = "best", "final", "final − best"
 MOMENTS = (BEST, FINAL, RISE)
@@ -134,7 +138,8 @@ def values(
 
     Args:
         runs: Runs to compare.
-        quantities: Columns of the ``epochs`` or ``wci`` records that every run must have.
+        quantities: Columns of the ``epochs`` or ``wci`` records that every run must have, or the largest
+            ``hessian_eigenvalue``.
         setting: A run's level of what is compared.
         panel: What is drawn apart; ``None`` for one panel, and no such column.
         optional: Further columns, taken where recorded.
@@ -162,9 +167,9 @@ def values(
             raise RecordError(
                 f"{run.path}: ends after epoch {last}, others after {full}; finish it or leave it out"
             )
-        tables = {"epochs": read_table(run.path, "epochs"), "wci": read_table(run.path, "wci")}
         for name in dict.fromkeys([RATE, *quantities, *optional]):
-            known = tables["epochs" if name in EPOCHS.names else "wci"].dropna(subset=[name])
+            known = read_table(run.path, _table_of(name)).dropna(subset=[name])
+            known = known[known["index"] == 0] if name == EIGENVALUE else known
             if known.empty and name in quantities:
                 raise RecordError(f"{run.path}: {_lacks(name)}")
             rows = pd.DataFrame({"epoch": known["epoch"], "quantity": name, "value": known[name]})
@@ -226,7 +231,11 @@ def at_moments(rows: pd.DataFrame) -> pd.DataFrame:
     Returns:
         ``setting``, ``seed``, ``metric``, ``unit``, ``moment``, ``value``; settings in their order.
     """
-    found = best_and_final(in_shown_units(rows[rows["quantity"].isin(METRICS)]), ERROR)
+    return tidy_moments(best_and_final(in_shown_units(rows[rows["quantity"].isin(METRICS)]), ERROR))
+
+
+def tidy_moments(found: pd.DataFrame) -> pd.DataFrame:
+    """As ``at_moments``, from a row per setting, seed and quantity with the moments as columns."""
     tidy = found.rename(columns={"quantity": "metric"}).melt(["setting", SEED, "metric"], var_name="moment")
     tidy.insert(3, "unit", tidy["metric"].map(lambda name: COLUMNS[name].shown_unit))
     return _ordered(tidy)
@@ -385,6 +394,24 @@ def told_apart(
     return "; ".join(f"{word}: {', '.join(own)}" for word, own in found.items() if own)
 
 
+def lowest_said(means: pd.DataFrame) -> str:
+    """Which setting of ``at_moments`` has the lowest robust error, best and final."""
+    errors = means[means["metric"] == ERROR].set_index("moment")
+    lowest = {moment: errors.loc[[moment]].nsmallest(1, "mean").iloc[0] for moment in (BEST, FINAL)}
+    parts = [f"{moment} {row['setting']} ({said(row, EPOCHS[ERROR])} %)" for moment, row in lowest.items()]
+    return (
+        f"Lowest robust error: {', '.join(parts)}. Best is the epoch of lowest test robust error, chosen on "
+        "the test set as in the papers, so that final − best of that error is never negative."
+    )
+
+
+def final_said(differences: pd.DataFrame, metric: str, reference: str) -> str:
+    """Which settings' final metric is clearly above or below that of ``reference``, from ``against``."""
+    own = differences[(differences["metric"] == metric) & (differences["moment"] == FINAL)]
+    apart = told_apart(own, list(own["setting"]))
+    return f"Final {EPOCHS[metric].label} against {reference}, seed by seed: {apart}."
+
+
 def seeds_said(table: pd.DataFrame) -> str:
     """``3 seeds``, or ``2–3 seeds`` where settings have different numbers."""
     low, high = int(table["seeds"].min()), int(table["seeds"].max())
@@ -412,6 +439,12 @@ def _ordered(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.sort_values(
         by, key=lambda column: column.map(ranks[column.name]) if column.name in ranks else column
     ).reset_index(drop=True)
+
+
+def _table_of(quantity: str) -> str:
+    if quantity in EPOCHS.names:
+        return EPOCHS.name
+    return SPECTRUM.name if quantity == EIGENVALUE else WCI.name
 
 
 def _last_epoch(run: Run) -> int:

@@ -165,7 +165,7 @@ def name_rows(ax: Axes, names: Sequence[str]) -> None:
 
 
 def draw_best_and_final(
-    title: str, means: pd.DataFrame, panels: Mapping[str, str], colours: Mapping[str, str]
+    title: str, means: pd.DataFrame, panels: Mapping[str, str], colours: Mapping[str, str] | None = None
 ) -> Figure:
     """A panel for each metric: a row per setting, best (open) and final (filled) with their intervals.
 
@@ -173,8 +173,9 @@ def draw_best_and_final(
         title: Of the figure.
         means: ``setting``, ``metric``, ``moment``, ``mean``, ``low``, ``high``, ``seeds``, as shown.
         panels: Metrics and their titles.
-        colours: Settings in order.
+        colours: Settings in order; ``None`` as they come.
     """
+    colours = colours or setting_colours(means)
     figure = style.new_figure(f"{title} ({seeds_said(means)}, 95 % interval)", 1.6 + 0.34 * len(colours))
     order = list(colours)
     for ax, (metric, name) in zip(figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True):
@@ -189,6 +190,12 @@ def draw_best_and_final(
     marks = [key("best", "", "o", markerfacecolor="white", markersize=6), key("final", "", "o", markersize=6)]
     figure.legend(handles=marks, loc="outside lower center", ncols=2)
     return figure
+
+
+def setting_colours(frame: pd.DataFrame) -> dict[str, str]:
+    """A colour for each ``setting``, as they come."""
+    order = list(dict.fromkeys(frame["setting"]))
+    return dict(zip(order, style.colours(len(order)), strict=True))
 
 
 def of_seeds(means: pd.DataFrame, colours: Mapping[str, str]) -> str:

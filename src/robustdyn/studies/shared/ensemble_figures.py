@@ -31,9 +31,9 @@ NAMES = {
     STATIONARY: "stationary",
     SLOW_MODE: "slow mode",
     EXACT: "exact, attack held fixed",
-    REFRESHED: "exact, attack made anew",
+    REFRESHED: "exact, attack recomputed",
     EXACT_PATH: "attack held fixed, along the mean's path",
-    REFRESHED_PATH: "attack made anew, along the mean's path",
+    REFRESHED_PATH: "attack recomputed, along the mean's path",
 }
 COLOURS = {
     STATIONARY: style.PALETTE[3],
@@ -45,7 +45,7 @@ COLOURS = {
 }
 LINES = {EXACT_PATH: ":", REFRESHED_PATH: ":"}
 DRAWN = (STATIONARY, SLOW_MODE, EXACT, REFRESHED, REFRESHED_PATH)  # beside single variances
-SHORT = {STATIONARY: "stationary", SLOW_MODE: "slow mode", EXACT: "held fixed", REFRESHED: "made anew"}
+SHORT = {STATIONARY: "stationary", SLOW_MODE: "slow mode", EXACT: "held fixed", REFRESHED: "recomputed"}
 
 
 class _Steps:
@@ -313,7 +313,7 @@ def draw_drift(data: pd.DataFrame) -> Figure:
         log_axis(ax)
     handles = [
         key("λ of H, attack held fixed", colour=looks["curvature"]),
-        key("slope, attack made anew", colour=looks["slope"]),
+        key("slope, attack recomputed", colour=looks["slope"]),
         key("gradient noise", colour=looks["noise"]),
         key("at the replicas' mean", marker="o"),
         key("from the replicas' own gradients, ± 2 s.e.", "", "D", fillstyle="none"),

@@ -3,11 +3,11 @@
 The error of an expansion is counted in its own second-order term: (L − L_0 − g·Δ − ½ Δᵀ A Δ) / |½ Δᵀ A Δ|. It
 says by how much the curvature would have to be another one for the loss to be right, and stays finite where
 the loss neither rises nor falls. Three expansions are compared: the loss on held adversarial examples with
-its Hessian H; the loss with examples made anew with the slopes J of its own gradient; and the latter with H,
+its Hessian H; the loss with recomputed examples with the slopes J of its own gradient; and the latter with H,
 as the theory has it. Weight decay is no part of these losses.
 
-The loss made anew is known up to the random starts of its attack: its standard errors are over draws of
-these, with the differences to L_0 taken draw by draw.
+The loss with recomputed examples is known up to the random starts of its attack: its standard errors are
+over draws of these, with the differences to L_0 taken draw by draw.
 """
 
 from __future__ import annotations
@@ -43,14 +43,9 @@ class _Case:
 
     attack: str
     curvature: str
-    text: str
 
 
-CASES = (
-    _Case(HELD, "H", "examples held, expanded with H"),
-    _Case(ANEW, "J", "examples made anew, expanded with J"),
-    _Case(ANEW, "H", "examples made anew, expanded with H"),
-)
+CASES = (_Case(HELD, "H"), _Case(ANEW, "J"), _Case(ANEW, "H"))
 
 
 def expansion_tables(ensembles: Mapping[str, RecordedEnsemble]) -> dict[str, pd.DataFrame]:
@@ -72,17 +67,20 @@ def expansion_tables(ensembles: Mapping[str, RecordedEnsemble]) -> dict[str, pd.
         ``expansion_means``, a row for each kind, distance or step, loss and curvature: means over ``points``
         (directions and both sides, in which odd orders cancel, or replicas) of ``distance``, ``beyond`` (rise
         without the first-order part) with its standard error ``beyond_se``, and ``second_order``; ``error``
-        and ``error_se`` of these means. For lines with examples made anew, ``slope_ratio``, Σ σ² J_ii /
+        and ``error_se`` of these means. For lines with recomputed examples, ``slope_ratio``, Σ σ² J_ii /
         Σ σ² H_ii with J measured between ± that distance, and ``gradient_ratio``, the loss's own slopes
         s_i between these points, Σ σ² s_i g_i / Σ σ² g_i² (1 by Danskin, to first order), with
         ``gradient_ratio_se``. At replicas ``outside``, share of the squared distance that the directions do
-        not span. Standard errors at replicas are over these for held examples and over draws for examples
-        made anew.
+        not span. Standard errors at replicas are over these for held examples and over draws for recomputed
+        examples.
 
         ``expansion_limits``, a row for each direction, loss and curvature: ``limit``, the distance from which
         the error is above a fifth on the worse side, and ``limit_of_mean``, in the mean of both sides;
         ``bound`` and ``bound_of_mean`` say ``at least`` or ``at most`` where that lies outside of the
         distances at which the error is known to a tenth. Missing where it is at none.
+
+        ``expansion_breaks``, for each kind, loss and curvature: the median of ``limit`` over the directions
+        that have one, with its ``bound``, which is ``not known`` where none has.
 
     Raises:
         RecordError: An ensemble without lines, or with lines over other examples than its losses.
@@ -94,11 +92,22 @@ def expansion_tables(ensembles: Mapping[str, RecordedEnsemble]) -> dict[str, pd.
             means.append(part.means().assign(ensemble=label))
     every, pooled = pd.concat(points, ignore_index=True), pd.concat(means, ignore_index=True)
     first = [*_CASE, "direction", "step", "distance", "side"]
+    limits = _limits(every)
     return {
         "expansion": every[[*first, *(c for c in every if c not in first)]],
         "expansion_means": pooled[[*_CASE, "step", *(c for c in pooled if c not in (*_CASE, "step"))]],
-        "expansion_limits": _limits(every),
+        "expansion_limits": limits,
+        "expansion_breaks": expansion_breaks(limits),
     }
+
+
+def expansion_breaks(limits: pd.DataFrame) -> pd.DataFrame:
+    """``expansion_breaks`` of ``expansion_tables``, from its ``expansion_limits``."""
+    found = []
+    for head, own in limits.groupby(_CASE, sort=False):
+        known = own.dropna(subset=["limit"]).sort_values("limit", kind="stable")[["limit", "bound"]]
+        found.append((*head, *(known.iloc[(len(known) - 1) // 2] if len(known) else (np.nan, "not known"))))
+    return pd.DataFrame(found, columns=[*_CASE, "limit", "bound"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -317,6 +326,7 @@ _UNITS = {
     REPLICA: "r.m.s. distance (σ)",
 }
 _COLOURS = {HELD: style.PALETTE[0], ANEW: style.PALETTE[1]}
+_EXAMPLES = {HELD: "held", ANEW: "recomputed"}
 _OWN = {HELD: "H", ANEW: "J"}
 
 
@@ -342,7 +352,7 @@ def draw_expansion(data: pd.DataFrame) -> Figure:
             ax.set_title(f"{label}\n{title}" if len(labels) > 1 and ax is row[0] else title)
             ax.set_xlabel(_UNITS[kind])
         row[0].set_ylabel("rise beyond first order (nats)")
-    handles = [key(f"examples {text}", "", "o", colour) for text, colour in _COLOURS.items()]
+    handles = [key(f"examples {_EXAMPLES[attack]}", "", "o", colour) for attack, colour in _COLOURS.items()]
     handles += [key(f"expansion with {name}", "--", "", _COLOURS[attack]) for attack, name in _OWN.items()]
     bars = key("error bars: standard errors; open: the loss falls", "", "o", fillstyle="none")
     figure.legend(handles=[*handles, bars], loc="outside lower center", ncols=3)
@@ -400,34 +410,3 @@ def _draw_panel(ax: Axes, rows: pd.DataFrame, *, lines: bool) -> None:
                 color=style.MARK,
             )
     log_axis(ax)
-
-
-# ---------------------------------------------------------------------- findings
-
-_ALONG = {EIGENVECTOR: ("eigenvectors", "σ"), RANDOM: ("random directions", "√P σ")}
-
-
-def expansion_findings(tables: Mapping[str, pd.DataFrame]) -> list[str]:
-    """From where on each expansion is off by a fifth of its second-order term, along lines."""
-    limits = tables["expansion_limits"]
-    found = []
-    for (label, kind), rows in limits.groupby(["ensemble", "kind"], sort=False):
-        text, unit = _ALONG[str(kind)]
-        said = []
-        for case in CASES:
-            own = rows[(rows["attack"] == case.attack) & (rows["curvature"] == case.curvature)]
-            said.append(f"{case.text}, {_median(own, unit)}")
-        found.append(
-            f"{label}, along {text}: the error exceeds {BREAKS:.0%} of the second-order term on the worse "
-            f"side from this distance on, median over directions: {'; '.join(said)}."
-        )
-    return found
-
-
-def _median(limits: pd.DataFrame, unit: str) -> str:
-    """The median over directions; a bound on it where it lies outside of what was measured."""
-    known = limits.dropna(subset=["limit"]).sort_values("limit")
-    if known.empty:
-        return "in no direction is the error known to a tenth"
-    middle = known.iloc[(len(known) - 1) // 2]
-    return f"{middle['bound']} {middle['limit']:.2g} {unit}".strip()

@@ -12,6 +12,7 @@ from robustdyn.records.reader import Run
 from robustdyn.studies.shared.comparing import (
     BEST,
     COLUMNS,
+    EIGENVALUE,
     ERROR,
     ERROR_GAP,
     FINAL,
@@ -22,6 +23,7 @@ from robustdyn.studies.shared.comparing import (
     RISE,
     TRACE,
     TRAIN_ERROR,
+    TRAIN_LOSS,
     against,
     best_and_final,
     correlations,
@@ -48,10 +50,12 @@ OUTCOMES: dict[str, tuple[str, str]] = {
     FINAL_INDEX: (INDEX, FINAL),
     "final squared weight norm": (NORM, FINAL),
     "final Hessian trace": (TRACE, FINAL),
+    "final train robust loss": (TRAIN_LOSS, FINAL),
+    "final largest Hessian eigenvalue": (EIGENVALUE, FINAL),
 }
 """What a run comes to: the lowest value over its epochs, the last one, and last less lowest."""
 
-_OUTCOME = ["panel", "quantity", "outcome"]
+OUTCOME = ["panel", "quantity", "outcome"]
 
 
 def outcomes(rows: pd.DataFrame) -> pd.DataFrame:
@@ -103,7 +107,7 @@ def compared(runs: Sequence[Run], setting: Callable[[Run], str], *, title: str, 
     table = summary(found)
     tables = {
         "outcomes": table,
-        "differences": against(found, baseline, _OUTCOME).assign(baseline=baseline),
+        "differences": against(found, baseline, OUTCOME).assign(baseline=baseline),
     }
     measured = (rows["quantity"] == INDEX).any()
     if measured:

@@ -97,21 +97,30 @@ def conduct(
     paths: Iterable[str | os.PathLike[str]] | str | os.PathLike[str],
     output: str | os.PathLike[str],
 ) -> Written:
-    """Answer a study from runs and write ``tables/``, ``figures/`` and ``findings.md`` under ``output``.
-
-    Findings are the question, the answer, and the tables: short ones in full, long ones by file name.
+    """Answer a study from runs and write the answer; see ``write_answer``.
 
     Args:
         name: Of the study.
         paths: Run or sweep directories.
-        output: Where to; made if absent, files of the same names are replaced.
+        output: Where to.
 
     Raises:
         RecordError: No run is found, the runs lack what the study needs, or ``output`` cannot be written.
         ValueError: There is no such study.
     """
-    study, output = load(name), Path(output)
-    answer = study.answer(find_runs(paths))
+    study = load(name)
+    return write_answer(study.question, study.answer(find_runs(paths)), Path(output))
+
+
+def write_answer(question: str, answer: Answer, output: Path) -> Written:
+    """Write ``tables/``, ``figures/`` and ``findings.md`` under ``output``.
+
+    The directory is made if absent, files of the same names are replaced. Findings are the question, the
+    answer, the tables (short ones in full, long ones by file name) and the figures.
+
+    Raises:
+        RecordError: ``output`` cannot be written.
+    """
     tables, figures = output / "tables", output / "figures"
     try:
         for folder in (tables, figures):
@@ -126,13 +135,23 @@ def conduct(
             drawn.append(figures / f"{picture.name}.csv")
             picture.data.to_csv(drawn[-1], index=False)
         findings = output / FINDINGS
-        lines = [study.question, "", *(f"- {finding}" for finding in answer.findings)]
-        for stem, table in answer.tables.items():
-            lines += ["", f"`tables/{stem}.csv`, {len(table)} rows", *_markdown(table)]
-        findings.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        names = [picture.name for picture in answer.pictures]
+        findings.write_text(findings_page(question, answer.findings, answer.tables, names), encoding="utf-8")
     except OSError as error:
         raise RecordError(f"{output}: cannot write ({error.strerror}); pick another --output") from error
     return Written(tuple(written), tuple(drawn), findings)
+
+
+def findings_page(
+    question: str, findings: Sequence[str], tables: Mapping[str, pd.DataFrame], pictures: Sequence[str]
+) -> str:
+    """The Markdown of ``findings.md``."""
+    lines = [question, "", *(f"- {finding}" for finding in findings)]
+    for stem, table in tables.items():
+        lines += ["", f"`tables/{stem}.csv`, {len(table)} rows", *_markdown(table)]
+    if pictures:
+        lines += ["", *(f"![{name}](figures/{name}.png)" for name in pictures)]
+    return "\n".join(lines) + "\n"
 
 
 def _markdown(table: pd.DataFrame) -> list[str]:

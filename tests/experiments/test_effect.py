@@ -1,4 +1,4 @@
-"""The precision experiment's scripts against a plain rendering, SciPy, and curves with a known answer."""
+"""The effect of half precision on one checkpoint, against a plain rendering and SciPy."""
 
 import importlib
 import json
@@ -9,16 +9,15 @@ from pathlib import Path
 
 import hydra
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
 from scipy import stats
 
 from robustdyn.data import Batch
-from robustdyn.errors import RecordError, UserError
+from robustdyn.errors import UserError
 from robustdyn.evaluation import Ball
-from robustdyn.records import RunRecords, find_runs
+from robustdyn.records import find_runs
 from robustdyn.run.config import build, check, config_dir
 from tests.records.synthetic import config, write_hydra
 from tests.runs import TINY, command, compose
@@ -32,146 +31,7 @@ def script(monkeypatch):
     """Imports one of the experiment's scripts by name."""
     monkeypatch.syspath_prepend(str(EXPERIMENT))
     yield importlib.import_module
-    for name in ("compare", "effect"):
-        sys.modules.pop(name, None)
-
-
-# ---------------------------------------------------------------------- compare.py
-
-EPOCHS = 12
-REFERENCE = np.array([[2.0, 2.1, 1.9]]).repeat(EPOCHS, axis=0) - 0.1 * np.arange(EPOCHS)[:, None]
-
-
-def write_runs(folder, execution, test_loss, *, channels_last=True, seeds=(0, 1, 2), data="digits"):
-    """A run per column of ``test_loss`` (epochs, seeds), known every second epoch; half is its train loss."""
-    for seed, curve in zip(seeds, np.transpose(test_loss), strict=True):
-        settings = config(seed=seed, trainer__max_epochs=EPOCHS)
-        settings["execution"] = {"channels_last": channels_last, "compile": "none"}
-        path = folder / f"{data}_{execution}_{channels_last}_{seed}"
-        write_hydra(path, settings, choices={"execution": execution, "data": data})
-        records = RunRecords(path)
-        for epoch, loss in enumerate(curve):
-            row = {"epoch": epoch, "step": epoch + 1, "lr": 0.1, "seconds": 1.0}
-            for split, value in (("train", loss / 2), ("test", loss if epoch % 2 else None)):
-                for inputs in ("robust", "clean"):
-                    row[f"{split}_{inputs}_loss"] = value
-                    row[f"{split}_{inputs}_error"] = None if value is None else value / 10
-            gap = {"robust_loss_gap": None, "robust_error_gap": None}
-            records.append("epochs", row | gap)
-
-
-def moved(by):
-    """The reference's curves, each seed moved by its own amount from epoch 6 on."""
-    return REFERENCE + np.where(np.arange(EPOCHS) >= 6, 1.0, 0.0)[:, None] * np.array(by)
-
-
-def test_differences_are_those_of_a_paired_t_test(script, tmp_path):
-    compare = script("compare")
-    shift = [0.01, -0.02, 0.04]
-    write_runs(tmp_path, "default", REFERENCE)
-    write_runs(tmp_path, "bf16", moved(shift))
-    write_runs(tmp_path, "default", moved([0.1, 0.1, 0.1001]), channels_last=False)
-    (runs,) = compare.data_sets(find_runs(tmp_path)).values()
-    table = compare.metric_table(runs).set_index(["metric", "execution"])
-
-    lowest = table.loc[("test robust loss, lowest", "bf16")]
-    final = table.loc[("test robust loss, final", "bf16")]
-    expected = stats.ttest_rel(REFERENCE[-1] + shift, REFERENCE[-1])
-    interval = expected.confidence_interval(0.95)
-    for row in (lowest, final):  # the curves fall to the end
-        assert row["difference"] == pytest.approx(np.mean(shift), rel=1e-10)
-        assert row["difference"] / row["difference_se"] == pytest.approx(expected.statistic, rel=1e-8)
-        assert row["half_width"] == pytest.approx((interval.high - interval.low) / 2, rel=1e-8)
-        assert row["within_noise"] is True
-        assert row["mean"] == pytest.approx(np.mean(REFERENCE[-1] + shift), rel=1e-10)
-        assert row["se"] == pytest.approx(stats.sem(REFERENCE[-1] + shift), rel=1e-8)
-    error = table.loc[("test robust error, final (%)", "bf16")]
-    assert error["difference"] == pytest.approx(10 * np.mean(shift), rel=1e-8)
-    train = table.loc[("train robust loss, final", "bf16")]
-    assert train["difference"] == pytest.approx(np.mean(shift) / 2, rel=1e-8)
-    assert table.loc[("test robust loss, final", "default, channels first")]["within_noise"] is False
-    assert math.isnan(table.loc[("test robust loss, final", "default")]["difference"])
-    assert not any(metric.startswith("WCI") for metric, _ in table.index)  # nothing was measured
-
-
-def test_how_far_curves_part(script, tmp_path):
-    compare = script("compare")
-    shift = [0.01, 0.02, 0.04]
-    write_runs(tmp_path, "default", REFERENCE)
-    write_runs(tmp_path, "bf16", moved(shift))
-    (runs,) = compare.data_sets(find_runs(tmp_path)).values()
-    table = compare.curve_table(runs).set_index("curve")
-    ratio = abs(stats.ttest_1samp(shift, 0).statistic)
-    for curve, epochs in (("train robust loss", EPOCHS), ("test robust loss", EPOCHS // 2)):
-        row = table.loc[curve]
-        assert row["epochs"] == epochs
-        assert row["largest"] == pytest.approx(ratio, rel=1e-6)
-        assert row["at"] >= 6
-        assert 2 * epochs * stats.t(2).sf(row["limit"]) == pytest.approx(0.05, rel=1e-6)
-        assert row["outside"] == 0  # 3.3 < 4.3
-    write_runs(tmp_path / "more", "fast", moved([0.02, 0.021, 0.022]))
-    (runs,) = compare.data_sets(find_runs(tmp_path)).values()
-    table = compare.curve_table(runs).set_index(["curve", "execution"])
-    assert table.loc[("train robust loss", "fast")]["outside"] == 0.5
-
-
-def test_a_missing_seed_and_a_lone_one(script, tmp_path):
-    compare = script("compare")
-    write_runs(tmp_path, "default", REFERENCE)
-    write_runs(tmp_path, "bf16", moved([0.1, 0.3, 0.0])[:, :2], seeds=(0, 1))
-    write_runs(tmp_path, "fast", moved([0.5, 0.0, 0.0])[:, :1], seeds=(0,))
-    (runs,) = compare.data_sets(find_runs(tmp_path)).values()
-    table = compare.metric_table(runs).set_index(["metric", "execution"])
-    two, one = (table.loc[("test robust loss, final", name)] for name in ("bf16", "fast"))
-    assert (two["seeds"], two["pairs"], two["difference"]) == (2, 2, pytest.approx(0.2))
-    assert (one["pairs"], one["difference"], one["within_noise"]) == (1, pytest.approx(0.5), None)
-    assert set(compare.curve_table(runs)["execution"]) == {"bf16"}
-
-
-def test_writes_table_and_figure_of_every_data_set(script, tmp_path, monkeypatch):
-    compare = script("compare")
-    for data in ("digits", "cifar10"):
-        write_runs(tmp_path / "runs", "default", REFERENCE, data=data)
-        write_runs(tmp_path / "runs", "bf16", moved([0.0, 0.1, 0.05]), data=data)
-    monkeypatch.setattr(
-        sys, "argv", ["compare.py", str(tmp_path / "runs"), "--output", str(tmp_path / "out")]
-    )
-    compare.main()
-    text = (tmp_path / "out" / "table.md").read_text()
-    assert "| test robust loss, final | default | 3 | 0.900 ± 0.058 |" in text
-    assert "|  | bf16 | 3 | 0.950 ± 0.076 | +0.050 ± 0.029 | -0.074 to +0.174 | yes |" in text
-    frame = pd.read_csv(tmp_path / "out" / "table.csv")
-    assert set(frame["data"]) == {"digits", "cifar10"}
-    assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize(
-    ("executions", "message"),
-    [
-        (("bf16",), "no run of digits with execution=default"),
-        (("default",), "all runs of digits have execution=default"),
-        (("default", "bf16", "bf16"), "another run has bf16, seed 0 too"),
-    ],
-)
-def test_refuses_what_cannot_be_compared(executions, message, script, tmp_path):
-    compare = script("compare")
-    for number, execution in enumerate(executions):
-        write_runs(tmp_path / str(number), execution, REFERENCE)
-    with pytest.raises(RecordError, match=message):
-        compare.data_sets(find_runs(tmp_path))
-
-
-def test_a_run_that_goes_on_has_no_final_loss(script, tmp_path):
-    compare = script("compare")
-    write_runs(tmp_path, "default", REFERENCE)
-    write_runs(tmp_path, "bf16", REFERENCE[:-1])
-    with pytest.raises(
-        RecordError, match=r"bf16_True_0: 11 of 12 epochs recorded; go on with hydra\.run\.dir"
-    ):
-        compare.data_sets(find_runs(tmp_path))
-
-
-# ---------------------------------------------------------------------- effect.py
+    sys.modules.pop("effect", None)
 
 
 def test_paired_accuracies_are_those_of_the_examples(script):
@@ -358,7 +218,7 @@ def test_command_writes_all_stages(run, script, tmp_path, monkeypatch, capsys):
 
 def test_a_run_without_checkpoints_is_named(script, tmp_path):
     effect = script("effect")
-    write_runs(tmp_path, "default", REFERENCE)
+    write_hydra(tmp_path / "run", config())
     with pytest.raises(UserError, match=r"best_on_test.ckpt: no such file; give a run"):
         list(effect.checkpoints(find_runs(tmp_path), []))
 
@@ -373,8 +233,3 @@ def test_real_images_compose():
     assert cfg.model.strides == [2, 2, 2, 2]
     assert cfg.data.partial
     assert cfg.trainer.max_epochs % cfg.trainer.check_val_every_n_epoch == 0  # the last epoch is evaluated
-
-
-def test_last_epoch_is_evaluated():
-    cfg = compose("experiment=precision")
-    assert cfg.trainer.max_epochs % cfg.trainer.check_val_every_n_epoch == 0

@@ -1,0 +1,131 @@
+"""AT, AWP, the WCI learning rate and early stopping, best and final, as in the WCI paper's table 1."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+from matplotlib.figure import Figure
+from scipy import stats
+
+from robustdyn.records.labels import SEED
+from robustdyn.records.reader import Run
+from robustdyn.report import style
+from robustdyn.report.statistics import BEST_ON_TEST, BEST_ON_VALIDATION, final_and_best
+from robustdyn.studies.shared.comparing import (
+    BEST,
+    COLUMNS,
+    ERROR,
+    FINAL,
+    LEVEL,
+    LOSS,
+    METRICS,
+    MOMENT,
+    RISE,
+    against,
+    final_said,
+    in_shown_units,
+    intervals_said,
+    lowest_said,
+    mean_with_interval,
+    require_complete,
+    require_repetitions,
+    said,
+    tidy_moments,
+)
+from robustdyn.studies.shared.comparison_figures import draw_best_and_final
+from robustdyn.studies.shared.study import Answer, Picture, Study
+
+PLAIN, EARLY = "AT", "AT, early stopping"
+PANELS = {
+    ERROR: "Robust error",
+    "test_clean_error": "Clean error",
+    LOSS: "Robust loss",
+    "robust_loss_gap": "Gap in loss",
+}
+
+
+def method(run: Run) -> str:
+    """The method's name in the papers, with the threshold where there is one."""
+    name = run.choices["method"].replace("wci_lr", "WCI-LR").replace("_", " ")
+    threshold = run.config["schedule"].get("threshold")
+    return name.upper() if threshold is None else f"{name}, τ = {threshold:g}"
+
+
+def selected(runs: Sequence[Run]) -> pd.DataFrame:
+    """``final_and_best`` of the runs by method, with their ``seed``.
+
+    Early stopping is a method of its own: plain adversarial training, its last epoch replaced by the one
+    whose robust error on held-out training images was lowest.
+    """
+    frame = final_and_best(runs)
+    methods, seeds = ({run.label: of(run) for run in runs} for of in (method, lambda run: run.config[SEED]))
+    frame = frame.assign(group=frame["run"].map(methods), seed=frame["run"].map(seeds))
+    early = frame[(frame["group"] == PLAIN) & (frame["selection"] != FINAL)].assign(group=EARLY)
+    early = early.replace({"selection": {BEST_ON_VALIDATION: FINAL}}).sort_values("selection", kind="stable")
+    early = early if (early["selection"] == FINAL).any() else early[:0]
+    return pd.concat([frame[frame["selection"] != BEST_ON_VALIDATION], early], ignore_index=True)
+
+
+def tables_of(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The tables of the study.
+
+    Args:
+        frame: As ``selected`` returns it.
+    """
+    named = frame.rename(columns={"group": "setting", "selection": "moment"}).replace({BEST_ON_TEST: BEST})
+    long = in_shown_units(named.melt(["setting", SEED, "moment"], METRICS, var_name="quantity"))
+    wide = long.pivot_table("value", ["setting", SEED, "quantity"], "moment", sort=False).reset_index()
+    found = tidy_moments(wide.assign(**{RISE: wide[FINAL] - wide[BEST]}))
+    means = mean_with_interval(found, MOMENT)
+    error = (means["high"] - means["mean"]) / stats.t.ppf((1 + LEVEL) / 2, means["seeds"] - 1)
+    return {
+        "methods": means,
+        "methods_shown": _shown(means.assign(low=means["mean"] - error, high=means["mean"] + error)),
+        "against_at": against(found, PLAIN, MOMENT[1:]).assign(minus=PLAIN),
+        "runs": frame,
+    }
+
+
+def _shown(means: pd.DataFrame) -> pd.DataFrame:
+    """Means to read: "mean ± standard error", the moments as columns."""
+    rows = means.assign(
+        metric=[COLUMNS[name].shown for name in means["metric"]],
+        cell=[said(row, COLUMNS[row["metric"]]) for _, row in means.iterrows()],
+    )
+    by = ["metric", "setting", "seeds"]
+    wide = rows.pivot_table("cell", by, "moment", aggfunc="first", sort=False)
+    return wide.rename_axis(columns=None).reset_index()
+
+
+def answer_from(frame: pd.DataFrame) -> Answer:
+    """The answer from what ``selected`` returns."""
+    tables = tables_of(frame)
+    means = tables["methods"]
+    findings = [
+        lowest_said(means),
+        *(final_said(tables["against_at"], metric, PLAIN) for metric in (ERROR, LOSS)),
+        intervals_said(means),
+    ]
+    return Answer(tables, [Picture("best_and_final", means[means["moment"] != RISE], draw_methods)], findings)
+
+
+def answer(runs: Sequence[Run]) -> Answer:
+    """Best and final of every method, and against plain adversarial training."""
+    require_repetitions(runs, method)
+    require_complete(runs)
+    return answer_from(selected(runs))
+
+
+@style.styled
+def draw_methods(means: pd.DataFrame) -> Figure:
+    """The paper's table 1 as rows of points."""
+    return draw_best_and_final("Best and final epoch of each method", means, PANELS)
+
+
+STUDY = Study(
+    question="How do AT, AWP, the WCI learning rate and early stopping compare, best and final, where plain "
+    "AT overfits?",
+    source="WCI paper, table 1",
+    answer=answer,
+)
