@@ -17,8 +17,9 @@ from robustdyn.errors import RecordError
 from robustdyn.records import RunRecords, combine, find_runs, read_table
 from robustdyn.records.progress import Plan, run_states
 from robustdyn.report import page as analysis
-from robustdyn.report.overview import PANELS, duration, overview
+from robustdyn.report.overview import PANELS, overview
 from robustdyn.report.page import build_report
+from robustdyn.report.page_tables import duration
 from robustdyn.report.statistics import final_and_best
 from tests.records.synthetic import config, write_hydra, write_run
 from tests.report.test_page import Page

@@ -28,15 +28,8 @@ from robustdyn.records.reader import Run, combine, find_runs
 from robustdyn.report import style
 from robustdyn.report.describe import provenance, what_was_run
 from robustdyn.report.figures import FIGURES, FigureSpec
-from robustdyn.report.overview import (
-    TIMES,
-    Evaluations,
-    Overview,
-    curves,
-    evaluations,
-    overview,
-    times,
-)
+from robustdyn.report.overview import Overview, curves, overview
+from robustdyn.report.page_tables import TIMES, Evaluations, evaluations, times
 from robustdyn.report.statistics import (
     FINAL,
     SHOWN_METRICS,
