@@ -25,6 +25,7 @@ from robustdyn.report.plotting import (
     mark_decays,
     mean_by_epoch,
     named,
+    note,
 )
 from robustdyn.report.spectral_density import spectral_density
 from robustdyn.report.statistics import correlation, decay_epochs, format_number
@@ -212,10 +213,7 @@ def _gap_against_wci(ax: Axes, wci: pd.DataFrame, epochs: pd.DataFrame, cast: Ca
     ax.set_ylabel(EPOCHS["robust_loss_gap"].shown)
     if len(notes) <= len(style.PALETTE):
         for i, (text, colour) in enumerate(reversed(notes)):  # above the right end, where no data is
-            place: dict[str, Any] = {"xy": (1.0, 1.0), "xycoords": "axes fraction", "xytext": (0, 3 + 10 * i)}
-            ax.annotate(
-                text, **place, textcoords="offset points", ha="right", va="bottom", fontsize=8, color=colour
-            )
+            note(ax, text, (1.0, 1.0), lift=3 + 10 * i, color=colour, ha="right")
 
 
 def _layer_means(layers: pd.DataFrame, names: Sequence[str]) -> NDArray[np.float64]:

@@ -1,4 +1,4 @@
-"""What all figures share: who gets which colour, lines over epochs, decay marks, labels at line ends.
+"""What all figures share: who gets which colour, axes, decay marks, labels at line ends, the legend.
 
 A frame is tidy: ``run`` and ``group`` columns (as ``records.reader.combine`` makes them; a frame without them
 is one run), ``epoch``, and the table's columns. Runs of one group are repetitions with other seeds: thin
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,8 +26,6 @@ ONE_RUN = "run"
 MAX_GROUP_MARKS = 12  # more decay lines than this, and they are left to the learning-rate figure ...
 MAX_MARKS = 50  # ... of single groups, and of all
 LABEL_WIDTH = 0.62  # inches a decay label takes
-
-
 MARKED_POINTS = 40  # beyond this many, markers run into one another
 
 
@@ -138,17 +137,18 @@ def leave_out_transient(ax: Axes, epochs: pd.DataFrame, columns: Sequence[schema
     limit, highest = 2 * values[~start].max(), values[start].max()
     if 0 < limit < highest:
         ax.set_ylim(top=limit)
-        ax.text(
-            0.99,
-            0.97,
-            f"first epochs reach {format_number(highest)}",
-            transform=ax.transAxes,
-            ha="right",
-            va="top",
-            fontsize=8,
-            color=style.MARK,
-            backgroundcolor="white",
-        )
+        text = f"first epochs reach {format_number(highest)}"
+        note(ax, text, (0.99, 0.97), ha="right", va="top", backgroundcolor="white")
+
+
+def note(
+    ax: Axes, text: str, place: tuple[float, float], *, lift: float = 0.0, fontsize: float = 8.0, **look: Any
+) -> None:
+    """A small text at fractions of the panel, which need not lie inside it, or ``lift`` points above."""
+    look = {"color": style.MARK, "ha": "center", "va": "bottom", "xycoords": "axes fraction"} | look
+    ax.annotate(
+        text, place, (0, lift), textcoords="offset points", fontsize=fontsize, annotation_clip=False, **look
+    )
 
 
 def mark_decays(axes: Iterable[Axes], epochs: pd.DataFrame, cast: Cast) -> None:
@@ -192,27 +192,18 @@ def label_ends(ax: Axes, ends: Sequence[End]) -> None:
         return
     heights = _apart([_height(ax, end.y) for end in shown], gap=0.075)
     for end, height in zip(shown, heights, strict=True):
-        ax.annotate(
-            end.text,
-            (1.015, height),
-            xycoords="axes fraction",
-            color=end.colour,
-            va="center",
-            fontsize=9,
-            annotation_clip=False,
-        )
+        note(ax, end.text, (1.015, height), color=end.colour, ha="left", va="center", fontsize=9)
 
 
 def group_legend(
     figure: Figure, cast: Cast, extra: Sequence[Line2D] = (), *, single_seeds: bool = True
 ) -> None:
     """A legend below the panels: groups by colour (means of seeds said so), then ``extra`` entries."""
-    handles: list[Line2D] = []
-    if not cast.alone:
-        for group, n in cast.sizes.items():
-            handles.append(
-                key(f"{group} (mean of {n} seeds)" if n > 1 else group, colour=cast.colours[group])
-            )
+    groups = {} if cast.alone else cast.sizes
+    handles = [
+        key(f"{group} (mean of {n} seeds)" if n > 1 else group, colour=cast.colours[group])
+        for group, n in groups.items()
+    ]
     handles += extra
     if single_seeds and any(n > 1 for n in cast.sizes.values()):
         if cast.alone:
@@ -249,20 +240,9 @@ def _label_decays(ax: Axes, decays: dict[int, set[float]]) -> None:
     for epoch, rates in sorted(decays.items()):
         shown = {f"{rate:.3g}" for rate in rates}
         place = (epoch - low) / (high - low)
-        row = 1 - row if place - last < needed else 0
-        last = place
-        ax.annotate(
-            f"η → {shown.pop()}" if len(shown) == 1 else "η falls",
-            (epoch, 1.0),
-            xytext=(0, 2 + 9 * row),
-            xycoords=("data", "axes fraction"),
-            textcoords="offset points",
-            ha="center",
-            va="bottom",
-            fontsize=7.5,
-            color=style.MARK,
-            annotation_clip=False,
-        )
+        row, last = (1 - row if place - last < needed else 0), place
+        text = f"η → {shown.pop()}" if len(shown) == 1 else "η falls"
+        note(ax, text, (epoch, 1.0), xycoords=("data", "axes fraction"), lift=2 + 9 * row, fontsize=7.5)
     if decays:
         ax.set_title(ax.get_title(loc="left"), loc="left", pad=24)
 
