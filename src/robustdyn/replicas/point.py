@@ -22,7 +22,7 @@ from robustdyn.curvature import (
     gradient_projections,
     lanczos,
 )
-from robustdyn.curvature.empirical_risk import PerExampleLoss
+from robustdyn.curvature.risk_function import PerExampleLoss
 from robustdyn.methods.objectives import AdversarialCrossEntropy, CrossEntropy
 from robustdyn.models.modes import mode
 from robustdyn.replicas.ensemble import (
