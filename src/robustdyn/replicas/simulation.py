@@ -46,8 +46,8 @@ from robustdyn.replicas.point import (
     example_loss,
     line_units,
     measure_point,
-    second_moment,
 )
+from robustdyn.replicas.sampled_batches import second_moment
 from robustdyn.replicas.sampling import Sampling
 from robustdyn.replicas.updates import MomentumUpdate
 
