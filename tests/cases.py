@@ -1,6 +1,6 @@
-"""A table of small problems in float64, each with the facts that tests rely on.
+"""Small problems in float64 for tests of curvature, each with the facts that tests rely on.
 
-Inputs stand for frozen adversarial examples: to the curvature room they are just fixed inputs.
+The inputs stand for frozen adversarial examples, which are ordinary fixed inputs for ``robustdyn.curvature``.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ class Case:
     smooth: bool
 
     def problem(self) -> tuple[nn.Module, Tensor, Tensor]:
-        """Model in eval mode with settled-in statistics, inputs and targets; always the same."""
+        """Model in eval mode with non-trivial statistics, inputs and targets; the same in every call."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(20)
             model = self.build().double().eval()
@@ -77,7 +77,7 @@ class PreActNet(nn.Module):
 
 
 def _unsettle(model: nn.Module) -> None:
-    """Away from initial values, where BatchNorm in eval mode is the identity and tests of it are empty."""
+    """Move BatchNorm away from its initial values, with which it is the identity in eval mode."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)

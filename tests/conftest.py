@@ -9,7 +9,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def root_logger_as_before():
-    """A command run in this process leaves handlers behind, whose streams pytest closes."""
+    """Restore the root logger: a command leaves handlers behind, and pytest closes their streams."""
     before = logging.root.handlers[:]
     yield
     for handler in logging.root.handlers[:]:

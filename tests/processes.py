@@ -1,4 +1,4 @@
-"""Two or more processes of a test module: started, awaited, and what each of them left."""
+"""Runs a test module in two or more processes, waits for them, and collects their results."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ def run_processes(module: str, out: Path, count: int, limit: float) -> list[Path
     """
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     common = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "GROUP_RANK": 0, "OMP_NUM_THREADS": 1}
-    common |= {"TORCHELASTIC_RUN_ID": 0}  # by this Lightning starts no processes of its own
+    common |= {"TORCHELASTIC_RUN_ID": 0}  # tells Lightning not to start processes itself
     logs = [(out / f"{rank}.log").open("w") for rank in range(count)]
     processes = []
     try:
@@ -37,7 +37,7 @@ def run_processes(module: str, out: Path, count: int, limit: float) -> list[Path
         for process in processes:
             process.wait(timeout=limit)
     except subprocess.TimeoutExpired:
-        pass  # what was not written is missed below
+        pass  # missing files make the test fail below
     finally:
         for process in processes:
             process.kill()

@@ -1,4 +1,4 @@
-"""Runs that take seconds: real data and every component, a network with a few thousand weights."""
+"""Runs of a few seconds with real data and every component, and a network of a few thousand weights."""
 
 import json
 import sys
@@ -30,20 +30,20 @@ TINY = (
 
 
 def compose(*overrides: str) -> DictConfig:
-    """The configuration of ``robustdyn-train`` with overrides, as the command composes it."""
+    """Compose the configuration of ``robustdyn-train`` with overrides, as the command does."""
     with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
         return hydra.compose("train", list(overrides), return_hydra_config=False)
 
 
 def command(monkeypatch, *arguments: str) -> int:
-    """Run ``robustdyn-train`` with these arguments in this process; its exit status."""
+    """Run ``robustdyn-train`` in this process and return its exit status."""
     from robustdyn.commands.train import main
 
     return invoke(main, monkeypatch, *arguments)
 
 
 def invoke(entry, monkeypatch, *arguments) -> int:
-    """Run a Hydra command with these arguments in this process; its exit status."""
+    """Run a Hydra command in this process and return its exit status."""
     monkeypatch.setattr(sys, "argv", ["robustdyn", *map(str, arguments)])
     try:
         entry()
@@ -53,7 +53,7 @@ def invoke(entry, monkeypatch, *arguments) -> int:
 
 
 def rows(run_dir: Path, table: str) -> list[dict]:
-    """A table as it stands in the file, without the time columns, which no two runs share."""
+    """The rows of a table's file without the time columns, which differ between any two runs."""
     lines = (run_dir / "records" / f"{table}.jsonl").read_text().splitlines()
     timed = TIMING.names[2:]
     return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]

@@ -1,4 +1,4 @@
-"""The documentation names what there is."""
+"""Tests that the documentation names everything public, and nothing else."""
 
 import importlib
 import pkgutil
@@ -14,7 +14,7 @@ PACKAGES = [name for name in SHOWN if name.count(".") == 1]
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_the_reference_shows_every_public_name(package):
-    """A package's entry shows its names, but not a function that is called as its module is."""
+    """A package's entry shows its names, except a function with the same name as its module."""
     module = importlib.import_module(package)
     modules = {entry.name for entry in pkgutil.iter_modules(module.__path__)}
     hidden = {f"{package}.{name}.{name}" for name in module.__all__ if name in modules}

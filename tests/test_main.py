@@ -1,4 +1,4 @@
-"""``python -m robustdyn`` and the scripts that an installation makes."""
+"""Tests ``python -m robustdyn`` and the scripts of an installation."""
 
 import subprocess
 import sys

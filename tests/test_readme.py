@@ -1,4 +1,4 @@
-"""What the README prints is what happens."""
+"""Tests that the README's commands and recipes work as it says."""
 
 import contextlib
 import io
@@ -29,7 +29,7 @@ def test_the_snippet_prints_what_it_says():
 
 
 def test_the_stationary_variance_of_the_curvature_page():
-    """Its recipe against momentum SGD on mini-batches of the same gradients, in the same quadratic basin."""
+    """The recipe agrees with momentum SGD on mini-batches of the same gradients in the same quadratic."""
     torch.manual_seed(0)
     model = torch.nn.Linear(10, 3).double()
     inputs, targets = 3 * torch.randn(400, 10, dtype=torch.float64), torch.arange(400) % 3

@@ -1,4 +1,4 @@
-"""The wheel alone, in an empty folder: the commands find their configuration and train."""
+"""Tests the wheel by itself, in an empty folder: the commands find their configuration and train."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def site(tmp_path_factory):
 
 
 def run(site, folder, module, *arguments):
-    """The module's command in ``folder``; the wheel goes before any editable installation."""
+    """Run a module's command in ``folder``; the wheel takes precedence over an editable installation."""
     environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", module, *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)

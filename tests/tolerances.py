@@ -1,8 +1,8 @@
-"""The only home of numerical tolerances; a test that needs another one derives it in a comment."""
+"""All shared numerical tolerances; a test that needs another one derives it in a comment."""
 
 # float64 algebra on small well-conditioned problems: a few hundred ulp.
 EXACT64 = {"rtol": 1e-10, "atol": 1e-12}
-# float32 algebra with sums over at most some thousand terms: sqrt(1e3) * 6e-8, times ten.
+# float32 algebra with sums over at most a few thousand terms: sqrt(1e3) * 6e-8, times ten.
 EXACT32 = {"rtol": 2e-5, "atol": 2e-6}
 # central finite differences in float64: step 1e-5 gives truncation 1e-10 and rounding 1e-11 / step.
 FD = {"rtol": 1e-5, "atol": 1e-6}

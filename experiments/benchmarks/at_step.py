@@ -411,7 +411,7 @@ def relative_difference(a: Tensor, b: Tensor) -> float:
 
 
 def sizes(args: argparse.Namespace) -> dict[str, Any]:
-    """What :func:`compose` asks of a run that is timed; its epochs begin with a batch that is not."""
+    """What ``compose`` asks of a run that is timed; its epochs begin with a batch that is not."""
     return {
         "width": args.width,
         "batch": args.batch,

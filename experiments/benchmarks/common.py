@@ -32,7 +32,7 @@ def alternate(variants: Mapping[str, Callable[[], float]], rounds: int) -> dict[
 
 
 def timed(call: Callable[[], object]) -> Callable[[], float]:
-    """A variant for :func:`alternate`: makes the call and returns the seconds it took."""
+    """A variant for ``alternate``: makes the call and returns the seconds it took."""
 
     def seconds() -> float:
         started = time.perf_counter()

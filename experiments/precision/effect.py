@@ -119,7 +119,7 @@ def agreement(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def compare_gradients(model: nn.Module, batches: Iterable[Batch], pgd: PGD, seed: int) -> dict[str, Tensor]:
-    """``sign`` and ``cosine``: :func:`agreement` of the two precisions where the attack starts; (n,) each."""
+    """``sign`` and ``cosine``: ``agreement`` of the two precisions where the attack starts; (n,) each."""
     parts = []
     for index, batch in enumerate(batches):
         start = starting_point(pgd, batch, seed, index)

@@ -38,10 +38,10 @@ def batch(size=6, dtype=torch.float32):
     return images, torch.randint(0, 5, (size,), generator=draw)
 
 
-@settings(max_examples=250, deadline=None)  # of 40 images each: 10,000 cases
+@settings(max_examples=250, deadline=None)  # 40 images each: 10,000 cases
 @given(
     norm=st.sampled_from(["linf", "l2"]),
-    eps=st.floats(0, 2),  # l∞: of half of it, since no ball may be wider than the range
+    eps=st.floats(0, 2),  # for l∞ half of it, since no ball may be wider than the range
     step=st.floats(1e-3, 3),
     steps=st.integers(0, 4),
     start=st.sampled_from(["uniform", "gaussian", "none"]),
@@ -49,7 +49,7 @@ def batch(size=6, dtype=torch.float32):
 )
 def test_stays_in_the_ball_and_in_the_pixel_range(norm, eps, step, steps, start, seed):
     images = torch.rand(40, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
-    images = images.round() if seed % 2 else images  # corners of the box too
+    images = images.round() if seed % 2 else images  # also corners of the box
     eps = eps / 2 if norm == "linf" else eps
     pgd = attack(norm=norm, eps=eps, step_size=step, steps=steps, random_start=start)
     out = pgd.perturb(conv_net(), images, torch.arange(40) % 5, generator(seed, "attack"))
@@ -104,7 +104,7 @@ def test_normalised_inputs_are_attacked_as_the_pixels_are(norm, start):
     wanted = pixels.perturb(net, images, labels, generator(0, "attack"))
     found = normalised.perturb(undo.eval(), (images - 0.5) / s, labels, generator(0, "attack"))
     torch.testing.assert_close(found * s + 0.5, wanted, **EXACT64)
-    assert (wanted == 0).any()  # the range did cut
+    assert (wanted == 0).any()  # the range had an effect
 
 
 @pytest.mark.parametrize("spoil", [lambda x: 4 * x - 2, lambda x: x + 1e-3, lambda x: x / x.clamp(max=0)])

@@ -119,7 +119,7 @@ def test_every_term_against_the_ensemble_and_arithmetic_by_hand(run, monkeypatch
         # two prior widths and three posteriors share the failure probabilities
         upper = inverse(row["sampled_error"], math.log(3 / 0.2) / 100)
         np.testing.assert_allclose(row["empirical_upper"], upper, rtol=1e-9)
-        # each prior shares in Maurer's bound for all posteriors and in Chernoff's for itself
+        # for each prior there is Maurer's bound for all posteriors and Chernoff's for the prior itself
         price = math.log((2 * math.sqrt(n) if q["scale"] else 1) * 4 / 0.3) / n
         budget = kl / n + price
         np.testing.assert_allclose(row["risk_bound"], inverse(upper, budget), rtol=1e-6)
@@ -128,7 +128,7 @@ def test_every_term_against_the_ensemble_and_arithmetic_by_hand(run, monkeypatch
         no_kl = inverse(upper, price)
         np.testing.assert_allclose(row["bound_at_zero_kl"], no_kl, rtol=1e-6)
         assert row["limited_by"] == "error on S"  # hardly trained: above one half
-    assert min(row["risk_bound"] for row in rows) < 1 - 1e-6  # the arithmetic was put to the test
+    assert min(row["risk_bound"] for row in rows) < 1 - 1e-6  # so that the arithmetic is tested
     assert rows[0]["kl"]["mean"] == 0 < rows[1]["kl"]["mean"]
     assert found["risk_bound"] == min(row["risk_bound"] for row in rows) == rows[found["best"]]["risk_bound"]
     assert found["confidence"] == 0.5
@@ -136,7 +136,7 @@ def test_every_term_against_the_ensemble_and_arithmetic_by_hand(run, monkeypatch
     np.testing.assert_allclose(held["risk_bound"], inverse(held["error"], math.log(1 / 0.5) / n), rtol=1e-9)
     assert f"bound: {found['risk_bound']:.3f} with probability 0.5" in said
 
-    # the replicas' law: all variance is that in the directions and that outside
+    # the replicas' law: the whole variance is the sum of those along the directions and outside
     measured = found["measured"]
     assert found["settings"]["examples"] == {"prior": HALF, "S": n, "test": 60}
     total = (ensemble.distance[:, -1] ** 2).mean() - squared
@@ -221,15 +221,15 @@ def test_ensembles_that_tell_too_little_are_refused(run, monkeypatch, capsys):
         (folder / "settings.json").write_text(text)
         return refused(monkeypatch, capsys, run, MORE)
 
-    assert "an ensemble of another checkpoint; say replicas=DIR" in said_with(checkpoint="0" * 64)
+    assert "an ensemble of another checkpoint; give replicas=DIR" in said_with(checkpoint="0" * 64)
     assert "give an ensemble of SGD" in said_with(optimizer={"_target_": "torch.optim.Adam"})
     assert "run them with batchnorm=eval" in said_with(batchnorm="train")
     assert "no mean weights and positions of a step > 0" in said_with(**{"record.mean_steps": []})
     (folder / "settings.json").write_text(json.dumps(settings))
     (folder / "chunks" / "000003.npz").unlink()
-    assert "3 replicas tell no covariance of 3 directions; run robustdyn-replicas with replicas=6" in refused(
-        monkeypatch, capsys, run, MORE
-    )
+    message = refused(monkeypatch, capsys, run, MORE)
+    assert "3 replicas are too few for a covariance of 3 directions; run" in message
+    assert "run robustdyn-replicas with replicas=6" in message
 
 
 @pytest.mark.parametrize("key", ["model", "data", "attack.evaluation"])
@@ -244,7 +244,7 @@ def test_a_stranger_s_run_calls_nothing_of_its_choice(run, monkeypatch, capsys, 
 
 
 def test_a_prior_that_has_seen_all_is_refused(run, monkeypatch, capsys):
-    """An ensemble of the run's own examples, as without any +run.data."""
+    """The ensemble used the run's own examples, as it does without any +run.data."""
     settings = run / "replicas" / "last" / "settings.json"
     stored = json.loads(settings.read_text())
     stored["ensemble"]["images"] = fingerprint(split(HALF))
@@ -255,7 +255,7 @@ def test_a_prior_that_has_seen_all_is_refused(run, monkeypatch, capsys):
 
 
 def test_examples_that_chose_the_checkpoint_are_refused(run, monkeypatch, capsys):
-    """S in the run's validation set: as if it had been held out in place of a smaller data.train_size."""
+    """S is in the run's validation set, held out by it and not by a smaller data.train_size."""
     config, settings = run / ".hydra" / "config.yaml", run / "replicas" / "last" / "settings.json"
     config.write_text(config.read_text().replace("validation_size: 0", "validation_size: 1677"))
     stored = json.loads(settings.read_text())

@@ -18,7 +18,7 @@ QUICK = ("evaluation=quick", "evaluation.attacks.pgd20.steps=2", "device=cpu")
 
 
 def evaluate(monkeypatch, *arguments):
-    """Run ``robustdyn-evaluate`` with these arguments in this process; its exit status."""
+    """Run ``robustdyn-evaluate`` in this process and return its exit status."""
     monkeypatch.setattr(sys, "argv", ["robustdyn-evaluate", *map(str, arguments)])
     try:
         main()
@@ -48,7 +48,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def run_dir(trained, tmp_path, monkeypatch):
-    """A copy of it, in which nothing was evaluated; the working directory is beside it."""
+    """A copy of the run in which nothing was evaluated; the working directory is beside it."""
     copy = tmp_path / "run"
     shutil.copytree(trained, copy)
     monkeypatch.chdir(tmp_path)
@@ -73,7 +73,7 @@ def test_a_run_s_own_checkpoint_needs_no_more_than_its_path(run_dir, checkpoint,
     assert "all 60 of the test split of Digits" in said
     assert "linf, radius 20/255" in said
     assert f"record: {found}" in said
-    assert sorted(path.name for path in run_dir.parent.iterdir()) == ["run"]  # nothing strewn about
+    assert sorted(path.name for path in run_dir.parent.iterdir()) == ["run"]  # no other files were written
     settings = json.loads((found / "settings.json").read_text())
     assert settings["provenance"]["torch"] == torch.__version__
 
@@ -95,7 +95,7 @@ def test_what_is_typed_wins(run_dir, checkpoint, monkeypatch, tmp_path):
     assert settings["seed"] == 3
     assert settings["model"]["width"] == 4
     labels = [r["label"] for r in rows(tmp_path / "there", "outcomes") if r["evaluator"] == "clean"]
-    from tests.data.official import digits  # the same module, built by hand
+    from tests.data.official import digits  # the same data set, read without robustdyn
 
     by_hand = digits(train_size=80, test_size=50)
     assert labels == by_hand.split("test").labels[:25].tolist()
@@ -123,7 +123,7 @@ def test_a_foreign_file_gives_the_same_outcomes(run_dir, checkpoint, monkeypatch
 
 
 def test_keys_of_the_run_s_data_set_can_be_typed(tmp_path, monkeypatch, capsys):
-    """``data.root`` is no key of the default data set; the run's data may since have moved."""
+    """``data.root`` is not a key of the default data set, but the run's data may have moved since."""
     write_cifar10(tmp_path / "data", "binary")
     small = [o for o in TRAINED if not o.startswith("data")]
     data = ("data=cifar10", f"data.root={tmp_path / 'data'}", "data.partial=true", "data.batch_size=10")
@@ -231,7 +231,7 @@ def test_attacks_can_be_added_and_changed(run_dir, checkpoint, monkeypatch):
 
 
 def test_warnings_are_said(run_dir, checkpoint, monkeypatch, capsys):
-    """Weights so large that the softmax saturates."""
+    """The weights are so large that the softmax saturates."""
     content = torch.load(checkpoint, weights_only=True)
     for name in ("model.linear.weight", "model.linear.bias"):
         content["state_dict"][name] *= 1e4
@@ -274,7 +274,7 @@ MISTAKES = [
     ("evaluation.examples=61", "evaluation.examples=61 exceeds the 60 images of the test split"),
     ("evaluation.split=tests", "evaluation.split=tests must be test, validation or train"),
     ("evaluation.split=validation", "data.validation_size=0: there is no validation split"),
-    ("device=abacus", "device=abacus is not here; choose auto or cpu"),
+    ("device=abacus", "device=abacus is not available; choose auto or cpu"),
     ("layout=awp", "layout=awp does not fit"),
 ]
 
@@ -301,7 +301,7 @@ def test_a_checkpoint_that_is_none_is_named(run_dir, checkpoint, monkeypatch, ca
     assert "last.ckpt: not a complete file" in one_line(capsys)
     alone = shutil.copy(run_dir / "checkpoints" / "best_on_test.ckpt", tmp_path / "alone.ckpt")
     assert evaluate(monkeypatch, f"checkpoint={alone}", *QUICK) == 1
-    assert "alone.ckpt does not lie in a run directory" in one_line(capsys)
+    assert "alone.ckpt is not in a run directory" in one_line(capsys)
     assert evaluate(monkeypatch, f"checkpoint={alone}", *QUICK, "data=digits", "model.width=5") == 1
     assert "choose model.width=4 model.blocks=[1,1]" in one_line(capsys)
 

@@ -1,4 +1,4 @@
-"""What can go wrong with a run ends it with one line that says what to do, and loses nothing."""
+"""Whatever goes wrong in a run, it ends with one line that says what to do, and loses nothing."""
 
 import json
 import os
@@ -49,10 +49,10 @@ def test_a_loss_that_is_no_number_stops_the_run(method, tmp_path, monkeypatch, c
     data.setup("fit")
     batch = data.split("train").batch(snapshot["indices"])
     assert torch.equal(batch.targets, snapshot["targets"])
-    build(cfg, "model").load_state_dict(snapshot["model"])  # the keys of the network alone
+    build(cfg, "model").load_state_dict(snapshot["model"])  # it has only the network's keys
     assert all(value.isfinite().all() for value in snapshot["model"].values())
 
-    # the checkpoint is from before, and the run can go on from it
+    # the checkpoint is from an earlier step, and the run can resume from it
     assert [row["epoch"] for row in rows(tmp_path, "epochs")] == [0]
     monkeypatch.setattr(AdversarialTraining, "training_step", step)
     assert command(monkeypatch, *run, "optimizer.lr=0.01", "resume=changed") == 0
@@ -170,7 +170,7 @@ LONG += ["measure=none", "trainer.max_epochs=2000", "data.test_size=10", "attack
 
 
 def started(*arguments, **streams):
-    """The real command in a process of its own."""
+    """Start the real command in its own process."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     line = [sys.executable, "-m", "robustdyn.commands.train", *arguments]
     return subprocess.Popen(
@@ -198,7 +198,7 @@ def test_a_directory_takes_one_process_at_a_time(sweep, tmp_path, monkeypatch, c
     with sole_process(tmp_path, "unused"):
         before = sorted(tmp_path.iterdir())
         assert command(monkeypatch, *arguments) == 1
-        assert sorted(tmp_path.iterdir()) == before  # not even Hydra's files
+        assert sorted(tmp_path.iterdir()) == before  # also none of Hydra's files
     error = capsys.readouterr().err
     assert error.startswith(f"error: {tmp_path}: running in process {os.getpid()} on host ")
     assert f"choose another hydra.{'sweep' if sweep else 'run'}.dir" in error
@@ -231,7 +231,7 @@ def test_sigterm_interrupts_as_ctrl_c_does(sweep, tmp_path):
     _, said = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
     assert said.decode().endswith("interrupted\n")
-    assert state(run_dir) == "running"  # it is to go on
+    assert state(run_dir) == "running"  # it can be resumed
     assert (not sweep) or b"the same command with hydra.sweep.dir=" in said
 
 

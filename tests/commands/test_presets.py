@@ -1,4 +1,4 @@
-"""The named methods: what they set, and that every one goes with every choice along the other axes."""
+"""The named methods set what their papers say, and combine with every choice in the other groups."""
 
 from itertools import product
 
@@ -17,13 +17,13 @@ def options(group):
 
 
 class Splits:
-    """All that a module asks of the data."""
+    """The part of a data module that the training module uses."""
 
     evaluation_splits = ("test",)
 
 
 def setting(cfg, key):
-    """A value; of a group the name of the class it chose, None for none."""
+    """The value of a key; for a group, the name of the chosen class, or None for ``none``."""
     value = OmegaConf.select(cfg, key)
     if not OmegaConf.is_dict(value):
         return value
@@ -45,7 +45,7 @@ def assert_builds(method, schedule, perturbation):
 SCHEDULES, PERTURBATIONS = options("schedule"), options("perturbation")
 
 
-@pytest.mark.parametrize("method", ["at", "trades_awp", "wci_lr"])  # all of them with all pairs: below
+@pytest.mark.parametrize("method", ["at", "trades_awp", "wci_lr"])  # all methods with all pairs: below
 def test_presets_go_with_every_schedule_and_every_perturbation(method):
     for index, schedule in enumerate(SCHEDULES):
         assert_builds(method, schedule, PERTURBATIONS[index % len(PERTURBATIONS)])
@@ -90,7 +90,7 @@ SAYS = {  # what the papers say
 def test_a_preset_sets_what_its_paper_says(method):
     cfg = compose("data=cifar10", f"method={method}")
     assert {key: setting(cfg, key) for key in SAYS[method]} == SAYS[method]
-    evaluation = cfg.attack.evaluation  # everybody's alike
+    evaluation = cfg.attack.evaluation  # the same for every method
     assert (evaluation.random_start, evaluation.batchnorm) == ("uniform", "eval")
 
 
@@ -110,7 +110,7 @@ def test_the_command_line_has_the_last_word():
 
 @pytest.fixture
 def experiment(tmp_path):
-    """Composes with an experiment file of this text."""
+    """Compose with an experiment file that has this text."""
 
     def composed(text, *overrides):
         (tmp_path / "experiment").mkdir(exist_ok=True)
@@ -126,9 +126,9 @@ def test_an_experiment_can_choose_a_preset(experiment):
     assert (setting(cfg, "perturbation"), cfg.perturbation.gamma) == ("AWP", 0.02)
     cfg = experiment("defaults:\n  - override /method: trades_awp\n  - override /perturbation: sam\n")
     assert (setting(cfg, "objective"), setting(cfg, "perturbation")) == ("TRADES", "SAM")
-    # a choice of its own against the default preset's
+    # the experiment's own choice wins over the default preset's
     assert setting(experiment("defaults:\n  - override /objective: mart\n"), "objective") == "MART"
-    # and the command line against both; settings of what it replaced do not pass unseen
+    # the command line wins over both, and settings of the replaced choice are refused
     cfg = experiment(text, "perturbation=none")
     with pytest.raises(
         ValueError, match=r"perturbation\.gamma is set but perturbation=none takes no settings"
@@ -162,7 +162,7 @@ def test_sweeps(sweep, expected, tmp_path, monkeypatch):
     assert len(runs) == expected
     epochs = [rows(run, "epochs") for run in runs]
     assert all(len(table) == 2 for table in epochs)
-    assert all(a != b for index, a in enumerate(epochs) for b in epochs[:index])  # each is a run of its own
+    assert all(a != b for index, a in enumerate(epochs) for b in epochs[:index])  # every run is different
     if expected == 2:
         first, second = (table[1]["lr"] for table in epochs)
         assert second == pytest.approx(2 * first)  # both thresholds below the measured index

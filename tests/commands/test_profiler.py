@@ -1,4 +1,4 @@
-"""The profiler presets through the command: each leaves its files in RUN/profile."""
+"""Each profiler preset writes its files into RUN/profile when a run is trained with it."""
 
 import json
 from operator import itemgetter
@@ -37,7 +37,7 @@ def test_advanced_has_the_functions_within_the_hooks(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(("batch_size", "epochs"), [(32, 3), pytest.param(8, 1, marks=pytest.mark.slow)])
 def test_pytorch_traces_training_steps(batch_size, epochs, monkeypatch, tmp_path):
-    """The fifth to the seventh: of the second epoch on, behind an evaluation, or all of the first."""
+    """Steps five to seven are traced: in the second epoch, after an evaluation, or all in the first epoch."""
     overrides = (f"data.batch_size={batch_size}", f"trainer.max_epochs={epochs}")
     files = profiled(monkeypatch, tmp_path, "pytorch", *overrides)
     sums = files.pop("fit-profile.txt")
@@ -59,7 +59,7 @@ def test_pytorch_traces_training_steps(batch_size, epochs, monkeypatch, tmp_path
 @pytest.mark.slow  # generates code
 @pytest.mark.timeout(900)
 def test_pytorch_traces_compiled_networks_in_one_piece(monkeypatch, tmp_path):
-    """Lightning's names of layers are hooks, each of which would end a graph."""
+    """Lightning labels layers with hooks, each of which would break a graph."""
     from torch._dynamo.utils import counters
 
     counters.clear()

@@ -33,7 +33,7 @@ SMALL = (
 
 
 def replicate(monkeypatch, *arguments):
-    """Run ``robustdyn-replicas`` with these arguments in this process; its exit status."""
+    """Run ``robustdyn-replicas`` in this process and return its exit status."""
     return invoke(main, monkeypatch, *arguments)
 
 
@@ -85,7 +85,7 @@ def test_whole_sharded_and_grown_ensembles_are_the_same(checkpoint, tmp_path, mo
     assert found.robust_loss.shape == (6, 1)
     assert np.isfinite(found.robust_loss).all()
     assert (found.position[:, 0] == 0).all()
-    assert len(np.unique(found.position[:, 2, 0])) == 6  # each on its own way
+    assert len(np.unique(found.position[:, 2, 0])) == 6  # all replicas differ
     np.testing.assert_allclose(found.learning_rate, 0.01)
 
 
@@ -107,7 +107,7 @@ def test_a_killed_command_goes_on(checkpoint, tmp_path, monkeypatch):
     assert replicate(monkeypatch, *arguments, "output=killed") == 0
     assert_same(chunks(tmp_path / "undisturbed"), chunks(tmp_path / "killed"))
     after = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "killed" / "chunks").glob("*.npz")}
-    assert before.items() <= after.items()  # what was there was not run again
+    assert before.items() <= after.items()  # finished chunks were not run again
 
 
 def test_what_the_run_says_can_be_changed(checkpoint, tmp_path, monkeypatch):
@@ -146,12 +146,12 @@ def test_adam_replicas_of_an_sgd_run(checkpoint, tmp_path, monkeypatch, frozen):
     ("arguments", "message"),
     [
         (["seed=1"], "holds an ensemble with seed=0 (now 1)"),
-        (["replicas=5"], "replicas=5 is no multiple of chunk=2; choose 6"),
+        (["replicas=5"], "replicas=5 is not a multiple of chunk=2; choose 6"),
         (["shard=2/2"], "shard=2/2 must be I/N with 0 <= I < N"),
         (["engine=fast"], "engine=fast must be vmapped or looped"),
         (["method.perturbation=nothing"], "method.perturbation=nothing is not known; choose run, awp"),
-        (["method.optimizer=adamw"], "replicas know SGD and Adam, not AdamW"),
-        (["+run.optimizer.nesterov=true"], "replicas know SGD without Nesterov"),
+        (["method.optimizer=adamw"], "replicas support SGD and Adam, not AdamW"),
+        (["+run.optimizer.nesterov=true"], "replicas support SGD without Nesterov"),
         (["sampling.batch_size=81"], "sampling.batch_size must lie in [1, 80]"),
         (["start.attack_draws=0"], "start.attack_draws must be at least 1"),
         (["method.optimizer=adam", "initial_state=checkpoint"], "the optimiser holds no exp_avg"),
@@ -176,7 +176,7 @@ def test_a_file_outside_a_run_is_refused(checkpoint, tmp_path, monkeypatch, caps
     elsewhere = tmp_path / "weights.ckpt"
     shutil.copy(checkpoint.partition("=")[2], elsewhere)
     assert replicate(monkeypatch, f"checkpoint={elsewhere}", *SMALL) == 1
-    assert "does not lie in a run directory" in capsys.readouterr().err
+    assert "is not in a run directory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("key", ["model", "regularizer", "optimizer", "data", "objective", "attack.train"])

@@ -15,7 +15,7 @@ from tests.records.synthetic import write_run
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Reports without figures: they have tests of their own."""
+    """Make reports without figures, which have their own tests."""
     monkeypatch.setattr(analysis, "FIGURES", ())
 
 
@@ -125,7 +125,7 @@ def test_settings_that_follow_from_others_are_shown_resolved(quick, run, tmp_pat
         settings["decay_epochs"] = "${at_fractions:${trainer.max_epochs},[0.5,0.8]}"
         settings["schedule"]["milestones"] = "${decay_epochs}"
         (path / ".hydra/config.yaml").write_text(json.dumps(settings))
-    OmegaConf.clear_resolver("at_fractions")  # as in a process of the command's own
+    OmegaConf.clear_resolver("at_fractions")  # as in a new process
     assert main([str(run), str(other), "--output", str(tmp_path / "report")]) == 0
     assert "milestones [12,20]" in (tmp_path / "report/index.html").read_text()
 

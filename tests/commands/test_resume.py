@@ -1,4 +1,4 @@
-"""A run that was interrupted and started again ends as one that was not, bit for bit: weights and records."""
+"""A run that was interrupted and resumed ends with the same weights and records, bit for bit."""
 
 import os
 import random
@@ -46,7 +46,7 @@ def arguments(variant, *more):
 
 
 def end_of(run_dir):
-    """Everything a run leaves: weights, optimiser, and every table without its times."""
+    """The results of a run: weights, optimiser, and every table without its times."""
     checkpoint = torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
     tables = {
         name: rows(run_dir, name) for name in TABLES if (run_dir / "records" / f"{name}.jsonl").exists()
@@ -94,20 +94,20 @@ def test_interrupted_within_and_between_epochs(variant, tmp_path, monkeypatch):
         3,
         5,
         7,
-    ):  # after the first batch, before a last one, at an epoch's first, in the middle
+    ):  # after the first batch, before an epoch's last, at an epoch's first, in the middle
         monkeypatch.setattr(AdversarialTraining, "training_step", dies_at(fatal))
         with pytest.raises(ZeroDivisionError):
             command(monkeypatch, *again)
     monkeypatch.setattr(AdversarialTraining, "training_step", dies_at(None))
     assert command(monkeypatch, *again) == 0
-    assert taken == list(range(STEPS))  # no step twice: the checkpoint within the epoch was used
+    assert taken == list(range(STEPS))  # no step is taken twice: the checkpoint within the epoch was used
     assert_same_end(end_of(tmp_path / "again"), undisturbed)
 
 
 @pytest.mark.slow  # thirty starts of the real command
 @pytest.mark.timeout(2400)
 def test_killed_at_twenty_random_instants(tmp_path):
-    """SIGKILL; nothing is lost and nothing is there twice."""
+    """After each SIGKILL, no row is lost and none is written twice."""
     draws = random.Random(0)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     alone, killed = tmp_path / "alone", tmp_path / "killed"
@@ -125,7 +125,7 @@ def test_killed_at_twenty_random_instants(tmp_path):
     while not (alone / "log.jsonl").exists() or not (alone / "log.jsonl").read_text():
         assert process.poll() is None, process.stderr.read().decode()
         time.sleep(0.01)
-    began = time.monotonic()  # of what comes after the imports
+    began = time.monotonic()  # measures the time after the imports
     assert process.wait(timeout=600) == 0
     trained_for = time.monotonic() - began
 
@@ -139,7 +139,7 @@ def test_killed_at_twenty_random_instants(tmp_path):
         status = process.wait(timeout=60)
         assert status in (-signal.SIGKILL, 0), process.stderr.read().decode()
         kills += status != 0
-        if status == 0:  # it was done before: the next kills are of a new run
+        if status == 0:  # the run was already done: the next kills hit a new run
             assert_same_end(end_of(killed), end_of(alone))
             done += 1
             killed.rename(tmp_path / f"done {done}")
@@ -176,7 +176,7 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
     assert command(monkeypatch, *arguments("at", f"hydra.run.dir={tmp_path / 'run'}")) == 1
     *_, line = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ")
-    assert "best_on_test.ckpt: cannot write (No space left on device); free space" in line  # nothing is there
+    assert "best_on_test.ckpt: cannot write (No space left on device); free space" in line  # there is no file
     assert "run the same command again" in line
 
 
@@ -280,7 +280,7 @@ def test_a_checkpoint_writes_hydra_s_own_files_alone(finished, tmp_path, monkeyp
 
 
 def test_a_checkpoint_s_best_is_a_file_beside_it(finished, tmp_path):
-    """Lightning deletes the best checkpoint, and all that lies below it, when a better one is there."""
+    """Lightning deletes the best checkpoint, and everything below that path, when there is a better one."""
     checkpoint = torch.load(finished / "checkpoints" / "last.ckpt", weights_only=True)
     (state,) = (value for key, value in checkpoint["callbacks"].items() if key.startswith("BestCheckpoint"))
     best = BestCheckpoint(dirpath=tmp_path, monitor="x")

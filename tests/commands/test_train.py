@@ -100,7 +100,7 @@ def test_measuring_moves_nothing(finished, tmp_path, monkeypatch):
 
 
 def test_goes_on_where_it_stopped(finished, tmp_path, monkeypatch):
-    # The last epoch is always measured: a run stopped after epoch 0 measures where the whole one does.
+    # The last epoch is always measured, so that a run stopped after epoch 0 measures at the same epoch.
     assert run(monkeypatch, tmp_path, "data.validation_size=40", "trainer.max_epochs=1", "measure.epochs=[0]",
                "schedule.milestones=[2]") == 0  # fmt: skip
     (tmp_path / "records" / "wci.jsonl").open("a").write('{"epoch": 1, "wci"')  # killed while writing

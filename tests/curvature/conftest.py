@@ -10,7 +10,7 @@ from tests.curvature.reference import Made
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """The problems are tiny: threads only get in each other's way, tenfold on a busy machine."""
+    """Use one thread: the problems are so small that more threads are up to ten times slower."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

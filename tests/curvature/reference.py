@@ -78,7 +78,7 @@ def dense_gauss_newton(risk: EmpiricalRisk) -> Tensor:
 
 
 def dense_gradients(risk: EmpiricalRisk) -> Tensor:
-    """(m, P)."""
+    """Gradients of single examples, (m, P)."""
     return jacrev(lambda theta: per_example_losses(risk, theta))(flat(risk))
 
 
@@ -99,7 +99,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def check_operator_contract(operator: LinearOperator, dense: Tensor | None = None) -> None:
-    """Symmetry, linearity, dtype, repeatability; and equality with a dense matrix where there is one."""
+    """Check symmetry, linearity, dtype and repeatability, and equality with a dense matrix if given."""
     size = operator.shape[0]
     assert operator.shape == (size, size)
     u, v = random(size, 2, seed=1).to(operator.dtype).unbind(dim=1)

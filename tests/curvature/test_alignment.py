@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from robustdyn.curvature import GradientCovariance, Hessian, gradient_projections, lanczos
 from robustdyn.curvature.alignment import (
-    Alignment,
+    AlignmentEstimate,
     alignment,
     covariance_jackknife,
     principal_angles,
@@ -40,7 +40,7 @@ def covariance_of(projections: torch.Tensor) -> torch.Tensor:
 
 
 def examples_with(covariance: torch.Tensor, m: int = 12, seed: int = 3) -> torch.Tensor:
-    """(m, k) with this covariance exactly, and some mean."""
+    """Examples (m, k) with exactly this covariance, and some mean."""
     k = len(covariance)
     values, vectors = torch.linalg.eigh(covariance)
     q = orthonormal(m, k + 1, seed) if m > k + 1 else orthonormal(m, m, seed)[:, : k + 1]
@@ -48,7 +48,7 @@ def examples_with(covariance: torch.Tensor, m: int = 12, seed: int = 3) -> torch
     return m**0.5 * centred @ (vectors * values.clamp(min=0).sqrt()) @ vectors.T + random(k, seed=seed)
 
 
-def measure(eigenvalues: torch.Tensor, projections: torch.Tensor, **changes: object) -> Alignment:
+def measure(eigenvalues: torch.Tensor, projections: torch.Tensor, **changes: object) -> AlignmentEstimate:
     arguments = {
         "eigenvectors": torch.eye(len(eigenvalues), dtype=torch.float64),
         "groups": 4,
@@ -77,7 +77,7 @@ def test_commuting_matrices():
     assert result.off_diagonal_share == pytest.approx(0.0, abs=1e-14)
     cosine = torch.nn.functional.cosine_similarity(eigenvalues, variances, dim=0)
     assert result.cosine == pytest.approx(float(cosine), rel=1e-12)
-    assert result.commutator_null > 0.05  # twelve examples cannot tell
+    assert result.commutator_null > 0.05  # twelve examples are too few to tell
 
 
 def test_equal_curvatures_commute_with_everything():
@@ -144,7 +144,7 @@ def test_signs_scales_and_the_mean_gradient_do_not_matter():
         measure(eigenvalues, 1e3 * projections),
         measure(eigenvalues, projections + random(4, seed=2)),
     ):
-        for field in fields(Alignment):
+        for field in fields(AlignmentEstimate):
             if field.name not in ("captured_noise", "angles", "seconds"):
                 assert getattr(other, field.name) == pytest.approx(getattr(result, field.name), rel=1e-10)
 
@@ -254,7 +254,7 @@ def test_jackknife_by_leaving_rows_out(groups):
 
 
 def test_jackknife_with_groups_of_two_sizes():
-    """Of a mean of squares, what the groups' own means say is known in closed form."""
+    """For a mean of squares, the jackknife over groups has a closed form."""
     a, b = random(2, 4)
     projections = torch.cat([a, -a, b, -b, torch.zeros(2, dtype=torch.float64)])  # x and −x share a group
     parts = [projections[group::4] for group in range(4)]
@@ -267,7 +267,7 @@ def test_jackknife_with_groups_of_two_sizes():
 
 
 def test_jackknife_of_the_total_correlation():
-    """The statistic may be anybody's function of a covariance, in NumPy for instance."""
+    """The statistic may be any function of a covariance, for instance one in NumPy."""
     eigenvalues = [3.0, 2.5, 0.5]
 
     def correlation(covariance: torch.Tensor) -> float:
@@ -332,7 +332,7 @@ def test_null_is_the_mean_over_all_signs():
 
 
 def test_null_tells_sampling_noise_from_correlation():
-    """Examples share a magnitude, as real gradients do: uncorrelated directions, dependent squares."""
+    """As in real gradients, directions share an example's magnitude: uncorrelated, but dependent squares."""
     m, k = 1000, 6
     eigenvalues = torch.linspace(5, 1, k)
     magnitudes = (0.5 * random(m, 1, seed=1)).exp()

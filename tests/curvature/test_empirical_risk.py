@@ -307,7 +307,7 @@ def contrastive(outputs, targets):
 
 
 def pairwise(outputs, targets):
-    """Of neighbours only: 0 with 1, 2 with 3, ..."""
+    """A loss of neighbouring pairs: 0 with 1, 2 with 3, ..."""
     other = torch.stack([outputs[1::2], outputs[0::2]], dim=1).flatten(0, 1)
     return (outputs - other).square().sum(dim=1)
 
@@ -340,7 +340,7 @@ def test_examples_that_depend_on_each_other(name):
 @pytest.mark.parametrize("scale", [1.0, 100.0])
 @pytest.mark.parametrize("case", CASES.values(), ids=lambda c: c.name)
 def test_ordinary_examples_are_independent(case, scale):
-    """In float32 too, and where the logits are so large that the losses are rounding."""
+    """Also in float32, and with logits so large that the losses are only rounding."""
     model, inputs, targets = case.problem()
     model, inputs = model.float(), (scale * inputs).float()
     assert EmpiricalRisk(model, inputs, targets, chunk_size=2).independent

@@ -1,4 +1,4 @@
-"""The short forms of layers against PyTorch's own, with all first and second derivatives, and in bfloat16."""
+"""Tests the short forms of layers against PyTorch's layers, with first and second derivatives."""
 
 from collections.abc import Callable
 from functools import partial
@@ -68,7 +68,7 @@ def derivatives(function: Callable[..., Tensor], *tensors: Tensor) -> tuple[list
 def assert_same_derivatives(
     function: Callable[..., Tensor], *tensors: Tensor, reference: Callable[..., Tensor] | None = None
 ) -> None:
-    """Under the mode and as PyTorch has it, or against another way to write the function."""
+    """Compare the function under the mode with PyTorch's own, or with another way to write it."""
 
     def short(*arguments: Tensor) -> Tensor:
         with TwiceDifferentiable("full"):
@@ -316,10 +316,10 @@ def single(*shape: int, seed: int) -> Tensor:
 
 
 def assert_rounded_once(result: Tensor, exact: Tensor, size: Tensor) -> None:
-    """What float32 sums of products of bfloat16 numbers, rounded to bfloat16 at the end, may differ by.
+    """Check float32 sums of products of bfloat16 numbers that were rounded to bfloat16 at the end.
 
-    ``exact`` is their value and ``size`` the sum of the absolute values. Half an ulp of bfloat16 for the
-    rounding of the result, and float32's rounding of the sum: at most a hundred terms here.
+    ``exact`` is their value and ``size`` the sum of the absolute values. The result may be off by half an ulp
+    of bfloat16 and by float32's rounding of the sum, which has at most a hundred terms here.
     """
     assert result.dtype == torch.float32
     assert ((result.double() - exact).abs() <= HALF * exact.abs() + 100 * 2.0**-24 * size).all()
@@ -354,7 +354,7 @@ def test_bfloat16_convolution(name):
 
 @pytest.mark.parametrize("name", HALVED)
 def test_bfloat16_second_derivatives(name):
-    """Every factor of every product is rounded once: errors of some HALF, relative to the whole."""
+    """Every factor of every product is rounded once, so that relative errors are a few times HALF."""
     function, x_shape, w_shape, settings = HALVED[name]
 
     def smooth(x: Tensor, w: Tensor) -> Tensor:

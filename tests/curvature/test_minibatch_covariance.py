@@ -23,7 +23,7 @@ def problem(name: str, examples: int) -> tuple[nn.Module, Tensor, Tensor]:
 
 
 def dense_gradients(model: nn.Module, batches: list[tuple[Tensor, Tensor]], batchnorm: str) -> Tensor:
-    """(M, P), by a training step's own calls on a copy of the model."""
+    """Gradients (M, P) of the batches, by the calls of a training step on a copy of the model."""
     gradients = []
     for inputs, targets in batches:
         step = copy.deepcopy(model).train(batchnorm == "train")
@@ -186,7 +186,7 @@ def test_mean_over_all_partitions(examples, size):
 
 
 def test_mean_over_all_partitions_with_batch_statistics():
-    """The factor is right for the part of first order and too small, by 4/9, for that of second order."""
+    """The factor is right for the first-order part, and too small by 4/9 for the second-order part."""
     model, inputs, targets = problem("norm_mlp", 6)
     batches = [list(which) for which in itertools.combinations(range(6), 2)]
     every = dense_gradients(model, [(inputs[which], targets[which]) for which in batches], "train")
@@ -236,7 +236,7 @@ def test_train_examples_scale_everything():
 
 
 def of_gradients(gradients: Tensor) -> MinibatchCovariance:
-    """Whose gradients are the given rows: a loss linear in the weights, batches of one."""
+    """A covariance from given gradients: the loss is linear in the weights, and batches have one example."""
     model = nn.Linear(gradients.shape[1], 1, bias=False).double()
     return covariance(model, gradients, torch.zeros(len(gradients)), 1, loss=lambda outputs, _: outputs[:, 0])
 
@@ -258,7 +258,7 @@ def test_standard_errors_are_the_jackknife():
 
 
 def test_standard_errors_are_calibrated():
-    """Exactly, over all samples of four batches from three unequal gradients: se² is known in the mean."""
+    """Over all samples of four batches from three unequal gradients, the mean of se² is exact."""
     atoms = torch.tensor([[0.0, 0.0], [3.0, 1.0], [0.5, -2.0]], dtype=torch.float64)
     direction = torch.tensor([[1.0], [0.5]], dtype=torch.float64)
     traces, variances = [], []

@@ -1,6 +1,6 @@
-"""What float32 and bfloat16 cost in accuracy, and the settings of torch that go with them.
+"""Tests the accuracy of float32 and bfloat16, and the settings of torch that belong to them.
 
-The measured numbers in the comments are for one thread of an x86 CPU; bounds leave a factor of five or more.
+The measured numbers in the comments are for one thread of an x86 CPU. Bounds are at least five times larger.
 """
 
 import copy
@@ -54,7 +54,7 @@ class Net(nn.Module):
 
 
 def problem() -> tuple[nn.Module, Tensor, Tensor]:
-    """In float32; its float64 copy holds the same numbers."""
+    """A problem in float32; its copy in float64 holds the same numbers."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
         model = Net().eval()
@@ -273,7 +273,7 @@ def test_the_guard_touches_no_flag_on_a_cpu(precision, allowed):
     ["highest", "high", "medium"],
 )
 def test_tf32_is_put_back(before, wanted):
-    """What the guard does on a GPU; "medium" is what Lightning advises there."""
+    """The guard matters on a GPU, for which Lightning recommends "medium"."""
     torch.set_float32_matmul_precision(before)
     torch.backends.cudnn.allow_tf32 = not wanted
     with tensor_float_32(wanted):

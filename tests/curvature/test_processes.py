@@ -1,4 +1,4 @@
-"""The curvature room on two processes that hold shards of the examples: the numbers of one process.
+"""Tests that two processes, each with a shard of the examples, measure the same curvature as one process.
 
 All checks run in one pair of processes (tests/curvature/workers.py), which the tests below read.
 """
@@ -23,7 +23,7 @@ LIMIT = 60  # seconds for both processes; they need ten
 
 @pytest.fixture(scope="module")
 def everybody(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
-    """What each rank found."""
+    """The results of each rank."""
     out = tmp_path_factory.mktemp("processes")
     paths = run_processes("tests.curvature.workers", out, PROCESSES, LIMIT)
     return [torch.load(path, weights_only=False) for path in paths]
@@ -31,7 +31,7 @@ def everybody(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
 
 @pytest.fixture(scope="module")
 def alone() -> Iterator[dict[str, Results]]:
-    """The same from one process with all examples."""
+    """The results of one process with all examples."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield {spread.name: workers.measure(spread, None) for spread in SPREADS}
@@ -39,7 +39,7 @@ def alone() -> Iterator[dict[str, Results]]:
 
 
 def assert_agree(found: object, wanted: object, tolerance: dict[str, float], where: str) -> None:
-    """Numbers to a tolerance, words exactly."""
+    """Compare numbers to a tolerance, and text exactly."""
     if isinstance(wanted, dict):
         assert found.keys() == wanted.keys(), where
         for key in wanted:
@@ -66,7 +66,7 @@ def test_both_ranks_have_the_same_bits(everybody, spread):
 
 @spreads
 def test_two_processes_measure_what_one_does(everybody, alone, spread):
-    """Bit for bit where the same chunks are added in the same order."""
+    """The results are equal bit for bit if the same chunks are added in the same order."""
     found, wanted = everybody[0][spread.name], alone[spread.name]
     assert found["examples"] == sum(spread.counts)
     assert_agree(found, wanted, BITS if spread.aligned else EXACT64, spread.name)
@@ -84,7 +84,7 @@ def test_the_checks_are_not_empty(alone, spread):
 
 
 def test_one_reduction_for_each_product(everybody):
-    """However many chunks, columns and kept graphs there are; and nothing but it."""
+    """There is no other communication, however many chunks, columns and kept graphs there are."""
     for found in everybody:
         calls = dict(found["communication"])
         assert calls.pop("projections") == {"all_gather": 1}
@@ -112,7 +112,7 @@ def test_both_ranks_refuse_together(everybody, alone, name):
         assert refusals[name].startswith("ValueError: ")
         assert REFUSALS[name] in refusals[name]
         assert refusals[name] == everybody[0]["refusals"][name]
-        # and the group goes on; chunks are added in another order than in one process
+        # the group still works; chunks are added in another order than in one process
         assert refusals[f"{name}, afterwards"] == pytest.approx(value, rel=EXACT64["rtol"])
 
 

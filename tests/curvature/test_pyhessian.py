@@ -1,4 +1,4 @@
-"""A second library as an independent witness."""
+"""Compares the Hessian with that of another library, pyhessian."""
 
 import contextlib
 import copy

@@ -24,7 +24,7 @@ ETA, MU, OMEGA = 0.1, 0.9, 5e-2
 
 
 class Diagonal(LinearOperator):
-    """A product without a sum: each entry is rounded once."""
+    """A diagonal matrix, whose product has no sums: each entry is rounded once."""
 
     def __init__(self, values: torch.Tensor) -> None:
         super().__init__(len(values), values.dtype, values.device)
@@ -62,7 +62,7 @@ def drawing(root: torch.Tensor):
 
 
 def stationary(eigenvalues: torch.Tensor, eta: float = ETA, mu: float = MU, omega: float = OMEGA):
-    """h with γ h(λ) = λ σ², written from the formula; the theory room has the reference."""
+    """h with γ h(λ) = λ σ², written from the formula; ``robustdyn.theory`` has the reference."""
     decayed = eigenvalues + omega
     return eigenvalues * eta * (1 + mu) / (decayed * (1 - mu) * (2 * (1 + mu) - eta * decayed))
 
@@ -205,12 +205,12 @@ def test_stationary_posterior_over_the_whole_space():
     g = generator(1)
     forms = [quadratic_form(matrix, drawing(root)(g), stationary) for _ in range(200)]
     assert abs(value - float(torch.stack(forms).mean())) < 1e-3 * error
-    # and halving the depth says as much
+    # halving the depth shows the same
     assert abs(value - deep.shortened(10).trace_of(stationary)[0]) < error
 
 
 def test_gradient_noise_of_a_network():
-    """draw as in practice: random signs on centred per-example gradients, products with the Hessian."""
+    """As in practice, ``draw`` puts random signs on centred per-example gradients."""
     risk = risk_of(CASES["tanh_mlp"])
     hessian, gradients = dense_hessian(risk), dense_gradients(risk)
     centred = gradients - gradients.mean(dim=0)
@@ -406,7 +406,7 @@ def test_float32_gives_float32_accuracy_in_float64_results():
     matrix, root = rotated(positive()), noise_root()
     settings = {"probes": 5, "steps": 15}
     double = spectral_density(Dense(matrix), generator=generator(), draw=drawing(root), **settings)
-    # the same vectors, drawn in float64 and handed to a float32 operator
+    # the same vectors, drawn in float64 and passed to a float32 operator
     single = spectral_density(Dense(matrix.float()), generator=generator(), draw=drawing(root), **settings)
     assert single.nodes.dtype == single.weights.dtype == single.masses.dtype == torch.float64
     assert_close(single.masses, double.masses, **EXACT64)
@@ -481,7 +481,7 @@ def test_draw_may_return_its_own_buffer_and_track_gradients():
 
 
 def test_operators_keep_their_own_memory():
-    """A product may come in a buffer that the operator uses again."""
+    """An operator may return its product in a buffer that it uses again."""
 
     class Reusing(Dense):
         buffer = torch.empty(SIZE, dtype=torch.float64)

@@ -50,7 +50,7 @@ def leading_pairs(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def variance_of_a_probe(matrix: Tensor) -> float:
-    """Of vᵀ A v over signs: 2 Σ_{i≠j} A_ij²."""
+    """The variance of vᵀ A v over random signs, 2 Σ_{i≠j} A_ij²."""
     return 2.0 * float(matrix.square().sum() - matrix.diagonal().square().sum())
 
 
@@ -71,12 +71,12 @@ def pytest_tolerance(tolerance: dict[str, float]) -> dict[str, float]:
 
 
 def z_score(samples: Tensor) -> float:
-    """Of a mean that should be zero."""
+    """The z-score of a mean that should be zero."""
     return abs(float(samples.mean())) / float(samples.std()) * math.sqrt(len(samples))
 
 
 class Recording(Dense):
-    """Keeps the vectors it was asked about."""
+    """Keeps the vectors that it was multiplied with."""
 
     def __init__(self, matrix: Tensor) -> None:
         super().__init__(matrix)
@@ -109,7 +109,7 @@ def test_exact_pairs_of_the_whole_spectrum_leave_no_noise():
 @pytest.mark.parametrize("rank", [0, 1, 4])
 @pytest.mark.parametrize(("name", "products"), [("hutch++", 12), ("xtrace", 10)])
 def test_low_rank_is_exact_once_the_sketch_covers_it(name, products, rank):
-    """Four columns of Hutch++'s sketch, or four other probes of XTrace."""
+    """Rank four is covered by four columns of Hutch++'s sketch, or by four other probes of XTrace."""
     matrix = low_rank(rank)
     result = SKETCHED[name](Dense(matrix), products, generator())
     assert result.deflated == 4
@@ -125,7 +125,7 @@ def test_one_rank_more_is_not_exact(name, products):
 
 @pytest.mark.parametrize("name", SKETCHED)
 def test_a_diagonal_operator_with_a_null_space(name):
-    """Sketch vectors that depend on each other exactly, in exact zeros."""
+    """The sketch vectors are exactly linearly dependent, with exact zeros."""
     matrix = torch.tensor([3.0, -1.0] + [0.0] * 30, dtype=torch.float64).diag()
     result = SKETCHED[name](Dense(matrix), 24, generator())
     assert result.estimate == pytest.approx(2.0, rel=EXACT64["rtol"])
@@ -181,7 +181,7 @@ def test_stated_variance_is_the_true_one(name, spectrum):
     ("spectrum", "expected"), [("outliers", 0.86), ("indefinite", 0.89), ("decaying", 0.55)]
 )
 def test_xtrace_states_too_little(spectrum, expected):
-    """Stated over true variance is below one, as estimates that share their sketches are correlated.
+    """The ratio of stated to true variance is below one, because estimates that share sketches correlate.
 
     3000 other seeds gave the expected ratios. A ratio from 250 has a relative error of sqrt(2.5 / 250) = 0.1
     from the squared errors (of kurtosis 3.5) and up to 0.9 / sqrt(250) = 0.057 from the stated variances.
@@ -248,7 +248,7 @@ def test_no_pairs_at_all_are_plain_hutchinson():
 
 
 def naive_xtrace(matrix: Tensor, probes: Tensor, *, scaled: bool = True) -> Tensor:
-    """The m estimates from the definition, a QR for each; probes (P, m)."""
+    """The m estimates from the definition, with one QR decomposition each; probes are (P, m)."""
     size, m = probes.shape
     estimates = []
     for i in range(m):
@@ -336,7 +336,7 @@ def test_products_are_counted(name, products):
 
 @pytest.mark.parametrize("name", SKETCHED)
 def test_sketches_pay_on_outliers(name):
-    """At equal products, against Hutchinson's known spread."""
+    """With equally many products, the spread is far below Hutchinson's, which is known."""
     estimates, _ = repeated(name, "outliers")
     error = (estimates - OUTLIERS.trace()).square().mean().sqrt()
     # 0.21 and 0.16 over 3000 other seeds
@@ -345,7 +345,7 @@ def test_sketches_pay_on_outliers(name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_float32(name):
-    """As close to the truth as its standard error allows, on outliers a million times the rest."""
+    """The error agrees with the standard error, although outliers are a million times the rest."""
     values = torch.cat([torch.tensor([1e6, -5e5]), torch.linspace(0, 1, 298)]).double()
     matrix = with_spectrum(values).float()
     truth = float(matrix.double().trace())

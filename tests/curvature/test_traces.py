@@ -231,7 +231,7 @@ class Beside(Borrowed):
 
 
 class Branching(Borrowed):
-    """Another function for some examples, which come late in the set."""
+    """Computes another function for some examples, which come late in the set."""
 
     def forward(self, x):
         hidden = self.a(x.flatten(1))
@@ -262,7 +262,7 @@ class Divided(Borrowed):
 
 
 class Late(nn.Module):
-    """The first layer to be registered is the last to act."""
+    """The layer that is registered first acts last."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -282,6 +282,20 @@ def hooked() -> nn.Module:
     return model
 
 
+def hooks_its_gradient(x: Tensor) -> Tensor:
+    out = x.relu()
+    if out.requires_grad:
+        out.register_hook(lambda gradient: 2 * gradient)
+    return out
+
+
+def hooks_its_node(x: Tensor) -> Tensor:
+    out = x.relu()
+    if out.requires_grad:
+        out.grad_fn.register_prehook(lambda gradients: (2 * gradients[0],))
+    return out
+
+
 class Scaled(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -292,7 +306,7 @@ class Scaled(nn.Module):
 
 
 class Mixing(nn.Module):
-    """Subtracts the batch mean, so that examples see each other."""
+    """Subtracts the batch mean, so that examples depend on each other."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -380,6 +394,8 @@ OBSTACLES = {
     "divided": (Divided, "Div divides by a number that depends on 'a.weight'"),
     "late": (Late, "Gelu is not known"),
     "hooked": (hooked, "Linear '1' has forward hooks"),
+    "hooked tensor": (lambda: Functional(hooks_its_gradient), "uses a tensor's register_hook"),
+    "hooked node": (lambda: Functional(hooks_its_node), "uses a tensor's grad_fn"),
     "owned": (Scaled, "owns parameters"),
     "named": (lambda: Functional(Relu.apply), "ReluBackward is not known to be piecewise linear"),
     "overwriting": (lambda: Functional(overwrites_a_part), "a custom function overwrites a part"),
@@ -396,7 +412,7 @@ OBSTACLES = {
 def test_obstacles_lead_to_hutchinson_with_the_reason(name, caplog):
     build, reason = OBSTACLES[name]
     torch.manual_seed(0)  # in a few draws of Mixing the four ReLUs are dead on the examples looked at
-    # examples that mix are refused in several chunks
+    # examples that depend on each other are refused in several chunks
     risk = image_risk(build(), chunk_size=None if name == "mixing" else 2)
     risk.inputs[2, 0, 0, 0] = LATE
     result = traces_of(risk, probes=2)
@@ -524,7 +540,7 @@ def test_known_pairs_take_noise_out_and_no_bias_in(right):
     risk = risk_of(CASES["tanh_mlp"])
     dense = dense_hessian(risk)
     known = lanczos(Hessian(risk), 6, which="magnitude", tol=1e-8, max_products=200, generator=generator(1))
-    if not right:  # any orthonormal vectors and any values must do
+    if not right:  # any orthonormal vectors and any values must work
         vectors = torch.linalg.qr(random(risk.numel, 6, seed=5))[0]
         known = replace(known, eigenvectors=vectors, eigenvalues=random(6, seed=6))
     truth = torch.stack([dense.diagonal()[risk.blocks[name]].sum() for name in risk.names])

@@ -1,6 +1,6 @@
-"""What one of the processes in test_processes.py does: python -m tests.curvature.workers RANK STORE OUT.
+"""Runs one of the processes of test_processes.py: python -m tests.curvature.workers RANK STORE OUT.
 
-The same functions, called without a group, make the reference of one process.
+Called without a group, the same functions give the reference from one process.
 """
 
 import copy
@@ -43,7 +43,7 @@ Results = dict[str, object]
 
 @dataclass(frozen=True)
 class Spread:
-    """A case on other numbers of examples, so many on each process."""
+    """A case with other numbers of examples, and how many each process holds."""
 
     case: str
     counts: tuple[int, ...]
@@ -83,7 +83,7 @@ SPREADS = (
 
 
 def measure(spread: Spread, group: dist.ProcessGroup | None) -> Results:
-    """Everything that is a number about the risk."""
+    """All measurements of the risk."""
     risk = spread.risk(group)
     directions = random(risk.numel, 3)
     hessian, covariance = Hessian(risk), GradientCovariance(risk)
@@ -148,7 +148,7 @@ def traces(risk: EmpiricalRisk, **changes: object) -> Results:
     source = settings["generator"]
     result: LayerTraces = layer_traces(risk, **{**settings, **changes})
     found: Results = {key: value for key, value in vars(result).items() if key != "seconds"}
-    # a generator that has moved differently on two processes would spoil what comes next
+    # a generator that advanced differently on two processes would spoil later measurements
     return found | {"next": random_number(source)}
 
 
@@ -220,7 +220,7 @@ def outcome(function: Callable[[], object]) -> object:
 
 
 def refusals(group: dist.ProcessGroup) -> Results:
-    """Each as a message, with a measurement in between to show that the group still works."""
+    """The messages of all refusals, with a measurement in between to show that the group still works."""
     spread, rank = SPREADS[0], dist.get_rank(group)
     model, inputs, targets = spread.problem()
     own = spread.own(rank)
@@ -228,7 +228,7 @@ def refusals(group: dist.ProcessGroup) -> Results:
     def build(
         change: Callable[[nn.Module, Tensor, Tensor], None] | None = None, **settings: object
     ) -> EmpiricalRisk:
-        """With something changed on rank 1."""
+        """Build the risk, with something changed on rank 1."""
         own_model, own_inputs, own_targets = copy.deepcopy(model), inputs[own].clone(), targets[own].clone()
         if change is not None and rank == 1:
             with torch.no_grad():
@@ -291,7 +291,7 @@ def obstacles(group: dist.ProcessGroup) -> Results:
 
 
 def broken(group: dist.ProcessGroup) -> Results:
-    """A class that the model does not have, on rank 1 only; may cost the group its connection."""
+    """Use a class that the model does not have, on rank 1 only; the group may lose its connection."""
     spread, rank = SPREADS[0], dist.get_rank(group)
     model, inputs, targets = spread.problem()
     own = spread.own(rank)

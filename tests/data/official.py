@@ -1,4 +1,4 @@
-"""Small files in the official layouts, and what is in them."""
+"""Writes small data files in the official layouts, and returns their content."""
 
 import io
 import pickle

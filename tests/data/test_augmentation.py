@@ -86,7 +86,7 @@ def test_cutout_is_uniform_over_the_places_inside():
     assert len(places) == 8 * 6
     assert choices[:, 4].max() == 5
     assert chisquare(places.numpy()).pvalue > 1e-3  # one fixed seed
-    # and says nothing about the window: a table of 3x3 coarse places each, 1,066 in a cell on average
+    # and is independent of the window: a table of 3x3 coarse places each, 1,066 in a cell on average
     window, square = choices[:, 0] // 3 * 3 + choices[:, 1] // 3, choices[:, 3] % 3 * 3 + choices[:, 4] % 3
     expected = torch.outer(window.bincount().double(), square.bincount().double()) / len(choices)
     table = (window * 9 + square).bincount(minlength=81)

@@ -213,14 +213,14 @@ def test_pickles_of_python_3_are_read(tmp_path, protocol, form, key):
 
 
 class Objects:
-    """Pickled as an array of Python objects made out of bytes, each an address that nothing lies at."""
+    """Pickled as an array of Python objects made from bytes, each of which is an invalid address."""
 
     def __reduce__(self):
         return np.ndarray, ((4,), "O", b"A" * 32)
 
 
 class Reconstructed:
-    """As :class:`Objects`, in the way in which NumPy pickles."""
+    """The same as ``Objects``, but pickled in the way of NumPy."""
 
     def __reduce__(self):
         rebuild, arguments, _ = np.zeros(1).__reduce__()
@@ -230,7 +230,7 @@ class Reconstructed:
 @pytest.mark.parametrize("labels", [Objects(), Reconstructed(), [Objects()] * 4])
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_a_pickle_makes_no_objects_of_bytes(tmp_path, protocol, labels):
-    """NumPy itself would, and touching one ends the interpreter."""
+    """NumPy itself would make them, and touching one crashes the interpreter."""
     content = {b"data": np.zeros((4, 3072), np.uint8), b"fine_labels": labels}
     replace_test_file(tmp_path, pickle.dumps(content, protocol))
     with pytest.raises(DataFileError, match="expected a dictionary with uint8 data"):

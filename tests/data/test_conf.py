@@ -1,4 +1,4 @@
-"""The configuration is the only home of defaults and fits the constructors."""
+"""Defaults stand only in the configuration, which fits the constructors."""
 
 import inspect
 from dataclasses import fields

@@ -1,4 +1,4 @@
-"""The loaders inside Lightning's own loops."""
+"""Tests the loaders inside Lightning's own loops."""
 
 import json
 
@@ -14,7 +14,7 @@ AUGMENT = {"crop_padding": 1, "padding_mode": "zeros", "flip": True, "cutout": 2
 
 
 def checksums(batch):
-    """Of pixels and targets; a sum over the ranks' shares gives that of the batch."""
+    """Checksums of pixels and targets; those of the ranks' shares add up to that of the batch."""
     return batch.images.double().sum().item(), batch.targets.double().square().sum().item()
 
 
@@ -128,7 +128,7 @@ def test_resumed_runs_see_the_same_batches(tmp_path, when, mixup):
 
 
 class Writer(Recorder):
-    """Leaves its batches in a file of its rank."""
+    """Writes its batches to a file for each rank."""
 
     def __init__(self, folder):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Mixed batches against one image at a time, and what is drawn against its distribution."""
+"""Tests mixed batches against mixing one image at a time, and the draws against their distributions."""
 
 import itertools
 
@@ -16,7 +16,7 @@ ALPHAS = [0.2, 1.0, 1.4]
 
 
 def mixed_and_not(alpha, augmentation=AUGMENTATION):
-    """Pairs of a mixed batch and the same batch without mixing; every image has a class of its own."""
+    """Pairs of a mixed batch and the same batch without mixing; every image has a different class."""
     data = image_tensors()
     data = type(data)(data.images, torch.arange(len(data)))
     mixup = Mixup(alpha=alpha, num_classes=len(data))
@@ -53,7 +53,7 @@ def test_equals_one_image_at_a_time(alpha, augmentation):
         assert set(weights) == {weights[0]}  # one λ for the batch
         strangers += len(weights)
         for i, j in enumerate(partners):
-            # the partner as it is augmented in its own place
+            # the partner, augmented as in its own place
             expected = (
                 weights[0] * plain.images[i].double().numpy()
                 + (1 - weights[0]) * plain.images[j].double().numpy()
@@ -95,7 +95,7 @@ def draws(alpha, count, repetitions=2400):
 def test_weights_are_beta(alpha):
     weights, _ = draws(alpha, 4)
     assert kstest(weights, beta(alpha, alpha).cdf).pvalue > 1e-3  # one fixed seed each
-    other = 2 * alpha  # which the test can tell apart
+    other = 2 * alpha  # a different α, which the test must detect
     assert kstest(weights, beta(other, other).cdf).pvalue < 1e-6
 
 

@@ -1,4 +1,4 @@
-"""Cutout and mixup through ``robustdyn-train``."""
+"""Tests cutout and mixup in runs of ``robustdyn-train``."""
 
 import lightning
 import pytest
@@ -36,7 +36,7 @@ def test_goes_on_where_it_stopped(tmp_path, monkeypatch):
 
 
 def test_training_error_is_the_expected_one_under_mixed_targets(tmp_path, monkeypatch):
-    # no attack and a rate that no weight feels: the network of the whole epoch is known
+    # with no attack and a tiny learning rate, the network does not change in the epoch
     overrides = ("attack.steps=0", "attack.train.random_start=none", "optimizer.lr=1e-30",
                  "trainer.max_epochs=1")  # fmt: skip
     assert run(monkeypatch, tmp_path, *overrides) == 0

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from robustdyn.curvature import EmpiricalRisk, layer_traces
 from robustdyn.launch.ranks import Ranks
+from robustdyn.models.sync_batchnorm import desynchronize, desynchronized, synchronize
 from tests.distributed.batchnorm import SHARES, problem, work
 from tests.tolerances import EXACT64
 
@@ -57,3 +59,33 @@ def test_undone_it_is_each_ranks_own(ranks):
     for found, share in zip(ranks, SHARES, strict=True):
         net, x, *_ = problem()
         assert_close(found["apart"], net(x[share]).detach(), **EXACT64)
+
+
+def test_a_measurement_finds_layers_whose_traces_are_exact():
+    """They are refused for layers with a forward method of their own, which may do anything."""
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3))
+    model = model.double().eval()
+    risk = EmpiricalRisk(model, torch.rand(6, 1, 4, 4, dtype=torch.float64), torch.arange(6) % 3)
+
+    def estimator():
+        generator = torch.Generator().manual_seed(0)
+        return layer_traces(
+            risk, method="auto", probes=2, exact_classes_up_to=10, generator=generator, weights_only=False
+        ).estimator
+
+    synchronize(model)
+    assert estimator() == "hutchinson"
+    with desynchronized(model):
+        assert estimator() == "gauss_newton_exact"
+    assert estimator() == "hutchinson"
+    desynchronize(model)
+    assert estimator() == "gauss_newton_exact"
+
+
+def test_a_forward_method_of_somebody_else_is_left_alone():
+    layer = nn.BatchNorm2d(2)
+    layer.forward = own = lambda x: x
+    with desynchronized(layer):
+        assert layer.forward is own
+    desynchronize(layer)
+    assert layer.forward is own

@@ -5,5 +5,5 @@ from tests.evaluation.problems import trained_net
 
 @pytest.fixture(scope="session")
 def robust_net():
-    """Adversarially trained on digits."""
+    """A network that was adversarially trained on digits."""
     return trained_net(adversarially=True)

@@ -1,4 +1,4 @@
-"""Small models whose robustness is known or cheap to attack, and how the tests evaluate them."""
+"""Small models whose robustness is known or cheap to attack, and helpers to evaluate them."""
 
 import math
 
@@ -73,14 +73,14 @@ class Linear(nn.Module):
 
 
 def grey_images(count: int, classes: int, *, seed: int = 1, size: int = 4) -> ImageTensors:
-    """Images away from black and white, labels at random."""
+    """Images without values near black or white, with random labels."""
     draw = torch.Generator().manual_seed(seed)
     images = torch.randint(90, 166, (count, 1, size, size), generator=draw, dtype=torch.uint8)
     return ImageTensors(images, torch.randint(classes, (count,), generator=draw))
 
 
 def labelled_by(model: nn.Module, data: ImageTensors, wrong_every: int) -> ImageTensors:
-    """The same images under the model's own predictions, every so many under another label."""
+    """The same images with the model's predictions as labels, except for every ``wrong_every``-th image."""
     with torch.no_grad():
         logits = model(data.images / 255)
     labels = logits.argmax(dim=1)

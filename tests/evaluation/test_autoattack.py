@@ -81,7 +81,7 @@ def test_is_no_weaker_than_pgd(robust_net, tmp_path):
 
 @pytest.mark.parametrize(("norm", "eps"), [("linf", 0.015), ("l2", 0.06)])
 def test_five_classes_have_four_targets(norm, eps, tmp_path):
-    """Fewer than the standard version's nine; and the distance to each boundary is known."""
+    """Four are fewer than the standard version's nine, and the distance to each boundary is known."""
     ball, model = Ball(norm, eps), Linear(5, 16)
     data = labelled_by(model, grey_images(60, 5), wrong_every=10)
     result = run(tmp_path, model, data, {"aa": autoattack("apgd-t", "fab-t")}, ball=ball, batch_size=60)
@@ -124,7 +124,7 @@ def test_leaves_no_trace_in_the_process(robust_net, tmp_path, caplog):
 
 
 class Dynamic(torch.nn.Module):
-    """Looks at a gradient while it predicts, as a defence that adapts to its input does."""
+    """Computes a gradient while it predicts, like a defence that adapts to its input."""
 
     def __init__(self, net):
         super().__init__()

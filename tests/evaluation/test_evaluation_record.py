@@ -36,7 +36,7 @@ class Killed(Exception):
 
 
 def killed_after(batches):
-    """A progress that ends the process after so many batches."""
+    """A progress callback that raises after so many batches, as if the process were killed."""
     count = 0
 
     def progress(name, done, total):
@@ -121,7 +121,7 @@ def test_two_processes_do_not_write_at_once(tmp_path):
         EvaluationRecord.open(tmp_path, SETTINGS, {}),
     ):
         pass
-    with EvaluationRecord.open(tmp_path, SETTINGS, {}):  # the lock was given back
+    with EvaluationRecord.open(tmp_path, SETTINGS, {}):  # the lock was released
         pass
 
 

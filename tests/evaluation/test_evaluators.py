@@ -69,7 +69,7 @@ def test_records_counts_settings_and_standard_errors(tmp_path):
 
 
 def test_random_numbers_belong_to_the_example(robust_net, tmp_path):
-    """Neither the batch, nor the other evaluators, nor the other examples play a part."""
+    """They depend neither on the batch nor on other evaluators or other examples."""
     ball, data = LINF, digits(60)
     weak = pgd(steps=2, restarts=2)  # far from converged: the start decides
     run(tmp_path / "a", robust_net, data, {"x": weak}, ball=ball, batch_size=60)
@@ -97,9 +97,9 @@ def test_global_random_numbers_and_the_model_are_left_alone(robust_net, tmp_path
 
 
 class Wavy(nn.Module):
-    """One pixel x; class 1 wins only where x is within 0.02 of 0.53, class 0 elsewhere.
+    """Has one pixel x; class 1 wins only where x is within 0.02 of 0.53, class 0 elsewhere.
 
-    The cross-entropy's gradient of label 0 points up from 0.5, and on past the bump.
+    From 0.5 on, the gradient of the cross-entropy of label 0 points upwards, even beyond the bump.
     """
 
     def forward(self, x):

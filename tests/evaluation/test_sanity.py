@@ -1,4 +1,4 @@
-"""Each sign of overstated robustness, shown by a model made to give it."""
+"""Tests each sign of overstated robustness with a model that is made to show it."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ class StaysInTraining(nn.Dropout):
 
 
 def rounded(x):
-    """Eight grey values: the gradient is zero everywhere."""
+    """Round to eight grey values, so that the gradient is zero everywhere."""
     return (x * 7).round() / 7
 
 
@@ -75,7 +75,7 @@ def test_masked_gradients_are_seen_in_every_way(robust_net, tmp_path, monkeypatc
         "unbounded": unbounded(random_start="none"),
     }
     result = run(tmp_path, model, digits(40), evaluators, ball=BALL)
-    assert result.accuracy("pgd") == result.accuracy("clean")  # no gradient, no attack
+    assert result.accuracy("pgd") == result.accuracy("clean")  # without a gradient the attack does nothing
     assert result.accuracy("square") < result.accuracy("pgd")
     assert checks(result) == {"zero_gradient", "black_box", "unbounded"}
     assert "at 40 of 40 images" in result.warnings["zero_gradient", "clean"]
@@ -86,7 +86,7 @@ def test_masked_gradients_are_seen_in_every_way(robust_net, tmp_path, monkeypatc
 
 
 def shorten_square(monkeypatch, queries):
-    """5,000 queries take too long for a test."""
+    """Use fewer queries, because 5,000 take too long for a test."""
     perturb = SquareAttack.perturb
 
     def short(self, x, y=None):
@@ -105,7 +105,7 @@ def test_a_random_model_is_seen(robust_net, tmp_path):
 
 
 def test_a_module_that_stays_in_training_is_seen(robust_net, tmp_path):
-    model = Around(robust_net, behind=StaysInTraining(0.0))  # without chance, so that nothing else is seen
+    model = Around(robust_net, behind=StaysInTraining(0.0))  # not random: no other check warns
     result = run(tmp_path, model, digits(20), {}, ball=BALL)
     assert checks(result) == {"train_mode"}
     assert result.warnings["train_mode", "model"].startswith("behind is in train mode")
@@ -162,9 +162,9 @@ def test_a_gradient_that_is_no_number_breaks_nothing(robust_net, tmp_path):
 
 
 class Deceived(nn.Module):
-    """One pixel v. Label 0 loses between 0.52 and 0.58, but the slope there points back.
+    """Has one pixel v. Label 0 loses between 0.52 and 0.58, but the slope there points back.
 
-    A single step of 0.04 from 0.50 stops in there, a second one leads out again.
+    A single step of 0.04 from 0.50 ends in that interval, and a second step leaves it again.
     """
 
     def forward(self, x):
@@ -183,12 +183,12 @@ def test_more_steps_that_break_less_are_seen(tmp_path):
     assert "few" not in {name for check, name in result.warnings if check == "weaker_with_more_effort"}
 
 
-def test_an_ensemble_weaker_than_one_attack_is_seen(robust_net, tmp_path, monkeypatch):
-    monkeypatch.setattr(APGDAttack, "perturb", lambda self, x, y=None: x)  # an ensemble that does nothing
+def test_a_suite_weaker_than_one_attack_is_seen(robust_net, tmp_path, monkeypatch):
+    monkeypatch.setattr(APGDAttack, "perturb", lambda self, x, y=None: x)  # a suite that does nothing
     evaluators = {"pgd": pgd(), "aa": AutoAttackEvaluator(attack_list=["apgd-ce"])}
     result = run(tmp_path, robust_net, digits(40), evaluators, ball=BALL)
-    assert checks(result) == {"ensemble_weaker"}
-    assert "pgd alone only" in result.warnings["ensemble_weaker", "aa"]
+    assert checks(result) == {"suite_weaker"}
+    assert "pgd alone only" in result.warnings["suite_weaker", "aa"]
 
 
 def test_a_black_box_attack_may_be_weaker(robust_net, tmp_path, monkeypatch):

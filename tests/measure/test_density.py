@@ -1,4 +1,4 @@
-"""The whole spectrum against dense matrices of a small network; random vectors drawn again by hand."""
+"""Tests the whole spectrum against dense matrices of a small network, with random vectors drawn by hand."""
 
 from dataclasses import replace
 
@@ -31,13 +31,13 @@ def measured(snapshot, **settings):
 
 @pytest.fixture(scope="module")
 def full(snapshot):
-    """Rows and sums of chains that span the whole space."""
+    """Rows and sums from Lanczos chains that span the whole space."""
     return measured(snapshot)
 
 
 @pytest.fixture(scope="module")
 def many(snapshot):
-    """Sums over enough random vectors for standard errors to mean something."""
+    """Sums over enough random vectors for meaningful standard errors."""
     return measured(snapshot, probes=PROBES, noise_probes=2 * PROBES, steps=16)[1]
 
 
@@ -48,7 +48,7 @@ def signs(snapshot, count, shape, name):
 
 @pytest.fixture(scope="module")
 def vectors(snapshot, dense):
-    """The random vectors of :func:`full`: signs (3, P), and those with the noise's covariance (4, P)."""
+    """The random vectors of ``full``: signs (3, P), and those with the noise's covariance (4, P)."""
     plain = torch.stack(signs(snapshot, 3, (snapshot.risk.numel,), "density-hessian"))
     centred = dense[1] - dense[1].mean(dim=0)
     noise = [
@@ -64,7 +64,7 @@ def forms(dense, vectors, function):
 
 
 def controlled(dense, vectors, function):
-    """The same less what the vectors have along the leading directions beyond its mean there."""
+    """The same, minus the deviation from its mean of the vectors' part along the leading directions."""
     values, basis = (part.flip(-1)[..., :K] for part in torch.linalg.eigh(dense[0]))
     covariance = FACTOR * torch.cov(dense[1].T, correction=1)
     excess = (vectors @ basis) ** 2 - (basis.T @ covariance @ basis).diagonal()
@@ -72,7 +72,7 @@ def controlled(dense, vectors, function):
 
 
 def term(values, eta=ETA):
-    """λσ² for a noise of variance 1, where λ > 0 and there is a law."""
+    """λσ² for noise of variance 1, where λ > 0 and there is a stationary law."""
     decayed = values + OMEGA
     exists = (values > 0) & (eta * decayed < 2 * (1 + MU))
     return torch.where(
@@ -82,7 +82,7 @@ def term(values, eta=ETA):
 
 def check(row, name, samples):
     np.testing.assert_allclose(row[name], samples.mean(), rtol=1e-8)
-    # an error of 1e-10 in each sample, against what they differ by
+    # an error of 1e-10 in each sample, relative to their differences
     error = samples.std(ddof=1) / len(samples) ** 0.5
     np.testing.assert_allclose(row[f"{name}_se"], error, rtol=1e-6, atol=1e-9 * abs(samples).max())
 
@@ -237,5 +237,5 @@ def test_a_run_measures_it_when_asked(tmp_path, monkeypatch):
     assert {key: found.count(key) for key in found} == {
         (epoch, kind): 6 * count for epoch in (0, 2) for kind, count in (("hessian", 2), ("noise", 3))
     }
-    assert [row["epoch"] for row in rows(tmp_path, "wci")] == [0, 2]  # beside the default's measurements
+    assert [row["epoch"] for row in rows(tmp_path, "wci")] == [0, 2]  # besides the default measurements
     assert (tmp_path / "report" / "figures" / "spectral_density.png").exists()

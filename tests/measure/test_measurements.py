@@ -1,4 +1,4 @@
-"""Measurements against dense matrices of a small network, every formula written out again."""
+"""Tests the measurements against dense matrices of a small network, with every formula written out again."""
 
 from dataclasses import replace
 
@@ -18,8 +18,8 @@ from tests.tolerances import EXACT64, MC_SIGMAS
 EXAMPLES, SECOND, N, B = 20, 12, 500, 32
 ETA, MU, OMEGA = 0.05, 0.9, 5e-4
 K = 4
-# An eigenvalue's error is at most residual² / gap: 1e-9² vanishes; vectors, and what hangs on them, err by
-# residual / gap, below 1e-6 for the gaps of this spectrum.
+# An eigenvalue's error is at most residual² / gap, which vanishes for 1e-9². Eigenvectors, and values that
+# depend on them, have errors of residual / gap, below 1e-6 for the gaps of this spectrum.
 VECTORS = {"rtol": 1e-6, "abs": 1e-12}
 
 
@@ -101,7 +101,7 @@ def test_hessian_eigenvalues(spectrum, dense):
 
 
 def gradients_and_gauss_newton(risk, vectors):
-    """Along the vectors, of each example: its gradient and uᵀ Jᵀ Λ J u."""
+    """Each example's gradient and uᵀ Jᵀ Λ J u along the vectors."""
     shapes = {name: p.shape for name, p in risk.model.named_parameters()}
     inputs, targets = risk.subset(slice(None))
 
@@ -139,7 +139,7 @@ def test_values_along_them_are_those_of_the_second_attack(snapshot, spectrum, de
 
 @pytest.mark.slow
 def test_values_along_eigenvectors_have_neither_bias_nor_wrong_errors(snapshot):
-    """Few examples in noise of their own: what the eigenvectors fit of it is not in what is recorded."""
+    """With few examples the eigenvectors fit noise, which must not enter the recorded values."""
     torch.manual_seed(0)
     model = nn.Linear(30, 2, bias=False).double()
     seen, errors, own = [], [], []
@@ -201,7 +201,7 @@ def test_a_direction_too_sharp_for_the_rate_has_no_variance(snapshot, dense):
     assert np.isnan(variances[0])
     assert (variances[1:] > 0).all()
     assert rows["bounds"][0]["unstable_directions"] == 1
-    assert np.isnan(rows["bounds"][0]["dominant_terms_top_k"])  # no sum over fewer directions under this name
+    assert np.isnan(rows["bounds"][0]["dominant_terms_top_k"])  # a sum over fewer directions has no such name
 
 
 def test_an_optimiser_without_a_known_law_keeps_the_spectrum(snapshot):
@@ -237,7 +237,7 @@ def test_alignment(snapshot, dense):
     assert row["subspace_overlap"] == pytest.approx(float(overlap), rel=VECTORS["rtol"])
     captured = c.diagonal().sum() / kappa.flip(0)[:K].sum()
     assert row["captured_noise"] == pytest.approx(float(captured), rel=VECTORS["rtol"])
-    # the discrete Lyapunov equation of the 2K-dimensional system, with no formula of ours
+    # the discrete Lyapunov equation of the 2K-dimensional system, without our formulas
     eta, mu, lam = ETA, MU, lam.numpy() + OMEGA
     a = np.block([[np.diag(1 - eta * lam), -eta * mu * np.eye(K)], [np.diag(lam), mu * np.eye(K)]])
     b = np.vstack([-eta * np.eye(K), np.eye(K)])

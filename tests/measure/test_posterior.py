@@ -1,4 +1,4 @@
-"""The run's posterior against the recursion of momentum SGD's covariance, written out step by step."""
+"""Tests the run's posterior against the recursion of momentum SGD's covariance, step by step."""
 
 import numpy as np
 import pandas as pd
@@ -152,5 +152,5 @@ def test_a_direction_without_a_law_has_no_variance_and_comes_back_settled():
 
 
 def test_nothing_measured_gives_nothing():
-    given = tables(3, [(0, 0.1)], [(0, 0, 5.0, 0.0)])  # no noise: nothing spreads, no law in the table
+    given = tables(3, [(0, 0.1)], [(0, 0, 5.0, 0.0)])  # no noise, hence no variance and no law
     assert list(posterior_rows(given, momentum=MU, weight_decay=0.0, interpolation="log_linear")) == []

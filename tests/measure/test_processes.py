@@ -1,4 +1,4 @@
-"""Several ranks: each attacks and differentiates its share, and all get one process's numbers."""
+"""Tests that several ranks, each with its share of the examples, measure the same numbers as one process."""
 
 from types import SimpleNamespace
 
@@ -37,7 +37,7 @@ def parts(cfg, records):
 @pytest.mark.slow  # starts two processes
 def test_two_ranks_measure_what_one_process_does(tmp_path):
     # 23 examples do not divide by two, and the second rank has none of the first 9. The tolerance is tight,
-    # since the two may stop a product apart. PyTorch's own synchronised BatchNorm is for GPUs.
+    # since the two may stop a product apart. PyTorch's own synchronised BatchNorm needs GPUs.
     cfg = compose(
         *TINY,
         "trainer.max_epochs=1",

@@ -1,4 +1,4 @@
-"""Epochs that only the learning-rate rule asks for: measured once, and no more than it reads."""
+"""Tests that epochs only requested by the learning-rate rule are measured once, and only what it reads."""
 
 from types import SimpleNamespace
 
@@ -28,7 +28,7 @@ def run(monkeypatch, run_dir, *overrides):
 
 
 def following(run_dir):
-    """The rate of every epoch from the start on, from the index measured after the epoch before."""
+    """The rate of every epoch since the rule's start, from the index measured after the previous epoch."""
     read = {row["epoch"]: row["wci"] for row in rows(run_dir, "wci")}
     return [0.01 * (0.1 * min(1.0, THRESHOLD / read[epoch - 1])) for epoch in range(START, EPOCHS)]
 
@@ -97,7 +97,7 @@ def test_nothing_is_measured_twice(tmp_path, monkeypatch):
     assert [r["epoch"] for r in rows(tmp_path, "costs") if r["part"] == "all"] == calls
     solved = [r for r in rows(tmp_path, "costs") if r["part"] != "all"]
     assert [(r["epoch"], r["warm"]) for r in solved] == [(0, False)] * 2 + [(2, True)] * 2 + [(5, True)] * 2
-    # with an optimiser that is not the paper's, too
+    # also with an optimiser that is not the paper's
     assert [r["lr"] for r in rows(tmp_path, "epochs")] == [0.01, 0.01, *following(tmp_path)]
 
 

@@ -1,4 +1,4 @@
-"""The table ``timing``: one row per epoch, whose shares are of the epoch's wall time."""
+"""Tests the table ``timing``, which has one row per epoch with shares of the epoch's wall time."""
 
 import csv
 import json
@@ -91,7 +91,7 @@ DONE_IN = {
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Time passes in the functions above alone."""
+    """Let time pass only in the functions above."""
     now = [100.0]
     still = SimpleNamespace(perf_counter=lambda: now[0])
     monkeypatch.setattr(stopwatch, "time", still)
@@ -109,7 +109,7 @@ def clock(monkeypatch):
 
 
 def seconds_of(row):
-    """Seconds by part, of those that took any."""
+    """The seconds of each part that took any time."""
     found = {name: row[f"{name}_share"] * row["seconds"] for name in TIMED}
     assert sum(found.values()) == pytest.approx(row["seconds"])
     return {name: seconds for name, seconds in found.items() if seconds}
@@ -155,7 +155,7 @@ def test_resumed_runs_have_one_row_per_epoch(clock, tmp_path, monkeypatch):
 
 
 class SaveWithin(lightning.Callback):
-    """A checkpoint behind the second of three batches."""
+    """Saves a checkpoint after the second of three batches."""
 
     def __init__(self, path):
         self._path = path
@@ -179,7 +179,7 @@ def test_a_run_that_resumes_within_an_epoch_times_what_is_left_of_it(clock, tmp_
         trainer.fit(build_module(cfg, data), datamodule=data, ckpt_path=resume, weights_only=True)
     assert [seconds_of(row) for row in table(tmp_path / "whole")] == [taken()] * 3
     rest, *others = table(tmp_path / "rest")
-    # the evaluation, which came after the checkpoint, too
+    # also the evaluation, which came after the checkpoint
     assert seconds_of(rest) == taken(batches=1)
     assert rest["images_per_second"] == pytest.approx(16 / 3.5)
     assert [seconds_of(row) for row in others] == [taken()] * 2

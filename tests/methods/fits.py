@@ -1,4 +1,4 @@
-"""Runs in the test's own process, and what they end with."""
+"""Trains in the test's own process, for tests of memory layout and compilation."""
 
 import lightning
 import torch
@@ -28,7 +28,7 @@ def prepared(*overrides):
 
 
 def fit(*overrides, callbacks=(), resume=None, **settings):
-    """A run in this process; the trained module and its trainer."""
+    """Train in this process; return the trained module and its trainer."""
     cfg, data, module = prepared(*overrides)
     averaging = build(cfg, "averaging")
     trainer = build(

@@ -1,8 +1,8 @@
-"""The training methods as their papers write them, in plain PyTorch: the reference that robustdyn must equal.
+"""Reference implementation of the training methods in plain PyTorch, written from their papers.
 
-Attack, objectives, ascent in the weights and optimisers are written out here from the formulas, with explicit
-probabilities and with copied networks where the authors copy them; the only thing taken from robustdyn is
-the named random stream of the attack's starting noise. Clarity before speed.
+Attack, objectives, ascent in the weights and optimisers follow the formulas, with explicit probabilities, and
+with copied networks where the authors copy them. Only the named random stream of the attack's starting noise
+is taken from robustdyn. Clarity comes before speed.
 
 Legend: B batch, K classes, w weights, v their perturbation.
 """
@@ -47,7 +47,7 @@ class Recipe:
 
 @dataclass
 class Trace:
-    """What a run leaves: the loss of every step and the training metrics of every epoch."""
+    """The results of a run: the loss of every step and the training metrics of every epoch."""
 
     losses: list[float] = field(default_factory=list)
     epochs: list[dict[str, float]] = field(default_factory=list)
@@ -91,8 +91,8 @@ def trades(
 def mart(clean: Tensor, robust: Tensor, targets: Tensor, beta: float, *, margins: bool = True) -> Tensor:
     """Wang et al., ICLR 2020, eqs. 7-11, for each example (B,).
 
-    ``margins``: with the three constants that the authors' code has in its logarithms and weights; else the
-    paper's formula to the letter.
+    ``margins`` adds the three constants that the authors' code has in its logarithms and weights; otherwise
+    this is exactly the paper's formula.
     """
     one_bce, zero, one_weight = (1.0001, 1e-12, 1.0000001) if margins else (1.0, 0.0, 1.0)
     p, q = probabilities(clean), probabilities(robust)
@@ -121,7 +121,7 @@ def objective(
 
 
 def attack(recipe: Recipe, model: nn.Module, x: Tensor, y: Tensor, draws: torch.Generator) -> Tensor:
-    """PGD: start at random in the ball, climb, come back to the ball and to [0, 1]."""
+    """PGD: start at random in the ball, climb, and project on the ball and on [0, 1]."""
     if recipe.objective == "standard":
         return x
     model.train(recipe.attacked_in == "train")
@@ -276,7 +276,7 @@ def put(model: nn.Module, weights: Sequence[Tensor]) -> None:
 def add_metrics(
     sums: dict[str, float], model: nn.Module, robust: Tensor | None, x: Tensor, y: Tensor
 ) -> None:
-    """Loss and error of the batch at the unperturbed weights; clean ones of the network as deployed."""
+    """Add loss and error of the batch at the unperturbed weights; clean metrics are in eval mode."""
     clean = model.eval()(x)
     model.train()
     for kind, logits in (("robust", robust), ("clean", clean)):

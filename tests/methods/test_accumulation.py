@@ -1,4 +1,4 @@
-"""Gradients accumulated over several batches make the step, and the measured noise, of one large batch."""
+"""Tests that gradients accumulated over several batches give the step and noise of one large batch."""
 
 import pytest
 import torch

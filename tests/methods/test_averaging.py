@@ -1,4 +1,4 @@
-"""Weight averages against averages kept by hand; what early stopping and best checkpoints leave behind."""
+"""Tests weight averages against averages kept by hand, and the results of early stopping."""
 
 import json
 import shutil
@@ -48,7 +48,7 @@ def _copy(model):
 
 
 def run(monkeypatch, run_dir, *overrides):
-    """A run and its ledger."""
+    """Train a run; return it with its ledger."""
     ledger = Ledger()
     with monkeypatch.context() as patch:
         callbacks = train_module.build_callbacks
@@ -109,7 +109,7 @@ def runs(tmp_path_factory):
 def test_the_average_is_evaluated_and_saved_and_the_weights_are_trained(name, runs):
     plain, (run_dir, ledger) = runs["none"][1], runs[name]
     for ours, theirs in zip(ledger.trained, plain.trained, strict=True):
-        assert all(torch.equal(ours[k], theirs[k]) for k in theirs)  # training knows of no average
+        assert all(torch.equal(ours[k], theirs[k]) for k in theirs)  # averaging does not affect training
     if name == "ema":
         expected = ema_by_hand(plain.trained)[STEPS - 1 :: STEPS]
     else:
@@ -119,7 +119,7 @@ def test_the_average_is_evaluated_and_saved_and_the_weights_are_trained(name, ru
     last = saved(run_dir)
     assert_close(model_of(last["state_dict"]), expected[-1])
     assert_close(model_of(last["current_model_state"]), plain.trained[-1], rtol=0, atol=0)
-    # BatchNorm's statistics are averaged, too, not those of the trained weights
+    # BatchNorm's statistics are averages too, not those of the trained weights
     statistics = [k for k in expected[-1] if k.endswith("running_mean")]
     assert statistics
     for key in statistics:
@@ -154,7 +154,7 @@ def test_the_best_checkpoint_holds_what_the_summary_says_was_best(name, runs):
     weights = model_of(checkpoint["state_dict"])
     seen = ledger.evaluated[best["epoch"]]
     assert all(torch.equal(weights[k], seen[k]) for k in seen)
-    # and these weights make that error
+    # these weights have that error
     cfg = compose(*SHORT)
     data, model = build(cfg, "data"), build(cfg, "model")
     data.prepare_data()

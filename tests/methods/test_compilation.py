@@ -1,4 +1,4 @@
-"""Compiled passes: compiled once, and equal to eager ones but for the rounding of generated code."""
+"""Tests that passes are compiled once and equal eager ones, except for the rounding of generated code."""
 
 import datetime
 import os
@@ -31,10 +31,10 @@ def test_there_are_four_kinds_of_compilation():
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """The number of images that each compiled pass was for, and whether it has gradients of weights.
+    """The number of images of each compiled pass, and whether it has gradients of weights.
 
-    Everything but the generation of code, which takes minutes, is as in use: PyTorch's own kernels do the
-    work, so that an eager run has the same bits.
+    Only the generation of code, which takes minutes, is left out: PyTorch's own kernels compute the passes,
+    so that an eager run has the same bits.
     """
     from torch._dynamo.backends.registry import lookup_backend
 
@@ -119,7 +119,7 @@ def test_averages_of_compiled_runs(averaging, graphs):
 
 
 class SaveWithin(lightning.Callback):
-    """A checkpoint behind the second of three batches of the first epoch."""
+    """Saves a checkpoint after the second of three batches of the first epoch."""
 
     def __init__(self, path):
         self._path = path
@@ -131,7 +131,7 @@ class SaveWithin(lightning.Callback):
 
 @pytest.mark.slow  # compiles twice
 def test_a_run_that_resumes_at_a_short_batch(graphs, tmp_path):
-    """It compiles for that size first, which nobody could know to be short, and then for the whole size."""
+    """It first compiles for that size, since it cannot know that it is short, and then for the full size."""
     path = tmp_path / "within.ckpt"
     expected, _ = fit(*SMALLER, callbacks=[SaveWithin(path)])
     found, trainer = fit(*SMALLER, "execution=compiled", resume=path)
@@ -163,7 +163,7 @@ def test_many_networks_in_one_process(graphs):
     [("at", 1e-5), ("awp", 1e-5), ("mart", 1e-5), ("trades", 1e-3)],
 )
 def test_generated_code_is_right(method, tolerance):
-    """With PyTorch's own backend, whose kernels round otherwise than the eager ones."""
+    """Use PyTorch's own backend, whose kernels round differently from the eager ones."""
     torch._dynamo.reset()
     overrides = (*SMALLER, f"method={method}", *((WARM,) if method == "awp" else ()))
     found, expected = fit(*overrides, "execution=compiled")[0], fit(*overrides)[0]
@@ -178,7 +178,7 @@ def test_generated_code_is_right(method, tolerance):
 
 @pytest.fixture
 def alone():
-    """One process that believes in a group of its own; afterwards there is none."""
+    """Make a process group of one process; it is destroyed afterwards."""
     before = dict(os.environ)
     yield
     if dist.is_initialized():
@@ -210,7 +210,7 @@ EVERY_METHOD = ("at", "awp")
 
 
 def main(rank, store, out):
-    """What each process does: python -m tests.methods.test_compilation RANK STORE OUT."""
+    """Run one of the processes: python -m tests.methods.test_compilation RANK STORE OUT."""
     torch.set_num_threads(1)
     place = {"init_method": f"file://{store}", "rank": rank, "world_size": PROCESSES}
     dist.init_process_group("gloo", **place, timeout=datetime.timedelta(seconds=PATIENCE))
@@ -234,7 +234,7 @@ def main(rank, store, out):
 
 @pytest.fixture(scope="module")
 def everybody(tmp_path_factory):
-    """What each rank found."""
+    """The results of each rank."""
     out = tmp_path_factory.mktemp("processes")
     paths = run_processes("tests.methods.test_compilation", out, PROCESSES, LIMIT)
     return [torch.load(path, weights_only=True) for path in paths]

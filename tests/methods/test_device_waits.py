@@ -1,4 +1,4 @@
-"""Training steps never wait for the device."""
+"""Tests that training steps never wait for the device."""
 
 import traceback
 
@@ -27,7 +27,7 @@ FETCHING = {
 
 
 class Operations(TorchDispatchMode):
-    """Notes where a value or a size that only the device knows is asked for."""
+    """Notes operations that need a value or a size that only the device knows."""
 
     def __init__(self, notes):
         super().__init__()
@@ -41,9 +41,9 @@ class Operations(TorchDispatchMode):
 
 
 class Calls(TorchFunctionMode):
-    """Notes what brings a tensor to the host; on the CPU nothing is copied, so no operation tells.
+    """Notes calls that bring a tensor to the host; on the CPU nothing is copied, so no operation shows it.
 
-    A move counts only if it names "cpu": a device that is handed on is the one that trains.
+    Among moves it notes those to "cpu" by name, because a device in a variable is the one that trains.
     """
 
     def __init__(self, notes):
@@ -84,7 +84,7 @@ METHODS = {
 
 @pytest.mark.parametrize("case", METHODS)
 def test_the_host_never_waits_within_a_step(case, monkeypatch):
-    """Whatever takes part: Lightning's loop, the module, the optimiser."""
+    """Neither Lightning's loop nor the module nor the optimiser waits."""
     notes, steps = watched(monkeypatch)
     fit(*SMALLER, *METHODS[case], "trainer.max_epochs=1", limit_val_batches=0)
     assert steps == [0, 1, 2]
@@ -92,8 +92,8 @@ def test_the_host_never_waits_within_a_step(case, monkeypatch):
 
 
 def test_the_host_never_waits_within_a_step_of_the_command(monkeypatch, tmp_path):
-    """All callbacks and a logger take part."""
-    # looks at every loss where that costs nothing, as here; on a GPU every so many steps
+    """The run has all callbacks and a logger."""
+    # on a CPU it checks every loss, which costs nothing here; on a GPU it checks every so many steps
     monkeypatch.setattr(StopOnNonFinite, "on_before_backward", lambda *_: None)
     notes, steps = watched(monkeypatch)
     arguments = ("measure=none", "trainer.max_epochs=1", "logger=csv", "report=false")

@@ -1,4 +1,4 @@
-"""Memory layout and bfloat16 change nothing but rounding."""
+"""Tests that memory layout and bfloat16 change only rounding."""
 
 import functools
 
@@ -33,7 +33,7 @@ class Gradients(lightning.Callback):
 
 @pytest.fixture(scope="module")
 def in_both():
-    """By layout: the trained module, its gradients and its momenta, of two epochs in float64."""
+    """For each layout: the trained module, its gradients and momenta after two epochs in float64."""
     found = {}
     for channels_last in LAYOUTS:
         gradients = Gradients()
@@ -71,7 +71,7 @@ def test_weights_gradients_and_momenta_stay_in_their_layout(in_both, channels_la
 
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory):
-    """The second of two epochs, from a checkpoint of a layout in another or the same one."""
+    """Train the second of two epochs from a checkpoint, in the same layout or in another."""
     paths = {}
     for channels_last in LAYOUTS:
         paths[channels_last] = tmp_path_factory.mktemp("layout") / "one.ckpt"
@@ -164,7 +164,7 @@ def test_other_inputs_are_let_alone():
 
 
 def test_averages_do_not_depend_on_the_layout():
-    """In float32, for Lightning makes the average before the weights become double."""
+    """This is in float32, because Lightning makes the average before the weights become double."""
     ends = {}
     for channels_last in LAYOUTS:
         averaging = ("averaging=ema", "averaging.decay=0.5", "trainer.max_epochs=1")

@@ -1,4 +1,4 @@
-"""Half precision: what autocast keeps, float16's loss scale, and every method through the trainer."""
+"""Tests half precision: autocast's cache, float16's loss scale, and every method in the trainer."""
 
 import copy
 import functools
@@ -29,7 +29,7 @@ EXACTLY = {"rtol": 0.0, "atol": 0.0}
 
 
 class Net(nn.Module):
-    """Ends in a layer that is computed in float32, as careful networks do."""
+    """A network whose last layer is computed in float32, as in careful networks."""
 
     def __init__(self):
         super().__init__()
@@ -119,7 +119,7 @@ def test_the_move_does_not_depend_on_the_loss_scale(name, scale):
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 @pytest.mark.parametrize("scale", [1.0, 2.0**16])
 def test_an_overflow_perturbs_nothing(name, bad, scale):
-    """In one tensor only; a scaler that has backed off as far as 1 still has overflows."""
+    """The overflow is in one tensor only; it can still occur when the scale is down to 1."""
     model, x, y = problem()
     before = values(model)
     model.head.weight.register_hook(lambda gradient: gradient * bad)
@@ -138,7 +138,7 @@ UNMEASURED = tuple(o for o in TINY if not o.startswith("measure."))
 
 
 class Cached(MixedPrecision):
-    """As Lightning did before it switched autocast's cache off, and as one's own loop does by default."""
+    """Uses autocast's cache, as Lightning once did and as a loop in plain PyTorch does by default."""
 
     def autocast_context_manager(self):
         return torch.autocast(self.device, dtype=torch.bfloat16, cache_enabled=True)
@@ -193,7 +193,7 @@ def deviation(found, wanted):
 
 @pytest.fixture(scope="module")
 def in_bfloat16(tmp_path_factory):
-    """The run of a method as the command makes it."""
+    """The run of each method in bfloat16, as the command trains it."""
     folder = tmp_path_factory.mktemp("runs")
     return functools.cache(lambda method: fit(method, folder, "trainer.precision=bf16-mixed"))
 
@@ -234,7 +234,7 @@ def test_what_autocast_caches_changes_nothing(method, in_bfloat16, tmp_path):
 
 
 class Events(lightning.Callback):
-    """Of each step: forward passes with (g) and without (n) gradient, and emptyings of the cache (|)."""
+    """Records each step's forward passes with (g) and without (n) gradient, and emptying of the cache (|)."""
 
     def __init__(self, monkeypatch):
         self.steps = []
@@ -266,7 +266,7 @@ PASSES = {
 def test_no_copy_made_without_gradient_is_left_for_the_descent(method, tmp_path, monkeypatch):
     """Older versions of PyTorch cache casts made under no_grad, and weights get no gradient through them.
 
-    Whatever the version: in the ascent and in the descent the pass that finds an empty cache has a gradient.
+    In any version, the pass that finds an empty cache in the ascent or in the descent has a gradient.
     """
     events = Events(monkeypatch)
     fit(method, tmp_path, plugins=[Cached("bf16-mixed", "cpu")], callbacks=[events], limit_train_batches=1)
@@ -276,9 +276,9 @@ def test_no_copy_made_without_gradient_is_left_for_the_descent(method, tmp_path,
 
 @pytest.mark.parametrize("method", ["awp", "sam"])
 def test_float16_skips_overflows_and_goes_on(method, tmp_path):
-    """From a scale that overflows in the ascent too; the scaler halves it until training starts.
+    """It starts with a scale that overflows even in the ascent, which is halved until training starts.
 
-    Not with the fused optimiser: see the next test.
+    The fused optimiser is excluded: see the next test.
     """
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=1000)
     plugin = MixedPrecision("16-mixed", "cpu", scaler=scaler)

@@ -16,7 +16,7 @@ LOGITS = nn.Flatten()  # a network whose images (B, K, 1, 1) are its logits
 
 
 def network():
-    """In train mode, so that the batch statistics of clean and adversarial images must be kept apart."""
+    """A network in train mode, so that clean and adversarial images must have separate batch statistics."""
     torch.manual_seed(1)
     net = nn.Sequential(
         nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Tanh(), nn.Flatten(), nn.Linear(12, CLASSES)
@@ -112,7 +112,7 @@ def test_numbers_by_hand():
 
 
 def test_marts_runner_up_is_the_largest_of_the_other_classes():
-    """Also where the labelled class is not the largest: no probability may then be counted twice."""
+    """Even if the labelled class is not the largest, no probability may be counted twice."""
     for y, runner_up in ((0, 0.5), (1, 0.3), (2, 0.5)):
         q = [0.3, 0.5, 0.2]
         same = images_of([math.log(p) for p in q])  # clean = adversarial: no divergence, up to the constants
@@ -249,7 +249,7 @@ SATURATED = [(clean, robust) for clean in (1, -1, 0) for robust in (1, -1, 0) if
 @pytest.mark.parametrize("gap", [20.0, 90.0, 300.0])
 @pytest.mark.parametrize(("clean", "robust"), SATURATED)
 def test_saturated_predictions_keep_value_and_gradient_in_float32(gap, clean, robust):
-    """Against the explicit probabilities in float64, where exp(−600) is still a number."""
+    """The reference uses explicit probabilities in float64, where exp(−600) is still a number."""
     y = torch.tensor([0, 1])
     direction = images_of([1.0, -1.0, 0.0], [1.0, 0.0, -1.0])
     # TRADES' gradients are differences of numbers up to β · gap, each off by 6e-8 of itself;
@@ -309,7 +309,7 @@ def test_settings_outside_their_range_are_refused(build, message):
 
 
 def test_metrics_of_mixed_targets_are_expected_ones():
-    """By hand: two batches of unequal size, and the mean is over examples, not over batches."""
+    """With two batches of unequal size, the mean is over examples, not over batches."""
     metrics = RobustMetrics()
     thirds = torch.tensor([[0.6, 0.3, 0.1]]).log()
     metrics.robust.update(thirds, torch.tensor([[0.25, 0.75, 0.0]]))  # predicted: class 0, right in a quarter

@@ -1,7 +1,7 @@
-"""Weight perturbations on two data-parallel processes: those of one process on the union of the batches.
+"""Tests that two data-parallel processes perturb weights as one process does with the union of the batches.
 
 All checks run in one pair of processes, python -m tests.methods.test_perturbation_processes RANK STORE OUT,
-whose results the tests below read. Called without a group, the same functions make the reference.
+whose results the tests below read. Called without a group, the same functions give the reference.
 """
 
 import copy
@@ -44,9 +44,9 @@ def share(rank, *tensors):
 
 
 def moved(name, rank, overflow_on=None):
-    """Weights after ``apply`` with running statistics; and what was communicated."""
+    """Weights after ``apply`` with running statistics, and the communication that this took."""
     model, x, y = problem()
-    model(x)  # statistics worth having
+    model(x)  # gives non-trivial statistics
     model.eval()
     x, y = share(rank, x, y)
     loss = F.cross_entropy(model(x), y)
@@ -61,7 +61,7 @@ def moved(name, rank, overflow_on=None):
 
 
 class Step(nn.Module):
-    """What Lightning's wrapper sees: the whole training step is one forward pass."""
+    """Makes the whole training step one forward pass, as Lightning's wrapper sees it."""
 
     def __init__(self, model, perturbation):
         super().__init__()
@@ -75,7 +75,7 @@ class Step(nn.Module):
 
 
 class Settled(nn.Module):
-    """Every parameter gets a gradient, as the wrapper demands; BatchNorm and its buffers."""
+    """A network with BatchNorm in which every parameter gets a gradient, as the wrapper requires."""
 
     def __init__(self):
         super().__init__()
@@ -93,7 +93,7 @@ def averaged(tensors):
 
 
 def wrapped(name, rank):
-    """Gradients and statistics of three steps: by the wrapper, and with every gradient averaged by hand."""
+    """Gradients and statistics of three steps, by the wrapper and with gradients averaged by hand."""
     _, x, y = problem()
     torch.manual_seed(0)
     model = Settled().double()
@@ -152,7 +152,7 @@ def trained(method, rank, *overrides, plain_network=False):
 
 
 def on_the_union(method, rank):
-    """Attacks without randomness, which would differ from rank to rank, and float64."""
+    """Train in float64 with attacks without randomness, which would differ between ranks."""
     overrides = ("attack.train.random_start=none", "attack.evaluation.random_start=none")
     return trained(method, rank, *overrides, "trainer.precision=64-true", plain_network=True)
 
@@ -186,7 +186,7 @@ pytestmark = pytest.mark.slow  # starts two processes
 
 @pytest.fixture(scope="module")
 def everybody(tmp_path_factory):
-    """What each rank found."""
+    """The results of each rank."""
     out = tmp_path_factory.mktemp("processes")
     paths = run_processes("tests.methods.test_perturbation_processes", out, PROCESSES, LIMIT)
     return [torch.load(path, weights_only=True) for path in paths]
@@ -238,7 +238,7 @@ def test_runs_end_with_the_same_weights_on_both_ranks(everybody, name):
 
 @every_perturbation
 def test_runs_are_those_of_one_process(everybody, name):
-    """Without BatchNorm, whose statistics are each rank's own."""
+    """This holds without BatchNorm, because each rank has its own statistics."""
     weights, metrics = everybody[0][name]["on the union"]
     alone, wanted = on_the_union(name, None)
     assert_close(weights, alone, **EXACT64)

@@ -1,4 +1,4 @@
-"""The weight perturbations against their papers' formulas, and their place in the training step."""
+"""Tests the weight perturbations against their papers' formulas, and their place in the training step."""
 
 import copy
 import dataclasses
@@ -40,7 +40,7 @@ every_perturbation = pytest.mark.parametrize("name", PERTURBATIONS)
 
 
 class TwoLayers(nn.Module):
-    """Linear, BatchNorm, ReLU, linear; and some parameters that a perturbation may trip over."""
+    """Linear, BatchNorm, ReLU, linear, and some parameters that are difficult for a perturbation."""
 
     def __init__(self, **norm):
         super().__init__()
@@ -81,7 +81,7 @@ def buffers(model):
 
 
 def gradients(model, x, y):
-    """From a copy, so that neither statistics nor ``.grad`` of the model are involved."""
+    """Gradients from a copy, so that the model's statistics and ``.grad`` are not involved."""
     twin = copy.deepcopy(model)
     twin.zero_grad()
     F.cross_entropy(twin(x), y).backward()
@@ -93,7 +93,7 @@ def norm(tensors):
 
 
 def expected_moves(name, model, x, y):
-    """v by the papers' formulas; nothing for a tensor that stays."""
+    """v by the papers' formulas, for the tensors that move."""
     w, g = values(model), gradients(model, x, y)
     if name == "awp":
         return {k: GAMMA * norm([w[k]]) * g[k] / norm([g[k]]) for k in MOVES_UNDER_AWP}
@@ -146,7 +146,7 @@ def test_each_tensor_of_awp_moves_by_gamma_times_itself():
 
 
 def test_awp_is_one_step_of_the_authors_proxy():
-    """Their way: a copy of the model takes an SGD step up the loss; its rate cancels."""
+    """In the authors' code, a copy of the model takes an SGD step up the loss; its rate cancels."""
     model, x, y = problem()
     proxy = copy.deepcopy(model)
     optimizer = torch.optim.SGD(proxy.parameters(), lr=0.01)
@@ -165,7 +165,7 @@ def test_awp_is_one_step_of_the_authors_proxy():
 def test_restores_once_from_wherever_the_weights_are(name):
     model, x, y = problem()
     before, perturbation = values(model), PERTURBATIONS[name]()
-    perturbation.restore()  # nothing to take off
+    perturbation.restore()  # there is nothing to undo
     assert_close(values(model), before, rtol=0.0, atol=0.0)
     climb(perturbation, model, x, y)
     moved = values(model)
@@ -271,7 +271,7 @@ def fit(module, tmp_path, epochs=1, **settings):
 
 
 def test_training_refuses_images_out_of_range_in_any_batch(tmp_path):
-    """The second of three batches, from a loader that is not the project's own."""
+    """The images are in the second of three batches, from a loader that is not the project's own."""
     module = module_of(problem()[0], None, steps=1)
     largest = float(batches()[0].images.max())
     assert float(batches()[1].images.max()) > largest
@@ -334,14 +334,14 @@ def test_steps_of_training_are_those_by_hand(name, changes, tmp_path):
 
 
 def test_the_reference_tells_the_methods_apart():
-    """What the test above would miss: where weight decay acts, and that there is a perturbation at all."""
+    """Without these differences the test above would not notice a wrong place of the weight decay."""
     ends = [by_hand(name)[0]["first.weight"] for name in (None, *PERTURBATIONS)]
     for i, one in enumerate(ends):
         assert all(float((one - other).abs().max()) > 1e-3 for other in ends[:i])
 
 
 class Passes:
-    """Forward passes of a model, and backward passes through them; restarted at will."""
+    """Counts forward passes of a model and the backward passes through them; it can be reset."""
 
     def __init__(self, model):
         self.forward = self.backward = 0

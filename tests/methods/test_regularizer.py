@@ -83,7 +83,7 @@ def test_a_step_without_gradient_shrinks_what_decays(choice, decaying):
         # Adam's first step has length lr whatever its gradient 0.5 w, up to eps = 1e-8
         shrunk = w - 0.1 * (0.5 * w) / ((0.5 * w).abs() + 1e-8) if choice == "adam" else w - 0.1 * 0.5 * w
         torch.testing.assert_close(parameter.detach(), shrunk if decays else w, **EXACT64)
-    # one decay for all is what the stationary laws ask for
+    # the stationary laws require one decay for all parameters
     assert is_plain_momentum(optimizer) == (choice == "sgd" and decaying == "all")
 
 

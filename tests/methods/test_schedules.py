@@ -1,4 +1,4 @@
-"""Rules that are functions of the epoch alone, against the robust-overfitting study's formulas."""
+"""Tests schedules that depend on the epoch alone, against the formulas of the robust-overfitting study."""
 
 import math
 
@@ -13,7 +13,7 @@ from tests.runs import TINY, command, compose, rows
 from tests.tolerances import EXACT64
 
 LENGTH = 200
-# middles of steps, 40 an epoch: where rates are asked for, and never on a jump
+# middles of steps, 40 per epoch: the points at which rates are used, none of which is on a jump
 TIMES = (np.arange(40 * LENGTH) + 0.5) / 40
 
 
@@ -179,7 +179,7 @@ def test_a_run_records_the_formula_at_the_middle_of_every_step(name, tmp_path, m
 def _variances(spectrum, rates):
     """Var θ after every epoch, from its row of the ``spectrum`` table: v ← μv + g, θ ← θ − ηv.
 
-    Of independent batches: one matrix a step.
+    Batches are independent, so that every step is one matrix.
     """
     state, found = np.zeros((2, 2)), []
     for row, etas in zip(spectrum, rates.reshape(EPOCHS, STEPS), strict=True):

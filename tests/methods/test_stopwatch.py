@@ -1,4 +1,4 @@
-"""Sections of time: on the CPU by the clock, on a GPU by its events."""
+"""Tests that the stopwatch takes times on the CPU by the clock, and on a GPU by its events."""
 
 import json
 import time
@@ -11,7 +11,7 @@ from robustdyn.methods.stopwatch import Stopwatch
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Seconds that pass only when told to."""
+    """A clock whose seconds only pass when a test says so."""
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     return lambda seconds: now.__setitem__(0, now[0] + seconds)
@@ -94,7 +94,7 @@ def test_sections_show_in_traces(tmp_path):
 
 
 class Device:
-    """A GPU that has its own time, and is behind the host."""
+    """A GPU with its own time, which lags behind the host."""
 
     def __init__(self, monkeypatch):
         self.time_ms, self.waits, self.streams = 0.0, [], []
@@ -126,7 +126,7 @@ def test_on_a_gpu_its_events_count_and_only_reading_waits(monkeypatch, clock):
         watch.start("step")
         with watch.section("attack"):
             device.time_ms += 1500.0
-            clock(0.25)  # the host's time plays no part
+            clock(0.25)  # the host's time does not count
         device.time_ms += 500.0
         watch.stop("step")
     watch.stop("data")

@@ -1,6 +1,6 @@
-"""Every preset, through the configuration, the module and the Trainer, against its paper's algorithm by hand.
+"""Tests every preset, with configuration, module and Trainer, against the algorithm of its paper.
 
-The numbers of the recipes are the papers', written here a second time: a changed default shows.
+The recipes repeat the papers' numbers here, so that a changed default makes a test fail.
 """
 
 import copy
@@ -110,7 +110,7 @@ RECIPES = {
 }  # fmt: skip
 
 
-SLOW = (  # each axis of theirs is in another, faster recipe too
+SLOW = (  # faster recipes cover each of their choices
     "method=standard objective.label_smoothing=0.1",
     "optimizer=adam optimizer.weight_decay=0.1",
     "method=trades perturbation=sam optimizer=adamw",

@@ -1,4 +1,4 @@
-"""The rate that follows a measurement: the rule alone, and whole runs of it."""
+"""Tests the learning rate that follows a measurement: the rule by itself, and in whole runs."""
 
 import json
 
@@ -131,7 +131,7 @@ def state(run_dir):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """A run that measures nothing but what its rule reads, every second epoch."""
+    """A run that measures only what its rule reads, every second epoch."""
     run_dir = tmp_path_factory.mktemp("wci") / "run"
     with pytest.MonkeyPatch.context() as monkeypatch:
         assert run(monkeypatch, run_dir, "measure=none", "schedule.interval=2") == 0
@@ -139,7 +139,7 @@ def alone(tmp_path_factory):
 
 
 def expected_rates(run_dir, base, column="wci", reading=lambda epoch: True):
-    """η of every epoch from the recorded measurements, as the paper's text has it."""
+    """η of every epoch from the recorded measurements, according to the paper's text."""
     read = {r["epoch"]: r[column] for r in rows(run_dir, "wci") if reading(r["epoch"])}
     rates = []
     for epoch in range(EPOCHS):
@@ -213,7 +213,7 @@ def test_the_trace_can_be_what_is_followed(tmp_path, monkeypatch):
 
 
 class Witness(Callback):
-    """Each rank's rates, a file a rank."""
+    """Writes each rank's rates to a file of its own."""
 
     def __init__(self, folder):
         self._folder = folder

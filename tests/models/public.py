@@ -1,4 +1,4 @@
-"""The networks of two public repositories, written as formulas over a table of their parameter names.
+"""The networks of two public repositories, written as functions of their named parameters.
 
 ``robust_overfitting`` (Rice et al., ICML 2020) and ``AWP`` (Wu et al., NeurIPS 2020) share them. Neither
 normalises its input, and both pool a 32x32 image's last map with a window of its size.

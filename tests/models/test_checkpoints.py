@@ -17,7 +17,7 @@ from tests.models.public import (
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
 COMMON = {"num_classes": 10, "in_channels": 3, "mean": MEAN, "std": STD}
-# the unit's rounding through about twenty float64 layers of unit scale
+# rounding errors in about twenty float64 layers of unit scale
 LOGITS = {"rtol": 1e-12, "atol": 1e-12}
 
 
@@ -42,12 +42,12 @@ def public_wide():
 
 
 def parallel(state):
-    """As nn.DataParallel names it."""
+    """The state with the names of nn.DataParallel."""
     return OrderedDict((f"module.{name}", value) for name, value in state.items())
 
 
 def best(state):
-    """As the best checkpoint is saved."""
+    """The state in the form in which the best checkpoint is saved."""
     return {"state_dict": state, "test_robust_acc": 0.5, "test_loss": 1.0}
 
 
@@ -102,7 +102,7 @@ def same(model, before):
 def test_public_files_give_the_public_logits(build, state, logits, wrap, layout, used, tmp_path):
     theirs, model = state(), build().double().eval()
     x = torch.rand(2, 3, 32, 32, dtype=torch.float64)
-    # the model's own constants: float32 numbers, so that both sides normalise by the same
+    # the model's own float32 constants, so that both networks normalise in the same way
     expected = logits(theirs, (x - model.mean) / model.std)
     assert load_weights(model, saved(wrap(theirs), tmp_path), layout=layout) == used
     torch.testing.assert_close(model(x), expected, **LOGITS)
@@ -114,7 +114,7 @@ def under(prefix, state):
 
 
 def normalised_outside(state):
-    """As a Sequential of a normalisation layer and the network."""
+    """The state of a Sequential of a normalisation layer and the network."""
     return {"0.mu": torch.tensor([0.1, 0.2, 0.3]), "0.sigma": torch.tensor([0.4, 0.5, 0.6])} | under(
         "1.", state
     )
@@ -216,7 +216,7 @@ def test_own_state_dict_and_lightning_checkpoint(build, tmp_path):
 
 
 def test_any_network_under_its_own_names(tmp_path):
-    """Also where the names look like a public layout's."""
+    """This holds even if the names look like those of a public layout."""
     source = nn.Sequential(OrderedDict([("layer1", nn.Sequential(nn.Linear(3, 2))), ("fc", nn.Linear(2, 2))]))
     target = nn.Sequential(OrderedDict([("layer1", nn.Sequential(nn.Linear(3, 2))), ("fc", nn.Linear(2, 2))]))
     assert load_weights(target, saved(source.state_dict(), tmp_path), layout="auto") == "robustdyn"
@@ -234,7 +234,7 @@ def test_any_network_under_its_own_names(tmp_path):
 
 
 def refused(model, path, error, layout="auto"):
-    """The message; the model must be as before."""
+    """Return the message of a refusal that leaves the model as it was."""
     before = snapshot(model)
     with pytest.raises(error) as caught:
         load_weights(model, path, layout=layout)

@@ -19,7 +19,7 @@ def inputs():
 
 
 def settled(norm):
-    """A normalisation that has seen another batch."""
+    """A normalisation layer that has seen another batch."""
     module = NORMS[norm]().double()
     module(inputs().flip(1) ** 2)
     return module
@@ -69,7 +69,7 @@ def flags(model):
 
 
 def mixed():
-    """Submodules in every state there is."""
+    """A network with submodules in every possible state."""
     model = nn.Sequential(
         nn.BatchNorm1d(3),
         nn.BatchNorm1d(3).eval(),
@@ -77,7 +77,7 @@ def mixed():
         nn.Sequential(nn.SyncBatchNorm(3), nn.Dropout(0.5).eval()),
         nn.InstanceNorm1d(3, track_running_stats=True),
     )
-    model[3].training = False  # itself, not what it holds
+    model[3].training = False  # the module itself, not its submodules
     return model
 
 

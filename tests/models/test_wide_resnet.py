@@ -39,7 +39,7 @@ def from_conf(name, data, **changes):
 
 
 def parameters(stem, channels, blocks):
-    """By hand: stem, BatchNorm before each 3x3 conv, 1x1 projections, last BatchNorm, linear layer."""
+    """Count: stem, BatchNorm before each 3x3 conv, 1x1 projections, last BatchNorm, linear layer."""
     total, inputs = 9 * 3 * stem, stem
     for outputs, count in zip(channels, blocks, strict=True):
         for _ in range(count):
@@ -125,7 +125,7 @@ def test_starts_as_the_authors_do():
             # of n normal draws, the mean square has relative standard error √(2/n), the mean √(variance/n)
             assert kernel.square().mean().item() == pytest.approx(variance, rel=MC_SIGMAS * math.sqrt(2 / n))
             assert abs(kernel.mean().item()) < MC_SIGMAS * math.sqrt(variance / n)
-            assert kernel.abs().max().item() > 2 * math.sqrt(variance)  # no uniform law of this variance
+            assert kernel.abs().max().item() > 2 * math.sqrt(variance)  # not a uniform distribution
         elif isinstance(module, nn.BatchNorm2d):
             assert (module.weight == 1).all()
             assert (module.bias == 0).all()
@@ -155,7 +155,7 @@ def test_dropout_is_between_the_convolutions_and_in_training_only():
 
 
 def test_without_dropout_there_is_no_such_module():
-    """One in train mode would send the layer traces to Hutchinson's estimator, whatever its share."""
+    """In train mode, even with share 0, it would make the layer traces use Hutchinson's estimator."""
     assert not any(isinstance(module, nn.Dropout) for module in net().modules())
     assert sum(isinstance(module, nn.Dropout) for module in net(dropout=0.1).modules()) == 3
 

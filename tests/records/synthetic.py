@@ -1,4 +1,4 @@
-"""Synthetic run directories: plausible 40-epoch runs with two decays and robust overfitting, no training."""
+"""Writes synthetic run directories: plausible 40-epoch runs with two decays and robust overfitting."""
 
 import json
 from pathlib import Path
@@ -199,7 +199,7 @@ def measure_alignment(records, rng, stamp, directions):
 
 
 def measure_density(records, rng, stamp, growth, probes=3, parameters=2000):
-    """A bulk on both sides of zero and outliers; the noise lies along the outliers for the most part."""
+    """Write a spectrum with a bulk around zero and outliers, along which most of the noise lies."""
     bulk = np.concatenate([-np.geomspace(0.5, 1e-3, 8), np.geomspace(1e-3, 2.0, 10)])
     outliers = 20 * growth * np.exp(-np.arange(5) / 3)[::-1]
     counts = np.concatenate([np.geomspace(10, 800, 8), np.geomspace(900, 10, 10), np.ones(5)])
@@ -234,7 +234,7 @@ def measure_density(records, rng, stamp, growth, probes=3, parameters=2000):
 
 
 def rate_rows(epochs):
-    """Where the rate changes, as a run records it."""
+    """The ``rates`` rows of a run: one for each change of the learning rate."""
     changed = epochs["lr"].diff().fillna(1.0) != 0
     starts = epochs["step"].shift(fill_value=0)
     return [
@@ -246,7 +246,7 @@ def rate_rows(epochs):
 
 
 def write_run(path, method="at", seed=0, *, epochs=40, measured=MEASURED, directions=6, **changed):
-    """A finished run directory; its path."""
+    """Write a finished run directory and return its path."""
     path = Path(path)
     rng = np.random.default_rng([seed, list(OVERFITTING).index(method)])
     write_hydra(
@@ -268,7 +268,7 @@ def write_run(path, method="at", seed=0, *, epochs=40, measured=MEASURED, direct
 
 
 def write_sweep(path, methods=("at", "awp", "wci_lr"), seeds=(0,), **options):
-    """A sweep directory with one run per method and seed; its path."""
+    """Write a sweep directory with one run per method and seed, and return its path."""
     path = Path(path)
     for job, (method, seed) in enumerate((m, s) for m in methods for s in seeds):
         write_run(path / f"{job}_{method}_{seed}", method, seed, **options)

@@ -11,7 +11,7 @@ from tests.records.synthetic import config, write_hydra, write_run, write_sweep
 
 
 def setups(tmp_path, *described):
-    """Run directories with these (settings, overrides, choices) and no records; the runs found."""
+    """Write run directories with these (settings, overrides, choices), no records; return the runs found."""
     for i, (settings, overrides, choices) in enumerate(described):
         write_hydra(tmp_path / f"{i}_job", settings, overrides, choices)
     return find_runs(tmp_path)
@@ -203,7 +203,7 @@ def test_combine_of_nothing_recorded_is_empty(tmp_path):
 
 
 def edited(run, table, change):
-    """Pass every row of a table through ``change``, as another program might have written it."""
+    """Change every row of a table, as if another program had written it."""
     path = run / "records" / f"{table}.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     path.write_text("".join(f"{json.dumps(row | change(i))}\n" for i, row in enumerate(rows)))

@@ -1,4 +1,4 @@
-"""Configurations that somebody else may have written."""
+"""Tests the reading of configurations that somebody else may have written."""
 
 import re
 import time

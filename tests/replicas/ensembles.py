@@ -1,4 +1,4 @@
-"""Recorded ensembles of linear problems, simulated in NumPy."""
+"""Makes recorded ensembles of linear problems, simulated in NumPy."""
 
 import dataclasses
 
@@ -71,13 +71,13 @@ def recorded(start, position, steps, rates, *, gradient=None, path=(), path_step
         "mean_move": np.zeros((len(path_steps), k), dtype=np.float32),
     }
     for field in dataclasses.fields(RecordedEnsemble):
-        if field.name not in fields:  # what is optional is absent
+        if field.name not in fields:  # an optional field is absent
             fields[field.name] = None
     return RecordedEnsemble(**fields)
 
 
 def simulate(slope, noise, gradient, rates, steps, *, replicas, seed):
-    """Momentum SGD on a linear gradient: positions and gradients (R, S, k)."""
+    """Simulate momentum SGD on a linear gradient; return positions and gradients (R, S, k)."""
     draws = np.random.default_rng(seed)
     root = np.linalg.cholesky(noise)
     x, v = np.zeros((2, replicas, len(noise)))
@@ -92,7 +92,7 @@ def simulate(slope, noise, gradient, rates, steps, *, replicas, seed):
 
 
 def write(directory, ensemble, **settings):
-    """The ensemble's directory, as the command leaves it."""
+    """Write the ensemble's directory as the command does."""
     described = {
         **ensemble.settings,
         "data": "robustdyn.data.Digits",

@@ -1,4 +1,4 @@
-"""A small problem in float64, and a rendering of a replica's training in plain PyTorch."""
+"""A small problem in float64, and a reference for a replica's training in plain PyTorch."""
 
 import copy
 
@@ -75,7 +75,7 @@ def directions(model, count=5):
 
 
 def by_hand(model, problem, optimizer, replica, perturbation=None):
-    """θ after each step of one replica: torch.optim, backward(), and nothing of the package but the draws."""
+    """θ after each step of one replica, with torch.optim and backward(); only the draws are the package's."""
     from robustdyn import streams
 
     model = copy.deepcopy(model)
@@ -115,7 +115,7 @@ def by_hand(model, problem, optimizer, replica, perturbation=None):
 
 
 class Quadratic(nn.Module):
-    """½ (θ − z)ᵀ H (θ − z) per example z: Hessian H and noise of known covariance; see test_ensemble."""
+    """The loss ½ (θ − z)ᵀ H (θ − z) of examples z, with Hessian H and noise of known covariance."""
 
     def __init__(self, hessian, start):
         super().__init__()

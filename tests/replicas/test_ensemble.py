@@ -5,7 +5,7 @@ from scipy import stats
 from torch.optim import SGD, Adam
 
 from robustdyn.methods import AWP, SAM
-from robustdyn.methods.objectives.objective import Outcome
+from robustdyn.methods.objectives.objective import StepLoss
 from robustdyn.replicas import (
     AdamUpdate,
     Directions,
@@ -65,7 +65,7 @@ def adam(parameters):
 @pytest.mark.parametrize("engine", ["vmapped", "looped"])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_replica_is_a_plain_pytorch_loop(name, engine):
-    """Exactly momentum SGD through a decay, with its weight perturbation."""
+    """It is exactly momentum SGD through a decay, with the weight perturbation."""
     problem, model = training(**SETTINGS[name]), network()
     found = ensemble(problem, engine, model=model).run([3, 5])
     along = directions(model).positions
@@ -168,7 +168,7 @@ def test_decay_of_some_parameters_only():
 
 
 def test_the_robust_loss_is_that_of_the_deployed_network():
-    """At the start all replicas have the same, with BatchNorm's running statistics even in train mode."""
+    """At the start all replicas have the same loss, with running statistics even in train mode."""
     eval_mode = ensemble(training()).run([0, 1])["robust_loss"]
     train_mode = ensemble(training(batchnorm="train")).run([0, 1])["robust_loss"]
     np.testing.assert_allclose(eval_mode[0, 0], eval_mode[1, 0], **EXACT64)
@@ -240,12 +240,12 @@ class _MeanOutput:
         return None
 
     def __call__(self, model, images, adversarial, targets):
-        return Outcome(model(images).mean(), None)
+        return StepLoss(model(images).mean(), None)
 
 
 @pytest.mark.parametrize("replacement", [True, False])
 def test_a_quadratic_loss_has_the_predicted_covariance(replacement):
-    """Mean and covariance of 600 replicas, before and after a decay, within limits of χ² and normality."""
+    """Mean and covariance of 600 replicas, before and after a decay, are within χ² and normal limits."""
     draws = torch.Generator().manual_seed(1)
     k, n, replicas = 3, 12, 600
     lam = torch.tensor([4.0, 1.0, 0.1], dtype=torch.float64)
@@ -325,7 +325,7 @@ def test_a_quadratic_loss_has_the_predicted_covariance(replacement):
 
 
 def test_shuffled_epochs_are_quieter_than_independent_batches():
-    """Along a slow direction an epoch's noise cancels: the formula for independent batches is far off."""
+    """Along a slow direction an epoch's noise cancels, and the formula for independent batches is far off."""
     settings = {"examples": 100, "batch_size": 10, "drop_last": False}
     one, steps = np.ones((1, 1, 1)), 200
     drift = MeasuredDrift(

@@ -79,7 +79,7 @@ def test_shards_share_the_chunks(tmp_path):
     assert [len(part) for part in parts] == [2, 2, 1]
     with pytest.raises(ConfigError, match="shard=3/3 does not exist; choose 0/3 to 2/3"):
         list(shared.missing(10, shard=3, shards=3))
-    with pytest.raises(ConfigError, match="replicas=9 is no multiple of chunk=2; choose 10"):
+    with pytest.raises(ConfigError, match="replicas=9 is not a multiple of chunk=2; choose 10"):
         list(shared.missing(9))
 
 

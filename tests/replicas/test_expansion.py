@@ -41,7 +41,7 @@ MULTIPLES = (0.5, 1.0, 2.0)
 
 
 def smooth():
-    """Without kinks: 307 weights."""
+    """A network without kinks, with 307 weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(8)
         model = nn.Sequential(nn.Flatten(), nn.Linear(72, 4), nn.Tanh(), nn.Linear(4, 3))
@@ -152,11 +152,11 @@ def test_lines_are_what_dense_derivatives_and_plain_attacks_say(engine, draws):
         np.testing.assert_allclose(found.anew_gradient[i], np.stack(seen)[:, i], **EXACT64)
         (low, high) = seen[1], seen[4]  # ∓ 1 deviation
         np.testing.assert_allclose(found.slopes[:, i], (high - low) / (2 * deviation), **EXACT64)
-    assert np.abs(found.anew.mean(axis=0) - found.held).max() > 1e-4  # the attack does move
+    assert np.abs(found.anew.mean(axis=0) - found.held).max() > 1e-4  # the attack does change
 
 
 def test_the_held_expansion_errs_as_the_third_power_of_the_distance():
-    """Halving the distance divides the error by eight, and by sixteen in the mean of both sides."""
+    """Halving the distance divides the error by eight, and the mean error of both sides by sixteen."""
     found = lines_of(smooth(), training(), deviations=(1.0, 1.0, 1.0), multiples=(0.025, 0.05, 0.1))
     c = found.multiples
     errors = (
@@ -170,7 +170,7 @@ def test_the_held_expansion_errs_as_the_third_power_of_the_distance():
 
 
 def test_made_anew_the_loss_is_the_closed_form_of_a_linear_classifier():
-    """Two classes, l2: max ℓ = log(1 + exp(−y wᵀx + ε ‖w‖)); one long step finds it wherever w points."""
+    """For two classes in l2, max ℓ = log(1 + exp(−y wᵀx + ε ‖w‖)), and one long step finds it for any w."""
     eps = 0.3
     problem = training(
         images=0.3 + 0.4 * images()[0],  # the box is never reached
@@ -206,7 +206,7 @@ def test_without_an_attack_held_and_anew_are_the_same():
 
 @pytest.mark.parametrize("engine", ["vmapped", "looped"])
 def test_replicas_are_expanded_in_all_of_weight_space(engine):
-    """Against a dense Hessian at the weights of a plain PyTorch loop; AWP and weight decay are left out."""
+    """The reference is a dense Hessian at the weights of a PyTorch loop, without AWP and weight decay."""
     perturbation = AWP(gamma=0.05, warmup_epochs=0)
     problem, model = training(perturbation=perturbation), network()
     recorded = Recorded(

@@ -6,7 +6,7 @@ import torch
 from numpy.testing import assert_allclose
 
 from robustdyn.replicas import StackedNetwork
-from robustdyn.replicas.gibbs import GibbsSampling, WeightPosterior, gibbs_errors, robust_error
+from robustdyn.replicas.gibbs import GibbsSampling, WeightPosterior, gibbs_errors, zero_one_error
 from robustdyn.streams import generator
 from tests.replicas.problems import EXAMPLES, attack, images, network
 from tests.tolerances import MC_SIGMAS
@@ -87,7 +87,7 @@ def test_the_error_of_one_network_on_all_examples():
     model = network()
     inputs, targets = images()
     stacked = StackedNetwork(model, "vmapped")
-    got = robust_error(
+    got = zero_one_error(
         stacked,
         stacked.statistics(1),
         stacked.theta(),

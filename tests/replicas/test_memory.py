@@ -41,29 +41,29 @@ def test_a_linear_system_forgets_as_its_slopes_say():
         assert (np.abs(found.correlation - found.expected) < 4 * found.error).all()
         assert (found.error < 2 / np.sqrt(3 * REPLICAS)).all()
         assert (found.error > 0).all()
-    # across the decay the slow direction remembers, of the far past nothing
+    # the slow direction remembers across the decay, but not the distant past
     found = memory(seen, 100)
     assert found.expected[found.step.tolist().index(90)] > 0.5
     assert abs(found.expected[0]) < 0.05
 
 
 def test_slopes_along_the_path_replace_those_of_the_start():
-    """A start whose slopes are wrong, and a path that puts them right from step 20 on."""
+    """The slopes at the start are wrong, and those along the path are right from step 20 on."""
     seen = ensemble(np.zeros((REPLICAS, 3)))
     wrong = point(np.diag(LAM), NOISE, np.zeros(3), slopes=3 * np.diag(LAM))
     mistaken = replace(seen, start=wrong)
-    mended = replace(mistaken, path=(seen.start, seen.start), path_steps=np.array([20, 100]))
-    right, left, found = (memory(e, 100).expected for e in (seen, mistaken, mended))
+    corrected = replace(mistaken, path=(seen.start, seen.start), path_steps=np.array([20, 100]))
+    right, left, found = (memory(e, 100).expected for e in (seen, mistaken, corrected))
     late = memory(seen, 100).step >= 20
     np.testing.assert_allclose(found[late], right[late], rtol=1e-12)
     assert (np.abs(left[late] - right[late]) > 0.05).any()
-    # the last of the path holds after it
+    # the last slopes of the path are used after its end
     halfway = replace(mistaken, path=(seen.start,), path_steps=np.array([20]))
     np.testing.assert_allclose(memory(halfway, 100).expected, found, rtol=1e-12)
 
 
 def test_replicas_with_places_of_their_own_do_not_forget():
-    """Centres as far apart as the noise holds replicas: half of the variance lasts."""
+    """The centres vary as much as the noise makes replicas vary, so that half of the variance remains."""
     stationary = np.sqrt(0.01 * np.diag(NOISE) / BATCH / (2 * LAM * (1 - MU)))
     centres = stationary * np.random.default_rng(1).standard_normal((REPLICAS, 3))
     found = memory(ensemble(centres), 60)

@@ -87,7 +87,7 @@ def test_the_start_is_what_dense_matrices_say():
 
 @pytest.mark.parametrize("replacement", [True, False])
 def test_sampled_noise_agrees_with_the_examples_and_the_attack_s(replacement):
-    """Two ways to C, both with the attack's noise, along every direction."""
+    """Two ways to measure C along every direction agree, both with the attack's noise."""
     problem = training(attack=attack(eps=1.0, steps=0), sampling=sampling(replacement=replacement))
     draws = torch.Generator().manual_seed(6)
     linear = torch.nn.Linear(72, 3, bias=False).double()  # gradients proportional to the images
@@ -103,7 +103,7 @@ def test_sampled_noise_agrees_with_the_examples_and_the_attack_s(replacement):
 
 
 def test_values_along_eigenvectors_do_not_come_from_the_examples_these_come_from():
-    """One attack of few examples in many dimensions: what the eigenvectors fit is its noise."""
+    """With few examples in many dimensions, the eigenvectors of one attack fit its noise."""
     problem = training(attack=attack(eps=1.0, steps=0))
     draws = torch.Generator().manual_seed(6)
     linear = torch.nn.Linear(72, 3, bias=False).double()
@@ -123,7 +123,7 @@ def test_values_along_eigenvectors_do_not_come_from_the_examples_these_come_from
 
         truth = np.mean([along(torch.Generator().manual_seed(k)) for k in range(1000, 1100)], axis=0)
         ratios.append(np.stack([found.eigenvalues, np.diag(found.example_covariance)]) / truth)
-        # the very attack that the eigenvectors come from
+        # the same attack from which the eigenvectors come
         own.append(along(streams.generator(seed, "replica-start-attack", 0)) / truth)
     error = np.std(ratios, axis=0, ddof=1) / np.sqrt(12)
     assert (np.abs(np.mean(ratios, axis=0) - 1) < MC_SIGMAS * error).all()
@@ -172,7 +172,7 @@ def test_batchnorm_in_train_mode_has_sampled_noise_only():
 
 
 def test_second_moment():
-    """With batches of everything there is one gradient only."""
+    """With batches of all examples there is only one gradient."""
     update = momentum(weight_decay=0.3)
     problem = training(attack=STILL, sampling=sampling(batch_size=EXAMPLES), update=update)
     losses, theta = loss_of(problem)
@@ -191,7 +191,7 @@ def test_what_cannot_be_measured_is_refused():
 
 
 def test_slopes_of_a_fixed_attack_are_the_hessian_of_the_batches():
-    """Whole batches attacked with nothing: the slope of the gradient is H, kinks aside."""
+    """With batches of all examples and no attack, the slope of the gradient is H, apart from kinks."""
     still = training(attack=attack(eps=0.0, random_start="none"), sampling=sampling(batch_size=EXAMPLES))
     found = measure(still)
     # close by: both ends lie between the same kinks
@@ -205,7 +205,7 @@ def test_slopes_of_a_fixed_attack_are_the_hessian_of_the_batches():
 
 
 def test_slopes_see_the_attack_and_the_perturbation_move():
-    """Against batch gradients taken one by one at both ends, with AWP and a random start."""
+    """The reference takes batch gradients one by one at both ends, with AWP and a random start."""
     problem = training(perturbation=AWP(gamma=0.05, warmup_epochs=0))
     found = measure(problem, slope_batches=3, chunk=4, random_directions=0)
     net = StackedNetwork(network(), "looped")

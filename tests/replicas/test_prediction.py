@@ -61,7 +61,7 @@ def test_laws_of_the_hessian_are_those_of_the_theory():
 
 
 def test_the_path_replaces_what_was_measured_at_the_start():
-    """With the same numbers along the path nothing changes; with other slopes it does, and only there."""
+    """Equal numbers along the path change nothing, and other slopes change only the laws along the path."""
     start = point(np.diag(LAM), noise(), GRADIENT, slopes=ROTATED)
     same = predicted_laws(ensemble(start=start, path=[start, start], path_steps=[30, 60]))
     np.testing.assert_allclose(same["refreshed_path"].covariance, same["refreshed"].covariance, **EXACT64)
@@ -114,7 +114,7 @@ def test_the_mean_gradient_is_that_of_sampled_batches_where_there_are_any():
 
 
 def test_sampled_batches_tell_the_attack_s_noise_from_the_examples():
-    """Only the latter comes back within an epoch: against the law of the parts they were drawn from."""
+    """Only the examples' noise cancels within an epoch; the reference is the law of the true parts."""
     draws = np.random.default_rng(0)
     of_examples, of_attack = 0.2 * noise(), noise()
     factor = (EXAMPLES - BATCH) / (BATCH * (EXAMPLES - 1))
@@ -130,7 +130,7 @@ def test_sampled_batches_tell_the_attack_s_noise_from_the_examples():
         "refreshed"
     ].variance
     np.testing.assert_allclose(found[1:], expected[1:], rtol=MC_SIGMAS * np.sqrt(2 / 4000))
-    # all of it counted as the examples' would be far off
+    # counting all noise as the examples' would be far off
     joined = point(np.diag(LAM), start.sampled_noise / factor, GRADIENT, slopes=ROTATED)
     wrong = predicted_laws(ensemble(start=joined, **settings | {"perturbation": None}))["refreshed"].variance
     assert (wrong[-1] < 0.7 * expected[-1]).all()
@@ -165,7 +165,7 @@ def test_directions_without_a_stationary_law_have_none():
 
 
 def test_the_error_of_slopes_is_carried_through():
-    """One direction, stationary: σ² ∝ 1/λ to leading order, so that 5 % of λ are 5 % of σ²."""
+    """In one stationary direction σ² ∝ 1/λ to leading order, so that 5 % of λ are 5 % of σ²."""
     start = point([[2.0]], np.array([[1.0]]), [0.0], slopes=[[2.0]], errors=0.1)
     lone = recorded(start, np.zeros((5, 1, 1)), [600], np.full(600, 5e-3))
     found = refreshed_with_error(lone, draws=100, seed=0)[:, 0, 0]
@@ -210,7 +210,7 @@ def test_the_wrong_law_does_not(replicas):
 
 
 def test_replicas_that_see_other_slopes_and_noise_say_so():
-    """Their gradients have 0.6 of the start's slope and twice its noise."""
+    """The replicas' gradients have 0.6 of the start's slope and twice its noise."""
     x, g = simulate(0.6 * ROTATED, 2 * noise() / BATCH, GRADIENT, RATES, WITH_PAIRS, replicas=400, seed=5)
     start = point(np.diag(LAM), noise(), GRADIENT, slopes=ROTATED)
     seen = recorded(start, x, WITH_PAIRS, RATES, gradient=g)

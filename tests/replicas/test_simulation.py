@@ -1,4 +1,4 @@
-"""An ensemble from a training as it stands: its optimiser is read as PyTorch would go on with it."""
+"""Tests that an ensemble continues a training exactly as its PyTorch optimiser would."""
 
 import copy
 
@@ -34,7 +34,7 @@ KINDS = {
 
 
 def groups(parameters):
-    """Weights, and all the rest without decay."""
+    """Two parameter groups: weights, and all others without decay."""
     parameters = list(parameters)
     rest = {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0}
     return [{"params": [p for p in parameters if p.dim() > 1]}, rest]
@@ -181,10 +181,10 @@ def two_rates(parameters):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (torch.optim.AdamW, "optimizer: replicas know SGD and Adam, not AdamW"),
-        (nesterov, "optimizer: replicas know SGD without Nesterov"),
-        (amsgrad, "optimizer: replicas know Adam without amsgrad"),
-        (two_rates, "optimizer: replicas know one lr for all weights"),
+        (torch.optim.AdamW, "optimizer: replicas support SGD and Adam, not AdamW"),
+        (nesterov, "optimizer: replicas support SGD without Nesterov"),
+        (amsgrad, "optimizer: replicas support Adam without amsgrad"),
+        (two_rates, "optimizer: replicas only support one lr for all weights"),
         (lambda p: torch.optim.SGD(list(p)[1:], lr=0.1), "optimizer: it does not hold all parameters"),
     ],
 )
@@ -196,7 +196,7 @@ def test_optimisers_that_replicas_do_not_know(kind, message):
 
 def test_errors_have_the_whole_name_of_their_setting(tmp_path):
     model, optimizer = begun("sgd")
-    with pytest.raises(ValueError, match=r"^replicas=3 is no multiple of chunk=2; choose 4"):
+    with pytest.raises(ValueError, match=r"^replicas=3 is not a multiple of chunk=2; choose 4"):
         settings(replicas=3)
     with pytest.raises(ConfigError, match=r"^here\.sampling\.batch_size must lie in \[1, 10\]"):
         EnsembleRun(settings(batch_size=11), state(model, optimizer))

@@ -14,11 +14,11 @@ TEN = "trainer.max_epochs=10"
 REFUSED = [
     (
         ("metric=final.test_robust_eror",),
-        "metric=final.test_robust_eror is no number of summary.json; choose final.test_robust_error or",
+        "metric=final.test_robust_eror is not a number in summary.json; choose final.test_robust_error or",
     ),
     (
         ("metric=best_on_validation.validation_robust_error",),
-        "metric=best_on_validation.validation_robust_error is no number of summary.json; choose ",
+        "metric=best_on_validation.validation_robust_error is not a number in summary.json; choose ",
     ),
     (
         ("trainer.inference_mode=true",),
@@ -60,7 +60,7 @@ REFUSED = [
     ),
     (
         ("stopping=early", "data.validation_size=100", "stopping.monitor=val_loss"),
-        "stopping.monitor=val_loss is no column of the epochs table; choose validation_robust_error or",
+        "stopping.monitor=val_loss is not a column of the epochs table; choose validation_robust_error or",
     ),
     (
         ("averaging=swa", TEN, "averaging.start_epoch=10"),

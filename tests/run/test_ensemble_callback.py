@@ -249,7 +249,7 @@ def callback_of(configured, tmp_path):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("replicas=5", r"^ensemble\.replicas=5 is no multiple of chunk=2; choose 6$"),
+        ("replicas=5", r"^ensemble\.replicas=5 is not a multiple of chunk=2; choose 6$"),
         ("engine=fast", r"^ensemble\.engine=fast must be vmapped or looped$"),
         ("record.steps=every", r"^ensemble\.record\.steps=every must be a list of whole numbers"),
         ("record.mean_steps=[3,1]", r"^ensemble\.record\.mean_steps must increase strictly"),
@@ -289,9 +289,9 @@ def test_wrong_runs_are_refused_when_composed(configured):
     [
         ("ensemble.epochs=[2]", r"^ensemble\.epochs: epoch 2 is outside the run's epochs 0\.\.1"),
         ("ensemble.epochs=often", r"^ensemble\.epochs=often cannot be read"),
-        ("optimizer.nesterov=true", r"^optimizer: replicas know SGD without Nesterov"),
+        ("optimizer.nesterov=true", r"^optimizer: replicas support SGD without Nesterov"),
         ("ensemble.sampling.batch_size=41", r"^ensemble\.sampling\.batch_size must lie in \[1, 40\]"),
-        ("optimizer=adamw", r"^optimizer: replicas know SGD and Adam, not AdamW"),
+        ("optimizer=adamw", r"^optimizer: replicas support SGD and Adam, not AdamW"),
         ("method=trades", r"^objective: the Hessian of TRADES"),
         ("schedule=cosine", r"^ensemble\.learning_rate=null is the rate of the next step, which is 0"),
     ],

@@ -1,4 +1,4 @@
-"""Independent truths for tests/theory: full-size linear systems and PyTorch's own optimisers.
+"""Independent references for tests/theory: full-size linear systems and PyTorch's own optimisers.
 
 Nothing here calls robustdyn. The 2d x 2d system is written in parameter coordinates, not in an eigenbasis.
 """
@@ -11,7 +11,7 @@ import torch
 from hypothesis import settings
 from scipy.linalg import solve_discrete_lyapunov
 
-# The same examples on every machine, no time limit for one (a loaded machine would trip it), nothing on disk.
+# The same examples on every machine, no time limit (which a loaded machine would exceed), nothing on disk.
 properties = settings(deadline=None, derandomize=True, database=None)
 
 
@@ -105,8 +105,8 @@ def mean_z(samples, truth):
 def exact_pair(first, second, eta, mu, noise):
     """Stationary covariance (2, 2) of (x_i, v_i) with (x_j, v_j) in exact rationals, rounded at the end.
 
-    The four equations S = A_i S A_jᵀ + C_ij b bᵀ by Gauss-Jordan elimination; the arguments are taken as the
-    rationals that the floats are.
+    Gauss-Jordan elimination solves the four equations S = A_i S A_jᵀ + C_ij b bᵀ. The arguments are converted
+    to rationals exactly.
     """
     eta, mu, noise = Fraction(eta), Fraction(mu), Fraction(noise)
     left, right = (

@@ -77,17 +77,17 @@ def test_more_data_less_confidence_or_smaller_kl_tighten(n, more, alpha, extra):
 
 
 def test_sampling_step_covers_as_often_as_it_says():
-    """Exact coverage by the binomial law, for Bernoulli draws (the worst case of values in [0, 1])."""
+    """Coverage is exact by the binomial law for Bernoulli draws, the worst case of values in [0, 1]."""
     samples, alpha, truth = 30, 0.1, 0.25
     counts = np.arange(samples + 1)
     upper = binary_kl_upper(counts / samples, math.log(1 / alpha) / samples)
     missed = binom.pmf(counts, samples, truth)[upper < truth].sum()
     assert missed <= alpha
-    assert missed > alpha / 20  # and it is no empty promise
+    assert missed > alpha / 20  # so that the bound is not trivial
 
 
 def test_the_whole_certificate_covers_as_often_as_it_says():
-    """One classifier of known risk, Q = P: its error count on S is binomial, and every sample sees it."""
+    """For one classifier of known risk, Q = P: its error count on S is binomial, and each sample sees it."""
     n, alpha, truth = 40, 0.1, 0.25
     counts = np.arange(n + 1)
     certified = np.array(

@@ -91,7 +91,7 @@ def test_the_limit_solves_the_lyapunov_equation():
 
 @pytest.mark.parametrize("last", [1, 5, 6, 17, 50])
 def test_shuffled_epochs_against_the_covariance_of_all_noise_vectors(last):
-    """37 examples in batches of 8, the last of 5: all noise vectors written out in one large matrix."""
+    """With 37 examples in batches of 8, the last of 5, one large matrix holds all noise vectors."""
     slope, examples, attack, gradient = some_matrices()
     n, epoch = 37, 5
     sizes = np.array([8, 8, 8, 8, 5] * 10)
@@ -126,7 +126,7 @@ def test_shuffled_epochs_against_the_covariance_of_all_noise_vectors(last):
 
 @pytest.mark.parametrize("factor", [0.25, 1.0, 4.0])
 def test_shuffled_epochs_while_the_noise_changes_against_all_orders(factor):
-    """Six examples in batches of two, three epochs, C₁ down to a quarter or up to four times."""
+    """There are six examples in batches of two, three epochs, and C₁ falls to a quarter or grows fourfold."""
     draws = np.random.default_rng(3)
     n, k, steps, epoch = 6, 2, 9, 3
     vectors = draws.normal(size=(n, k))
@@ -262,7 +262,7 @@ def test_growth_begins_where_equation_6_says(share, grows):
     ("sizes", "left"), [([50] * 8, 0.0), ([64] * 6 + [16], 0.37), ([64] * 6, 0.05)], ids=str
 )
 def test_what_a_shuffled_epoch_leaves_along_a_flat_direction(sizes, left):
-    """Against as many independent batches of the first's size, of variance (n − B) / (B (n − 1)) each."""
+    """The unit is as many independent batches of the first's size, of variance (n − B) / (B (n − 1)) each."""
     n, one = 400, np.ones((1, 1))
     found = propagate_coupled(
         drift_of(0 * one, one, 0 * one, np.zeros(1)),

@@ -1,4 +1,4 @@
-"""Noise turned against the Hessian: against arithmetic, SciPy's Lyapunov solver, determinants."""
+"""Tests noise that is rotated against the Hessian with arithmetic, SciPy's Lyapunov solver, determinants."""
 
 import numpy as np
 import pytest

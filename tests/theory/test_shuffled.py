@@ -1,4 +1,4 @@
-"""Shuffled epochs against all orders of a few examples, with everything changing from step to step."""
+"""Tests shuffled epochs against all orders of a few examples, with everything changing at every step."""
 
 from itertools import permutations, product
 

@@ -1,4 +1,4 @@
-"""The posterior of PyTorch's own optimisers, sampled by many replicas, against the closed forms."""
+"""Tests the closed forms against the posterior of PyTorch's own optimisers, sampled by many replicas."""
 
 import numpy as np
 import pytest
@@ -123,7 +123,7 @@ def test_sgd_under_a_warm_up_and_cosine_from_afar_with_flat_and_negative_curvatu
 
 
 def frozen(second_moment):
-    """Give Adam a second moment that stays: β₂ = 1 − 1e-16 moves it by 1e-16 g², and no bias correction."""
+    """Give Adam a fixed second moment: β₂ = 1 − 1e-16 changes it by 1e-16 g², without bias correction."""
 
     def prepare(optimiser, theta):
         optimiser.state[theta] = {

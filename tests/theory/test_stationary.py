@@ -27,7 +27,7 @@ DRAWS = 300
 
 
 def draw(rng):
-    """A random problem over the stable region, kept away from its edges so that SciPy's answer is good.
+    """A random problem in the stable region, away from its edges so that SciPy's answer is accurate.
 
     The Lyapunov solve loses 1/(1 − ρ²) digits: 0.02 ≤ η(λ+ω)/(2(1+μ)) ≤ 0.95 and μ ≤ 0.95 keep it below 1e4.
     """

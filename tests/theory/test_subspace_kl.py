@@ -90,10 +90,10 @@ def test_bad_input_is_refused():
 
 
 def certified(draws, d, n, *, price):
-    """A certificate of linear classifiers on random labels, the posterior fitted to S: every risk is 1/2.
+    """A certificate for linear classifiers on random labels with a posterior fitted to S: every risk is 1/2.
 
-    The mean and the prior's width are chosen to make the bound small, and a network sees two examples: all
-    that ``robustdyn-certify`` does.
+    As in ``robustdyn-certify``, the mean and the prior's width are chosen to make the bound small, and a
+    network sees two examples.
     """
     inputs, labels = draws.normal(size=(n, d)), draws.choice([-1, 1], size=n)
     fitted = np.linalg.lstsq(inputs, labels, rcond=None)[0]
@@ -132,6 +132,6 @@ def test_the_certificate_holds_as_often_as_it_says_though_the_posterior_is_fitte
     draws = np.random.default_rng(5)
     bounds = np.array([certified(draws, 20, 60, price=1.0) for _ in range(100)])
     assert (bounds < 0.5).mean() <= 0.15
-    assert bounds.mean() < 0.9  # and it is no empty promise
+    assert bounds.mean() < 0.9  # so that the bound is not trivial
     unpaid = np.array([certified(draws, 20, 60, price=0.0) for _ in range(100)])
     assert (unpaid < 0.5).mean() > 0.15  # it is the KL that makes it hold

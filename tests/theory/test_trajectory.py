@@ -25,13 +25,13 @@ def plain_loop(rates, lam, noise, force, mu, omega, record, covariance=None, mea
 
 
 def held(values, knots, n):
-    """The last of ``values`` (T, ...) measured at or before each step, the first before that."""
+    """For each step the last of ``values`` (T, ...) measured by then, or the first if there is none."""
     return np.array([values[max(0, sum(s <= t for s in knots) - 1)] for t in range(n)])
 
 
 @pytest.fixture
 def run():
-    """A decay, a warm-up, every sign of λ, and a drifting noise covariance."""
+    """A run with a decay, a warm-up, every sign of λ, and a drifting noise covariance."""
     rng = np.random.default_rng(5)
     rates = np.concatenate([np.linspace(0.01, 0.1, 7), np.full(60, 0.1), np.full(50, 0.01)])
     knots = [3, 40, 90]

@@ -11,7 +11,7 @@ from robustdyn.theory import optimal_layer_variance, weight_curvature_index
 from tests.theory.reference import properties
 from tests.tolerances import EXACT64
 
-# away from the underflow of a product of two
+# large enough that a product of two does not underflow
 norm_values = st.floats(1e-3, 1e4)
 trace_values = st.one_of(st.floats(-10.0, -1e-3), st.just(0.0), st.floats(1e-3, 1e5))
 layers = st.lists(st.tuples(norm_values, trace_values), min_size=1, max_size=20)
@@ -56,7 +56,7 @@ def test_equality_holds_for_proportional_layers():
 @properties
 @given(layers, st.floats(0.1, 10.0))
 def test_rescaling_a_layer_changes_nothing(pairs, factor):
-    """W → aW in front of a scale-free layer turns H into H / a²."""
+    """W → aW in front of a scale-invariant layer turns H into H / a²."""
     norms, traces = np.array(pairs).T
     before = weight_curvature_index(norms, traces).value
     assert_allclose(weight_curvature_index(norms * factor**2, traces / factor**2).value, before, rtol=1e-12)

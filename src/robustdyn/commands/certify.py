@@ -1,4 +1,4 @@
-"""``robustdyn-certify``: a PAC-Bayes certificate with the posterior that an ensemble of replicas measured."""
+"""``robustdyn-certify``: bounds a checkpoint's robust error (PAC-Bayes) with a posterior from replicas."""
 
 import json
 from collections import Counter
@@ -20,7 +20,7 @@ from robustdyn.launch.paths import load_run
 from robustdyn.models import load_weights
 from robustdyn.records.files import file_digest, replace_file
 from robustdyn.records.run_directory import RunDirectory
-from robustdyn.records.writer import plain
+from robustdyn.records.writer import jsonable
 from robustdyn.replicas import StackedNetwork, read_ensemble
 from robustdyn.replicas.gibbs import GibbsSampling
 from robustdyn.replicas.posterior_certificate import CertificateSettings, Certifier, measured_posterior
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def run_certify(cfg: DictConfig) -> None:
-    """Certify the posterior that an ensemble measured, and say what the bound is made of.
+    """Certify the posterior that an ensemble measured, and print which parts make up the bound.
 
     Raises:
         UserError: The configuration, the checkpoint, the data or the ensemble cannot be used.
@@ -82,7 +82,7 @@ def run_certify(cfg: DictConfig) -> None:
     device = device_of(cfg.device)
     ensemble = read_ensemble(folder)
     if ensemble.settings["checkpoint"] != file_digest(checkpoint):
-        raise RecordError(f"{folder}: an ensemble of another checkpoint; say replicas=DIR")
+        raise RecordError(f"{folder}: an ensemble of another checkpoint; give replicas=DIR")
     measured = measured_posterior(ensemble, folder, cfg.step)
     run, examples = _examples(cfg, run_dir, measured.images, folder)
     for part in ("screening", "sampling"):
@@ -92,7 +92,9 @@ def run_certify(cfg: DictConfig) -> None:
     load_weights(model, checkpoint, layout="robustdyn")
     attack: PGD = build(run, "attack.evaluation", from_file=True)
     if attack.batchnorm != "eval":
-        raise ConfigError("attack.evaluation.batchnorm=train would move statistics; say eval")
+        raise ConfigError(
+            "attack.evaluation.batchnorm=train would change the running statistics; choose eval"
+        )
     certifier = Certifier(
         StackedNetwork(model.to(device).eval(), cfg.engine),
         measured,
@@ -112,18 +114,18 @@ def run_certify(cfg: DictConfig) -> None:
     }
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(output, (json.dumps(plain(result), indent=1) + "\n").encode())
+        replace_file(output, (json.dumps(jsonable(result), indent=1) + "\n").encode())
     except OSError as error:
         raise RecordError(
             f"{output}: cannot write ({error.strerror}); free space or choose another output=FILE"
         ) from error
-    for line in report(result):
+    for line in certificate_lines(result):
         say(line)
     say(f"certificate: {output}")
 
 
-def report(result: Mapping[str, Any]) -> Iterator[str]:
-    """Lines for people: a table of certificates, and what limits the best."""
+def certificate_lines(result: Mapping[str, Any]) -> Iterator[str]:
+    """Lines to print: a table of certificates, and what limits the best one."""
     yield ""
     heads = (
         "posterior",
@@ -212,10 +214,10 @@ def _provenance(cfg: DictConfig, run: DictConfig, attack: PGD, device: torch.dev
 def _examples(
     cfg: DictConfig, run_dir: Path, images: str, folder: Path
 ) -> tuple[DictConfig, dict[str, ImageTensors]]:
-    """The run's configuration with its changes, and the examples: of the prior, S, of the test.
+    """The run's configuration with its changes, and the examples of the prior, of S and of the test set.
 
     Raises:
-        UserError: The ensemble's examples are not those, or leave none that the prior has not seen.
+        UserError: The ensemble used other examples, or the prior has seen all of them.
     """
     run = load_run(run_dir)
     changed = changed_run(run, cfg.run)
@@ -255,7 +257,7 @@ def _split(run: DictConfig, name: str) -> ImageTensors:
 
 
 def _difference(examples: ImageTensors, seen: ImageTensors) -> tuple[ImageTensors, int]:
-    """``examples`` without those of ``seen``, each as often as it is there; how many of these were absent."""
+    """``examples`` without those in ``seen``, as a multiset; and how many of ``seen`` were not among them."""
     left = Counter(_keys(seen))
     kept = []
     for place, key in enumerate(_keys(examples)):
@@ -275,7 +277,7 @@ def _keys(split: ImageTensors) -> list[bytes]:
 
 
 if __name__ == "__main__":
-    # by its name: a launcher's workers look for it there
+    # imported by name, so that a launcher's workers find it
     from robustdyn.commands.certify import main as command
 
     command()

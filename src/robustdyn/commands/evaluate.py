@@ -1,4 +1,4 @@
-"""``robustdyn-evaluate``: clean and robust accuracy of a checkpoint, ours or a foreign one."""
+"""``robustdyn-evaluate``: measures clean and robust accuracy of a checkpoint, which may be from elsewhere."""
 
 import difflib
 import sys
@@ -50,7 +50,7 @@ from robustdyn.run.status import say
 NAME = "evaluate"
 OF_THE_RUN = ("data", "model", "attack")
 THREAT = ("norm", "eps_255")
-LINES_WITHOUT_TERMINAL = 60.0  # seconds between them
+LINES_WITHOUT_TERMINAL = 60.0  # seconds between two lines
 
 RULES: Mapping[str, Rule] = {
     "seed": SEED,
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def evaluate_checkpoint(typed: DictConfig) -> None:
-    """Evaluate one checkpoint, record and print the result; go on where a killed evaluation stopped.
+    """Evaluate one checkpoint, then record and print the result; a killed evaluation is resumed.
 
     Raises:
         UserError: The configuration, the checkpoint, the data or the record cannot be used.
@@ -89,7 +89,7 @@ def evaluate_checkpoint(typed: DictConfig) -> None:
     default = RunDirectory(run_dir or checkpoint.parent).evaluations / checkpoint.stem
     output = Path(cfg.output) if cfg.output else default
     settings = _settings(cfg, checkpoint, layout, ball, data)
-    # rounding may differ elsewhere, the outcomes hardly
+    # another device rounds differently, which hardly changes the outcomes
     provenance = {**versions("pyautoattack"), "device": device_name(device)}
 
     say(f"checkpoint  {checkpoint} ({layout})")
@@ -111,13 +111,13 @@ def evaluate_checkpoint(typed: DictConfig) -> None:
             )
         except ValueError as error:
             raise ConfigError(f"evaluation.attacks: {error}") from error
-    for line in report(result):
+    for line in evaluation_lines(result):
         say(line)
     say(f"record: {output}")
 
 
-def report(result: Result) -> Iterator[str]:
-    """Lines for people: a table of accuracies, then every warning."""
+def evaluation_lines(result: Result) -> Iterator[str]:
+    """Lines to print: a table of accuracies, then every warning."""
     width = max(len(row["evaluator"]) for row in result.rows)
     accuracy = EVALUATION["accuracy"]
     yield ""
@@ -138,10 +138,10 @@ def report(result: Result) -> Iterator[str]:
 
 
 def _deferred(arguments: Sequence[str]) -> list[str]:
-    """Settings below data, model and attack wait until the checkpoint has said which of each it is about.
+    """Keep settings of data, model and attack until the checkpoint has determined the choice in each group.
 
-    Hydra composes before it knows the checkpoint and would refuse, say, ``data.root`` for the data set that
-    happens to be the default.
+    Hydra composes before it knows the checkpoint. It would refuse a key such as ``data.root`` if the default
+    data set did not have it.
     """
     keys = [text.partition("=")[0] for text in arguments]
     sections = [key.partition(".")[0] if "." in key else "" for key in keys]
@@ -153,9 +153,9 @@ def _deferred(arguments: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class _Typed:
-    """The overrides as they were typed: those of keys below data, model and attack, by key, and all others.
+    """The typed overrides: those of keys in data, model and attack, by key, and all others.
 
-    ``groups``: which of data, model and attack were chosen.
+    ``groups`` says for which of data, model and attack an option was chosen.
     """
 
     settings: Mapping[str, str]
@@ -178,18 +178,18 @@ def _typed() -> _Typed:
 
 
 def _of_run(checkpoint: Path, run_dir: Path | None) -> DictConfig:
-    """The configuration: this command's, data, model and attack of the run, and what was typed.
+    """The command's configuration with data, model and attack of the run, and the typed overrides.
 
     Raises:
-        ConfigError: A foreign file without data, or a typed key that does not exist.
+        ConfigError: A checkpoint outside a run directory without data and model, or an unknown typed key.
         RecordError: The run's configuration cannot be read.
     """
     typed = _typed()
     if run_dir is None:
         if "data" not in typed.groups:
             raise ConfigError(
-                f"checkpoint={checkpoint} does not lie in a run directory (no {CONFIG} there): say "
-                "what it was trained on and which network it is, data=... model=..."
+                f"checkpoint={checkpoint} is not in a run directory (no {CONFIG} there): give "
+                "its data set and network with data=... model=..."
             )
         return _composed([], typed)
     run = load_run(run_dir)
@@ -197,8 +197,8 @@ def _of_run(checkpoint: Path, run_dir: Path | None) -> DictConfig:
     for group in kept:
         if not isinstance(run[group], DictConfig):
             raise RecordError(
-                f"{RunDirectory(run_dir).config}: {group} is no section; restore it, or move the checkpoint "
-                "away"
+                f"{RunDirectory(run_dir).config}: {group} is not a section; restore it, or move the "
+                "checkpoint away"
             )
     cfg = _composed(
         [f"{group}={choice}" for group, choice in _choices(run_dir).items() if group in kept], typed
@@ -206,9 +206,7 @@ def _of_run(checkpoint: Path, run_dir: Path | None) -> DictConfig:
     values = {key: OmegaConf.select(cfg, key) for key in typed.settings}
     for group in kept:
         if cfg[group].get("_target_") == run[group].get("_target_"):
-            cfg[group] = OmegaConf.merge(
-                cfg[group], run[group]
-            )  # of a run of an older version: what it lacks
+            cfg[group] = OmegaConf.merge(cfg[group], run[group])  # what a run of an older version lacks
         else:
             cfg[group] = run[group]
     for key, value in values.items():
@@ -217,10 +215,10 @@ def _of_run(checkpoint: Path, run_dir: Path | None) -> DictConfig:
 
 
 def _composed(choices: Sequence[str], typed: _Typed) -> DictConfig:
-    """The command's configuration with these groups.
+    """The command's configuration with these choices in the groups.
 
     Raises:
-        ConfigError: A typed key does not exist with them, or plays no part.
+        ConfigError: A typed key does not exist with these choices, or has no effect on an evaluation.
     """
     without = _compose([*choices, *typed.others])
     for key, text in typed.settings.items():
@@ -249,19 +247,19 @@ def _compose(overrides: Sequence[str]) -> DictConfig:
 
 
 def _has(cfg: DictConfig, key: str) -> bool:
-    """Whether the key is there, even with a null value."""
+    """Whether the key exists, even with a null value."""
     parent, _, leaf = key.rpartition(".")
     node = OmegaConf.select(cfg, parent)
     return isinstance(node, DictConfig) and leaf in node
 
 
 def _choices(run_dir: Path) -> dict[str, str]:
-    """The option of each group that the run was composed with, as far as there still is one."""
+    """The option that the run chose in each group, if it still exists."""
     path = RunDirectory(run_dir).hydra_config
     recorded = OmegaConf.select(load_config(path), "hydra.runtime.choices") if path.is_file() else None
     if not isinstance(recorded, DictConfig):
         return {}
-    # by comparing names: a choice such as ../../x would compose a file that lies elsewhere
+    # compare names, because a choice such as ../../x would compose a file from somewhere else
     return {
         group: str(recorded[group])
         for group in OF_THE_RUN
@@ -289,7 +287,7 @@ def _split(cfg: DictConfig, *, from_file: bool) -> ImageTensors:
 
     Raises:
         ConfigError: There is no such split, or it has fewer images than are to be evaluated.
-        DataFileError: The files are not there or not what they should be.
+        DataFileError: A file is missing or has the wrong content.
     """
     module: ImageDataModule = build(cfg, "data", from_file=from_file)
     module.prepare_data()
@@ -306,7 +304,7 @@ def _split(cfg: DictConfig, *, from_file: bool) -> ImageTensors:
 def _settings(
     cfg: DictConfig, checkpoint: Path, layout: str, ball: Ball, data: ImageTensors
 ) -> dict[str, Any]:
-    """What the outcomes depend on, whatever the attack; compared when an evaluation goes on."""
+    """The settings on which the outcomes of every attack depend; compared when an evaluation resumes."""
     return {
         "checkpoint": file_digest(checkpoint),
         "layout": layout,
@@ -326,7 +324,7 @@ def _settings(
 
 
 class _Progress:
-    """One bar for each attack; where there is no terminal a line now and then."""
+    """One progress bar for each attack, or an occasional line if there is no terminal."""
 
     def __init__(self) -> None:
         self._bar: tqdm[Any] | None = None
@@ -355,7 +353,7 @@ class _Progress:
 
 
 if __name__ == "__main__":
-    # by its name: a launcher's workers look for it there
+    # imported by name, so that a launcher's workers find it
     from robustdyn.commands.evaluate import main as command
 
     command()

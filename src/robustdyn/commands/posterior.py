@@ -1,4 +1,4 @@
-"""``robustdyn-posterior``: the posterior at every epoch of finished runs, from their records."""
+"""``robustdyn-posterior``: computes the posterior at every epoch of finished runs from their records."""
 
 import argparse
 import sys
@@ -23,7 +23,7 @@ command for another interpolation between measured epochs, or for runs that were
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status: 0, or 1 for what the user can put right."""
+    """Run the command and return its exit status: 0, or 1 for an error that the user can correct."""
     parser = argparse.ArgumentParser(prog="robustdyn-posterior", description=DESCRIPTION)
     parser.add_argument("path", nargs="+", type=Path, help="a run directory, or a folder to search for runs")
     parser.add_argument(
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     from robustdyn.records import find_runs  # after the arguments, as it loads slowly
 
-    register_resolvers()  # which settings in the runs' configurations refer to
+    register_resolvers()  # the runs' configurations use them
 
     found: list[Run] = []
     failed = status_of(lambda: found.extend(find_runs(arguments.path)))
@@ -43,12 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         count = write_posterior(run, arguments.interpolation)
         say(f"{run.path}: {count} rows")
 
-    # a run without a law must not keep the others of its sweep from theirs
+    # an error in one run must not stop the other runs of its sweep
     return max([failed, *(status_of(partial(write, run)) for run in found)])
 
 
 def write_posterior(run: "Run", interpolation: "Interpolation | None") -> int:
-    """Write one run's ``posterior`` table; the number of its rows.
+    """Write one run's ``posterior`` table and return the number of its rows.
 
     Raises:
         RecordError: The run recorded no spectrum, or was not trained with momentum SGD, or its configuration
@@ -82,10 +82,10 @@ def write_posterior(run: "Run", interpolation: "Interpolation | None") -> int:
 
 
 def _require_plain_momentum(run: "Run") -> None:
-    """Refuse what ``AdversarialTraining.plain_momentum`` would, from the configuration alone."""
+    """Refuse optimisers that ``AdversarialTraining.plain_momentum`` refuses, by the configuration alone."""
     optimizer = run.config.get("optimizer", {})
     if not isinstance(optimizer, Mapping) or "_target_" not in optimizer:
-        return  # of another program: the settings that are missing will be named
+        return  # made by another program: a later error names the missing settings
     decay, on = optimizer.get("weight_decay"), run.config.get("regularizer", {}).get("weight_decay_on", "all")
     found = None
     if optimizer["_target_"] not in ("torch.optim.SGD", "torch.optim.sgd.SGD"):

@@ -1,4 +1,4 @@
-"""``robustdyn-replicas``: an ensemble of replicas of a run's checkpoint."""
+"""``robustdyn-replicas``: trains an ensemble of replicas from a run's checkpoint."""
 
 import os
 from pathlib import Path
@@ -18,7 +18,7 @@ from robustdyn.records.files import file_digest
 from robustdyn.records.run_directory import RunDirectory
 from robustdyn.replicas import EnsembleRun, TrainingState
 from robustdyn.run.config import build, config_dir
-from robustdyn.run.ensembles import check_run, description, ensemble_settings, provenance
+from robustdyn.run.ensembles import check_run, description, engine_provenance, ensemble_settings
 from robustdyn.run.of_checkpoint import (
     changed_run,
     checkpoint_of,
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def run_replicas(cfg: DictConfig) -> None:
-    """Run what is missing of an ensemble, or of one shard of it.
+    """Run the missing part of an ensemble, or of one shard of it.
 
     Raises:
         UserError: The configuration, the checkpoint, the data or the record cannot be used.
@@ -49,13 +49,13 @@ def run_replicas(cfg: DictConfig) -> None:
     device = device_of(cfg.device)
     ensemble = EnsembleRun(settings, training_state(run, checkpoint, device))
     output = Path(cfg.output) if cfg.output else RunDirectory(run_dir).replicas / checkpoint.stem
-    noted = provenance(settings.engine, device)
+    noted = engine_provenance(settings.engine, device)
     left = ensemble.run(output, noted, shard=shard, shards=shards, say=say, wait=None)
     say(f"ensemble: {output}" + (f" ({left} chunks are still missing)" if left else ""))
 
 
 def _shard(typed: str | None) -> tuple[int, int]:
-    """Which part of the chunks is ours: as typed, or as the launcher of the processes says."""
+    """The shard of this process and the number of shards: as typed, or from the launcher's environment."""
     if typed is None:
         for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
             if rank in os.environ and size in os.environ:
@@ -68,7 +68,7 @@ def _shard(typed: str | None) -> tuple[int, int]:
 
 
 def _run_config(cfg: DictConfig, run_dir: Path) -> DictConfig:
-    """The run's configuration with what this command changes."""
+    """The run's configuration with the changes that the command was given."""
     run = load_run(run_dir)
     for group in ("perturbation", "optimizer"):
         name = cfg.method[group]
@@ -80,12 +80,12 @@ def _run_config(cfg: DictConfig, run_dir: Path) -> DictConfig:
             raise ConfigError(f"method.{group}={name} is not known; choose run, {known}")
         run[group] = OmegaConf.load(path)
     changed = changed_run(run, cfg.run)
-    check_run(changed, "say +run.regularizer.l1=0")
+    check_run(changed, "set +run.regularizer.l1=0")
     return changed
 
 
 def training_state(run: DictConfig, checkpoint: Path, device: torch.device) -> TrainingState:
-    """The training as the checkpoint has it."""
+    """The state of the training at the checkpoint."""
     model: nn.Module = build(run, "model", from_file=True)
     load_weights(model, checkpoint, layout="robustdyn")
     model.to(device).eval()
@@ -95,12 +95,12 @@ def training_state(run: DictConfig, checkpoint: Path, device: torch.device) -> T
     )
     saved = _saved_optimizer(checkpoint)
     ours, theirs = optimizer.param_groups, saved["param_groups"]
-    # of groups of other sizes, those of another regularizer, it cannot be told which state is whose
+    # with another regularizer the groups have other sizes, and states cannot be matched to parameters
     if [len(group["params"]) for group in ours] == [len(group["params"]) for group in theirs]:
         for own, other in zip(ours, theirs, strict=True):
             for p, number in zip(own["params"], other["params"], strict=True):
                 held = saved["state"].get(number, {})
-                # as it is: the run's optimiser may be of another kind
+                # copied without conversion, because the run's optimiser may be of another kind
                 optimizer.state[p] = {
                     k: v.to(device) if isinstance(v, Tensor) else v for k, v in held.items()
                 }
@@ -127,13 +127,13 @@ def _saved_optimizer(checkpoint: Path) -> dict[str, Any]:
         state: dict[str, Any] = content["optimizer_states"][0]
     except (KeyError, IndexError, TypeError) as error:
         raise RecordError(
-            f"{checkpoint}: holds no optimiser; give one of a run's checkpoints that training goes on from"
+            f"{checkpoint}: holds no optimiser; give a checkpoint from which a run's training can resume"
         ) from error
     return state
 
 
 if __name__ == "__main__":
-    # by its name: a launcher's workers look for it there
+    # imported by name, so that a launcher's workers find it
     from robustdyn.commands.replicas import main as command
 
     command()

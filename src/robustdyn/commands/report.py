@@ -1,4 +1,4 @@
-"""``robustdyn-report``: run or sweep directories in; tables, figures and one HTML page out."""
+"""``robustdyn-report``: makes tables, figures and one HTML page from run or sweep directories."""
 
 import argparse
 import sys
@@ -23,16 +23,16 @@ writes into the output directory:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status: 0, or 1 for what the user can put right."""
+    """Run the command and return its exit status: 0, or 1 for an error that the user can correct."""
     arguments = _parser().parse_args(argv)
     paths: list[Path] = arguments.path
-    # not for --help: these load slowly
+    # imported after parsing: they load slowly, and --help does not need them
     from robustdyn.launch.states import announce, say_states, states_of
     from robustdyn.records.run_directory import RunDirectory
     from robustdyn.report.page import build_report
 
     output: Path = arguments.output or RunDirectory(paths[0] if len(paths) == 1 else Path()).report
-    register_resolvers()  # which settings in the runs' configurations refer to
+    register_resolvers()  # the runs' configurations use them
 
     def report() -> None:
         states = states_of(paths)

@@ -1,4 +1,4 @@
-"""``robustdyn-study``: the runs of an experiment in; the tables and figures of a paper out."""
+"""``robustdyn-study``: makes the tables and figures of a paper from the runs of an experiment."""
 
 import argparse
 import sys
@@ -23,13 +23,13 @@ Writes into the output directory:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status: 0, or 1 for what the user can put right."""
+    """Run the command and return its exit status: 0, or 1 for an error that the user can correct."""
     arguments = _parser().parse_args(argv)
     paths: list[Path] = arguments.path
     output: Path = arguments.output or (paths[0] if len(paths) == 1 else Path()) / arguments.study
-    from robustdyn.studies.shared.study import conduct  # the plotting libraries load slowly: not for --help
+    from robustdyn.studies.shared.study import conduct  # plotting loads slowly: not for --help
 
-    register_resolvers()  # which settings in the runs' configurations refer to
+    register_resolvers()  # the runs' configurations use them
 
     def study() -> None:
         written = conduct(arguments.study, paths, output)

@@ -1,4 +1,4 @@
-"""``robustdyn-train``: one run, from the composed configuration to its report."""
+"""``robustdyn-train``: trains a network, measures and records it, and writes the run's report."""
 
 import logging
 import os
@@ -43,10 +43,10 @@ def main() -> None:
 
 
 def train(cfg: DictConfig) -> None:
-    """Train, measure and record one run in Hydra's output directory; go on where a checkpoint lies there.
+    """Train, measure and record one run in Hydra's output directory; resume if it holds a checkpoint.
 
     Raises:
-        UserError: The configuration, a file or the training itself does not allow to go on.
+        UserError: The configuration, a file or the training itself prevents the run.
     """
     try:
         _train(cfg)
@@ -65,13 +65,13 @@ def _train(cfg: DictConfig) -> None:
     checkpoint = resume_from(cfg, run_dir)
     if run_in_ranks(cfg, train):
         return
-    # NumPy's global generator takes 32 bits
+    # NumPy's global generator takes a seed of 32 bits
     seed = cfg.seed if cfg.seed < 2**32 else streams.stream_seed(cfg.seed, "global") % 2**32
     lightning.seed_everything(seed, verbose=False)
 
     data: ImageDataModule = build(cfg, "data")
     data.prepare_data()
-    data.setup("fit")  # data errors come before anything else is built
+    data.setup("fit")  # report data errors before anything else is built
     module = build_module(cfg, data)
     records = RunRecords(run_dir)
     loggers = build_loggers(cfg)
@@ -90,7 +90,7 @@ def _train(cfg: DictConfig) -> None:
         plugins=[AtomicCheckpointIO(), *batchnorm_plugins(cfg), *slurm_plugins(os.environ)],
         default_root_dir=str(run_dir),
     )
-    # deterministic kernels need no filled memory; filling every new tensor takes a tenth of a float32 step
+    # deterministic kernels do not need it, and filling every new tensor takes a tenth of a float32 step
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if trainer.is_global_zero:
         write_environment(run_dir, trainer, module.model)
@@ -130,7 +130,7 @@ def _out_of_memory(module: AdversarialTraining, error: torch.OutOfMemoryError) -
 
 
 def _quieten_lightning() -> None:
-    """Its advice is about setups that are ours on purpose."""
+    """Silence Lightning's advice against settings that are chosen on purpose."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for about in (
@@ -138,15 +138,15 @@ def _quieten_lightning() -> None:
         ".*Checkpoint directory .* exists.*",
         ".*isinstance.treespec.*",
         ".*`srun` command is available.*",
-        ".*could not find the monitored key.*",  # after an epoch without evaluation there is no candidate
+        ".*could not find the monitored key.*",  # true after an epoch without evaluation
         ".*sync_dist=True.*",  # what is logged is the same on all ranks already
-        ".*bucket view strides.*",  # of 1x1 kernels, which DDP may copy
+        ".*bucket view strides.*",  # for 1x1 kernels, which DDP may copy
     ):
         warnings.filterwarnings("ignore", about)
 
 
 if __name__ == "__main__":
-    # by its name: a launcher's workers and a run's ranks look for it there
+    # imported by name, so that a launcher's workers and a run's ranks find it
     from robustdyn.commands.train import main as command
 
     command()

@@ -14,7 +14,7 @@ converts it to the covariance of a mini-batch gradient. Every result is frozen a
 """
 
 from robustdyn.curvature.alignment import (
-    Alignment,
+    AlignmentEstimate,
     alignment,
     covariance_jackknife,
     principal_angles,
@@ -50,7 +50,7 @@ from robustdyn.curvature.traces import (
 )
 
 __all__ = [
-    "Alignment",
+    "AlignmentEstimate",
     "DiagonallyScaled",
     "EigenResult",
     "EmpiricalRisk",

@@ -22,7 +22,7 @@ _SLAB_ROWS = 2**16  # P-long blocks are turned into float64 this many rows at a 
 
 
 @dataclass(frozen=True, eq=False)
-class Alignment:
+class AlignmentEstimate:
     """H against C; tensors are float64 on the CPU.
 
     A commutator and an off-diagonal share are norms, and noise in C's off-diagonal entries makes them
@@ -95,7 +95,7 @@ def alignment(
     groups: int,
     randomisations: int,
     generator: torch.Generator,
-) -> Alignment:
+) -> AlignmentEstimate:
     """How much H and C share directions, with standard errors and what sampling noise alone would give.
 
     The null comes from ``sign_flipped_covariances``.
@@ -142,7 +142,7 @@ def alignment(
     )
     commutator_null, _, share_null = null.mean(dim=0).tolist()
     commutator_spread, _, share_spread = null.std(dim=0).tolist()
-    return Alignment(
+    return AlignmentEstimate(
         commutator=commutator,
         commutator_standard_error=commutator_error,
         commutator_null=commutator_null,

@@ -131,9 +131,10 @@ class SquaredGradientNorms:
             raise UnsupportedPassError(
                 f"the output of layer {layer.name!r} is cut off from the model's input"
             )
-        layer.node = output.grad_fn
-        # A tensor hook registered here keeps referring to this value if an in-place ReLU follows.
-        output.register_hook(partial(self._after_backward, layer, inputs, inputs._version))
+        with torch._C.DisableTorchFunction():  # not for GradientAccess, which looks for other hooks than ours
+            layer.node = output.grad_fn
+            # A tensor hook registered here keeps referring to this value if an in-place ReLU follows.
+            output.register_hook(partial(self._after_backward, layer, inputs, inputs._version))
 
     def _after_backward(self, layer: _Layer, inputs: Tensor, version: int, deltas: Tensor) -> None:
         if inputs._version != version:

@@ -19,7 +19,13 @@ from torch import Tensor, nn
 
 from robustdyn.curvature.empirical_risk import EmpiricalRisk
 from robustdyn.curvature.example_gradients import SquaredGradientNorms, UnsupportedPassError
-from robustdyn.curvature.linearity import Overwrites, nonlinearity, plain_cross_entropy, stray_use
+from robustdyn.curvature.linearity import (
+    GradientAccess,
+    Overwrites,
+    nonlinearity,
+    plain_cross_entropy,
+    stray_use,
+)
 from robustdyn.curvature.probes import child, gaussian, rademacher
 from robustdyn.curvature.risk_function import cross_entropy
 
@@ -174,7 +180,7 @@ def _inspect(
     alone = risk.outputs(leaves, inputs[half].requires_grad_())
     inputs = inputs.detach().requires_grad_()
     norms.begin(len(inputs), inputs.device)
-    with Overwrites() as overwrites:
+    with GradientAccess() as access, Overwrites() as overwrites:
         logits = risk.outputs(leaves, inputs)
     norms.check_used_once()
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(inputs):
@@ -186,6 +192,8 @@ def _inspect(
         raise UnsupportedPassError(_MIXED)
     measured = {name: leaves[name] for name in names}
     problem = nonlinearity(logits, measured, overwrites) or stray_use(logits, measured, norms.nodes())
+    if access.found:
+        problem = f"the forward pass uses a tensor's {access.found}, so that a hook may change its gradient"
     if problem is None and risk.loss is not cross_entropy:
         outputs = logits.detach().requires_grad_()
         if not plain_cross_entropy(risk.losses_of(outputs, targets), outputs):

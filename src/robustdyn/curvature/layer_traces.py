@@ -23,7 +23,7 @@ from robustdyn.curvature.risk_function import BatchNormMode
 
 _FEWEST_CONTROLLED = 6  # with fewer probes the best multiple is too uncertain to help
 
-Method = Literal["auto", "gauss_newton", "hutchinson"]
+TraceMethod = Literal["auto", "gauss_newton", "hutchinson"]
 Estimator = Literal["gauss_newton_exact", "gauss_newton_sampled", "hutchinson"]
 
 _log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class LayerTraces:
 def layer_traces(
     risk: EmpiricalRisk,
     *,
-    method: Method,
+    method: TraceMethod,
     probes: int,
     exact_classes_up_to: int,
     generator: torch.Generator,

@@ -7,10 +7,11 @@ weight and the outputs.
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # Names of autograd's nodes without "Backward" and their number. Linear in all tensors together:
@@ -150,6 +151,29 @@ class Overwrites(TorchDispatchMode):
         name = function.overloadpacket.__name__
         if name.endswith("_"):
             self.found.add(name if torch.is_grad_enabled() else "a custom function")
+        return function(*args, **(kwargs or {}))
+
+
+class GradientAccess(TorchFunctionMode):
+    """Notes whether a forward pass reaches for its own graph: the graph does not show the hooks it has.
+
+    Attributes:
+        found: How it did so, such as ``register_hook``, or None.
+    """
+
+    _WAYS: ClassVar[Mapping[Any, str]] = {
+        Tensor.register_hook: "register_hook",
+        Tensor.grad_fn.__get__: "grad_fn",  # type: ignore[union-attr]  # whose nodes take hooks, too
+    }
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: str | None = None
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        self.found = self.found or self._WAYS.get(function)
         return function(*args, **(kwargs or {}))
 
 

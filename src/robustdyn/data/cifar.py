@@ -30,11 +30,11 @@ from robustdyn.errors import DataFileError
 SHAPE = (3, 32, 32)  # red, green, blue planes; rows from the top
 PIXELS = 3 * 32 * 32
 
-Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]  # images (N, 3, 32, 32), labels (N,)
+LabelledArrays = tuple[NDArray[np.uint8], NDArray[np.int64]]  # images (N, 3, 32, 32), labels (N,)
 
 
 @dataclass(frozen=True)
-class Layout:
+class ArchiveLayout:
     """File names of one layout, in the official order of the images."""
 
     folder: str
@@ -68,7 +68,7 @@ class Cifar(Source):
 
     title: str
     num_classes: int
-    layouts: tuple[Layout, ...]
+    layouts: tuple[ArchiveLayout, ...]
     records: dict[Split, int]
     label_bytes: int
     label_key: str
@@ -101,7 +101,7 @@ class Cifar(Source):
         assert damaged is not None  # a layout is there
         raise damaged
 
-    def _read_split(self, layout: Layout, root: Path, split: Split, *, partial: bool) -> ImageTensors:
+    def _read_split(self, layout: ArchiveLayout, root: Path, split: Split, *, partial: bool) -> ImageTensors:
         read = self._read_pickle if layout.pickled else self._read_binary
         parts = []
         for path in layout.paths(root, [split]):
@@ -113,7 +113,7 @@ class Cifar(Source):
             np.concatenate([images for images, _ in parts]), np.concatenate([labels for _, labels in parts])
         )
 
-    def _read_binary(self, path: Path, expected: int) -> Arrays:
+    def _read_binary(self, path: Path, expected: int) -> LabelledArrays:
         size = self.label_bytes + PIXELS
         try:
             content = np.fromfile(path, np.uint8)
@@ -128,7 +128,7 @@ class Cifar(Source):
         labels = records[:, self.label_bytes - 1].astype(np.int64)
         return records[:, self.label_bytes :].reshape(-1, *SHAPE), labels
 
-    def _read_pickle(self, path: Path, expected: int) -> Arrays:
+    def _read_pickle(self, path: Path, expected: int) -> LabelledArrays:
         content = _load_inert(path)
         pixels, labels = (_array(_entry(content, key)) for key in ("data", self.label_key))
         if not (
@@ -288,13 +288,13 @@ CIFAR10_FILES = Cifar(
     title="CIFAR-10",
     num_classes=10,
     layouts=(
-        Layout(
+        ArchiveLayout(
             "cifar-10-batches-bin",
             tuple(f"{name}.bin" for name in _BATCHES),
             ("test_batch.bin",),
             pickled=False,
         ),
-        Layout("cifar-10-batches-py", _BATCHES, ("test_batch",), pickled=True),
+        ArchiveLayout("cifar-10-batches-py", _BATCHES, ("test_batch",), pickled=True),
     ),
     records={"train": 10_000, "test": 10_000},
     label_bytes=1,
@@ -312,8 +312,8 @@ CIFAR100_FILES = Cifar(
     title="CIFAR-100",
     num_classes=100,
     layouts=(
-        Layout("cifar-100-binary", ("train.bin",), ("test.bin",), pickled=False),
-        Layout("cifar-100-python", ("train",), ("test",), pickled=True),
+        ArchiveLayout("cifar-100-binary", ("train.bin",), ("test.bin",), pickled=False),
+        ArchiveLayout("cifar-100-python", ("train",), ("test",), pickled=True),
     ),
     records={"train": 50_000, "test": 10_000},
     label_bytes=2,  # coarse, then fine

@@ -1,6 +1,6 @@
-"""Clean and robust accuracy of a model, example by example, with signs that they may be overstated.
+"""Measures clean and robust accuracy of a model, example by example, and warns if they may be overstated.
 
-``evaluate`` attacks a model with the evaluators it is given and keeps an ``EvaluationRecord``.
+``evaluate`` attacks a model with the given evaluators and writes an ``EvaluationRecord``.
 """
 
 from robustdyn.evaluation.autoattack import AutoAttackEvaluator

@@ -1,4 +1,4 @@
-"""AutoAttack (Croce & Hein, ICML 2020) through the package of its authors, ``pyautoattack``.
+"""Runs AutoAttack (Croce & Hein, ICML 2020) through its authors' package, ``pyautoattack``.
 
 The package runs all batches of all attacks in one call, seeds the global random numbers, traces the
 interpreter and warns through a logger of its own. Here it is given one batch of one attack at a time, so that
@@ -26,7 +26,7 @@ ATTACKS: tuple[str, ...] = get_args(AttackName)
 BLACK_BOX = ("square",)
 NORMS = {"linf": "Linf", "l2": "L2"}
 TARGETED = ("apgd-t", "fab-t")
-# What the package's checks log, by a part of the text: the name of our check, or "" where we check better.
+# A part of each text that the package's checks log -> the name of our check, or "" where ours is better.
 MESSAGES = {
     "randomized defense": "",
     "probability distribution": "",
@@ -40,16 +40,16 @@ MESSAGES = {
 class AutoAttackEvaluator:
     """Successive attacks, each on the examples that the others did not break, with the standard settings.
 
-    The outcomes are those of one call of ``AutoAttack(..., version="standard", seed=seed)`` on the same
-    examples with the same batch size, attack by attack. With K classes the targeted attacks aim at 9 of the
-    other K − 1, as in the standard version, or at all of them if there are fewer.
+    The outcomes of each attack equal those of one call of ``AutoAttack(..., version="standard", seed=seed)``
+    on the same examples with the same batch size. With K classes the targeted attacks aim at 9 of the other
+    K − 1, as in the standard version, or at all of them if there are fewer.
 
     Attributes:
-        attack_list: Names of the attacks, in order: of ``apgd-ce``, ``apgd-dlr``, ``apgd-t``, ``fab``,
+        attack_list: Names of the attacks, in order, from ``apgd-ce``, ``apgd-dlr``, ``apgd-t``, ``fab``,
             ``fab-t``, ``square``. The standard version is ``apgd-ce, apgd-t, fab-t, square``.
 
     Raises:
-        ValueError: A name is not known, is there twice, or there is none.
+        ValueError: A name is not known or occurs twice, or the list is empty.
     """
 
     attack_list: Sequence[str]
@@ -94,7 +94,7 @@ class _Standard:
 
     def __init__(self, kind: str, ball: Ball, num_classes: int, seed: int) -> None:
         self._kind, self._ball, self._seed = kind, ball, seed
-        self._targets = min(9, num_classes - 1)  # Croce & Hein's standard version: 9
+        self._targets = min(9, num_classes - 1)  # the standard version takes 9
         black_box = kind in BLACK_BOX
         access: Access = "black_box" if black_box else "white_box"
         self.description = Description(
@@ -103,7 +103,7 @@ class _Standard:
             eps=ball.eps,
             loss=None,
             step_size=None,
-            steps=5000 if black_box else 100,  # the package's own
+            steps=5000 if black_box else 100,  # the package's defaults
             restarts=self._targets if kind in TARGETED else 1,
             in_ball=True,
             tied=None,
@@ -130,7 +130,7 @@ class _Standard:
 
 @contextmanager
 def _collected(note: Note) -> Iterator[None]:
-    """What the package logs as a warning goes to ``note`` and nowhere else."""
+    """Pass the warnings that the package logs to ``note``, and nowhere else."""
     logger = logging.getLogger("auto-attack")
     handler = _Collector(note)
     propagate, disabled = logger.propagate, logger.disabled
@@ -160,7 +160,7 @@ class _Collector(logging.Handler):
 
 @contextmanager
 def _own_trace() -> Iterator[None]:
-    """The package's check for dynamic defences ends tracing for good, and counts over all models so far."""
+    """Confine the package's check for dynamic defences, which ends tracing and counts over all models."""
     trace = sys.gettrace()
     for name in pyautoattack.checks.funcs:
         pyautoattack.checks.funcs[name] = 0

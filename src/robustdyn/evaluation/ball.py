@@ -1,4 +1,4 @@
-"""The threat model: how far an image may be moved."""
+"""Defines the threat model: the ball around each image that an attack must not leave."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,7 +10,7 @@ from robustdyn.attacks.pgd import check_radius
 
 Norm = Literal["linf", "l2"]
 
-# float32 sums of some thousand terms near 1, as an l2 projection rounds them: sqrt(3e3) * 6e-8, times ten.
+# ten times the rounding of an l2 projection, a float32 sum of a few thousand terms near 1: sqrt(3e3) * 6e-8
 ROUNDING = 3e-5
 
 
@@ -39,7 +39,7 @@ class Ball:
     def holds(self, images: Tensor, moved: Tensor) -> Tensor:
         """Which of ``moved`` (B, C, H, W) are in the ball around ``images`` and in [0, 1], bool (B,).
 
-        Up to float32 rounding; an image with a NaN never does.
+        Deviations by float32 rounding are allowed. An image with a NaN is never in the ball.
         """
         order = torch.inf if self.norm == "linf" else 2
         distance: Tensor = torch.linalg.vector_norm((moved - images).flatten(1), ord=order, dim=1)
@@ -48,5 +48,5 @@ class Ball:
         return (distance <= self.eps * (1 + ROUNDING) + 1e-6) & in_range
 
     def whole_box(self, images: Tensor) -> "Ball":
-        """The smallest ball that contains every image of this size (C, H, W), for any centre."""
+        """The smallest ball that contains every image of this size (C, H, W), whatever its centre."""
         return Ball(self.norm, 1.0 if self.norm == "linf" else images[0].numel() ** 0.5)

@@ -1,4 +1,4 @@
-"""The record of an evaluation: one directory, in which a killed evaluation resumes and others are added.
+"""Keeps the record of an evaluation: one directory in which it can be resumed, and more attacks added.
 
 ``settings.json`` describes what was evaluated. ``records/*.jsonl`` contains the tables ``outcomes``,
 ``evaluation`` and ``warnings`` of ``robustdyn.records.schema``, and ``summary.json`` the result.
@@ -16,7 +16,7 @@ from robustdyn.records.files import replace_file, sole_process
 from robustdyn.records.labels import changes
 from robustdyn.records.lines import parse_lines
 from robustdyn.records.run_directory import RunDirectory
-from robustdyn.records.writer import plain
+from robustdyn.records.writer import jsonable
 
 _ANOTHER = "choose another output=DIR, or delete this one"
 
@@ -26,12 +26,12 @@ Warnings = dict[tuple[str, str], str]
 
 
 class EvaluationRecord:
-    """Outcomes, read back and appended to; made by ``open``.
+    """The outcomes in an evaluation's directory, which are read back and appended to; made by ``open``.
 
     Attributes:
-        directory: Where it is.
-        attacks: Description of every attack recorded here so far, by name, of this call or an earlier one.
-        warnings: What was noticed while attacking.
+        directory: The evaluation's directory.
+        attacks: Descriptions of all attacks recorded so far, by name, including those of earlier sessions.
+        warnings: The warnings given while attacking.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -46,19 +46,19 @@ class EvaluationRecord:
     def open(
         cls, directory: Path, settings: Mapping[str, object], provenance: Mapping[str, object]
     ) -> Iterator["EvaluationRecord"]:
-        """The record in ``directory``, new or of the same evaluation; only one process may have it open.
+        """Open the record in ``directory``, new or of the same evaluation; only one process may have it open.
 
         Args:
-            directory: Made if absent.
-            settings: Everything on which outcomes of any attack depend, in a form that JSON can hold.
-            provenance: Versions and the like, written when the record is created and never compared.
+            directory: The evaluation's directory; made if absent.
+            settings: Everything on which the outcomes of all attacks depend, in a form that JSON can hold.
+            provenance: Versions, hardware and the like, which are written at first and never compared.
 
         Raises:
             RecordError: Another process has it open, it cannot be written or read, or its settings differ.
         """
         with sole_process(directory, _ANOTHER):
             record = cls(directory)
-            record._begin(plain(settings), plain(provenance))
+            record._begin(jsonable(settings), jsonable(provenance))
             yield record
 
     def describe(self, evaluator: str, settings: Mapping[str, object], attacks: Mapping[str, Row]) -> None:
@@ -68,7 +68,7 @@ class EvaluationRecord:
             RecordError: An evaluator of this name was recorded with other settings.
         """
         stored = self._stored()
-        new = plain({"settings": settings, "attacks": attacks})
+        new = jsonable({"settings": settings, "attacks": attacks})
         old = stored["evaluators"].setdefault(evaluator, new)
         if old != new:
             changed = changes(old["settings"], new["settings"])
@@ -110,7 +110,7 @@ class EvaluationRecord:
             self._outcomes.setdefault(row["evaluator"], []).append(row)
 
     def warn(self, check: str, evaluator: str, message: str) -> None:
-        """Append a warning, the first time it is given."""
+        """Append a warning, unless it was given before."""
         if (check, evaluator) not in self.warnings:
             self.warnings[check, evaluator] = message
             self._records.append("warnings", _warning(check, evaluator, message))
@@ -118,7 +118,7 @@ class EvaluationRecord:
     def write_results(
         self, rows: Sequence[Row], warnings: Mapping[tuple[str, str], str], summary: Mapping[str, object]
     ) -> None:
-        """Write the table ``evaluation``, all warnings and ``summary.json`` again."""
+        """Replace the table ``evaluation``, all warnings and ``summary.json``."""
         self._records.replace("evaluation", rows)
         self._records.replace("warnings", [_warning(*key, text) for key, text in warnings.items()])
         self._records.write_summary(summary)
@@ -146,7 +146,7 @@ class EvaluationRecord:
             self._outcomes.setdefault(row["evaluator"], []).append(row)
         for row in warned:
             self.warnings.setdefault((row["check"], row["evaluator"]), row["message"])
-        self._rewrite()  # without half a line that a killed process left
+        self._rewrite()  # drops a half-written line that a killed process left
 
     def _rewrite(self) -> None:
         self._records.replace("outcomes", [row for rows in self._outcomes.values() for row in rows])

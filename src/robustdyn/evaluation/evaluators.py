@@ -1,4 +1,4 @@
-"""What an evaluation consists of: attacks, each with a name under which its outcomes are recorded.
+"""Defines the attacks of an evaluation, each with a name under which its outcomes are recorded.
 
 Shapes: B batch, C channels, H x W pixels, K classes.
 """
@@ -26,14 +26,14 @@ class Description:
 
     Attributes:
         access: ``"white_box"`` attacks follow gradients, ``"black_box"`` ones only see the model's outputs.
-        norm: Of the ball.
-        eps: Its radius on the [0, 1] scale.
-        loss: What the attack maximises.
-        step_size: On the [0, 1] scale.
-        steps: Gradient steps (queries, for a black-box attack) of one start.
-        restarts: Starts.
-        in_ball: False for an attack that is a check of the evaluation, outside the threat model.
-        tied: Attacks with equal ties differ only in effort: more steps or restarts should break more.
+        norm: Norm of the ball.
+        eps: Radius of the ball on the [0, 1] scale.
+        loss: The loss that the attack maximises.
+        step_size: Step size on the [0, 1] scale.
+        steps: Gradient steps of one start, or queries of a black-box attack.
+        restarts: Number of starts.
+        in_ball: False for an attack that leaves the threat model in order to check the evaluation.
+        tied: Attacks with equal ``tied`` differ only in effort: more steps or restarts should break more.
     """
 
     access: Access
@@ -52,7 +52,7 @@ class Attack(Protocol):
 
     @property
     def description(self) -> Description:
-        """What is recorded of it."""
+        """The attack's description for the record."""
 
     def __call__(self, model: nn.Module, batch: Batch, note: Note) -> Tensor:
         """Adversarial images (B, C, H, W) for a batch that ``model``, in eval mode, classifies correctly."""
@@ -67,14 +67,14 @@ class Evaluator(Protocol):
     def attacks(
         self, name: str, ball: Ball, num_classes: int, images: Tensor, seed: int
     ) -> Mapping[str, Attack]:
-        """The attacks by the names to record them under, in order.
+        """The attacks, in order, by the names under which to record them.
 
         Args:
-            name: What the evaluator is called.
+            name: The evaluator's name.
             ball: The threat model.
             num_classes: K.
             images: A batch (B, C, H, W), for its size and device.
-            seed: Of all random numbers.
+            seed: Seed of all random numbers.
 
         Raises:
             ValueError: The attack is not defined for these.
@@ -103,8 +103,8 @@ class PGDEvaluator:
         relative_step: Step size as a share of ε, > 0.
         restarts: Starts ≥ 1; an example once broken is not attacked again.
         loss: ``"cross_entropy"``, or ``"margin"``, ``summed_margin``.
-        random_start: As of ``robustdyn.attacks.PGD``.
-        start_std: As of ``robustdyn.attacks.PGD``.
+        random_start: As in ``robustdyn.attacks.PGD``.
+        start_std: As in ``robustdyn.attacks.PGD``.
         iterates: ``"last"`` counts the example after the last step, as published PGD-k numbers do; ``"any"``
             counts an example as broken if any iterate breaks it, which is stronger and costs a third more.
 
@@ -133,7 +133,7 @@ class PGDEvaluator:
             raise ValueError(f"iterates must be last or any, got {self.iterates}")
         if self.random_start == "none" and self.restarts > 1:
             raise ValueError(f"restarts={self.restarts} without a random start would all be the same")
-        self.pgd(Ball("linf", 0.0))  # checks the rest
+        self.pgd(Ball("linf", 0.0))  # PGD checks the other settings
 
     def settings(self) -> Mapping[str, Any]:
         """The attributes."""
@@ -152,7 +152,7 @@ class PGDEvaluator:
             eps=ball.eps,
             step_size=self.relative_step * ball.eps
             if ball.eps
-            else 1.0,  # in a ball of one point no step moves
+            else 1.0,  # any step size will do in a ball of one point
             steps=self.steps,
             random_start=self.random_start,
             start_std=self.start_std,
@@ -226,7 +226,7 @@ class _RestartedPGD:
         return found, broken
 
     def _starts(self, batch: Batch, restart: int) -> Tensor:
-        """Drawn example by example and on the CPU, so that they are the same everywhere."""
+        """Random starts, drawn example by example on the CPU, so that they are the same on every device."""
         images = batch.images.cpu()
         starts = [
             self._pgd.start(images[i : i + 1], generator(self._seed, self._stream, restart, example))
@@ -236,7 +236,7 @@ class _RestartedPGD:
 
 
 def classified(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """Which images (B, C, H, W) the model classifies as labelled, bool (B,)."""
+    """Which images (B, C, H, W) the model classifies correctly, bool (B,)."""
     with torch.no_grad():
         return right(model(images), labels)
 

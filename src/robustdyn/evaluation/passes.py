@@ -1,8 +1,8 @@
-"""The evaluation of one model: clean accuracy, attacks, and what follows from them together.
+"""Evaluates one model: clean accuracy, accuracy under each attack, the worst case, and warnings.
 
 An example counts as robust if it is classified correctly without an attack and at every attacked image that
 an evaluator shows the model. Examples that are wrong without an attack, or that an earlier attack of the same
-evaluator broke, are not attacked. N examples, B of a batch.
+evaluator broke, are not attacked. Shapes: N examples, B examples of a batch.
 """
 
 import time
@@ -20,7 +20,7 @@ from robustdyn.data import Batch, ImageTensors
 from robustdyn.evaluation.ball import Ball
 from robustdyn.evaluation.evaluation_record import EvaluationRecord, Row
 from robustdyn.evaluation.evaluators import Attack, Evaluator, right
-from robustdyn.evaluation.sanity import COMPARISONS, Outcome, Sanity, zero_gradients
+from robustdyn.evaluation.sanity import COMPARISONS, AttackOutcome, Sanity, zero_gradients
 from robustdyn.models.modes import mode
 
 CLEAN, WORST_CASE = "clean", "worst_case"
@@ -33,10 +33,10 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Result:
-    """What an evaluation found.
+    """The result of an evaluation.
 
     Attributes:
-        rows: Of the table ``evaluation``: clean, every attack, every ensemble, the worst case.
+        rows: Rows of the table ``evaluation``: clean, every attack, every suite of attacks, the worst case.
         warnings: (check, evaluator) -> message; see ``robustdyn.evaluation.sanity``.
         checks: Names of the attacks outside the ball, which do not count for the worst case.
     """
@@ -46,10 +46,10 @@ class Result:
     checks: frozenset[str]
 
     def accuracy(self, evaluator: str) -> float:
-        """Share of the examples right under ``evaluator``.
+        """Share of the examples that are still right under ``evaluator``.
 
         Raises:
-            KeyError: It did not run.
+            KeyError: The evaluator did not run.
         """
         for row in self.rows:
             if row["evaluator"] == evaluator:
@@ -71,26 +71,26 @@ def evaluate(
 ) -> Result:
     """Attack ``model`` with every evaluator and record each example's outcome.
 
-    What is in ``record`` already is not computed again. During the evaluation the model is in eval mode and
-    its parameters require no gradient. The state of the global random numbers does not change.
+    Outcomes that ``record`` already holds are not computed again. During the evaluation the model is in eval
+    mode and its parameters require no gradient. The state of the global random numbers does not change.
 
     Args:
         model: From images in [0, 1] (B, C, H, W) to logits (B, K), on the device of ``data``.
         data: The N examples.
-        evaluators: In the order to run, by name.
+        evaluators: The evaluators by name, in the order in which they run.
         ball: The threat model.
-        sanity: What to warn of.
+        sanity: When to warn.
         batch_size: Examples attacked at once. Outcomes of PGD do not depend on it, except for rounding. Those
             of AutoAttack do, because it draws random numbers for a whole batch.
-        seed: Of all random numbers.
-        record: Takes the outcomes.
+        seed: Seed of all random numbers.
+        record: Receives the outcomes.
         progress: Called after every batch.
 
     Raises:
-        ValueError: A name that cannot be, an evaluator that is not defined for these data, or images outside
+        ValueError: A name is not allowed, an evaluator is not defined for these data, or images are outside
             [0, 1].
         RuntimeError: An attack left the ball.
-        RecordError: The record is of other settings, or cannot be written.
+        RecordError: The record belongs to other settings, or cannot be written.
     """
     for name in evaluators:
         if name in (CLEAN, WORST_CASE, MODEL) or "/" in name:
@@ -104,7 +104,7 @@ def evaluate(
         attacks = {
             name: evaluator.attacks(name, ball, num_classes, first.images, seed)
             for name, evaluator in evaluators.items()
-        }  # all are made before the first one runs: what cannot be shows at once
+        }  # all are made before the first one runs, so that errors show at once
         for name, evaluator in evaluators.items():
             settings = {"kind": type(evaluator).__name__, **evaluator.settings()}
             record.describe(name, settings, {k: asdict(a.description) for k, a in attacks[name].items()})
@@ -113,11 +113,11 @@ def evaluate(
             standing = right_unattacked
             for name, attack in parts.items():
                 standing = run.attack(name, attack, standing)
-        return summarise(record, len(data), sanity)
+        return _summarise(record, len(data), sanity)
 
 
 class _Run:
-    """One pass over the examples after another."""
+    """The passes of one evaluation over its examples."""
 
     def __init__(
         self,
@@ -133,7 +133,7 @@ class _Run:
 
     def batch(self, indices: Sequence[int]) -> Batch:
         batch = self.data.batch(torch.tensor(list(indices)))
-        check_range(batch.images, (0.0, 1.0))  # the ball's, for attacks that are not ours too
+        check_range(batch.images, (0.0, 1.0))  # the ball's range, which other packages' attacks also need
         return batch
 
     def clean(self) -> Tensor:
@@ -175,11 +175,11 @@ class _Run:
         return after
 
     def _robust(self, name: str, attack: Attack, batch: Batch) -> Tensor:
-        """Whether the model is right at the adversarial images, bool (B,)."""
+        """At which adversarial images the model is right, bool (B,)."""
         adversarial = attack(self.model, batch, lambda check, text: self.record.warn(check, name, text))
         broken = ~adversarial.flatten(1).isfinite().all(dim=1)
         if broken.any():
-            # not a number is no image: the attack failed, the model did not
+            # an image with a NaN is no image: the attack failed, not the model
             adversarial = torch.where(broken[:, None, None, None], batch.images, adversarial)
             text = "gradients that are not finite ended attacks: the examples count as right"
             self.record.warn("not_finite", name, text)
@@ -213,7 +213,7 @@ class _Run:
 
 @contextmanager
 def _attackable(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients for the parameters, inside the scope."""
+    """Inside, the model is in eval mode and its parameters require no gradients."""
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in wanted:
         parameter.requires_grad_(False)
@@ -225,32 +225,32 @@ def _attackable(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def summarise(record: EvaluationRecord, examples: int, sanity: Sanity) -> Result:
-    """Accuracies, ensembles, the worst case and warnings of everything recorded whole; writes them too."""
+def _summarise(record: EvaluationRecord, examples: int, sanity: Sanity) -> Result:
+    """Compute and write accuracies, suites, the worst case and warnings from all finished attacks."""
     found = {CLEAN: _flags(record.outcomes(CLEAN), examples)}
     found |= {name: _flags(record.outcomes(name), examples) for name in record.attacks}
     robust = {name: flags for name, flags in found.items() if flags is not None}
-    ensembles = _ensembles(record.attacks, robust)
+    suites = _suites(record.attacks, robust)
 
     rows: list[Row] = []
-    outcomes: dict[str, Outcome] = {}
+    outcomes: dict[str, AttackOutcome] = {}
     for name, flags in robust.items():
         recorded = record.outcomes(name)
         described = record.attacks.get(name, {})
         rows.append(_row(name, flags, _seconds(recorded), described))
-        outcomes[name] = Outcome(
+        outcomes[name] = AttackOutcome(
             robust=flags,
             access=described.get("access"),
             in_ball=described.get("in_ball", True),
             tied=described.get("tied"),
             effort=(described.get("steps", 0), described.get("restarts", 0)),
-            ensemble=ensembles.get(name) if _follows_gradients(record, ensembles.get(name)) else None,
+            suite=suites.get(name) if _follows_gradients(record, suites.get(name)) else None,
             zero_gradients=sum(bool(row.get("zero_gradient")) for row in recorded),
         )
-        if ensemble := ensembles.get(name):
-            parts = [part for part in robust if part.startswith(f"{ensemble}/")]
+        if suite := suites.get(name):
+            parts = [part for part in robust if part.startswith(f"{suite}/")]
             spent = sum(_seconds(record.outcomes(part)) for part in parts)
-            rows.append(_row(ensemble, flags, spent, {}))
+            rows.append(_row(suite, flags, spent, {}))
     bounded = [outcome.robust for outcome in outcomes.values() if outcome.in_ball]
     total = sum(float(row["seconds"]) for row in rows if row["evaluator"] in robust)
     rows.append(_row(WORST_CASE, torch.stack(bounded).all(dim=0), total, {}))
@@ -276,19 +276,19 @@ def _flags(rows: Sequence[Row], examples: int) -> Tensor | None:
     return flags
 
 
-def _ensembles(attacks: Mapping[str, object], robust: Mapping[str, Tensor]) -> dict[str, str]:
-    """Last attack of each finished ensemble -> the ensemble."""
+def _suites(attacks: Mapping[str, object], robust: Mapping[str, Tensor]) -> dict[str, str]:
+    """Last attack of each finished suite of attacks -> the suite."""
     last: dict[str, str] = {}
     for name in attacks:
-        ensemble, slash, _ = name.partition("/")
+        suite, slash, _ = name.partition("/")
         if slash:
-            last[ensemble] = name
-    return {name: ensemble for ensemble, name in last.items() if name in robust}
+            last[suite] = name
+    return {name: suite for suite, name in last.items() if name in robust}
 
 
-def _follows_gradients(record: EvaluationRecord, ensemble: str | None) -> bool:
-    """Whether some attack of the ensemble does."""
-    parts = [a for name, a in record.attacks.items() if name.startswith(f"{ensemble}/")]
+def _follows_gradients(record: EvaluationRecord, suite: str | None) -> bool:
+    """Whether some attack of the suite follows gradients."""
+    parts = [a for name, a in record.attacks.items() if name.startswith(f"{suite}/")]
     return any(part["access"] == "white_box" for part in parts)
 
 

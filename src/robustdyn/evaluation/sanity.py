@@ -1,9 +1,9 @@
-"""Signs that an evaluation overstates robustness.
+"""Checks an evaluation for signs that it overstates robustness.
 
-After Carlini et al. (2019, "On Evaluating Adversarial Robustness", section 4 and appendix), Athalye et al.
-(ICML 2018, section 3.1) and the checks of AutoAttack's authors (``flags_doc.md`` of their package). A warning
-is not a proof, and neither is the absence of warnings. A robust accuracy cannot be above the clean one here,
-because an example that is wrong without an attack counts as not robust.
+The checks follow Carlini et al. (2019, "On Evaluating Adversarial Robustness", section 4 and appendix),
+Athalye et al. (ICML 2018, section 3.1) and the authors of AutoAttack (``flags_doc.md`` of their package). A
+warning is not a proof, and neither is the absence of warnings. A robust accuracy cannot be above the clean
+one here, because an example that is wrong without an attack counts as not robust.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,14 +16,14 @@ from robustdyn.attacks import summed_cross_entropy
 from robustdyn.evaluation.evaluators import Note
 
 COMPARISONS = frozenset(
-    {"unbounded", "zero_gradient", "weaker_with_more_effort", "black_box", "ensemble_weaker"}
+    {"unbounded", "zero_gradient", "weaker_with_more_effort", "black_box", "suite_weaker"}
 )
-"""Checks that follow from the outcomes; the others are made while attacking."""
+"""Checks that are made on the outcomes; the others are made while attacking."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sanity:
-    """When a sign is worth a warning.
+    """The thresholds above which a sign gives a warning.
 
     Attributes:
         accuracy_tolerance: Differences of accuracies up to this give no warning.
@@ -46,7 +46,7 @@ class Sanity:
                 raise ValueError(f"{key} must be at least 0, got {getattr(self, key)}")
 
     def check_model(self, model: nn.Module, images: Tensor, note: Note) -> None:
-        """Look at the model itself, on a batch (B, C, H, W), set to eval mode by the caller."""
+        """Check the model itself on a batch (B, C, H, W); the caller has set it to eval mode."""
         training = [name or "the model" for name, module in model.named_modules() if module.training]
         if training:
             note(
@@ -76,16 +76,16 @@ class Sanity:
                 "certain",
             )
 
-    def compare(self, outcomes: Mapping[str, "Outcome"]) -> Iterator[tuple[str, str, str]]:
-        """(check, evaluator, message) for everything that the outcomes of all attacks show together."""
+    def compare(self, outcomes: Mapping[str, "AttackOutcome"]) -> Iterator[tuple[str, str, str]]:
+        """Yield (check, evaluator, message) for every sign that the outcomes of all attacks show together."""
         bounded = {name: outcome for name, outcome in outcomes.items() if outcome.in_ball}
         yield from self._unbounded(outcomes)
         yield from self._gradient(outcomes)
         yield from self._effort(bounded)
         yield from self._black_box(bounded)
-        yield from self._ensembles(bounded)
+        yield from self._suites(bounded)
 
-    def _unbounded(self, outcomes: Mapping[str, "Outcome"]) -> Iterator[tuple[str, str, str]]:
+    def _unbounded(self, outcomes: Mapping[str, "AttackOutcome"]) -> Iterator[tuple[str, str, str]]:
         for name, outcome in outcomes.items():
             if not outcome.in_ball and outcome.accuracy > self.unbounded_accuracy:
                 yield (
@@ -95,7 +95,7 @@ class Sanity:
                     "mislead the attack",
                 )
 
-    def _gradient(self, outcomes: Mapping[str, "Outcome"]) -> Iterator[tuple[str, str, str]]:
+    def _gradient(self, outcomes: Mapping[str, "AttackOutcome"]) -> Iterator[tuple[str, str, str]]:
         for name, outcome in outcomes.items():
             if outcome.zero_gradients:
                 count, total = outcome.zero_gradients, len(outcome.robust)
@@ -107,7 +107,7 @@ class Sanity:
                     "the margin loss and black-box attacks",
                 )
 
-    def _effort(self, outcomes: Mapping[str, "Outcome"]) -> Iterator[tuple[str, str, str]]:
+    def _effort(self, outcomes: Mapping[str, "AttackOutcome"]) -> Iterator[tuple[str, str, str]]:
         for name, outcome in outcomes.items():
             lighter = {other: o.accuracy for other, o in outcomes.items() if o.lighter_than(outcome)}
             best = min(lighter, key=lighter.__getitem__, default=None)
@@ -119,7 +119,7 @@ class Sanity:
                     f"{lighter[best]:.1%}: the step size may be too large, or the gradients mislead",
                 )
 
-    def _black_box(self, outcomes: Mapping[str, "Outcome"]) -> Iterator[tuple[str, str, str]]:
+    def _black_box(self, outcomes: Mapping[str, "AttackOutcome"]) -> Iterator[tuple[str, str, str]]:
         white = [outcome for outcome in outcomes.values() if outcome.access == "white_box"]
         if not white:
             return
@@ -137,33 +137,33 @@ class Sanity:
                     "with gradients: these may be masked, and the true robust accuracy still lower",
                 )
 
-    def _ensembles(self, outcomes: Mapping[str, "Outcome"]) -> Iterator[tuple[str, str, str]]:
+    def _suites(self, outcomes: Mapping[str, "AttackOutcome"]) -> Iterator[tuple[str, str, str]]:
         simple = {name: o.accuracy for name, o in outcomes.items() if o.tied is not None}
         best = min(simple, key=simple.__getitem__, default=None)
         for outcome in outcomes.values():
-            if outcome.ensemble is None or best is None:
+            if outcome.suite is None or best is None:
                 continue
             if outcome.accuracy > simple[best] + self.accuracy_tolerance:
                 yield (
-                    "ensemble_weaker",
-                    outcome.ensemble,
+                    "suite_weaker",
+                    outcome.suite,
                     f"leaves {outcome.accuracy:.1%} right, {best} alone only {simple[best]:.1%}: its attacks "
                     "miss what a simpler one finds",
                 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What the checks look at of one attack.
+class AttackOutcome:
+    """The outcome of one attack, as the checks need it.
 
     Attributes:
         robust: bool (N,), for each example whether it was still right.
         access: ``"white_box"`` or ``"black_box"``; None for no attack.
-        in_ball: Whether it kept to the threat model.
+        in_ball: Whether the attack kept to the threat model.
         tied: See ``Description``.
         effort: Steps and restarts.
-        ensemble: The ensemble whose last attack this is, if any and if some of its attacks follow gradients.
-        zero_gradients: Number of images without gradient, if it was checked.
+        suite: The suite whose last attack this is, if any of its attacks follow gradients; otherwise None.
+        zero_gradients: Number of images without a gradient, if this was checked.
     """
 
     robust: Tensor
@@ -171,7 +171,7 @@ class Outcome:
     in_ball: bool
     tied: str | None
     effort: tuple[int, int]
-    ensemble: str | None
+    suite: str | None
     zero_gradients: int
 
     @property
@@ -179,7 +179,7 @@ class Outcome:
         """Share of the examples that is still right."""
         return self.robust.double().mean().item()
 
-    def lighter_than(self, other: "Outcome") -> bool:
+    def lighter_than(self, other: "AttackOutcome") -> bool:
         """Whether it is the same attack as ``other`` with fewer steps or restarts, and more of neither."""
         if self.tied is None or self.tied != other.tied or self.effort == other.effort:
             return False

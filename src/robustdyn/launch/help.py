@@ -1,4 +1,4 @@
-"""What ``--help`` lists: the groups that a command uses, and its settings with the comments of ``conf/``."""
+"""Prints ``--help``: the groups that a command uses, and its settings with the comments from ``conf/``."""
 
 import re
 import sys
@@ -19,8 +19,8 @@ _LINE = re.compile(r"(?P<indent> *)(?P<key>[\w.]+):(?P<rest>.*)")
 def show_help(command: str) -> None:
     """Print the help of a Hydra command and exit, if ``sys.argv`` asks for it.
 
-    Loads nothing that takes seconds, and does not list every choice of every group as Hydra's own help does.
-    It returns where the arguments do not compose: the command itself then says what is wrong with them.
+    It imports nothing slow, and unlike Hydra's own help it does not list every choice of every group. If the
+    arguments do not compose it returns, because the command itself then says what is wrong with them.
     """
     if {"-h", "--help"}.isdisjoint(sys.argv[1:]):
         return
@@ -30,24 +30,24 @@ def show_help(command: str) -> None:
         with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
             cfg = hydra.compose(command, overrides, return_hydra_config=True)
             HydraConfig.instance().set_config(cfg)
-            print(Template(cfg.hydra.help.template).substitute())  # as Hydra does
+            print(Template(cfg.hydra.help.template).substitute())  # as in Hydra
     except HydraException:
         return
     sys.exit(0)
 
 
 def register_help() -> None:
-    """What the templates in ``conf/hydra/help`` may say.
+    """Register the resolvers that the templates in ``conf/hydra/help`` use.
 
-    ``help_groups``: a line for each group of the command and its choices.
-    ``help_settings``: the settings of the command that is named.
+    ``help_groups`` gives a line for each group of the command, with its choices. ``help_settings`` gives the
+    settings of the command that is named.
     """
     OmegaConf.register_new_resolver("help_groups", _groups, replace=True)
     OmegaConf.register_new_resolver("help_settings", _settings, replace=True)
 
 
 def _groups(_root_: DictConfig) -> str:
-    """One line for each group that the command uses, and for those below one."""
+    """One line for each group that the command uses, subgroups included."""
     used = {_group(name) for name in _root_.hydra.runtime.choices} - {""}
     lines = []
     for folder in sorted(path for path in config_dir().rglob("*") if path.is_dir()):
@@ -58,7 +58,7 @@ def _groups(_root_: DictConfig) -> str:
 
 
 def _settings(command: str, _root_: DictConfig) -> str:
-    """The composed configuration as YAML, each line with the comment it has where its value is set."""
+    """The composed configuration as YAML, each line with the comment from the file that sets its value."""
     comments = dict(_comments(config_dir() / f"{command}.yaml", ""))
     for name, choice in _root_.hydra.runtime.choices.items():
         group, _, package = name.partition("@")
@@ -72,7 +72,7 @@ def _settings(command: str, _root_: DictConfig) -> str:
         f"{line}  # {comments[key]}" if key in comments else line
         for key, line in _keys(OmegaConf.to_yaml(shown, resolve=False))
     ]
-    return "\n".join(lines).replace("$", "$$")  # Hydra takes the text for a template
+    return "\n".join(lines).replace("$", "$$")  # because the text is used as a template
 
 
 def _group(name: str) -> str:
@@ -87,7 +87,7 @@ def _comments(path: Path, prefix: str) -> Iterator[tuple[str, str]]:
 
 
 def _keys(text: str) -> Iterator[tuple[str, str]]:
-    """Every line with its dotted key; an empty one for what begins no setting."""
+    """Every line with its dotted key; the key is empty if the line does not begin a setting."""
     above: list[tuple[int, str]] = []
     for line in text.splitlines():
         found = _LINE.match(line)

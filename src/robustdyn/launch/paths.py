@@ -1,4 +1,4 @@
-"""Paths on the command line, in Hydra's grammar, and relative ones in a run's configuration."""
+"""Quotes paths on the command line for Hydra, and makes a relative ``data.root`` absolute."""
 
 import re
 from collections.abc import Collection, Sequence
@@ -20,14 +20,14 @@ _SWEEP = re.compile(r"(choice|glob|shuffle|sort|tag)\(")
 
 
 def quoted_paths(arguments: Sequence[str], also: Collection[str] = ()) -> list[str]:
-    """The arguments of a command with its paths quoted, in which Hydra would take ``=`` or ``(`` for grammar.
+    """The arguments of a command with its paths quoted, because Hydra would parse ``=`` or ``(`` in them.
 
-    ``~`` becomes the home directory, and a relative ``data.root`` absolute. What is quoted already stays the
-    text that it stands for. In a multirun commas part the values of a key, save those in the name of a file.
+    ``~`` becomes the home directory, and a relative ``data.root`` becomes absolute. Text that is already
+    quoted keeps its meaning. In a multirun, commas separate the values of a key, except within file names.
 
     Args:
-        arguments: As they were typed.
-        also: Keys of paths, beside those that all commands have.
+        arguments: The arguments as they were typed.
+        also: Keys of further paths, in addition to those that all commands have.
     """
     several = not {"-m", "--multirun", "hydra.mode=MULTIRUN"}.isdisjoint(arguments)
     found = []
@@ -43,14 +43,14 @@ def quoted_paths(arguments: Sequence[str], also: Collection[str] = ()) -> list[s
 
 
 def anchor(cfg: DictConfig, folder: str | Path) -> None:
-    """Make a relative ``data.root`` absolute: it lies below the folder where the command was given."""
+    """Make a relative ``data.root`` absolute; it is relative to the folder where the command was given."""
     root = OmegaConf.select(cfg, ROOT, throw_on_resolution_failure=False)
     if root is not None:
         OmegaConf.update(cfg, ROOT, str(Path(folder, Path(str(root)).expanduser())))
 
 
 def load_run(run_dir: Path) -> DictConfig:
-    """The configuration of a run; a relative ``data.root`` is the folder it was for the run, if it exists.
+    """The configuration of a run; a relative ``data.root`` is resolved as the run did, if it still exists.
 
     Raises:
         RecordError: It cannot be read.
@@ -65,7 +65,7 @@ def load_run(run_dir: Path) -> DictConfig:
 
 
 def _parted(text: str) -> list[str]:
-    """At its commas, save those in quotes and in the names of files that exist: a run's folder has some."""
+    """Split at commas, except in quotes and in names of existing files: a run's folder may have commas."""
     parts = re.findall(rf"(?:{_QUOTED}|[^,])+", text)
     found = []
     while parts:
@@ -80,7 +80,7 @@ def _quoted(key: str, text: str) -> str:
         try:
             text = str(OverridesParser.create().parse_override(f"{key}={text}").value())
         except HydraException:
-            return text  # for Hydra to say what is wrong with it
+            return text  # Hydra will say what is wrong with it
     if text.startswith("~"):
         text = str(Path(text).expanduser())
     if key.endswith(ROOT) and not text.startswith("${"):

@@ -1,4 +1,4 @@
-"""Thin Lightning callbacks: they decide when to measure, call curvature/ and theory/, and write records."""
+"""Measures a network in training: Lightning callbacks that call curvature/ and theory/ and write records."""
 
 from robustdyn.measure.alignment import Alignment
 from robustdyn.measure.callback import Measure, Measurement

@@ -7,7 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from robustdyn.curvature import alignment, covariance_jackknife, sign_flipped_covariances
-from robustdyn.measure.callback import Row
+from robustdyn.measure.callback import TableRow
 from robustdyn.measure.snapshot import Snapshot
 from robustdyn.measure.spectrum import stationary
 from robustdyn.theory import minibatch_noise_factor, stationary_covariance, total_correlation
@@ -32,8 +32,8 @@ class Alignment:
             raise ValueError(f"randomisations must be at least 2, got {randomisations}")
         self._groups, self._randomisations = groups, randomisations
 
-    def measure(self, snapshot: Snapshot) -> Iterator[Row]:
-        """The row."""
+    def measure(self, snapshot: Snapshot) -> Iterator[TableRow]:
+        """Yield one ``alignment`` row."""
         hessian, noise, projections = snapshot.hessian, snapshot.noise, snapshot.projected.projections
         groups = min(self._groups, len(projections))
         result = alignment(

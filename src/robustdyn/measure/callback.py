@@ -1,4 +1,4 @@
-"""The measuring callback: when, on which data, and what; the mathematics is in curvature/ and theory/."""
+"""The callback that measures during training: it decides when, on which examples, and what to measure."""
 
 import logging
 import time
@@ -20,21 +20,22 @@ from robustdyn.measure.snapshot import Eigenpairs, Snapshot
 from robustdyn.measure.when import EpochSpec, measured_epochs
 from robustdyn.methods import AdversarialTraining
 from robustdyn.models.modes import mode
+from robustdyn.models.sync_batchnorm import desynchronized
 from robustdyn.records import RunRecords
 
 _log = logging.getLogger(__name__)
 
-Row = tuple[str, Mapping[str, Any]]
+TableRow = tuple[str, Mapping[str, Any]]
 """(table, columns) of one record."""
 
 
 class Measurement(Protocol):
-    """What to measure."""
+    """A measurement, which turns a snapshot of the training into rows of the record."""
 
     tables: ClassVar[tuple[str, ...]]
     """The tables that its rows belong to."""
 
-    def measure(self, snapshot: Snapshot) -> Iterable[Row]:
+    def measure(self, snapshot: Snapshot) -> Iterable[TableRow]:
         """Rows for the record, computed from the snapshot alone."""
 
 
@@ -54,14 +55,14 @@ class Measure(Callback):
     so that a resumed run measures the same numbers.
 
     Args:
-        epochs: When; see ``robustdyn.measure.when.measured_epochs``.
+        epochs: When to measure; see ``robustdyn.measure.when.measured_epochs``.
         examples: Size of the measurement set, over all ranks.
-        second_attack: How many of them, or all, are attacked a second time, over all ranks.
+        second_attack: How many of these examples, or all, are attacked a second time, over all ranks.
         inputs: ``"adversarial"``, or ``"clean"`` for the loss of the unperturbed examples.
-        memory_mib: Memory of the passes on each rank: the chunk, and graphs kept for the next product.
-        precision: Of the products; see ``robustdyn.curvature.EmpiricalRisk``.
+        memory_mib: Memory on each rank for one pass and for the graphs that are kept for the next product.
+        precision: Precision of the products; see ``robustdyn.curvature.EmpiricalRisk``.
         eigenpairs: How leading eigenpairs are found.
-        measurements: What, by name, in this order.
+        measurements: The measurements by name, in the order in which they run.
         records: The run's record; only the first rank writes.
     """
 
@@ -141,6 +142,7 @@ class Measure(Callback):
             pl_module.execution.eager(),
             _first_rank_buffers(pl_module.model, trainer.world_size),
             mode(pl_module.model, training=False),  # the network as deployed: no dropout, running statistics
+            desynchronized(pl_module.model),  # which makes no difference in this mode
         ):
             began = time.perf_counter()
             try:
@@ -160,7 +162,7 @@ class Measure(Callback):
             seconds = time.perf_counter() - began
         if trainer.is_global_zero:
             self._records.extend("costs", list(_costs(snapshot, seconds)))
-        # half the bytes, and a start needs no more digits
+        # float32 takes half the memory, and a starting vector needs no more digits
         self._starts |= {
             name: pairs.warm_start.bfloat16().cpu()
             for name, pairs in snapshot.solved.items()
@@ -182,20 +184,20 @@ class Measure(Callback):
         def attacked(count: int, *draw: int) -> tuple[Tensor, Tensor]:
             subset = data.measurement_subset(count, module.seed)
             attack = module.evaluation_attack
-            # drawn for all examples, so that they do not depend on the number of ranks
+            # random starts are drawn for all examples, so that they do not depend on the number of ranks
             starts = attack.start(
                 subset.images,
                 streams.generator(module.seed, "measure-attack", *draw, device=module.device),
             )
-            precision = module.dtype  # of the weights, as Lightning gives training its images
+            precision = module.dtype  # the weights' own, to which Lightning also converts training images
             images, labels, starts = shard(
                 (subset.images.to(precision), subset.targets, starts.to(precision)),
                 trainer.global_rank,
                 trainer.world_size,
             )
             if self._inputs == "adversarial":
-                # in evaluation's batches, which fit in memory; here the attack runs in the weights' own
-                # precision, which takes up to twice the memory of an evaluation in half precision
+                # in batches of the evaluation's size, which fit in memory; the attack here runs in the
+                # weights' own precision and takes up to twice the memory of evaluation in half precision
                 size = -(-data.eval_batch_size // trainer.world_size)
                 batches = zip(*(t.split(size) for t in (images, labels, starts)), strict=True)
                 images = torch.cat([attack.climb(module.model, *batch) for batch in batches])
@@ -224,7 +226,7 @@ class Measure(Callback):
 
 
 def _observe(module: AdversarialTraining, table: str, row: Mapping[str, Any]) -> None:
-    """Show the learning-rate rule a row.
+    """Show a row to the learning-rate rule.
 
     Raises:
         ConfigError: The rule cannot follow it.
@@ -238,7 +240,7 @@ def _observe(module: AdversarialTraining, table: str, row: Mapping[str, Any]) ->
 
 
 def _costs(snapshot: Snapshot, seconds: float) -> Iterator[dict[str, Any]]:
-    """Rows of the ``costs`` table: each eigenproblem solved, and the whole."""
+    """Rows of the ``costs`` table: one for each eigenproblem solved, and one for the whole measurement."""
     when = {"epoch": snapshot.epoch, "step": snapshot.step}
     for name, pairs in snapshot.solved.items():
         yield {
@@ -254,7 +256,7 @@ def _costs(snapshot: Snapshot, seconds: float) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def _first_rank_buffers(model: nn.Module, world_size: int) -> Iterator[None]:
-    """Take the running statistics of rank 0: ranks may differ until DDP's next forward pass."""
+    """Use the running statistics of rank 0, because ranks may differ until DDP's next forward pass."""
     if world_size == 1:
         yield
         return

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from robustdyn.curvature import GradientCovariance, Hessian, SpectralDensity, spectral_density
-from robustdyn.measure.callback import Row
+from robustdyn.measure.callback import TableRow
 from robustdyn.measure.snapshot import Snapshot
 from robustdyn.methods import OptimizerState
 from robustdyn.records.schema import WHOLE_SPACE
@@ -37,7 +37,7 @@ class Density:
             raise ValueError(f"steps must be at least 4, for half of them give the trace too, got {steps}")
         self._probes, self._steps, self._noise_probes = probes, steps, noise_probes
 
-    def measure(self, snapshot: Snapshot) -> Iterator[Row]:
+    def measure(self, snapshot: Snapshot) -> Iterator[TableRow]:
         """The ``density`` rows of both kinds, then one ``whole_space`` row."""
         hessian, covariance = Hessian(snapshot.risk), GradientCovariance(snapshot.risk)
         plain = spectral_density(
@@ -93,13 +93,13 @@ class _Tracked:
         return z
 
     def trace_of(self, density: SpectralDensity, function: Callable[[Tensor], Tensor]) -> tuple[float, float]:
-        """As the density's own ``trace_of``, with the control variate."""
+        """The same as the density's own ``trace_of``, but with the control variate."""
         samples = density.masses * (density.weights * function(density.nodes)).sum(dim=1)
         samples -= (torch.stack(self._squares) - self._expected) @ function(self._eigenvalues)
         return float(samples.mean()), float(samples.std() / len(samples) ** 0.5)
 
 
-def _nodes(snapshot: Snapshot, kind: str, density: SpectralDensity, factor: float) -> Iterator[Row]:
+def _nodes(snapshot: Snapshot, kind: str, density: SpectralDensity, factor: float) -> Iterator[TableRow]:
     """A row for each node of each random vector."""
     masses = factor * density.masses[:, None] * density.weights
     for probe, length in enumerate(density.lengths.tolist()):
@@ -119,7 +119,7 @@ def _nodes(snapshot: Snapshot, kind: str, density: SpectralDensity, factor: floa
 
 
 def _of_hessian(density: SpectralDensity) -> dict[str, float]:
-    """Columns of ``whole_space`` on H alone."""
+    """The columns of ``whole_space`` that concern only H."""
     return {
         **_with_error("hessian_trace", density.trace_of(lambda values: values)),
         **_with_error("hessian_squared_norm", density.trace_of(torch.square)),
@@ -134,7 +134,7 @@ def _of_hessian(density: SpectralDensity) -> dict[str, float]:
 def _of_noise(
     density: SpectralDensity, tracked: _Tracked, factor: float, optimizer: OptimizerState
 ) -> dict[str, float | None]:
-    """Columns of ``whole_space`` on C, whose draws lack ``factor``; momentum SGD's null for others."""
+    """Columns of ``whole_space`` on C, whose draws lack ``factor``; some are null except for momentum SGD."""
     law_free = {
         **_with_error("noise_trace", tracked.trace_of(density, lambda v: torch.full_like(v, factor))),
         **_with_error("noise_share_nonpositive", density.cumulative(torch.zeros(1))),
@@ -185,7 +185,7 @@ def _resolution_at_zero(density: SpectralDensity) -> float:
 def _truncated(
     name: str, trace: Callable[[SpectralDensity], tuple[float, float]], density: SpectralDensity
 ) -> dict[str, float]:
-    """A trace that the number of steps matters to, its error, and its relative change from half the steps."""
+    """A trace that depends on the number of steps, its error, and its relative change with half the steps."""
     whole, error = trace(density)
     half, _ = trace(density.shortened(density.steps // 2))
     change = abs(half / whole - 1.0) if whole else float("nan")

@@ -27,7 +27,7 @@ class RecordEpochs(Callback):
         self._rate: float | None = None
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Make the record end where the checkpoint does, perhaps within an epoch."""
+        """Cut the record off where the checkpoint ends, perhaps within an epoch."""
         self._started = time.perf_counter()
         if trainer.is_global_zero:
             self._records.truncate(trainer.current_epoch, trainer.global_step)
@@ -71,9 +71,9 @@ class RecordEpochs(Callback):
             self._records.sync()
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Append the row and renew summary.json."""
+        """Append the row and update summary.json."""
         assert isinstance(pl_module, AdversarialTraining)
-        metrics = pl_module.epoch_metrics()  # reduces over ranks: every rank calls it
+        metrics = pl_module.epoch_metrics()  # reduces over ranks, so every rank must call it
         if not trainer.is_global_zero or pl_module.last_step is None:
             return
         row = dict.fromkeys(EPOCHS.required) | {  # null where this epoch was not evaluated

@@ -1,4 +1,4 @@
-"""The posterior at every epoch, from what a run recorded: its learning rates and its measured spectra."""
+"""Computes the posterior at every epoch from a run's recorded learning rates and measured spectra."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -88,14 +88,14 @@ class _Sampling:
     examples: int
     batch_size: int
     sizes: Array  # (N,)
-    ends: NDArray[np.int_]  # of the epochs
+    ends: NDArray[np.int_]  # steps after which the epochs end
 
     @classmethod
     def of(cls, bounds: pd.DataFrame, ends: NDArray[np.int_]) -> "_Sampling":
         n, size = (int(bounds[name].iloc[-1]) for name in ("train_examples", "batch_size"))
         sizes = np.full(ends[-1], float(size))
         steps = np.diff(ends, prepend=0)
-        # what the batches before the last one of an epoch leave
+        # the size of the last batch is what the others leave of an epoch
         sizes[ends - 1] = np.clip(n - (steps - 1) * size, 1, size)
         return cls(examples=n, batch_size=size, sizes=sizes, ends=ends)
 
@@ -161,7 +161,7 @@ class _Direction:
         return result[0], result[1]
 
     def _settled(self, step: int) -> Array:
-        """The stationary covariance (1, 2, 2) of (x, v) at a step, of independent batches."""
+        """The stationary covariance (1, 2, 2) of (x, v) at a step, for independent batches."""
         return stationary_state_covariance(
             self.eigenvalue[[step]],
             self.noise[[step]],
@@ -175,7 +175,7 @@ class _Direction:
         drawn, now = self.sampling, slice(first, last)
         factor = minibatch_noise_factor(drawn.examples, drawn.batch_size, replacement=False)
         attack = self.attack_share[now] * self.noise[now]
-        # a batch of everything has no noise of the examples
+        # a batch of all examples has no sampling noise
         examples = (self.noise[now] - attack) / factor if factor > 0 else np.zeros(last - first)
         return shuffled_variance(
             self.eigenvalue[now],
@@ -217,7 +217,7 @@ class RecordPosterior(Callback):
         self._interpolation = interpolation
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Write the whole table again."""
+        """Replace the whole table."""
         assert isinstance(pl_module, AdversarialTraining)
         if not trainer.is_global_zero or pl_module.last_step is None or not pl_module.last_step.plain:
             return

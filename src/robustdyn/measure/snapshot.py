@@ -1,4 +1,4 @@
-"""What a measurement sees of a run: its loss on fixed adversarial examples and the optimiser's state.
+"""The state of a run that measurements see: the loss on fixed adversarial examples, and the optimiser.
 
 Results that several measurements need are computed once, when the first of them requests them.
 """
@@ -168,7 +168,7 @@ class Snapshot:
         apart = curved_again - curved
 
         def error(differences: Array, values: Array) -> Array:
-            """Of double sampling: s differences, and the values among m."""
+            """Standard error under double sampling, from s differences and m values."""
             spread, whole = (v.var(axis=0, ddof=1) for v in (differences, values))
             return np.asarray(np.sqrt(spread / s + (whole - spread).clip(min=0.0) / m))
 
@@ -188,7 +188,7 @@ class Snapshot:
 
 
 def _first(risk: EmpiricalRisk, count: int) -> EmpiricalRisk:
-    """Over the first ``count`` examples of all processes."""
+    """The risk over the first ``count`` examples of all processes."""
     own = slice(max(0, count - risk.shards.own.start))
     return risk.over(risk.inputs[own], risk.targets[own])
 

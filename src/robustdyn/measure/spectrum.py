@@ -6,7 +6,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from robustdyn.measure.callback import Row
+from robustdyn.measure.callback import TableRow
 from robustdyn.measure.snapshot import Snapshot
 from robustdyn.theory import dominant_terms, is_stable, minibatch_noise_factor, stationary_variance
 
@@ -24,7 +24,7 @@ class Spectrum:
 
     tables: ClassVar[tuple[str, ...]] = ("spectrum", "bounds")
 
-    def measure(self, snapshot: Snapshot) -> Iterator[Row]:
+    def measure(self, snapshot: Snapshot) -> Iterator[TableRow]:
         """First k ``spectrum`` rows, then one ``bounds`` row."""
         hessian, noise = snapshot.hessian, snapshot.noise
         along, n, size = snapshot.along, snapshot.train_examples, snapshot.batch_size
@@ -48,7 +48,7 @@ class Spectrum:
                     "curvature": along.curvature[index],
                     "curvature_se": along.curvature_standard_errors[index],
                     "gradient_noise": gamma[index],
-                    # as if all of it came from the attack, which is too much by at most B / n of it
+                    # as if all noise came from the attack, which overstates it by a share of at most B / n
                     "gradient_noise_se": along.variance_standard_errors[index] / size,
                     "attack_noise": attack[index],
                     "noise_eigenvalue": own * float(noise.eigenvalues[index]),

@@ -1,4 +1,4 @@
-"""Where each epoch's time went: the run's ``timing`` table; and where a step's goes: traces of a few."""
+"""Records how each epoch's time was spent (the ``timing`` table), and profiles single training steps."""
 
 import time
 from typing import Any
@@ -15,11 +15,11 @@ from robustdyn.records.schema import TIMED
 class RecordTiming(Callback):
     """One row per epoch: images per second, and the shares of attack, step, data, evaluation and measurement.
 
-    Place it after the measuring callback, whose time belongs in the row. On a GPU the shares are of the GPU's
-    time; the host waits for it once, at the end of the epoch.
+    Place it after the measuring callback, whose time belongs in the row. On a GPU the shares are those of the
+    GPU's time, for which the host waits once, at the end of the epoch.
 
     Args:
-        records: The run's record; only the first rank writes, its own times.
+        records: The run's record; only the first rank writes, and it writes its own times.
     """
 
     def __init__(self, records: RunRecords) -> None:
@@ -28,7 +28,7 @@ class RecordTiming(Callback):
         self._images = 0
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Start: a run that resumes within an epoch times what is left of it, and no epoch starts."""
+        """Reset the times here too: a run that resumes within an epoch times the rest of it."""
         self._start(pl_module)
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -44,7 +44,7 @@ class RecordTiming(Callback):
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """The batch is there: what follows is the step."""
+        """From here on, the time counts as the step's."""
         _module(pl_module).stopwatch.stop("data")
         _module(pl_module).stopwatch.start("step")
 
@@ -56,7 +56,7 @@ class RecordTiming(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """What follows belongs to the next batch, unless it was the last."""
+        """From here on, the time counts as making the next batch, unless this batch was the last."""
         _module(pl_module).stopwatch.stop("step")
         # counted, because an epoch may be cut short; the ranks' parts differ by at most one image
         self._images += len(batch.images) * trainer.world_size

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 from robustdyn.curvature import layer_traces
-from robustdyn.measure.callback import Row
+from robustdyn.measure.callback import TableRow
 from robustdyn.measure.snapshot import Snapshot
 from robustdyn.theory import weight_curvature_index
 
@@ -14,8 +14,9 @@ class WeightCurvature:
     """Rows of the ``wci`` and ``layers`` tables (docs/theory.md, section on the Weight-Curvature Index).
 
     Args:
-        probes: Random probes where the traces are sampled.
-        exact_classes_up_to: Classes up to which the Gauss–Newton route is exact (one reverse pass a class).
+        probes: Random probes, if the traces are sampled.
+        exact_classes_up_to: With at most so many classes the Gauss–Newton traces are exact, at the cost of
+            one reverse pass per class.
     """
 
     tables: ClassVar[tuple[str, ...]] = ("wci", "layers")
@@ -24,7 +25,7 @@ class WeightCurvature:
         self._probes = probes
         self._exact_classes_up_to = exact_classes_up_to
 
-    def measure(self, snapshot: Snapshot) -> Iterator[Row]:
+    def measure(self, snapshot: Snapshot) -> Iterator[TableRow]:
         """One ``wci`` row, then one ``layers`` row per convolution kernel or linear weight."""
         started = time.perf_counter()
         traces = layer_traces(

@@ -1,4 +1,4 @@
-"""At which epochs to measure."""
+"""Parses the setting that says after which epochs to measure."""
 
 import re
 from collections.abc import Sequence
@@ -24,10 +24,10 @@ def measured_epochs(
     of each decay; ``last`` is the last epoch of the run; a list is the union of its items.
 
     Args:
-        spec: As in ``measure.epochs``.
+        spec: The setting, in the syntax of ``measure.epochs``.
         max_epochs: Length of the run.
         decay_epochs: First epochs with a lower rate.
-        key: Of the spec, for errors.
+        key: The setting's key, for error messages.
         always_last: Whether the last epoch is always included, unless the spec is empty.
 
     Raises:

@@ -20,7 +20,7 @@ from robustdyn.data import Part, TensorBatches
 from robustdyn.errors import CheckpointError, ConfigError
 from robustdyn.methods.execution import Execution, keep_layout
 from robustdyn.methods.metrics import RobustMetrics
-from robustdyn.methods.objectives import Objective, Outcome
+from robustdyn.methods.objectives import Objective, StepLoss
 from robustdyn.methods.perturbations import WeightPerturbation
 from robustdyn.methods.regularizer import Regularizer
 from robustdyn.methods.schedules import Schedule
@@ -32,7 +32,7 @@ OptimizerFactory = Callable[[Iterable[Any]], torch.optim.Optimizer]
 """From parameter groups to an optimiser."""
 
 
-class Batch(Protocol):
+class LoaderBatch(Protocol):
     """What a training or evaluation loader yields."""
 
     images: Tensor  # (B, C, H, W) in [0, 1]
@@ -206,13 +206,13 @@ class AdversarialTraining(lightning.LightningModule):
         ):
             group["lr"] = base * rule(scheduler.last_epoch)
 
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: LoaderBatch, batch_idx: int) -> None:
         """Seed what draws from the global generators, such as dropout, by seed, step, rank and its batch."""
         number = batch_idx % self.trainer.accumulate_grad_batches
         counters = (self.global_step, self.global_rank, *([number] if number else []))
         streams.seed_global(self.seed, "global", *counters)
 
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_end(self, outputs: Any, batch: LoaderBatch, batch_idx: int) -> None:
         """At an epoch's end all ranks take the first one's statistics: one network is measured."""
         if self.trainer.world_size > 1 and self.trainer.is_last_batch:
             share_buffers(self.model)
@@ -222,7 +222,7 @@ class AdversarialTraining(lightning.LightningModule):
         if self.trainer.world_size > 1:
             share_buffers(self.model)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: LoaderBatch, batch_idx: int) -> Tensor:
         """Attack, perturb the weights, and return the objective there; add to the clean metrics.
 
         The epoch's training metrics are taken at the unperturbed weights, with any perturbation.
@@ -278,7 +278,7 @@ class AdversarialTraining(lightning.LightningModule):
         if self.perturbation is not None:
             self.perturbation.restore()
 
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def validation_step(self, batch: LoaderBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Clean and robust loss and error of one evaluation batch."""
         split = self.evaluation_splits[dataloader_idx]
         loaders = self.trainer.val_dataloaders
@@ -351,7 +351,7 @@ class AdversarialTraining(lightning.LightningModule):
         batches = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
         return batches if math.isinf(batches) else math.ceil(batches)
 
-    def _part(self, loader: Any, number: int, batch: Batch, attack: PGD) -> Part:
+    def _part(self, loader: Any, number: int, batch: LoaderBatch, attack: PGD) -> Part:
         """Which part of batch ``number`` this rank has; all of it if there is only one rank.
 
         Raises:
@@ -395,7 +395,7 @@ class AdversarialTraining(lightning.LightningModule):
         start = attack.start(whole, generator)[part.places]
         return attack.climb(self.model, batch.images, batch.targets, start, loss)
 
-    def _outcome(self, batch: _Examples, adversarial: Tensor) -> Outcome:
+    def _outcome(self, batch: _Examples, adversarial: Tensor) -> StepLoss:
         return self.objective(self.model, batch.images, adversarial, batch.targets)
 
     def _update(self, split: str, batch: _Examples, robust_logits: Tensor | None) -> None:

@@ -1,7 +1,7 @@
-"""A run's append-only record, and how many runs become one table.
+"""Writes the record of a run, line by line, and reads the records of many runs back as one table.
 
-``schema`` is the vocabulary (every table and column, once), ``writer`` writes a run's rows, ``reader`` reads
-them back and finds runs, ``labels`` says what tells runs apart.
+``schema`` declares every table and column once, ``writer`` writes a run's rows, ``reader`` reads them back
+and finds runs, and ``labels`` names runs by the settings in which they differ.
 """
 
 from robustdyn.records.reader import Run, combine, find_runs, read_table

@@ -1,4 +1,4 @@
-"""Commands as text: what is printed runs when it is pasted into a shell, from any folder."""
+"""Builds command lines to show to the user, which can be pasted into a shell in any folder."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from pathlib import Path
 
 
 def command(program: str, *arguments: str) -> str:
-    """One line for a shell. Arguments that name a place come from ``at``."""
+    """One line for a shell. Arguments that are paths come from ``at``."""
     return shlex.join([program, *arguments])
 
 
 def at(key: str, path: Path) -> str:
-    """``key=path`` with the absolute path, as our commands read it."""
+    """``key=path`` with the absolute path, in the form that our commands accept."""
     text = str(path.absolute())
-    # without quotes of Hydra's grammar where none are needed: the commands add them to paths
+    # quoted for Hydra only if it contains an interpolation: the commands quote paths themselves
     return f"{key}={hydra_quoted(text) if '${' in text else text}"
 
 
 def hydra_quoted(text: str) -> str:
-    """A text in the grammar of Hydra's overrides that stands for just itself."""
-    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # no interpolation
+    """A text quoted for Hydra's overrides, so that it is taken literally."""
+    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # escape interpolations
     return quoted(text)
 
 
 def quoted(text: str) -> str:
-    """A text in the grammar of Hydra's overrides; interpolations in it count."""
+    """A text quoted for Hydra's overrides; interpolations in it are still resolved."""
     return "'" + re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), text) + "'"

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and directories that one process at a time writes to."""
+"""Replaces files atomically, and locks a directory so that only one process at a time writes to it."""
 
 import hashlib
 import json
@@ -18,16 +18,16 @@ _OWNER = ".lock.owner"
 
 @contextmanager
 def sole_process(directory: Path, remedy: str) -> Iterator[None]:
-    """Inside, no other process may enter for the same directory, which is made if absent.
+    """Lock a directory for this process; the directory is made if absent.
 
-    The lock is the operating system's, so it goes when the process goes, however it ends.
+    The lock is the operating system's, which releases it when the process ends in whatever way.
 
     Args:
-        directory: Whose.
-        remedy: What the user may do if somebody else is inside, for the message.
+        directory: The directory to lock.
+        remedy: What the user can do if another process holds the lock, for the message.
 
     Raises:
-        RecordError: Another process, which the message names, is inside, or the directory cannot be written.
+        RecordError: Another process, named in the message, holds the lock, or the directory is not writable.
     """
     lock, owner = FileLock(directory / ".lock"), directory / _OWNER
     try:
@@ -48,10 +48,10 @@ def sole_process(directory: Path, remedy: str) -> Iterator[None]:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write ``content`` to ``path`` in one atomic step, on the disk before it counts.
+    """Replace a file atomically; the new content is on the disk before it takes the old one's place.
 
     Raises:
-        OSError: It cannot be written; what was there is unharmed, and nothing is left beside it.
+        OSError: It cannot be written; the old file is unharmed, and no temporary file is left behind.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -66,7 +66,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def read_object(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file; None if there is none that can be read."""
+    """The object in a JSON file; None if the file is missing or holds no readable object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -75,6 +75,6 @@ def read_object(path: Path) -> dict[str, Any] | None:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal digits: what tells a checkpoint from others."""
+    """SHA-256 of a file's content in hexadecimal digits, which identifies a checkpoint."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,8 +1,8 @@
-"""What tells runs apart: the few settings that differ, under the keys that one types.
+"""Labels runs by the few settings in which they differ, with the keys used on the command line.
 
 Labels come from the composed configurations alone. Settings that only follow from another one (everything
-that ``method=awp`` implies) are left out, unless somebody typed them on the command line; where files go and
-which job ran them never counts.
+that ``method=awp`` implies) are left out, unless somebody typed them on the command line. Settings that say
+where files go or which job ran are always left out.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Setup:
     Attributes:
         path: The run directory.
         config: The composed configuration as a plain dict.
-        overrides: What was typed on the command line, as Hydra recorded it.
-        choices: The option picked in each config group (``{"method": "awp"}``), as far as recorded.
+        overrides: The arguments typed on the command line, as Hydra recorded them.
+        choices: The option chosen in each config group (``{"method": "awp"}``), as far as recorded.
         derived: Dotted keys whose value follows from another key's (``data.seed: ${seed}``).
     """
 
@@ -64,7 +64,7 @@ def format_value(value: object) -> str:
 
 
 def differences(setups: Sequence[Setup]) -> dict[str, list[object]]:
-    """Every leaf of the configurations that is not the same in all runs, save those that follow from another.
+    """The leaves of the configurations that differ between runs, except those that follow from another key.
 
     Returns:
         Dotted key -> its value in each run (``None`` where a run has no such key).
@@ -76,20 +76,20 @@ def differences(setups: Sequence[Setup]) -> dict[str, list[object]]:
 
 
 def changes(old: Mapping[str, object], new: Mapping[str, object]) -> str:
-    """``eps=0.1 (now 0.2), seed=0 (now 1)``: the settings that are not what they were."""
+    """The settings that changed, as in ``eps=0.1 (now 0.2), seed=0 (now 1)``."""
     keys = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
     return ", ".join(change(key, old.get(key), new.get(key)) for key in keys)
 
 
 def change(key: str, old: object, new: object, *, longest: int = 40) -> str:
-    """``eps=0.1 (now 0.2)``, with at most so many characters of each value."""
+    """One change as in ``eps=0.1 (now 0.2)``, with at most ``longest`` characters of each value."""
     texts = [value if isinstance(value, str) else json.dumps(value) for value in (old, new)]
     before, now = (text if len(text) <= longest else f"{text[: longest - 3]}..." for text in texts)
     return f"{key}={before} (now {now})"
 
 
 def distinguishing(setups: Sequence[Setup]) -> dict[str, list[object]]:
-    """The settings that tell the runs apart: typed ones and seeds first, then what these do not imply.
+    """The settings that tell the runs apart: typed ones and seeds, then others that these do not imply.
 
     Returns:
         Setting (a config group or a dotted key) -> its value in each run (``None`` where absent).
@@ -120,8 +120,8 @@ def labels(setups: Sequence[Setup], without: Iterable[str] = ()) -> list[str]:
         without: Settings to leave out (the seed, for the label of a group of runs).
 
     Returns:
-        Labels in the runs' order. Runs that no setting tells apart carry their directory, and a single run is
-        called after its directory, unless ``without`` is given.
+        Labels in the runs' order. Runs with equal settings also get the name of their directory, and a single
+        run is named after its directory, unless ``without`` is given.
     """
     dropped = set(without)
     facts = {key: values for key, values in distinguishing(setups).items() if key not in dropped}
@@ -136,13 +136,13 @@ def labels(setups: Sequence[Setup], without: Iterable[str] = ()) -> list[str]:
 
 
 def _text(facts: Mapping[str, object]) -> str:
-    """``key=value`` pairs; a setting the run does not have is left out, unless nothing else would be said."""
+    """``key=value`` pairs; settings that the run does not have are left out, unless it has none of them."""
     said = {key: value for key, value in facts.items() if value is not None} or facts
     return " ".join(f"{key}={format_value(value)}" for key, value in said.items())
 
 
 def _choices(setup: Setup) -> dict[str, object]:
-    """The option picked in each group: as Hydra recorded it, else the section's ``name`` or class."""
+    """The option chosen in each group: as Hydra recorded it, otherwise the section's ``name`` or class."""
     picked: dict[str, object] = {}
     for key, value in setup.config.items():
         if isinstance(value, Mapping):
@@ -168,7 +168,7 @@ def _implied(values: Sequence[object], selected: Sequence[Sequence[object]]) -> 
 
 
 def _ignored(key: str) -> bool:
-    """Whether a key only says where things lie or which job ran."""
+    """Whether a key only says where files are or which job ran."""
     return key.partition(".")[0] in _IGNORED_SECTIONS or _IGNORED_LEAVES.search(key) is not None
 
 

@@ -1,4 +1,4 @@
-"""The line format of a record file, shared by the writer (when a run resumes) and the reader."""
+"""Parses the JSON lines of a record file, for the reader and for the writer of a resumed run."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import Any
 from robustdyn.errors import RecordError
 
 LONGEST = 1 << 20
-"""Bytes of a line: a row has some hundred."""
+"""Most bytes in a line; a row usually has a few hundred."""
 LAST_EPOCH = 10**9
 REMEDY = "remove the line, or restore the file from a copy"
 
 
 def decode(line: bytes, *, epochs: bool = True) -> dict[str, Any] | None:
-    """The row in one line, or ``None`` when the line is broken; NaN and infinities are null.
+    """The row in one line, or ``None`` if the line is broken; NaN and infinities become null.
 
-    A line cut short never decodes: the closing brace is its last character. With ``epochs`` a row without an
-    epoch is broken, too; an evaluation's tables have none.
+    A truncated line never decodes, because the closing brace is its last character. With ``epochs`` a row
+    without an epoch also counts as broken; the tables of an evaluation have no epochs.
     """
     try:
         row = json.loads(line, parse_constant=lambda name: None)
@@ -35,18 +35,18 @@ def decode(line: bytes, *, epochs: bool = True) -> dict[str, Any] | None:
 def parse_lines(
     path: Path, *, warn: bool = True, epochs: bool = True, remedy: str = REMEDY
 ) -> list[dict[str, Any]]:
-    """All rows of a record file, in order; none where there is no file.
+    """All rows of a record file, in order; none if there is no file.
 
-    A broken last line (the process was killed while writing it) is left out, with a warning if ``warn``.
+    A broken last line (the process was killed while writing it) is left out.
 
     Args:
         path: The file.
-        warn: Whether to warn.
+        warn: Whether to warn of a broken last line.
         epochs: Whether every row must have an epoch.
-        remedy: What the user may do about a broken line, for the message.
+        remedy: What the user can do about a broken line, for the message.
 
     Raises:
-        RecordError: The file cannot be read, or a line before the last is broken, or one is too long.
+        RecordError: The file cannot be read, a line before the last is broken, or a line is too long.
     """
     rows: list[dict[str, Any]] = []
     broken: int | None = None
@@ -75,5 +75,5 @@ def parse_lines(
 
 @functools.cache
 def warn_once(text: str) -> None:
-    """Warn of a file once, however often it is read."""
+    """Give a warning only the first time, however often a file is read."""
     warnings.warn(text, stacklevel=2)

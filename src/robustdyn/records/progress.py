@@ -1,10 +1,9 @@
-"""Where runs stand: done, failed, unfinished, or missing from a sweep.
+"""Records and reads the status of runs: done, failed, unfinished, or missing from a sweep.
 
-A run is *done* when its ``status.json`` says so, which is written when the run's work has returned without
-an error: at ``trainer.max_epochs``, or before it when early stopping ended the run. Nothing else makes a run
-done that has a status. The file is replaced in one atomic step at the start of a run and at its end; a killed
-or interrupted run leaves the start's ``running`` behind and is *unfinished*. Directories without a status, of
-older versions, are done when they hold as many epochs as were planned.
+``status.json`` is replaced atomically when a run starts (``running``) and when it ends. A run is *done* if
+its work returned without an error, either after ``trainer.max_epochs`` or earlier through early stopping. A
+killed or interrupted run leaves ``running`` behind and is *unfinished*. Older versions wrote no status: their
+runs are done when the record has as many epochs as were planned.
 """
 
 from __future__ import annotations
@@ -28,23 +27,23 @@ from robustdyn.records.reader import Run, read_table
 from robustdyn.records.run_directory import RunDirectory
 from robustdyn.records.writer import _replace
 
-LONGEST_NAME = 100  # bytes of a folder's name that people read; file systems take 255
-LONGEST_ERROR = 400  # characters of an error that no one wrote for the user
+LONGEST_NAME = 100  # bytes in the readable part of a folder's name; file systems allow 255
+LONGEST_ERROR = 400  # characters of an error that was not written for the user
 
-State = Literal["done", "failed", "unfinished", "missing"]
-STATES: tuple[State, ...] = ("done", "failed", "unfinished", "missing")
+StateName = Literal["done", "failed", "unfinished", "missing"]
+STATES: tuple[StateName, ...] = ("done", "failed", "unfinished", "missing")
 
 
 class RunStatus:
     """Keeps ``status.json`` of a run directory while the run's work is done inside it.
 
-    ``with RunStatus(run_dir, settings): ...`` says ``running``, then ``done``; after an exception ``failed``
-    with one line of it; the traceback of what is no ``UserError`` is in ``error.txt``. What is no
-    ``Exception`` (Ctrl-C, a signal that ends the process) leaves ``running``: the run is to go on.
+    ``with RunStatus(run_dir, settings): ...`` writes ``running``, then ``done``, or ``failed`` with the error
+    in one line after an exception. The traceback of any exception but a ``UserError`` goes to ``error.txt``.
+    Ctrl-C, or a signal that ends the process, leaves ``running``: the run can be resumed.
 
     Args:
         run_dir: The run directory; made if absent.
-        settings: The resolved configuration, to tell later whether it was this run that is done.
+        settings: The resolved configuration, with which ``is_done`` compares.
     """
 
     def __init__(self, run_dir: str | os.PathLike[str], settings: Mapping[str, Any]) -> None:
@@ -53,15 +52,15 @@ class RunStatus:
         self._alone = ExitStack()
 
     def __enter__(self) -> RunStatus:
-        """Say that the run is running; no other process may be inside for the same directory.
+        """Lock the directory and write that the run is running.
 
         Raises:
-            RecordError: Another process is, or the directory cannot be written.
+            RecordError: Another process runs in the directory, or it cannot be written.
         """
         self._alone.enter_context(sole_process(self._run.path, "choose another hydra.run.dir"))
         self._run.traceback.unlink(missing_ok=True)
         for folder in (self._run.path, self._run.records, self._run.checkpoints):
-            for left in folder.glob(".*.tmp"):  # of a process that was killed while writing
+            for left in folder.glob(".*.tmp"):  # from a process that was killed while writing
                 left.unlink(missing_ok=True)
         self._write("running")
         return self
@@ -69,7 +68,7 @@ class RunStatus:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Say how it ended."""
+        """Write how the run ended."""
         with self._alone:
             self._end(error)
 
@@ -79,17 +78,14 @@ class RunStatus:
         elif isinstance(error, Exception):
             try:
                 self._write("failed", one_line(error))
-                if not isinstance(error, UserError):  # whose line says all there is to know
+                if not isinstance(error, UserError):  # the message of a UserError says everything
                     text = "".join(traceback.format_exception(error))
                     self._run.traceback.write_text(text, encoding="utf-8")
-            except (
-                OSError,
-                RecordError,
-            ):  # a full disk, most likely what ended the run: its error is to tell
-                return
+            except (OSError, RecordError):
+                return  # probably a full disk, which also ended the run: that error is the one to report
 
     def done(self) -> None:
-        """Say that all of the run's work is done."""
+        """Write that all of the run's work is done."""
         self._write("done")
 
     def _write(self, state: str, error: str | None = None) -> None:
@@ -98,25 +94,25 @@ class RunStatus:
 
 
 def mark_done(run_dir: str | os.PathLike[str]) -> None:
-    """Say that a run's work is done, before ``RunStatus`` does: for a report that it writes itself."""
+    """Write that a run is done before ``RunStatus`` does, so that the run's own report shows it as done."""
     status = RunDirectory(run_dir).read_status()
     if status is not None:
         RunStatus(run_dir, status.get("settings") or {}).done()
 
 
 def is_done(run_dir: str | os.PathLike[str], settings: Mapping[str, Any]) -> bool:
-    """Whether the run in ``run_dir`` is done, and was of these settings (save where files go)."""
+    """Whether the run in ``run_dir`` is done and had these settings, apart from where files go."""
     status = RunDirectory(run_dir).read_status()
     if status is None or status.get("state") != "done" or not status.get("settings"):
         return False
-    # as the file gives them back: without what JSON has no word for
+    # as they come back from the file, where JSON cannot hold every type
     now = json.loads(json.dumps(settings, default=str))
     setups = [Setup(Path(run_dir), config, (), {}, frozenset()) for config in (status["settings"], now)]
     return not differences(setups)
 
 
 def one_line(error: BaseException) -> str:
-    """An error as one line: as it is if it was written for the user, else with its class."""
+    """An error as one line; its class is added unless the message was written for the user."""
     text = " ".join(str(error).split())
     if isinstance(error, UserError):
         return text
@@ -126,12 +122,12 @@ def one_line(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a sweep was asked for.
+    """The runs that a sweep was asked for.
 
     Attributes:
         jobs: The overrides of each run.
         swept: The keys that were given several values.
-        without: Keys and sections that tell no runs apart: they say where things lie.
+        without: Keys and sections that do not distinguish runs, because they only say where files go.
     """
 
     jobs: tuple[tuple[str, ...], ...]
@@ -141,20 +137,20 @@ class Plan:
 
 @dataclass(frozen=True)
 class RunState:
-    """Where one run stands.
+    """The state of one run.
 
     Attributes:
         name: The overrides that tell it from the others, or its label.
-        state: See the module.
+        state: As described at the top of the module.
         epochs: Epochs finished.
         planned: Epochs asked for; None if its configuration does not say.
-        error: Of a failed run, in one line.
+        error: The error of a failed run, in one line.
         path: Its directory; None if it is missing.
-        asked: Whether the sweep's last start asked for it.
+        asked: Whether the last command that started the sweep asked for it.
     """
 
     name: str
-    state: State
+    state: StateName
     epochs: int = 0
     planned: int | None = None
     error: str | None = None
@@ -163,7 +159,7 @@ class RunState:
 
     @property
     def remark(self) -> str:
-        """What there is to say about it: the error, or how far it has come."""
+        """A remark for people: the error, or how many epochs are finished."""
         if self.state == "failed":
             return self.error or "no error was recorded"
         if self.state == "missing":
@@ -182,21 +178,21 @@ class RunState:
 
 
 def identity(overrides: Sequence[str], without: Sequence[str]) -> tuple[str, ...]:
-    """What makes a run of a sweep this one: its overrides in any order, save those ``without`` names."""
+    """Identifies a run of a sweep: its overrides in sorted order, except those that ``without`` names."""
     return tuple(sorted(text for text in overrides if not is_of(text, without)))
 
 
 def folder_name(overrides: Sequence[str], without: Sequence[str], swept: Sequence[str]) -> str:
-    """A run's folder in its sweep, from what it was asked for alone.
+    """The name of a run's folder in its sweep, which follows from the run's overrides alone.
 
-    It does not depend on the order of the overrides, on the other runs or on how many there are, so that a
-    sweep that is started again, or with more seeds, finds the runs it has. Two different requests never share
-    a name: where not all can be said, eight digits of a hash of all follow.
+    It does not depend on the order of the overrides or on the other runs, so that a sweep that is started
+    again, or with more seeds, finds the runs that it has. Different overrides never share a name: if they are
+    too long for one, eight digits of their hash are added.
 
     Args:
-        overrides: Of the run.
-        without: Keys and sections that tell no runs apart.
-        swept: Keys to say where there is no room for all.
+        overrides: The run's overrides.
+        without: Keys and sections that do not distinguish runs.
+        swept: Keys to keep in the name if it cannot hold all of them.
     """
     kept = identity(overrides, without)
     full = ",".join(kept)
@@ -208,7 +204,7 @@ def folder_name(overrides: Sequence[str], without: Sequence[str], swept: Sequenc
 
 
 def run_states(runs: Sequence[Run], plan: Plan | None = None) -> list[RunState]:
-    """Where the runs stand: those of the plan in its order, then all others.
+    """The states of the runs: those of the plan in its order, then all others.
 
     Raises:
         RecordError: A record is broken.
@@ -231,7 +227,7 @@ def run_states(runs: Sequence[Run], plan: Plan | None = None) -> list[RunState]:
 
 
 def count(states: Sequence[RunState]) -> str:
-    """``22 done, 2 failed``."""
+    """The number of runs in each state, as in ``22 done, 2 failed``."""
     numbers = Counter(state.state for state in states)
     return ", ".join(f"{numbers[state]} {state}" for state in STATES if numbers[state])
 
@@ -244,7 +240,7 @@ def _state(run: Run, name: str, *, asked: bool = True) -> RunState:
         planned = None
     status = RunDirectory(run.path).read_status()
     error = None
-    state: State = "unfinished"
+    state: StateName = "unfinished"
     if status is not None:
         if status.get("state") in ("done", "failed"):
             state = status["state"]
@@ -255,6 +251,6 @@ def _state(run: Run, name: str, *, asked: bool = True) -> RunState:
 
 
 def is_of(text: str, keys: Sequence[str]) -> bool:
-    """Whether an override is of one of these keys or sections."""
+    """Whether an override sets one of these keys, or a key in one of these sections."""
     name = text.lstrip("+~").partition("=")[0].partition("@")[0]
     return any(name == key or name.startswith((f"{key}.", f"{key}/")) for key in keys)

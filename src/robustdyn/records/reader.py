@@ -1,4 +1,4 @@
-"""Find runs and read their records as data frames."""
+"""Finds runs and reads their records as data frames."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from robustdyn.records.labels import SEED, Setup, distinguishing, format_value, 
 from robustdyn.records.lines import parse_lines, warn_once
 from robustdyn.records.run_directory import CONFIG, RunDirectory
 
-LARGEST = 2**53  # whole numbers up to here are exact as float64
+LARGEST_INTEGER = 2**53  # up to here, float64 represents every whole number
 ALL_SEEDS = "all seeds"
 
 
 @dataclass(frozen=True)
 class Run(Setup):
-    """One run directory, and what it is called among its peers.
+    """One run directory, with labels that tell it from the runs it is compared with.
 
     Attributes:
-        label: What tells the run from its peers (``method=awp seed=0``); the directory's name for a single
-        run. group: The label without the seed: runs of one group are repetitions of one another.
+        label: Tells the run from its peers (``method=awp seed=0``); for a single run the directory's name.
+        group: The label without the seed: runs of one group are repetitions of one another.
     """
 
     label: str
@@ -43,9 +43,10 @@ def read_table(run_dir: str | os.PathLike[str], table: str) -> pd.DataFrame:
         table: Name of a table of ``records.schema``.
 
     Returns:
-        One row per record in the order written, all columns of the schema in its order (null where not
-        recorded, NaN or infinite), then any column the schema does not know. Without a file, no rows. Of rows
-        written twice the last counts, with a warning; a half-written last line is left out, with a warning.
+        One row per record in the order written, with all columns of the schema in its order (null where not
+        recorded, NaN or infinite), then any column the schema does not know. No rows if there is no file. If
+        a row was written twice, the last one counts, with a warning. A half-written last line is left out,
+        with a warning.
 
     Raises:
         RecordError: A line other than the last is broken; the message names file and line.
@@ -65,14 +66,11 @@ def read_table(run_dir: str | os.PathLike[str], table: str) -> pd.DataFrame:
 
 
 def find_runs(paths: Iterable[str | os.PathLike[str]] | str | os.PathLike[str]) -> list[Run]:
-    """All runs at or below the given paths, in natural order of their paths, labelled by what differs.
+    """All runs in the given paths, each once, in natural order of their paths and labelled by what differs.
 
     Args:
-        paths: Run directories, or folders (a sweep's, say) to search. A run directory holds
-            ``.hydra/config.yaml``; nothing below it is searched.
-
-    Returns:
-        The runs, each once.
+        paths: Run directories, or folders to search, such as a sweep's. A run directory is one that holds
+            ``.hydra/config.yaml``; it is not searched for others.
 
     Raises:
         RecordError: A path does not exist or has no run in it, or a configuration cannot be read.
@@ -91,11 +89,11 @@ def find_runs(paths: Iterable[str | os.PathLike[str]] | str | os.PathLike[str]) 
             resolved = directory.resolve()
             if resolved not in found:
                 found[resolved] = RunDirectory(directory).setup()
-    return label(list(found.values()))
+    return label_runs(list(found.values()))
 
 
-def label(setups: Sequence[Setup]) -> list[Run]:
-    """The same runs, named by what differs among just these."""
+def label_runs(setups: Sequence[Setup]) -> list[Run]:
+    """Label runs by the settings that differ among these runs."""
     names = labels(setups)
     groups = labels(setups, without=[SEED])
     runs = []
@@ -124,9 +122,9 @@ def combine(runs: Sequence[Run], table: str) -> pd.DataFrame:
 
     Returns:
         ``run`` and ``group`` (labels), one column per setting that tells the runs apart (named by its config
-        key; ``config.<key>`` where the table has a column of that name), then the table's columns. Of those
-        the schema does not know, ``recorded.<name>`` where a label or a setting has the name, and text where
-        values are of several types.
+        key, or ``config.<key>`` if the table has a column of that name), then the table's columns. A column
+        that the schema does not know becomes ``recorded.<name>`` if a label or a setting has its name, and
+        becomes text if its values are of several types.
     """
     spec = schema.table(table)
     settings = {
@@ -173,7 +171,7 @@ def _columns(spec: schema.Table, rows: Sequence[Mapping[str, Any]]) -> list[str]
 
 
 def _typed(values: pd.Series, column: schema.Column, spec: schema.Table, path: Path) -> pd.Series:
-    """A column in the type its schema says; integers with gaps as floats."""
+    """A column in the type that the schema declares; integers with gaps become floats."""
     try:
         if column.name in spec.key and values.isna().any():
             raise ValueError("null or absent in some rows")
@@ -183,7 +181,7 @@ def _typed(values: pd.Series, column: schema.Column, spec: schema.Table, path: P
             if column.kind == "float":
                 return numbers
             known = numbers.dropna()
-            if ((known % 1 != 0) | (known.abs() > LARGEST)).any():
+            if ((known % 1 != 0) | (known.abs() > LARGEST_INTEGER)).any():
                 raise ValueError("not a whole number, or beyond 2^53")
             return numbers if len(known) < len(numbers) else numbers.astype("int64")
         if column.kind == "str" and not values.dropna().map(lambda value: isinstance(value, str)).all():
@@ -196,7 +194,7 @@ def _typed(values: pd.Series, column: schema.Column, spec: schema.Table, path: P
 
 
 def _uniform(values: list[object]) -> list[object]:
-    """Values of one type, so that a table of them can be stored: numbers, or else text."""
+    """Values of one type, so that a table of them can be stored: numbers, otherwise text."""
     if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
         return values
     return [None if value is None else format_value(value) for value in values]

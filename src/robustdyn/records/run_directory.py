@@ -1,4 +1,4 @@
-"""Where everything of a run lies, and what its files say of how it was made."""
+"""Names every file and folder of a run, and reads from Hydra's files how the run was made."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from robustdyn.records.labels import Setup, flatten
 from robustdyn.records.untrusted import read_config, read_yaml
 
 CONFIG = Path(".hydra", "config.yaml")
-"""What makes a folder a run directory."""
+"""A folder that holds this file is a run directory."""
 HYDRA_FILES = ("config.yaml", "hydra.yaml", "overrides.yaml")
 MULTIRUN = "multirun.yaml"
-"""Of a sweep's folder, which holds run directories."""
+"""The file that Hydra writes into the folder of a sweep."""
 _REMEDY = "restore the file or leave this run out"
 
 
@@ -30,18 +30,18 @@ class RunDirectory:
         path: The run directory.
         hydra: Folder of the files that Hydra writes, ``HYDRA_FILES``.
         config: The composed configuration.
-        hydra_config: How Hydra came to it: the options chosen, the working directory.
-        overrides: What was typed.
+        hydra_config: Hydra's own settings: the options chosen and the working directory.
+        overrides: The arguments typed on the command line.
         records: Folder of the tables; see ``table``.
         summary: The final and the best epoch.
-        settings: What was evaluated: in the directory of an evaluation, which has tables and a summary, too.
+        settings: In the directory of an evaluation, which also has tables and a summary: what was evaluated.
         environment: Versions, hardware and code revision.
         status: Whether the run is running, done or failed.
-        traceback: Of an error that no one foresaw.
-        log: One JSON object a line.
+        traceback: The stack trace of an unforeseen error.
+        log: The log, one JSON object per line.
         checkpoints: Folder of the checkpoints.
-        last_checkpoint: The one that training goes on from.
-        nonfinite: Folder for the state in which a number was not finite.
+        last_checkpoint: The checkpoint from which training resumes.
+        nonfinite: Folder for the batch and weights of a step whose loss was not finite.
         report: Folder of the run's page and figures.
         evaluations: Folder of the checkpoints' evaluations, one folder each.
         replicas: Folder of the checkpoints' ensembles of replicas, one folder each.
@@ -80,15 +80,15 @@ class RunDirectory:
         return self.records / f"{schema.table(name).name}.jsonl"
 
     def best_checkpoint(self, split: str) -> Path:
-        """The checkpoint of lowest robust error on ``split``: test or validation."""
+        """The checkpoint with the lowest robust error on ``split``, which is test or validation."""
         return self.checkpoints / f"best_on_{split}.ckpt"
 
     def read_status(self) -> dict[str, Any] | None:
-        """The status file; None if there is none that can be read."""
+        """The content of the status file; None if it is missing or cannot be read."""
         return read_object(self.status)
 
     def read_environment(self) -> dict[str, Any] | None:
-        """What the run was made with; None if it says nothing that can be read."""
+        """Versions, hardware and code revision; None if the file is missing or cannot be read."""
         return read_object(self.environment)
 
     def setup(self) -> Setup:
@@ -120,7 +120,7 @@ def _load_yaml(path: Path) -> Any:
 
 
 def _plain(node: object) -> Any:
-    """A configuration as plain containers; what cannot be interpolated here stays text."""
+    """A configuration as plain containers; interpolations that cannot be resolved here stay text."""
     if isinstance(node, DictConfig):
         return {str(key): _plain(_resolved(node, key)) for key in node}
     if isinstance(node, ListConfig):
@@ -138,7 +138,7 @@ def _resolved(node: DictConfig | ListConfig, key: Any) -> object:
 
 
 def _interpolated(config: DictConfig) -> list[str]:
-    """Dotted keys whose value is taken from elsewhere (``${seed}``): they differ when their source does."""
+    """Dotted keys whose value is an interpolation (``${seed}``): they differ when their source does."""
     raw = OmegaConf.to_container(config, resolve=False)
     assert isinstance(raw, dict)
     named = {str(key): value for key, value in raw.items()}

@@ -1,8 +1,8 @@
-"""The vocabulary of a run's records: every table and every column, once.
+"""Declares every table and every column of a run's records, each once.
 
-Writers validate against it, readers take their column types from it, figures and tables take their labels and
-units from it. A label may carry one-letter subscripts written ``_x`` (``‖W‖²_F``); whoever shows it renders
-them.
+Writers validate against it, readers take their column types from it, and figures and tables take their labels
+and units from it. A label may have one-letter subscripts, written ``_x`` as in ``‖W‖²_F``, which are rendered
+where the label is shown.
 
 Errors are fractions in [0, 1] in records and per cent wherever people read them (``Column.shown``).
 """
@@ -28,11 +28,11 @@ class Column:
 
     Attributes:
         name: The key in a record.
-        kind: Type of its values; any but a key column may also hold null.
+        kind: Type of its values; every column except a key column may also hold null.
         unit: Unit of the recorded number; empty for a pure number, a name or a flag.
-        label: Short label for figures and tables for people.
+        label: Short label for figures and for the tables that people read.
         meaning: One line that says what the number is.
-        better: Which direction is better, for a metric; ``None`` for everything else.
+        better: For a metric, which direction is better; ``None`` for everything else.
         required: Whether every row must have the key (its value may be null).
     """
 
@@ -46,17 +46,17 @@ class Column:
 
     @property
     def scale(self) -> float:
-        """Factor from the recorded number to the one people read (100 for fractions)."""
+        """Factor from the recorded number to the one that people read (100 for fractions)."""
         return 100.0 if self.unit in _SHOWN_UNITS else 1.0
 
     @property
     def shown_unit(self) -> str:
-        """Unit of the number people read."""
+        """Unit of the number that people read."""
         return _SHOWN_UNITS.get(self.unit, self.unit)
 
     @property
     def shown(self) -> str:
-        """Label with the unit people read, for an axis or a table heading."""
+        """Label with the unit that people read, for an axis or a table heading."""
         return f"{self.label} ({self.shown_unit})" if self.shown_unit else self.label
 
 
@@ -99,12 +99,12 @@ _SHARED = {
 
 
 def _table(text: str) -> Table:
-    """A table from its text: ``name | row | key columns``, then one line a column.
+    """Parse a table from text: ``name | row | key columns``, then one line for each column.
 
-    A column is ``name kind unit | label | meaning``, or the bare name of one in ``_SHARED``. Flags may
-    follow: ``lower`` or ``higher`` says which is better, and ``optional`` that rows need not have it. What is
-    estimated from random vectors may say ``s.e.`` and ``truncation``, which add a column each. A line that is
-    indented further continues the one above.
+    A column is ``name kind unit | label | meaning``, or only a name from ``_SHARED``. Flags may follow:
+    ``lower`` or ``higher`` says which is better, and ``optional`` that rows need not have it. For estimates
+    from random vectors, ``s.e.`` and ``truncation`` add a column each. A line that is indented further
+    continues the one above.
     """
     title, *lines = re.sub(r"\n +", " ", textwrap.dedent(text)).strip().splitlines()
     name, row, key = title.split(" | ")
@@ -112,7 +112,7 @@ def _table(text: str) -> Table:
 
 
 def _columns(line: str) -> Iterator[Column]:
-    """The column that a line declares, then its standard error and what truncation does, if it says so."""
+    """The column that a line declares, then those for its standard error and truncation, if asked for."""
     head, *rest = line.split(" | ")
     head, label, meaning, *flags = [*_SHARED.get(head, head).split(" | "), *rest]
     name, kind, *unit = head.split(maxsplit=2)
@@ -348,7 +348,7 @@ TIMED: dict[str, str] = {
     "evaluation": "the evaluation, its attack included",
     "measurement": "measuring, its attack included",
 }
-"""What an epoch's time is divided into, and what each part holds."""
+"""The parts into which an epoch's time is divided, and what each part covers."""
 _SHARES = "\n    ".join(
     f"{name}_share float {FRACTION} | time in {name} | share of the wall time: {holds}"
     for name, holds in TIMED.items()
@@ -371,7 +371,7 @@ OUTCOMES = _table("""
     label int | label | class of the example
     prediction int | prediction | class that the model predicts for the unattacked image
     attacked bool | attacked | false for examples wrong unattacked or broken by an earlier attack of the same
-        ensemble
+        suite
     robust bool | robust | whether the model is still right after this attack
     zero_gradient bool | zero gradient | whether the cross-entropy's gradient at the unattacked image is
         exactly zero or not finite | optional
@@ -379,8 +379,8 @@ OUTCOMES = _table("""
 """)
 
 EVALUATION = _table("""
-    evaluation | one attack, ensemble or summary of an evaluation | evaluator
-    evaluator str | attack | name of the attack or ensemble; 'clean', or 'worst_case': right under every
+    evaluation | one attack, suite of attacks or summary of an evaluation | evaluator
+    evaluator str | attack | name of the attack or suite; 'clean', or 'worst_case': right under every
         attack
     examples int | examples | number of examples
     accuracy float fraction | accuracy | share of the examples that stay right | higher
@@ -422,7 +422,7 @@ TABLES: dict[str, Table] = {
 """Tables of a run directory."""
 
 EVALUATION_TABLES: dict[str, Table] = {t.name: t for t in (OUTCOMES, EVALUATION, WARNINGS)}
-"""Tables of an evaluation's directory: they have no epochs."""
+"""Tables of an evaluation's directory, which have no epochs."""
 
 
 def table(name: str) -> Table:

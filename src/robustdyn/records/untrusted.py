@@ -1,6 +1,7 @@
-"""Configurations that lie in run directories, which somebody else may have written.
+"""Reads configurations safely from run directories that somebody else may have written.
 
-Reading one never runs code, never looks at this machine, and takes no more time or memory than its size asks.
+Reading one never runs code and never looks up anything on this machine, such as an environment variable. Its
+time and memory are bounded by the size of the file.
 """
 
 import io
@@ -15,23 +16,23 @@ from omegaconf.errors import OmegaConfBaseException
 
 from robustdyn.errors import RecordError
 
-LARGEST = 1 << 20  # bytes; Hydra's files take some thousand
-DEEPEST = 50  # nested lists and dictionaries
+LARGEST_FILE = 1 << 20  # bytes; Hydra's files have a few thousand
+DEEPEST = 50  # levels of nested lists and dictionaries
 PURE_RESOLVERS = ("at_fractions", "first", "first_at_fraction", "oc.select", "per_255", "short")
-"""Those of ``conf/`` whose value follows from the configuration alone."""
+"""The resolvers in ``conf/`` whose value follows from the configuration alone."""
 DATA_ROOT = "oc.env:ROBUSTDYN_DATA"
-"""Where this machine has its data: what a run's ``data.root`` may ask for."""
+"""The environment variable that a run's ``data.root`` may refer to: where this machine has its data."""
 
 
 def read_yaml(path: Path) -> Any:
-    """The content of a YAML file as plain dictionaries and lists, interpolations as they are written.
+    """The content of a YAML file as plain dictionaries and lists, with interpolations left as text.
 
     Raises:
-        ValueError: It cannot be read; the message is the reason alone, in one line.
+        ValueError: It cannot be read; the message is only the reason, in one line.
     """
     try:
-        if path.stat().st_size > LARGEST:
-            raise ValueError(f"larger than {LARGEST >> 20} MiB")
+        if path.stat().st_size > LARGEST_FILE:
+            raise ValueError(f"larger than {LARGEST_FILE >> 20} MiB")
         text = path.read_text(encoding="utf-8")
         _check_structure(text)
         return OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
@@ -42,10 +43,10 @@ def read_yaml(path: Path) -> Any:
 
 
 def untrusted_config(content: Any, resolvers: Sequence[str] = PURE_RESOLVERS) -> DictConfig | ListConfig:
-    """A configuration of what ``read_yaml`` returned.
+    """A configuration from what ``read_yaml`` returned.
 
-    Strings with an interpolation that asks for more than keys of the configuration and these resolvers, such
-    as ``${oc.env:HOME}``, stay text.
+    Interpolations may only refer to keys of the configuration and to these resolvers. Strings with any other
+    one, such as ``${oc.env:HOME}``, stay text.
     """
     names = "|".join(map(re.escape, resolvers))
     known = re.compile(rf"\$\{{\s*(?:[\w.\[\]]*\s*\}}|(?:{names})\s*[:,])")
@@ -55,10 +56,10 @@ def untrusted_config(content: Any, resolvers: Sequence[str] = PURE_RESOLVERS) ->
 
 
 def read_config(path: Path, remedy: str, resolvers: Sequence[str] = PURE_RESOLVERS) -> DictConfig:
-    """The configuration in a file, as ``untrusted_config`` gives it.
+    """The configuration in a file, as ``untrusted_config`` returns it.
 
     Raises:
-        RecordError: It cannot be read, or is none; the message ends with the remedy.
+        RecordError: It cannot be read, or is not a configuration; the message ends with the remedy.
     """
     try:
         config = untrusted_config(read_yaml(path), resolvers)
@@ -70,10 +71,10 @@ def read_config(path: Path, remedy: str, resolvers: Sequence[str] = PURE_RESOLVE
 
 
 def _check_structure(text: str) -> None:
-    """Refuse what a parser would spend hours or its stack on; Hydra writes neither.
+    """Refuse content that would take a parser hours or overflow its stack; Hydra never writes it.
 
     Raises:
-        ValueError: Aliases, which can double the content at every line, or deep nesting.
+        ValueError: The text has aliases, which can double the content with every line, or is nested deeply.
     """
     depth = 0
     for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
@@ -90,6 +91,6 @@ def _without_foreign(content: Any, known: re.Pattern[str]) -> Any:
     if isinstance(content, list):
         return [_without_foreign(value, known) for value in content]
     if isinstance(content, str) and len(known.findall(content)) < content.count("${"):
-        # an odd number of backslashes makes it text, of which every two are one
+        # an odd number of backslashes escapes the interpolation; two backslashes stand for one
         return re.sub(r"(\\*)\$\{", r"\1\1\\${", content)
     return content

@@ -1,9 +1,9 @@
-"""Write a run's records: one JSON line per fact, in ``records/<table>.jsonl`` of the run directory.
+"""Writes a run's records: one JSON line per row, in ``records/<table>.jsonl`` of the run directory.
 
-In a run with several processes only the first one writes. Rows are handed to the operating system at once, so
-a killed process loses none. They are *not* forced to the disk row by row (a measurement writes dozens of
-rows, and on a cluster's file system each ``fsync`` can take tens of milliseconds): call ``sync`` once before
-a checkpoint is saved and no checkpoint is ever ahead of its records, even when the machine itself goes down.
+In a run with several processes only the first one writes. Rows are passed to the operating system at once, so
+that a killed process loses none. They are *not* forced to the disk row by row, because a measurement writes
+dozens of rows, and on a cluster's file system each ``fsync`` can take tens of milliseconds. Call ``sync``
+before a checkpoint is saved; then no checkpoint is ahead of its records, even if the machine crashes.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ class RunRecords:
     """The records of one run directory.
 
     Args:
-        run_dir: The run directory; ``records/`` in it is made when the first row is written.
+        run_dir: The run directory. Its folder ``records/`` is made when the first row is written.
     """
 
     def __init__(self, run_dir: str | os.PathLike[str]) -> None:
         self.run_dir = Path(run_dir)
-        self._whole: set[str] = set()  # tables whose last line is known to be whole
+        self._whole: set[str] = set()  # tables whose last line is known to be complete
 
     def path(self, table: str) -> Path:
-        """File that holds ``table``."""
+        """The file of a table."""
         return RunDirectory(self.run_dir).table(table)
 
     def append(self, table: str, row: Mapping[str, object]) -> None:
@@ -53,11 +53,11 @@ class RunRecords:
     def extend(self, table: str, rows: Iterable[Mapping[str, object]]) -> None:
         """Append rows and flush them.
 
-        NumPy and torch scalars are taken as numbers; NaN and infinities become null.
+        NumPy and torch scalars become numbers; NaN and infinities become null.
 
         Raises:
             ValueError: A row lacks a required column, has an unknown one, or has a value of the wrong kind.
-            RecordError: The file cannot be written, or cannot be read to complete its last line; or a file
+            RecordError: The file cannot be written, its last line cannot be read to complete it, or a file
                 that this object wrote is gone.
         """
         spec = schema.table(table)
@@ -72,7 +72,7 @@ class RunRecords:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if table not in self._whole:
-                _mend_last_line(path)
+                _complete_last_line(path)
                 self._whole.add(table)
             with path.open("ab") as file:
                 file.write(lines.encode())
@@ -82,13 +82,13 @@ class RunRecords:
             raise _unwritable(path, error) from error
 
     def replace(self, table: str, rows: Iterable[Mapping[str, object]]) -> int:
-        """Write a table anew in one atomic step, for what is computed from other tables as a whole.
+        """Replace a whole table atomically, for example one that is computed from other tables.
 
         Returns:
             The number of rows.
 
         Raises:
-            ValueError: As ``append``.
+            ValueError: As in ``extend``.
             RecordError: The file cannot be written.
         """
         spec = schema.table(table)
@@ -100,11 +100,10 @@ class RunRecords:
         return len(lines)
 
     def truncate(self, from_epoch: int, from_step: int = 0) -> None:
-        """Drop what a run that resumes will write again from every table, and mend a half-written last line.
+        """Drop from every table the rows that a resumed run will write again, and any half-written last line.
 
-        Kept are the rows of epochs before ``from_epoch``, and of that epoch those of steps before
-        ``from_step``, counted from 0 over the whole run. Each file is replaced in one atomic step; doing it
-        twice changes nothing.
+        Rows of epochs before ``from_epoch`` are kept, and rows of that epoch with steps before ``from_step``,
+        counted from 0 over the whole run. Each file is replaced atomically; a second call changes nothing.
 
         Raises:
             RecordError: A line other than the last is broken; the message names file and line.
@@ -130,27 +129,27 @@ class RunRecords:
                     os.fsync(file.fileno())
 
     def write_summary(self, summary: Mapping[str, object]) -> Path:
-        """Write ``summary.json`` in one atomic step; NaN and infinities become null.
+        """Replace ``summary.json`` atomically; NaN and infinities become null.
 
         Returns:
             The file written.
         """
         path = RunDirectory(self.run_dir).summary
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        _replace(path, json.dumps(plain(summary), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        _replace(path, json.dumps(jsonable(summary), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
         return path
 
 
-def plain(value: object) -> Any:
-    """``value`` as JSON can hold it: scalars of any array library unwrapped, non-finite numbers as ``None``.
+def jsonable(value: object) -> Any:
+    """A value that JSON can hold: array scalars become numbers, and non-finite numbers become ``None``.
 
     Raises:
-        ValueError: The value is neither a scalar, text, mapping nor sequence of these.
+        ValueError: The value is not a scalar or text, nor a mapping or sequence of these.
     """
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [jsonable(item) for item in value]
     item = getattr(value, "item", None)
     if callable(item):
         try:
@@ -165,16 +164,16 @@ def plain(value: object) -> Any:
 
 
 def summarise(epochs: pd.DataFrame) -> dict[str, object]:
-    """What ``summary.json`` says of a run.
+    """The content of ``summary.json``.
 
     Args:
         epochs: The run's ``epochs`` table, one row per epoch.
 
     Returns:
-        ``final`` (the last row), ``best_on_test`` (the row of lowest test robust error: selected on test, as
-        the papers report it), ``best_on_validation`` (where a validation split was recorded),
+        ``final`` (the last row), ``best_on_test`` (the row with the lowest test robust error, selected on the
+        test set as in the papers), ``best_on_validation`` (if a validation split was recorded),
         ``min_test_robust_loss`` with ``epoch`` and ``value``, and ``robust_loss_rise`` (final − minimum). A
-        row is ``None`` where its selecting column holds no number.
+        row is ``None`` if the column that selects it holds no number.
 
     Raises:
         ValueError: The table has no rows.
@@ -197,7 +196,7 @@ def summarise(epochs: pd.DataFrame) -> dict[str, object]:
         "epoch": None if lowest is None else int(ordered["epoch"].iloc[lowest]),
         "value": minimum,
     }
-    summary["robust_loss_rise"] = None if minimum is None else plain(float(last) - minimum)
+    summary["robust_loss_rise"] = None if minimum is None else jsonable(float(last) - minimum)
     return summary
 
 
@@ -209,12 +208,12 @@ def _lowest(frame: pd.DataFrame, column: str) -> int | None:
 
 
 def _row(frame: pd.DataFrame, position: int | None) -> dict[str, object] | None:
-    """One row as plain values, without the optional columns that hold nothing."""
+    """One row as plain values, without the optional columns that are empty."""
     if position is None:
         return None
     optional = {c.name for c in schema.EPOCHS.columns if not c.required}
     return {
-        str(name): plain(None if pd.isna(series.iloc[position]) else series.iloc[position])
+        str(name): jsonable(None if pd.isna(series.iloc[position]) else series.iloc[position])
         for name, series in frame.items()
         if not (name in optional and series.isna().all())
     }
@@ -241,7 +240,7 @@ def _value(spec: schema.Table, column: schema.Column, value: object) -> object:
     """One value, checked against its column."""
     where = f"row of table {spec.name!r}, column {column.name!r}"
     try:
-        value = plain(value)
+        value = jsonable(value)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     if value is None:
@@ -257,8 +256,8 @@ def _value(spec: schema.Table, column: schema.Column, value: object) -> object:
     return float(value) if column.kind == "float" and isinstance(value, int) else value
 
 
-def _mend_last_line(path: Path) -> None:
-    """Drop a half-written last line, or end a whole one that only lacks its newline."""
+def _complete_last_line(path: Path) -> None:
+    """Drop a half-written last line, or add the newline to a complete one that lacks only that."""
     if not path.is_file():
         return
     content = path.read_bytes()
@@ -270,7 +269,7 @@ def _mend_last_line(path: Path) -> None:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` in one atomic step."""
+    """Replace a text file atomically."""
     try:
         replace_file(path, text.encode())
     except OSError as error:

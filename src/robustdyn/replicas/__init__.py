@@ -1,6 +1,6 @@
-"""Replica ensembles: many copies of a network trained further from one point, to see where weights go.
+"""Trains replica ensembles: many copies of one network trained from the same point, to see where weights go.
 
-This package needs torch, attacks, objectives and weight perturbations, and neither Hydra nor Lightning. In
+This package needs torch, attacks, objectives and weight perturbations, but neither Hydra nor Lightning. In
 short:
 
     training = Training(images=..., targets=..., objective=..., attack=..., perturbation=None,
@@ -12,9 +12,8 @@ short:
     arrays = ensemble.run(range(8))
     covariance = np.cov(arrays["position"][:, -1], rowvar=False)
 
-``EnsembleRun`` does this from the current state of a training, in chunks that are written as they finish. It
-is used by ``robustdyn-replicas``, which starts at a run's checkpoint, and by the callback of
-``robustdyn-train``.
+``EnsembleRun`` does this from the current state of a training, in chunks that are written as they finish.
+``robustdyn-replicas`` uses it from a run's checkpoint, and a callback of ``robustdyn-train`` during training.
 """
 
 from robustdyn.replicas.ensemble import Directions, Ensemble, Recorded, Training, loss_around

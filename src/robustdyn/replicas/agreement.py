@@ -1,7 +1,7 @@
-"""How a measured ensemble agrees with a predicted law: ratios, intervals, offsets, correlations.
+"""Compares a measured ensemble with a predicted law: ratios, intervals, offsets, correlations.
 
 Shapes: R replicas, S recorded steps, k directions. A sample variance s² of R Gaussian numbers follows σ² χ²_ν
-/ ν with ν = R − 1; its logarithm is too small by ln(ν/2) − ψ(ν/2) on average, and is corrected for that.
+/ ν with ν = R − 1. Its logarithm is too small by ln(ν/2) − ψ(ν/2) on average, which is corrected.
 """
 
 from dataclasses import dataclass
@@ -26,13 +26,13 @@ class Agreement:
 
     Attributes:
         variance: s² (S, k), measured.
-        low: (S, k), of the interval for σ².
-        high: (S, k).
+        low: (S, k), lower end of the interval for σ².
+        high: (S, k), its upper end.
         predicted: σ² (S, k).
-        geometric_mean: (S,), of s² / σ² over directions, corrected for the mean of ln χ²; over those
-            directions that have a ratio.
-        geometric_low: (S,).
-        geometric_high: (S,).
+        geometric_mean: (S,), of s² / σ² over the directions that have a ratio, corrected for the mean of
+            ln χ².
+        geometric_low: (S,), lower end of its interval.
+        geometric_high: (S,), its upper end.
         directions: (S,), number of directions in the mean.
         offset: (S, k), (mean of x − predicted mean) / σ, with the predicted σ.
         offset_error: Standard error 1/√R of each.
@@ -70,10 +70,10 @@ def agreement(position: Array, law: Law, *, confidence: float, resamples: int, s
 
     Args:
         position: x (R, S, k), R ≥ 3.
-        law: At the same steps.
-        confidence: Of the intervals, in (0, 1).
-        resamples: Of the bootstrap, and of simulated ensembles for the total correlation.
-        seed: Of both.
+        law: The law at the same steps.
+        confidence: Confidence of the intervals, in (0, 1).
+        resamples: Number of bootstrap samples, and of simulated ensembles for the total correlation.
+        seed: Seed of both.
 
     Raises:
         ValueError: Too few replicas, or shapes that disagree.
@@ -140,14 +140,14 @@ def _geometric_mean(
 
         chosen = x[:, used]
         centre = float(log_ratio(chosen.T, axis=-1))
-        # replicas are resampled whole, so that correlated directions stay so
+        # whole replicas are resampled, which keeps the correlations between directions
         draws = np.random.default_rng([seed, step])
         resampled = np.empty(resamples)
         for number in range(resamples):
             again = chosen[draws.integers(len(chosen), size=len(chosen))]
             resampled[number] = log_ratio(again.T, axis=-1)
         tail = (1 - confidence) / 2
-        # basic intervals about the resamples' own mean: repeated replicas bias a logarithm
+        # basic intervals, centred on the resamples' own mean because repeated replicas bias a logarithm
         around = resampled - resampled.mean()
         found[:, step] = centre, centre - np.quantile(around, 1 - tail), centre - np.quantile(around, tail)
     centre, low, high = np.exp(found)
@@ -155,7 +155,7 @@ def _geometric_mean(
 
 
 def _correlations(position: Array, law: Law) -> tuple[Array, Array]:
-    """Mean z² over pairs with the law's covariances, and with none; NaN for laws of variances alone."""
+    """Mean z² over pairs with the law's covariances, and without; NaN for laws that have only variances."""
     replicas, steps, k = position.shape
     first, second = np.triu_indices(k, 1)
     found = np.full((2, steps), np.nan)
@@ -168,7 +168,7 @@ def _correlations(position: Array, law: Law) -> tuple[Array, Array]:
         seen = np.atleast_2d(np.corrcoef(position[:, step], rowvar=False))
         for row, wanted in enumerate((correlation, np.eye(k))):
             r = wanted[first, second]
-            # of a sample correlation, to leading order
+            # the standard error of a sample correlation, to leading order
             error = (1 - r**2) / np.sqrt(replicas - 1)
             found[row, step] = np.mean(((seen[first, second] - r) / error) ** 2)
     return found[0], found[1]
@@ -177,7 +177,7 @@ def _correlations(position: Array, law: Law) -> tuple[Array, Array]:
 def _total_correlations(
     x: Array, covariance: Array, resamples: int, seed: int
 ) -> tuple[float, float, float, float]:
-    """Measured; mean and spread for Gaussian replicas of the law; mean for independent ones."""
+    """The measured one; mean and spread for Gaussian replicas of the law; mean for independent replicas."""
     replicas, k = x.shape
     none = (float("nan"),) * 4
     usable = np.isfinite(covariance).all() and (np.diag(covariance) > 0).all()

@@ -1,11 +1,11 @@
-"""Replicas: training of one network continued from one point with different mini-batches and attack noise.
+"""Trains many replicas of one network from one point, with different mini-batches and attack noise.
 
 Shapes: R replicas of a chunk, P parameters, k directions, T steps, S recorded steps, B examples of a batch.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from robustdyn import streams
 from robustdyn.attacks import PGD, AttackLoss
-from robustdyn.curvature import cross_entropy
+from robustdyn.curvature.risk_function import BatchNormMode, cross_entropy
 from robustdyn.methods.objectives.objective import Objective
 from robustdyn.methods.perturbations import WeightPerturbation
 from robustdyn.models.modes import mode
@@ -25,7 +25,6 @@ from robustdyn.replicas.network import Engine, StackedNetwork, project
 from robustdyn.replicas.sampling import Sampling
 from robustdyn.replicas.updates import Update
 
-BatchNormMode = Literal["eval", "train"]
 Arrays = dict[str, NDArray[np.floating[Any]]]
 
 EXPANDED = ("anew_loss", "held_loss", "linear_loss", "expanded_loss", "outside")
@@ -33,7 +32,7 @@ EXPANDED = ("anew_loss", "held_loss", "linear_loss", "expanded_loss", "outside")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Directions:
-    """What weights and gradients are projected on.
+    """The directions on which weights and gradients are projected.
 
     For momentum SGD both are projected on the same orthonormal vectors u_i. Under a diagonal preconditioner
     D, with u_i orthonormal in the coordinates y = D^{−1/2} θ, weights are projected on D^{−1/2} u_i and
@@ -41,7 +40,7 @@ class Directions:
 
     Attributes:
         positions: (P, k); x_i = positions_iᵀ (θ − θ_0).
-        forces: (P, k); g_i = forces_iᵀ g. The optimiser's buffer is projected on them, too.
+        forces: (P, k); g_i = forces_iᵀ g. The optimiser's buffer is also projected on them.
     """
 
     positions: Tensor
@@ -49,7 +48,7 @@ class Directions:
 
     @property
     def count(self) -> int:
-        """K."""
+        """The number of directions, k."""
         return self.positions.shape[1]
 
 
@@ -59,16 +58,16 @@ class Recorded:
 
     Attributes:
         steps: S steps at which positions are recorded, strictly increasing, ≥ 0.
-        loss_steps: Steps at which the robust loss is measured as well, strictly increasing, ≥ 0.
-        loss_examples: The loss is over the first so many training examples.
-        mean_steps: Steps at which the mean of the chunk's weights is kept, strictly increasing, ≥ 0: along it
-            curvature and noise can be measured again, and it is the centre of a measured posterior.
-        loss_draws: Random starts of the attack for each of them, ≥ 1; the losses are means over these.
+        loss_steps: Steps at which the robust loss is also measured, strictly increasing, ≥ 0.
+        loss_examples: Number of training examples, the first ones, over which the loss is the mean.
+        mean_steps: Steps at which the mean of the chunk's weights is kept, strictly increasing, ≥ 0. The mean
+            is the centre of a measured posterior, and curvature and noise can be measured again along it.
+        loss_draws: Random starts of the attack for each example, ≥ 1; the losses are means over these.
         expansion: Whether at the loss steps the robust loss is also measured on the adversarial examples of
-            θ_0, and expanded around it.
+            θ_0, and expanded around θ_0.
 
     Raises:
-        ValueError: Steps that do not increase, no draw, or an expansion where positions are not recorded.
+        ValueError: Steps do not increase, there is no draw, or positions are not recorded for an expansion.
     """
 
     steps: tuple[int, ...]
@@ -105,17 +104,17 @@ class Training:
         objective: What the attack maximises and the optimiser minimises; a mean over the batch of the losses
             of single examples.
         attack: Makes the adversarial examples; always with running statistics if ``batchnorm`` is ``"eval"``.
-        perturbation: Of the weights, computed for each replica at every step; None for none.
+        perturbation: The weight perturbation, computed for each replica at every step; None for none.
         update: The optimiser's rule.
         learning_rate: η of each step (T,).
         sampling: How batches are drawn.
         batchnorm: ``"eval"`` normalises with the running statistics and does not change them, so that each
             example has a deterministic loss. ``"train"`` normalises with the statistics of each batch and
             updates the running statistics, as training does.
-        seed: Of all random numbers.
+        seed: Seed of all random numbers.
 
     Raises:
-        ValueError: Settings that do not fit together.
+        ValueError: Settings do not fit together.
     """
 
     images: Tensor
@@ -145,15 +144,15 @@ class Ensemble:
     """Trains chunks of replicas of one network and records them.
 
     Args:
-        model: The common starting point θ_0; it is copied, never changed.
-        training: How.
-        directions: What is projected on.
+        model: The network at the common starting point θ_0; it is copied, never changed.
+        training: How every replica is trained.
+        directions: The directions on which weights and gradients are projected.
         recorded: What is recorded.
-        engine: How the replicas of a chunk pass.
+        engine: How the replicas of a chunk are computed.
 
     Raises:
-        ValueError: Directions of another length than θ, recorded steps beyond the last, or Dropout in a
-            network that is to be trained in train mode.
+        ValueError: The directions and θ differ in length, a recorded step is beyond the last, or a network
+            with Dropout is to be trained in train mode.
     """
 
     def __init__(
@@ -184,22 +183,21 @@ class Ensemble:
         """Train some replicas from the start to the end.
 
         Args:
-            replicas: Their numbers, R of them. What a replica does follows from its number, up to rounding,
-                which may differ between chunks of different sizes.
+            replicas: The numbers of the R replicas. A replica's path is a function of its number, except for
+                rounding, which may differ between chunks of different sizes.
 
         Returns:
-            Arrays, float64 but ``mean_move``, by name: ``position`` (R, S, k), x; ``buffer`` (R, S, k), the
-            optimiser's buffer; ``gradient`` (R, S, k), of the mini-batch loss without weight decay in the
-            step that led there, NaN at step 0; ``distance`` (R, S), ‖θ − θ_0‖; ``batch_loss`` (R, T),
-            cross-entropy of each adversarial batch in nats, where its gradient was taken; ``robust_loss``
-            and ``robust_error`` (R, L) over the loss examples at the L loss steps, attacked again;
-            ``mean_move`` (1, M, P) float32, mean over these R replicas of θ − θ_0 at the M mean steps. With
-            an expansion also ``anew_loss`` (R, L, A), robust loss of each of A draws, and, (R, L) each:
-            ``held_loss``, robust loss on the adversarial examples of θ_0;
-            ``linear_loss``, L_0 + g·Δ of it with Δ = θ − θ_0; ``expanded_loss``, L_0 + g·Δ + Δᵀ H Δ / 2;
-            ``outside``, norm of the part of Δ outside the span of the directions. If BatchNorm is in train
-            mode, the losses use a replica's own running statistics, and an expansion in θ does not include
-            their changes.
+            Arrays by name, all float64 except ``mean_move``: ``position`` (R, S, k), x; ``buffer``
+            (R, S, k), the optimiser's buffer; ``gradient`` (R, S, k), of the mini-batch loss without weight
+            decay in the step that led there, NaN at step 0; ``distance`` (R, S), ‖θ − θ_0‖; ``batch_loss``
+            (R, T), cross-entropy of each adversarial batch in nats, where its gradient was taken;
+            ``robust_loss`` and ``robust_error`` (R, L) over the loss examples at the L loss steps, attacked
+            again; ``mean_move`` (1, M, P) float32, mean over these R replicas of θ − θ_0 at the M mean steps.
+            With an expansion also ``anew_loss`` (R, L, A), robust loss of each of A draws, and, (R, L) each:
+            ``held_loss``, robust loss on the adversarial examples of θ_0; ``linear_loss``, its expansion
+            L_0 + g·Δ with Δ = θ − θ_0; ``expanded_loss``, L_0 + g·Δ + Δᵀ H Δ / 2; ``outside``, norm of the
+            part of Δ outside the span of the directions. If BatchNorm is in train mode, the losses use a
+            replica's own running statistics, and an expansion in θ does not include their changes.
 
         Raises:
             FloatingPointError: A replica's weights are not finite.
@@ -217,7 +215,7 @@ class Ensemble:
                 self.network, theta, statistics, training, replicas, step
             )
             record.batch_loss[:, step] = losses.double().cpu().numpy()
-            # the optimiser changes its gradient; a copy only where it is recorded
+            # the optimiser changes the gradient in place, so it is copied if it is recorded
             wanted = step + 1 in record.rows
             kept = gradient.clone() if wanted else None
             if moves is None or training.perturbation is None:
@@ -261,7 +259,7 @@ class Ensemble:
 
 
 class _Record:
-    """The arrays of a chunk as they fill."""
+    """The arrays of a chunk, which are filled step by step."""
 
     def __init__(self, replicas: int, ensemble: Ensemble) -> None:
         recorded, self.directions = ensemble.recorded, ensemble.directions
@@ -317,10 +315,10 @@ def batch_gradients(
         network: The stacked network.
         theta: (R, P), weights; not changed.
         statistics: Running statistics, moved in place where ``training.batchnorm`` is ``"train"``.
-        training: How.
-        replicas: R numbers.
+        training: How every replica is trained.
+        replicas: The numbers of the R replicas.
         step: Number of the step, from 0.
-        starts_of: R numbers, replicas whose random starts the attack takes; None for their own.
+        starts_of: The numbers of R replicas whose random starts the attack takes; None for their own.
 
     Returns:
         Gradients (R, P) of the objective on each replica's batch, without weight decay, at the perturbed
@@ -340,7 +338,7 @@ def batch_gradients(
         adversarial = attacked(network, training, images, targets, torch.cat(starts))
         moves = None
         if training.perturbation is not None:
-            # BatchNorm in train mode normalises with the batch here, too, but its statistics do not change
+            # in train mode BatchNorm also normalises with the batch here, but its statistics do not change
             aside = {name: value.clone() for name, value in statistics.items()} if trained else statistics
             leaves = network.use(theta, aside, learn=True)
             loss, _ = _losses(network, training, images, adversarial, targets, len(replicas))
@@ -373,10 +371,10 @@ def perturb(
     """The moves v (R, P): each replica's own weight perturbation from its own gradients.
 
     Args:
-        network: Names the tensors.
-        perturbation: Whose rule.
+        network: The stacked network, which names the tensors.
+        perturbation: The rule.
         weights: (R, ...), one tensor per name.
-        gradients: Of the loss there.
+        gradients: Gradients of the loss at these weights.
     """
     present = dict(network.base.named_parameters())
     moves = [torch.zeros_like(weight) for weight in weights]
@@ -397,10 +395,10 @@ def loss_around(network: StackedNetwork, training: Training, examples: int, draw
     This is the loss in evaluation, for any objective and any mode of BatchNorm in training.
 
     Args:
-        network: Of θ_0.
+        network: The stacked network, copied at θ_0.
         training: Data, attack and seed.
         examples: m ≥ 1.
-        draws: A ≥ 1, random starts of the attack for each.
+        draws: A ≥ 1, random starts of the attack for each example.
     """
     return RobustLoss(
         network,
@@ -415,7 +413,7 @@ def loss_around(network: StackedNetwork, training: Training, examples: int, draw
 
 
 def refuse_dropout(model: nn.Module) -> None:
-    """Raises ValueError if train mode would draw random numbers of the global generator."""
+    """Raise ValueError if train mode would draw random numbers from the global generator."""
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
             raise ValueError(f"batchnorm=train would turn on Dropout in {name!r}; use batchnorm=eval")
@@ -433,7 +431,7 @@ def _losses(
     outcome = training.objective(network, images, adversarial, targets)
     logits = outcome.robust_logits
     total = replicas * outcome.loss
-    if logits is None:  # the objective uses none, which NaN shows
+    if logits is None:  # the objective uses no adversarial images: NaN
         return total, torch.full((replicas,), float("nan"))
     with torch.no_grad():
         each = F.cross_entropy(logits, targets, reduction="none").view(replicas, -1).mean(dim=1)

@@ -1,4 +1,4 @@
-"""The directory of an ensemble: settings, starting point, and one file for each finished chunk of replicas.
+"""Writes and reads an ensemble's directory: settings, starting point, and one file per chunk of replicas.
 
 ``settings.json`` contains everything on which the numbers depend, ``start.npz`` the starting point,
 ``lines.npz`` the loss along the directions, ``chunks/*.npz`` the replicas, and ``path/*.npz`` the
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from robustdyn.errors import ConfigError, RecordError
 from robustdyn.records.files import replace_file
 from robustdyn.records.labels import changes
-from robustdyn.records.writer import plain
+from robustdyn.records.writer import jsonable
 from robustdyn.replicas.ensemble import EXPANDED, Arrays
 from robustdyn.replicas.expansion import Lines
 from robustdyn.replicas.point import MeasuredPoint
@@ -35,11 +35,11 @@ class EnsembleRecord:
     """An ensemble's directory, written by any number of processes.
 
     Args:
-        directory: Made if absent.
+        directory: The ensemble's directory; made if absent.
         settings: Everything on which the numbers depend, in a form that JSON can hold. The number of replicas
             is not part of it, because an ensemble may grow.
-        provenance: Versions and the like, written with the first settings and never compared.
-        chunk: Replicas of a chunk.
+        provenance: Versions, hardware and the like, written with the first settings and never compared.
+        chunk: Number of replicas in a chunk.
 
     Raises:
         RecordError: The directory cannot be used, or holds an ensemble of other settings.
@@ -57,7 +57,7 @@ class EnsembleRecord:
         try:
             (directory / CHUNKS).mkdir(parents=True, exist_ok=True)
             with FileLock(directory / ".lock"):
-                self._begin(plain({**settings, "chunk": chunk}), plain(provenance))
+                self._begin(jsonable({**settings, "chunk": chunk}), jsonable(provenance))
         except OSError as error:
             if isinstance(error, RecordError):
                 raise
@@ -104,7 +104,7 @@ class EnsembleRecord:
                 chunks = [self._chunk(first) for first in range(0, replicas, self.chunk)]
                 move = np.mean([_unpacked(chunk)["mean_move"][0, row] for chunk in chunks], axis=0)
                 point = measure(move.astype(np.float32)).arrays()
-                shared = ("positions", "forces")  # those of the start
+                shared = ("positions", "forces")  # the same as at the start
                 _write(file, _packed({k: v for k, v in point.items() if k not in shared}))
 
     def lines(self, measure: Callable[[], Lines]) -> Lines:
@@ -125,7 +125,7 @@ class EnsembleRecord:
         """
         if replicas % self.chunk:
             near = -(-replicas // self.chunk) * self.chunk
-            raise ConfigError(f"replicas={replicas} is no multiple of chunk={self.chunk}; choose {near}")
+            raise ConfigError(f"replicas={replicas} is not a multiple of chunk={self.chunk}; choose {near}")
         if not 0 <= shard < shards:
             raise ConfigError(
                 f"shard={shard}/{shards} does not exist; choose 0/{shards} to {shards - 1}/{shards}"
@@ -149,7 +149,7 @@ class EnsembleRecord:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RecordedEnsemble:
-    """What a directory holds; see ``robustdyn.replicas.Ensemble.run`` for the arrays.
+    """The content of an ensemble's directory; see ``robustdyn.replicas.Ensemble.run`` for the arrays.
 
     Attributes:
         settings: Everything on which the numbers depend, as in ``settings.json``.
@@ -157,7 +157,7 @@ class RecordedEnsemble:
         path_steps: (Q,), the mean steps at which the path was measured for all these replicas.
         path: Q points at the mean of the replicas' weights, along the directions of the start.
         lines: The loss along the directions; None where it was not measured.
-        replicas: (R,) numbers of the replicas that are there.
+        replicas: (R,) numbers of the finished replicas.
         steps: (S,) recorded steps.
         loss_steps: (L,).
         learning_rate: (T,), η of each step.
@@ -170,7 +170,7 @@ class RecordedEnsemble:
         robust_error: (R, L).
         mean_steps: (M,).
         mean_move: (M, P) float32, mean of θ − θ_0 over the replicas.
-        anew_loss: (R, L, A), robust loss of each draw; None, as the next four, without an expansion.
+        anew_loss: (R, L, A), robust loss of each draw. This and the next four are None without an expansion.
         held_loss: (R, L), on the adversarial examples of θ_0.
         linear_loss: (R, L), its expansion to first order.
         expanded_loss: (R, L), to second order.
@@ -203,10 +203,10 @@ class RecordedEnsemble:
 
 
 def read_ensemble(directory: Path) -> RecordedEnsemble:
-    """All replicas in a directory that are finished.
+    """Read all finished replicas in a directory.
 
     Raises:
-        RecordError: There is none, or a file cannot be read.
+        RecordError: There are none, or a file cannot be read.
     """
     if not (directory / SETTINGS).exists():
         raise RecordError(f"{directory}: no ensemble; make one with robustdyn-replicas")
@@ -272,7 +272,7 @@ def _unpacked(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """In one atomic step."""
+    """Replace a file atomically."""
     try:
         replace_file(path, content)
     except OSError as error:

@@ -1,14 +1,14 @@
-"""The robust loss around θ_0 compared with its second-order expansion, along lines and at any point.
+"""Compares the robust loss around θ_0 with its second-order expansion, along lines and at any point.
 
 The loss is a mean over fixed training examples, with running statistics. Weight decay and weight
 perturbations are not part of it. Its adversarial examples are either *held* fixed as they were made at θ_0,
-or made again (*anew*) at every point from the same random starts. H is the Hessian of the held loss. Both
-losses have the same slopes at θ_0 if the attack finds a maximum (Danskin's theorem). Whether PGD does is
+or made again at every point from the same random starts (``anew``). H is the Hessian of the held loss. Both
+losses have the same slopes at θ_0 if the attack finds a maximum (Danskin's theorem). Whether PGD finds it is
 measured.
 
-PGD of a few steps is chaotic: from one draw of its starts to another, the loss made anew jumps by more than
-it rises within a deviation, and only the mean over many draws is smooth. There are therefore A draws of each
-example's start. The loss is given for each draw, and differences are taken draw by draw.
+PGD of a few steps is chaotic: from one draw of its starts to another, the loss with attacks made again jumps
+by more than it rises within a deviation, and only the mean over many draws is smooth. There are therefore A
+draws of each example's start. The loss is given for each draw, and differences are taken draw by draw.
 
 Shapes: m examples, A draws, R points, P parameters, k directions, M distances on either side.
 """
@@ -42,11 +42,11 @@ class RobustLoss:
         network: The stacked network.
         images: (m, ...) in [0, 1], on the network's device.
         targets: (m,) classes or (m, K) probabilities.
-        loss: Of each example, from outputs and targets; the attack maximises its sum.
+        loss: Loss of each example, from outputs and targets; the attack maximises its sum.
         attack: Makes the adversarial examples, always with running statistics.
         draws: A ≥ 1, random starts of the attack for each example, the same at every point.
         batch_size: Examples of each network in one pass.
-        seed: Of the random starts.
+        seed: Seed of the random starts.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class RobustLoss:
 
         Args:
             theta: (R, P).
-            statistics: Of the R networks.
+            statistics: Running statistics of the R networks.
             adversarial: (R, A·m, ...).
 
         Returns:
@@ -131,11 +131,11 @@ class RobustLoss:
 
     @cached_property
     def gradient(self) -> Tensor:
-        """The gradient g (P,) at θ_0, with the adversarial examples held."""
+        """The gradient g (P,) at θ_0, with the adversarial examples held fixed."""
         return self.gradients(self._theta, self.network.statistics(1), self._held[None])[0]
 
     def curved(self, moves: Tensor) -> Tensor:
-        """Products H Δ (R, P) for moves Δ (R, P), at θ_0 with the adversarial examples held."""
+        """Products H Δ (R, P) for moves Δ (R, P), at θ_0 with the adversarial examples held fixed."""
         with mode(self.network, training=False):
             return (Hessian(self._risk) @ moves.to(self._theta).T).T
 
@@ -176,7 +176,7 @@ class RobustLoss:
         return self.loss(outputs, targets).sum()
 
     def _passes(self, inputs: Tensor, *more: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """Inputs, targets and more, from (R, A·m, ...) to (R·b, ...), b of each network at a time."""
+        """Yield inputs, targets and more, from (R, A·m, ...), as (R·b, ...): b examples of each network."""
         targets = _many(self.targets, len(inputs))
         parts = [t.split(self._batch, dim=1) for t in (inputs, targets, *more)]
         for tensors in zip(*parts, strict=True):
@@ -197,10 +197,10 @@ class Lines:
         hessian: H (k, k) between the directions, of the held loss, mean over draws.
         held: (k, 2M), loss with the adversarial examples of θ_0, mean over draws.
         anew: (A, k, 2M), loss with adversarial examples made at each point, of each draw.
-        anew_gradient: (k, 2M), slope along the line at fixed examples, made at the point itself: the
-            derivative of the loss made anew, for an attack that finds the maximum.
+        anew_gradient: (k, 2M), slope along the line with adversarial examples made at the point itself and
+            then fixed. For an attack that finds the maximum it is the derivative of ``anew``.
         slopes: J (k, k), ∂g_i/∂x_j of that gradient, by central differences between the two points next to
-            one deviation: the Hessian of the loss made anew, for an attack that finds the maximum.
+            one deviation. For an attack that finds the maximum it is the Hessian of ``anew``.
     """
 
     deviations: Array
@@ -236,15 +236,15 @@ def measure_lines(
     """Measure the loss along lines through θ_0.
 
     Args:
-        loss: Around θ_0.
+        loss: The loss around θ_0.
         vectors: (P, k), moves of the weights for one unit of x; under a preconditioner the forces of
             ``robustdyn.replicas.Directions``, D^{1/2} u_i.
         deviations: (k,) > 0.
-        multiples: Distances in deviations, > 0, strictly increasing; each is taken to both sides.
-        chunk: Networks at a time.
+        multiples: Distances in deviations, > 0, strictly increasing; each is used on both sides.
+        chunk: Number of networks in one pass.
 
     Raises:
-        ValueError: Multiples that do not increase from above 0, or deviations that are not positive.
+        ValueError: Multiples do not increase from above 0, or deviations are not positive.
     """
     given, k = list(multiples), vectors.shape[1]
     if not given or not given[0] > 0 or given != sorted(set(given)):

@@ -1,4 +1,4 @@
-"""The Gibbs classifier of a Gaussian over weights: weights drawn, their errors under attack counted.
+"""Estimates the robust error of a Gibbs classifier, which draws its weights from a Gaussian.
 
 Shapes: P parameters, k directions, R networks that pass together, N networks in all, n examples.
 """
@@ -24,16 +24,16 @@ _ORTHONORMAL = 1e-5  # float32 directions, products summed in float64: the round
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class WeightPosterior:
-    """Q = N(μ, U Σ Uᵀ + σ² (I − U Uᵀ)): any covariance in k directions, and equal noise in all others.
+    """Q = N(μ, U Σ Uᵀ + σ² (I − U Uᵀ)): any covariance in k directions, and equal variance in all others.
 
     Attributes:
         mean: μ (P,).
         directions: U (P, k), orthonormal columns.
         covariance: Σ (k, k), positive definite.
-        complement_std: σ > 0, of every dimension outside the span of U.
+        complement_std: σ > 0, standard deviation of every dimension outside the span of U.
 
     Raises:
-        ValueError: Shapes that do not fit, directions that are not orthonormal, Σ not positive definite.
+        ValueError: Shapes do not fit, directions are not orthonormal, or Σ is not positive definite.
     """
 
     mean: Tensor
@@ -81,11 +81,11 @@ class GibbsSampling:
     number of independent draws bounds the error of the estimate.
 
     Attributes:
-        networks: N ≥ 1 weights drawn.
-        examples: Examples that each of them classifies, ≥ 1, drawn for it without replacement.
+        networks: N ≥ 1, number of networks whose weights are drawn.
+        examples: Examples that each network classifies, ≥ 1, drawn for it without replacement.
 
     Raises:
-        ValueError: A number below 1.
+        ValueError: A number is below 1.
     """
 
     networks: int
@@ -110,7 +110,7 @@ def gibbs_errors(
     seed: int,
     stream: str,
 ) -> NDArray[np.float64]:
-    """Robust 0-1 errors of weights drawn from Q, each on examples and from starts of the attack of its own.
+    """Robust 0-1 errors of networks drawn from Q, each with its own examples and attack starts.
 
     Given the n examples, the N numbers are independent and in [0, 1], and their mean is Q's empirical error,
     in expectation over the attack's start. This is what ``robustdyn.theory.risk_certificate`` requires. All
@@ -123,17 +123,17 @@ def gibbs_errors(
         posterior: Q.
         images: (n, ...) in [0, 1], on the network's device.
         targets: (n,) classes.
-        attack: Against running statistics, ``batchnorm="eval"``.
+        attack: The attack, with running statistics (``batchnorm="eval"``).
         sampling: How many networks and examples.
-        chunk: R, networks in one pass; affects memory and speed only, and rounding.
-        seed: Of all random numbers.
+        chunk: R, networks in one pass; affects only memory, speed and rounding.
+        seed: Seed of all random numbers.
         stream: Different for draws that must be independent.
 
     Returns:
         (N,).
 
     Raises:
-        ValueError: Fewer images than examples, or an attack in train mode, which would move statistics.
+        ValueError: There are fewer images than examples, or the attack would move statistics (train mode).
     """
     if sampling.examples > len(images):
         raise ValueError(f"examples must be at most {len(images)}, got {sampling.examples}")
@@ -158,7 +158,7 @@ def gibbs_errors(
     return errors
 
 
-def robust_error(
+def zero_one_error(
     network: StackedNetwork,
     statistics: dict[str, Tensor],
     theta: Tensor,
@@ -170,7 +170,7 @@ def robust_error(
     seed: int,
     stream: str,
 ) -> float:
-    """Robust 0-1 error of one network θ (P,) on all examples; arguments as of ``gibbs_errors``."""
+    """Robust 0-1 error of one network θ (P,) on all examples; arguments as in ``gibbs_errors``."""
     draws = generator(seed, stream, device=images.device)
     robust = [
         robustly_classified(network, theta[None], statistics, part[None], labels[None], attack, [draws])
@@ -188,7 +188,7 @@ def robustly_classified(
     attack: PGD,
     draws: Sequence[torch.Generator],
 ) -> Tensor:
-    """Which examples R networks, each attacked on its own, classify as labelled.
+    """Which examples R networks, each attacked on its own, classify correctly.
 
     Args:
         network: The stacked network.
@@ -196,14 +196,14 @@ def robustly_classified(
         statistics: (1, ...) by name.
         images: (R, B, ...).
         targets: (R, B).
-        attack: ``batchnorm="eval"``.
-        draws: R generators of the attack's starts.
+        attack: The attack, with ``batchnorm="eval"``.
+        draws: R generators for the attack's starts.
 
     Returns:
         bool (R, B).
 
     Raises:
-        ValueError: The attack would move statistics.
+        ValueError: The attack would change the running statistics.
     """
     if attack.batchnorm != "eval":
         raise ValueError(f"attack must have batchnorm=eval, got {attack.batchnorm}")

@@ -1,8 +1,8 @@
-"""How far the places of replicas depend on their earlier places: their memory, measured and predicted.
+"""Measures and predicts the memory of replicas: how far their positions depend on their earlier positions.
 
-A linear system forgets: displacements decay with its slopes. Replicas that move towards places of their own
-do not forget, for instance if slow directions that are not tracked keep them apart. Their spread is then not
-caused by noise alone.
+A linear system forgets: displacements decay with its slopes. Replicas that each move towards a different
+place do not forget, for instance if slow directions that are not tracked keep them apart. Their spread is
+then not caused by noise alone.
 """
 
 from dataclasses import dataclass
@@ -19,15 +19,15 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Memory:
-    """Correlations, between replicas, of where they are at one step and where they were at M earlier ones.
+    """Correlations over replicas between the positions at one step and those at M earlier steps.
 
     Attributes:
         reference: The later step.
-        step: (M,), the earlier ones.
-        correlation: (M,), mean over directions of the correlation of x_i at both.
+        step: (M,), the earlier steps.
+        correlation: (M,), mean over directions of the correlation of x_i at both steps.
         error: (M,), its standard error, by the jackknife over replicas.
-        expected: (M,), what the slopes would leave of the states (x, v) that the replicas had, in the same
-            unit; with the slopes of the start or, if they were measured, of the mean's path.
+        expected: (M,), the same if the replicas' states (x, v) only decayed with the slopes: those measured
+            along the mean's path, or those of the start if there are none.
     """
 
     reference: int

@@ -1,4 +1,4 @@
-"""Several copies of one network, each with its own weights, in one pass.
+"""Computes several copies of one network, each with its own weights, in one pass.
 
 Shapes: R replicas, P parameters, B examples a replica sees, K classes. θ of all replicas is one matrix (R,
 P), each row in the order of ``model.named_parameters()``, as in ``robustdyn.curvature.EmpiricalRisk``.
@@ -20,7 +20,7 @@ from robustdyn.curvature.risk_function import call_with
 Engine = Literal["vmapped", "looped"]
 """Whether replicas pass together (``torch.func.vmap``; convolutions become grouped ones) or one by one."""
 
-_SLAB = 2**16  # parameters that are copied to float64 at once
+_SLAB = 2**16  # parameters that are converted to float64 at a time
 
 
 class StackedNetwork(nn.Module):
@@ -34,7 +34,7 @@ class StackedNetwork(nn.Module):
     Attributes:
         names: Names of the parameter tensors that require gradients, in the order of θ.
         numel: P.
-        engine: How replicas pass.
+        engine: How replicas are computed.
     """
 
     def __init__(self, model: nn.Module, engine: Engine) -> None:
@@ -42,10 +42,10 @@ class StackedNetwork(nn.Module):
 
         Args:
             model: From a batch to outputs (B, ...). All its floating parameters have one dtype and device.
-            engine: How replicas pass.
+            engine: How replicas are computed.
 
         Raises:
-            ValueError: An unknown engine, or parameters that share memory.
+            ValueError: The engine is unknown, or parameters share memory.
         """
         super().__init__()
         if engine not in get_args(Engine):
@@ -64,7 +64,7 @@ class StackedNetwork(nn.Module):
         self._buffers_now: dict[str, Tensor] = {}
 
     def theta(self) -> Tensor:
-        """θ of the network that was copied, (P,)."""
+        """θ (P,) of the network that was copied."""
         present = dict(self.base.named_parameters())
         return torch.cat([present[name].detach().reshape(-1) for name in self.names])
 
@@ -94,7 +94,7 @@ class StackedNetwork(nn.Module):
 
         Args:
             theta: (R, P); views of it are used, so that later changes in place have an effect.
-            statistics: As ``statistics``; BatchNorm in train mode updates them in place.
+            statistics: From the method ``statistics``; BatchNorm in train mode updates them in place.
             learn: Whether gradients with respect to the weights will be needed.
 
         Returns:

@@ -1,4 +1,4 @@
-"""Reads an optimiser of torch.optim into the rule and the state with which replicas start."""
+"""Translates an optimiser of torch.optim into the update rule and the state with which replicas start."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -11,7 +11,7 @@ from robustdyn.replicas.updates import AdamUpdate, MomentumUpdate, Update
 from robustdyn.theory import adam_scale
 
 InitialState = Literal["zero", "checkpoint"]
-"""Of the optimiser's buffer: zero, or as it is at the point that replicas start from."""
+"""State of the optimiser's buffer: zero, or as it is at the point from which replicas start."""
 
 _SETTLED = 10**6  # steps after which Adam has no bias left to correct
 
@@ -26,31 +26,32 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     if type(optimizer) is torch.optim.SGD:
         if any(group["nesterov"] or group["dampening"] for group in groups):
             raise ConfigError(
-                "optimizer: replicas know SGD without Nesterov and dampening; set nesterov=false, dampening=0"
+                "optimizer: replicas support SGD without Nesterov or dampening; set "
+                "nesterov=false, dampening=0"
             )
         shared = ["momentum"]
     elif type(optimizer) is torch.optim.Adam:
         if any(group["amsgrad"] or group["decoupled_weight_decay"] for group in groups):
             raise ConfigError(
-                "optimizer: replicas know Adam without amsgrad and decoupled weight decay; set both to false"
+                "optimizer: replicas support Adam without amsgrad or decoupled weight decay; turn both off"
             )
         shared = ["betas", "eps"]
     else:
         raise ConfigError(
-            f"optimizer: replicas know SGD and Adam, not {type(optimizer).__name__}; choose sgd or adam"
+            f"optimizer: replicas support SGD and Adam, not {type(optimizer).__name__}; choose sgd or adam"
         )
     if any(group["maximize"] for group in groups):
-        raise ConfigError("optimizer: replicas know minimisation only; set maximize to false")
+        raise ConfigError("optimizer: replicas only support minimisation; set maximize to false")
     for name in ("lr", *shared):
         if any(group[name] != groups[0][name] for group in groups):
-            raise ConfigError(f"optimizer: replicas know one {name} for all weights only; choose one")
+            raise ConfigError(f"optimizer: replicas only support one {name} for all weights; choose one")
 
 
 def weight_decay(optimizer: torch.optim.Optimizer, model: nn.Module) -> float | Tensor:
-    """ω, or (P,) in the order of the network's parameters where they decay differently.
+    """ω, or (P,) in the order of the network's parameters if they decay differently.
 
     Raises:
-        ConfigError: The optimiser does not hold all of the network's parameters that are learned.
+        ConfigError: The optimiser does not hold all learned parameters of the network.
     """
     of = {id(p): float(group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
     learned = [p for p in model.parameters() if p.requires_grad]
@@ -67,10 +68,10 @@ def initial_buffer(
     """The optimiser's v or m before the replicas' first step (P,); None for zero.
 
     Raises:
-        ValueError: It is to be the optimiser's, which holds none.
+        ValueError: The optimiser's own is asked for, but it holds none.
     """
     momentum = optimizer.param_groups[0].get("momentum")
-    if initial_state == "zero" or momentum == 0:  # without momentum nothing is kept
+    if initial_state == "zero" or momentum == 0:  # without momentum there is no buffer
         return None
     name = "exp_avg" if momentum is None else "momentum_buffer"
     held = _held(optimizer, model, name)
@@ -90,13 +91,13 @@ def read_update(
     frozen: bool,
     measured: Callable[[], Tensor],
 ) -> tuple[Update, Tensor | None]:
-    """The optimiser's rule and, of Adam, the preconditioner d (P,) at the start.
+    """The optimiser's rule and, for Adam, the preconditioner d (P,) at the start.
 
     Args:
-        optimizer: One that ``check_optimizer`` takes.
-        model: Whose parameters it steps.
+        optimizer: An optimiser that passes ``check_optimizer``.
+        model: The network whose parameters it updates.
         buffer: From ``initial_buffer``.
-        frozen: Hold Adam's preconditioner.
+        frozen: Whether to keep Adam's preconditioner fixed.
         measured: Called for Adam's second moment (P,) if the optimiser holds none.
     """
     options, decay = optimizer.param_groups[0], weight_decay(optimizer, model)
@@ -126,7 +127,7 @@ def read_update(
 
 
 def held_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """All tensors that the optimiser holds of the network's parameters, by parameter and name."""
+    """All state tensors that the optimiser holds for the network's parameters, by parameter and name."""
     return {
         f"{parameter}.{name}": value
         for parameter, p in model.named_parameters()
@@ -136,7 +137,7 @@ def held_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, 
 
 
 def _held(optimizer: torch.optim.Optimizer, model: nn.Module, name: str) -> Tensor | None:
-    """One tensor of the state of all parameters (P,); None unless all have it."""
+    """One state tensor of all parameters, flattened to (P,); None unless all parameters have it."""
     found = [_state(optimizer, p).get(name) for p in model.parameters() if p.requires_grad]
     if not all(isinstance(value, Tensor) for value in found):
         return None

@@ -1,4 +1,4 @@
-"""Slope and noise from the replicas' own gradients, which no measurement at a single point shows."""
+"""Estimates slope and noise from the replicas' own gradients, which no measurement at one point can show."""
 
 from dataclasses import dataclass
 
@@ -41,15 +41,15 @@ def own_gradients(
     gradient: Array,
     settled: int,
 ) -> OwnGradients:
-    """Slope and noise at every recorded step whose predecessor was recorded, too.
+    """Slope and noise at every recorded step whose predecessor was also recorded.
 
     Args:
-        start: With slopes J.
+        start: The starting point, with slopes J.
         batch_noise: γ (k,), variance of a batch's gradient at the start.
-        steps: (S,), recorded ones.
+        steps: (S,), the recorded steps.
         position: (R, S, k).
         gradient: (R, S, k), of the update before each step; steps where it is NaN are left out.
-        settled: First step that is used; before it, replicas have hardly separated.
+        settled: First step that is used, because replicas have hardly separated before it.
 
     Raises:
         ValueError: The start has no slopes.

@@ -1,9 +1,9 @@
-"""PAC-Bayes certificates of the robust error with a posterior that replicas measured.
+"""Computes PAC-Bayes certificates of the robust error with a posterior that replicas measured.
 
 The prior is N(θ_0, s² I) around the checkpoint, with s from a grid. The mean of the posterior is the
-checkpoint plus a fraction of the replicas' mean move. Along the directions it has their covariance, scaled,
-and in all other directions the prior's noise. The grid is screened, and for each fraction of the move the
-best point is certified with new draws of the weights.
+checkpoint plus a fraction of the replicas' mean move. Along the directions the posterior has the replicas'
+covariance, scaled, and in all other directions the prior's variance. The grid is screened, and for each
+fraction of the move the best point is certified with new draws of the weights.
 """
 
 import itertools
@@ -21,7 +21,7 @@ from torch import Tensor
 from robustdyn.attacks import PGD
 from robustdyn.errors import ConfigError, RecordError
 from robustdyn.replicas import RecordedEnsemble, StackedNetwork
-from robustdyn.replicas.gibbs import GibbsSampling, WeightPosterior, gibbs_errors, robust_error
+from robustdyn.replicas.gibbs import GibbsSampling, WeightPosterior, gibbs_errors, zero_one_error
 from robustdyn.theory import (
     RiskCertificate,
     SubspaceKL,
@@ -33,32 +33,33 @@ from robustdyn.theory import (
 Array = NDArray[np.float64]
 
 ASSUMPTIONS = (
-    "given the prior's examples, those of S are drawn independently from the distribution that the bound "
-    "speaks of, or at random without replacement from a finite set of images; class-balanced draws serve as "
-    "well, and the bound is then of the same balance",
-    "nothing that the prior depends on has seen S: neither the run, its settings, nor the grid of prior.std",
-    "the bound is of the error under this attack, in expectation over its random start; a stronger attack "
-    "may find more",
+    "given the prior's examples, those of S are drawn independently from the distribution for which the "
+    "bound holds, or at random without replacement from a finite set of images; class-balanced draws are "
+    "also allowed, and the bound then holds for the same balance",
+    "nothing on which the prior depends has seen S: not the run, its settings, or the grid of prior.std",
+    "the bound holds for the error under this attack, in expectation over its random start; a stronger "
+    "attack may find more errors",
     "pseudo-random numbers count as random, and weights rounded to float32 as Gaussian",
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class CertificateSettings:
-    """What is tried and drawn.
+    """The grid of posteriors, the samples and the confidence of a certificate.
 
     Attributes:
         shift: Fractions of the mean's move, ≥ 0.
         scale: Factors on the measured standard deviations, > 0.
-        prior_std: Standard deviations s of the prior, > 0; they share ``alpha``, half of it for themselves.
+        prior_std: Standard deviations s of the prior, > 0; ``alpha`` is divided among them, half of
+            it for the bounds of the priors themselves.
         alpha: Probability over the draw of S with which a bound may fail.
         alpha_sampling: Probability over the draw of the weights with which a bound may fail.
         screening: Networks and examples for every point of the grid.
         sampling: Networks and examples for the certificates.
         test: Networks and examples for the error on test examples, for comparison.
-        chunk: Networks in one pass; affects memory and speed only.
-        batch_size: For passes of one network; affects memory only.
-        seed: Of all random numbers.
+        chunk: Networks in one pass; affects only memory and speed.
+        batch_size: Batch size for passes of one network; affects only memory.
+        seed: Seed of all random numbers.
     """
 
     shift: tuple[float, ...]
@@ -84,7 +85,7 @@ class MeasuredPosterior:
         images: Digest of the examples on which the replicas were trained.
         move: (P,), mean of θ − θ_0.
         directions: (P, k), orthonormal.
-        covariance: (k, k), along them.
+        covariance: (k, k), along the directions.
         complement_std: Standard deviation of each other dimension, if all are equal.
     """
 
@@ -101,7 +102,7 @@ def measured_posterior(ensemble: RecordedEnsemble, folder: Path, step: int | Non
     """The posterior at a step, or at the last step at which the mean of the weights was kept.
 
     Args:
-        ensemble: Of momentum SGD, with BatchNorm in eval mode.
+        ensemble: An ensemble of momentum SGD, with BatchNorm in eval mode.
         folder: Its directory, for messages.
         step: Steps taken; None for the last.
 
@@ -113,7 +114,7 @@ def measured_posterior(ensemble: RecordedEnsemble, folder: Path, step: int | Non
         raise RecordError(f"{folder}: directions of a preconditioned optimiser; give an ensemble of SGD")
     if settings["batchnorm"] != "eval":
         raise RecordError(
-            f"{folder}: replicas moved the running statistics, which are no weights; run them with "
+            f"{folder}: replicas moved the running statistics, which are not weights; run them with "
             "batchnorm=eval"
         )
     known = [at for at in ensemble.mean_steps.tolist() if at > 0 and at in ensemble.steps]
@@ -128,8 +129,8 @@ def measured_posterior(ensemble: RecordedEnsemble, folder: Path, step: int | Non
     replicas, k = len(ensemble.replicas), ensemble.start.directions.count
     if replicas <= k:
         raise RecordError(
-            f"{folder}: {replicas} replicas tell no covariance of {k} directions; run robustdyn-replicas "
-            f"with replicas={2 * k} or more"
+            f"{folder}: {replicas} replicas are too few for a covariance of {k} directions; run "
+            f"robustdyn-replicas with replicas={2 * k} or more"
         )
     row = ensemble.steps.tolist().index(at)
     move = ensemble.mean_move[ensemble.mean_steps.tolist().index(at)]
@@ -149,7 +150,7 @@ def measured_posterior(ensemble: RecordedEnsemble, folder: Path, step: int | Non
 
 @dataclass(frozen=True)
 class _Choice:
-    """A point of the grid; with ``scale`` None the directions have the prior's noise, too."""
+    """A point of the grid; with ``scale`` None the prior's variance also applies along the directions."""
 
     shift: float
     scale: float | None
@@ -173,12 +174,12 @@ class Certifier:
     Args:
         network: The stacked network, at the checkpoint's weights θ_0, in eval mode.
         measured: The posterior.
-        data: ``prior`` (examples that θ_0 was trained on), ``S`` (those that only replicas saw) and ``test``:
-            images (n, ...) in [0, 1] and classes (n,), on the network's device.
-        attack: Of the error that is certified; ``batchnorm="eval"``.
-        settings: What is tried and drawn.
+        data: ``prior`` (examples on which θ_0 was trained), ``S`` (examples that only replicas saw) and
+            ``test``: images (n, ...) in [0, 1] and classes (n,), on the network's device.
+        attack: The attack of the certified error, with ``batchnorm="eval"``.
+        settings: The grid, the samples and the confidence.
         classes: K; a bound above chance, 1 − 1/K, says nothing.
-        say: Called with progress messages, a line at a time.
+        say: Called with each line of progress.
     """
 
     def __init__(
@@ -197,11 +198,11 @@ class Certifier:
         self.theta, self.statistics = network.theta(), network.statistics(1)
         self.move, self.directions = (part.to(self.theta) for part in (measured.move, measured.directions))
         self.n = len(data["S"][1])
-        # each prior may fail Maurer's bound, for all posteriors, and Chernoff's bound, for itself
+        # for each prior, Maurer's bound (for all posteriors) or Chernoff's bound (for the prior) may fail
         self.alpha = settings.alpha / (2 * len(settings.prior_std))
 
     def certify(self) -> dict[str, Any]:
-        """Screen the grid, certify the best of every shift, and compare."""
+        """Screen the grid, certify the best point of every shift, and add bounds to compare with."""
         settings = self.settings
         screened = self._screened()
         chosen = self._chosen(screened)
@@ -227,7 +228,7 @@ class Certifier:
         return [*(_Choice(*point) for point in measured), *(_Choice(0.0, None, std) for std in stds)]
 
     def _screened(self) -> list[dict[str, Any]]:
-        """Error and bound of every point; a point whose KL alone makes it worse than another is not measured.
+        """Error and bound of every point, except points that are worse than another by their KL alone.
 
         All points use the same random numbers, so that their differences are less noisy than their errors.
         """
@@ -248,7 +249,7 @@ class Certifier:
         return found
 
     def _chosen(self, screened: Sequence[Mapping[str, Any]]) -> list[_Choice]:
-        """The most promising point of every shift, and the prior itself; among equals, the least KL."""
+        """The most promising point of every shift, and the prior itself; the least KL among equals."""
         best: dict[tuple[float, bool], tuple[float, _Choice]] = {}
         for row in screened:
             choice = _Choice(row["shift"], row["scale"], row["prior_std"])
@@ -304,7 +305,7 @@ class Certifier:
         }
 
     def _as_measured(self) -> dict[str, Any]:
-        """The replicas' law with its own noise outside the directions, and its KL with such a prior."""
+        """The replicas' own law, with their variance outside the directions, and its KL from such a prior."""
         measured = self.measured
         squared = self._distance_sq()
         std = measured.complement_std
@@ -327,7 +328,7 @@ class Certifier:
     # -- parts
 
     def _budget(self, kl: float | None) -> float:
-        """Nats an example, as in ``robustdyn.theory.risk_certificate``."""
+        """Nats per example, as in ``robustdyn.theory.risk_certificate``."""
         return ((kl or 0.0) + math.log((1 if kl is None else 2 * math.sqrt(self.n)) / self.alpha)) / self.n
 
     def _distance_sq(self) -> float:
@@ -370,7 +371,7 @@ class Certifier:
         )
 
     def _error_of(self, theta: Tensor, split: str) -> float:
-        return robust_error(
+        return zero_one_error(
             self.network,
             self.statistics,
             theta,

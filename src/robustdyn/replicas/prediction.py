@@ -1,4 +1,4 @@
-"""What the theory predicts for an ensemble: the laws with which its measured replicas are compared.
+"""Predicts an ensemble by theory: the laws with which its measured replicas are compared.
 
 No law has a free parameter. Curvature, noise and gradient are measured at the replicas' start, or along the
 path of their mean. Shapes: S recorded steps, T steps in total, k directions.
@@ -30,7 +30,7 @@ STATIONARY, SLOW_MODE = "stationary", "slow_mode"
 EXACT, EXACT_PATH = "exact", "exact_path"
 REFRESHED, REFRESHED_PATH = "refreshed", "refreshed_path"
 
-SETTLED = 10  # steps; before, replicas have hardly parted
+SETTLED = 10  # steps after which replicas have separated enough
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -38,14 +38,14 @@ class Law:
     """A predicted distribution of x at the recorded steps.
 
     Attributes:
-        name: Which: ``stationary``, σ² at the current rate; ``slow_mode``, the papers' early-phase form,
-            joined together at every change of the rate; ``exact``, the time-resolved law with the Hessian at
-            fixed adversarial examples; ``refreshed``, the same with the slopes of the gradient whose attack
-            follows the weights. ``_path``: with measurements along the replicas' mean, which are not
-            available before the replicas have run.
+        name: The law's name. ``stationary``: σ² at the current rate. ``slow_mode``: the papers' early-phase
+            form, joined together at every change of the rate. ``exact``: the time-resolved law with the
+            Hessian at fixed adversarial examples. ``refreshed``: the same with the slopes of the gradient
+            whose attack follows the weights. A suffix ``_path`` means measurements along the replicas' mean,
+            which are not available before the replicas have run.
         mean: (S, k).
-        covariance: (S, k, k). The first two have only variances: NaN off the diagonal, and on it where there
-            is no stationary law.
+        covariance: (S, k, k). The first two laws have only variances: entries are NaN off the diagonal, and
+            on it where there is no stationary law.
     """
 
     name: str
@@ -59,12 +59,12 @@ class Law:
 
 
 def momentum_dynamics(ensemble: RecordedEnsemble) -> tuple[MomentumDynamics, float]:
-    """The optimiser as momentum SGD along the ensemble's directions, at a rate of 1; the rate's factor.
+    """The optimiser as momentum SGD along the ensemble's directions at a rate of 1, and the rate's factor.
 
     Under Adam μ = β₁ and the factor is 1 − β₁, equation (27) of docs/theory.md.
 
     Raises:
-        KeyError: Settings of another kind.
+        KeyError: The settings lack those of the optimiser or of the batches.
     """
     optimizer: Mapping[str, Any] = ensemble.settings["optimizer"]
     decay = 0.0 if ensemble.start.curvature_has_decay else float(optimizer["weight_decay"])
@@ -75,7 +75,7 @@ def momentum_dynamics(ensemble: RecordedEnsemble) -> tuple[MomentumDynamics, flo
 
 
 def sampling_of(ensemble: RecordedEnsemble) -> Sampling:
-    """How its batches were drawn."""
+    """How the ensemble's batches were drawn."""
     settings = ensemble.settings
     return Sampling(
         examples=settings["examples"],
@@ -86,7 +86,7 @@ def sampling_of(ensemble: RecordedEnsemble) -> Sampling:
 
 
 def example_noise(ensemble: RecordedEnsemble, point: MeasuredPoint) -> tuple[Array, Array]:
-    """(C₁, C_a) (k, k) of a point: from every example if it has a gradient, else from sampled batches.
+    """(C₁, C_a) (k, k) of a point: from single examples if they have gradients, else from sampled batches.
 
     With a weight perturbation, which follows a batch, or with BatchNorm in train mode, only sampled batches
     have the noise of replicas.
@@ -114,7 +114,7 @@ def predicted_laws(ensemble: RecordedEnsemble) -> dict[str, Law]:
     ``refreshed`` needs slopes, and the laws along the path need a path.
 
     Raises:
-        KeyError: Settings of another kind.
+        KeyError: The settings lack those of the optimiser or of the batches.
         RecordError: No noise was measured that is valid for the ensemble.
     """
     start = ensemble.start
@@ -198,23 +198,23 @@ def _coupled(
         weight_decay=unit.weight_decay,
         record_steps=ensemble.steps,
         initial_mean=begin,
-        allow_unstable=True,  # what replicas did near the edge of stability is compared all the same
+        allow_unstable=True,  # replicas near the edge of stability are compared too
     )
     return Law(name=name, mean=law.position, covariance=law.position_covariance)
 
 
 def _gradient(ensemble: RecordedEnsemble) -> Array:
-    """Mean gradient at the start, weight decay's part included."""
+    """Mean gradient at the start, including weight decay."""
     start = ensemble.start
     if not len(start.sampled_gradients):
         return start.mean_gradient + start.decay_gradient
-    # of many starts of the attack; and a batch's perturbation is not the whole set's
+    # averages many starts of the attack; and a batch's perturbation differs from the whole set's
     sampled = (start.sampled_gradients + start.sampled_again).mean(axis=0) / 2
     return np.asarray(sampled + start.decay_gradient)
 
 
 def _buffer(ensemble: RecordedEnsemble) -> Array:
-    """The buffer v at the start (k,), the same for all replicas; of Adam m / (1 − β₁)."""
+    """The buffer v (k,) at the start, the same for all replicas; for Adam m / (1 − β₁)."""
     _, factor = momentum_dynamics(ensemble)
     if 0 not in ensemble.steps:
         return np.zeros(ensemble.start.directions.count)
@@ -223,11 +223,11 @@ def _buffer(ensemble: RecordedEnsemble) -> Array:
 
 
 def _variances(ensemble: RecordedEnsemble) -> Array:
-    """γ (k,) of a full batch."""
+    """γ (k,) of a batch with all its examples."""
     sampling = sampling_of(ensemble)
     examples, attack = example_noise(ensemble, ensemble.start)
     n, size = sampling.examples, sampling.batch_size
-    # the papers' formulas know independent batches
+    # the papers' formulas are for independent batches
     share = 1 / size if sampling.replacement or n == 1 else (n - size) / (size * (n - 1))
     return np.asarray(np.diag(examples) * share + np.diag(attack) / size)
 
@@ -266,7 +266,7 @@ def _diagonal(name: str, mean: Array, variance: Array) -> Law:
 
 def _stationary(ensemble: RecordedEnsemble) -> Law:
     limits, _, minimum = _limits(ensemble)
-    # after t updates: what the last of them strives for
+    # after t updates, the limits are those of the last update's rate
     variance = limits[np.maximum(ensemble.steps - 1, 0)]
     return _diagonal(STATIONARY, np.broadcast_to(minimum, variance.shape), variance)
 

@@ -1,4 +1,4 @@
-"""Which examples a replica's mini-batches hold, and the gradient noise that follows.
+"""Draws the mini-batches of replicas, and gives the gradient noise that follows from how they are drawn.
 
 With C₁ the population covariance of one example's gradient (denominator n), a mini-batch mean has
 
@@ -9,7 +9,7 @@ With C₁ the population covariance of one example's gradient (denominator n), a
   slow directions (relaxation time longer than an epoch) largely cancels, so that the formula for independent
   batches overestimates their variance. ``robustdyn.theory.propagate_coupled`` has the exact one.
 
-Noise of the attack's random start comes on top, and is independent from step to step in both cases.
+Noise of the attack's random start is added to this, and is independent from step to step in both cases.
 """
 
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class Sampling:
         drop_last: Without replacement, leave out an epoch's last batch if it is shorter than B.
 
     Raises:
-        ValueError: A batch size outside its range.
+        ValueError: The batch size is outside its range.
     """
 
     examples: int
@@ -48,7 +48,7 @@ class Sampling:
 
     @property
     def epoch(self) -> int:
-        """Steps of an epoch, after which the examples are shuffled again; 1 with replacement."""
+        """Steps in an epoch, after which the examples are shuffled again; 1 with replacement."""
         if self.replacement:
             return 1
         whole, rest = divmod(self.examples, self.batch_size)
@@ -66,7 +66,7 @@ class Sampling:
         return order[number * self.batch_size : (number + 1) * self.batch_size]
 
     def batches(self, steps: int) -> BatchSampling:
-        """What the theory needs about the first ``steps`` steps."""
+        """The sampling of the first ``steps`` steps, in the form that the theory takes."""
         epoch = None if self.replacement else self.epoch
         return BatchSampling(examples=self.examples, sizes=self.sizes(steps), epoch=epoch)
 

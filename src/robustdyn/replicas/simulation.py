@@ -1,14 +1,12 @@
-"""Runs an ensemble, from a checkpoint's file or from a training in progress.
+"""Runs the missing parts of an ensemble, from a checkpoint's file or from a training in progress.
 
-The network, its optimiser and the data are taken in their current state. What is missing in the ensemble's
-directory is run.
+The network, its optimiser and the data are used in their current state.
 """
 
 import copy
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,18 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from robustdyn.attacks import PGD
+from robustdyn.curvature.empirical_risk import BatchNormMode
 from robustdyn.data.tensors import ImageTensors, to_unit
-from robustdyn.errors import ConfigError
+from robustdyn.errors import ConfigError, config_errors
 from robustdyn.methods.objectives.objective import Objective
 from robustdyn.methods.perturbations import WeightPerturbation
 from robustdyn.models.sync_batchnorm import desynchronize
-from robustdyn.replicas.ensemble import (
-    BatchNormMode,
-    Ensemble,
-    Recorded,
-    Training,
-    refuse_dropout,
-)
+from robustdyn.replicas.ensemble import Ensemble, Recorded, Training, refuse_dropout
 from robustdyn.replicas.ensemble_record import EnsembleRecord
 from robustdyn.replicas.expansion import measure_lines
 from robustdyn.replicas.network import Engine, StackedNetwork
@@ -59,21 +52,21 @@ class EnsembleSettings:
     Attributes:
         replicas: R, a multiple of ``chunk``.
         chunk: Replicas in one pass.
-        engine: How they pass.
-        seed: Of all random numbers.
-        initial_state: Of the optimiser's buffer.
+        engine: How replicas are computed.
+        seed: Seed of all random numbers.
+        initial_state: State of the optimiser's buffer at the start.
         freeze_preconditioner: Whether Adam keeps its preconditioner of the start.
         batchnorm: See ``robustdyn.replicas.Training``.
         learning_rate: η that the factors multiply; None for the rate of the training's next step.
-        factors: Of each step (T,).
-        batch_size: Of a replica's batch; None for the training's.
+        factors: Factor on the learning rate at each step (T,).
+        batch_size: Examples in a replica's batch; None for the training's batch size.
         replacement: See ``robustdyn.replicas.Sampling``.
         drop_last: See ``robustdyn.replicas.Sampling``.
         recorded: What is recorded; at most all examples are used as loss examples.
         start: How the start is measured, and the path of the mean.
         multiples: Distances at which the loss is measured along the directions, in predicted standard
             deviations; empty for no expansion.
-        prefix: Of the names of these settings in errors, e.g. ``"ensemble."``.
+        prefix: Prefix of the names of these settings in errors, e.g. ``"ensemble."``.
 
     Raises:
         ValueError: ``replicas`` is not a multiple of ``chunk``.
@@ -99,7 +92,9 @@ class EnsembleSettings:
     def __post_init__(self) -> None:
         if self.replicas % self.chunk:
             near = -(-self.replicas // self.chunk) * self.chunk
-            raise ValueError(f"replicas={self.replicas} is no multiple of chunk={self.chunk}; choose {near}")
+            raise ValueError(
+                f"replicas={self.replicas} is not a multiple of chunk={self.chunk}; choose {near}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -110,7 +105,7 @@ class TrainingState:
         model: The network; not changed. A BatchNorm that uses the batches of several processes is replaced by
             one that uses its own.
         optimizer: Its optimiser, in its current state.
-        next_rate: η of its next step.
+        next_rate: η of the training's next step.
         images: The training examples.
         batch_size: B.
         objective: See ``robustdyn.replicas.Training``.
@@ -133,11 +128,11 @@ class TrainingState:
 
 
 class EnsembleRun:
-    """An ensemble from a training's state; making one checks what can be checked and computes nothing.
+    """Runs an ensemble from a training's state. The constructor checks the settings and computes nothing.
 
     Args:
-        settings: The ensemble's.
-        state: Where replicas start.
+        settings: The ensemble's settings.
+        state: The state from which replicas start.
 
     Raises:
         ConfigError: Replicas do not support a setting, the optimiser or the objective.
@@ -149,15 +144,15 @@ class EnsembleRun:
         recorded, examples = settings.recorded, len(state.images)
         self._recorded = replace(recorded, loss_examples=min(recorded.loss_examples, examples))
         rate = state.next_rate if settings.learning_rate is None else settings.learning_rate
-        with _naming(f"{settings.prefix}sampling."):
+        with config_errors(f"{settings.prefix}sampling."):
             sampling = Sampling(
                 examples=examples,
                 batch_size=settings.batch_size or state.batch_size,
                 replacement=settings.replacement,
                 drop_last=settings.drop_last,
             )
-        with _naming(settings.prefix):
-            # reads only the optimiser's weight decay, because reading the rest may take long
+        with config_errors(settings.prefix):
+            # only the optimiser's weight decay is read here, because the rest may take long
             self._training = Training(
                 images=to_unit(state.images.images).to(next(state.model.parameters()).dtype),
                 targets=state.images.labels,
@@ -174,11 +169,11 @@ class EnsembleRun:
             )
             if settings.batchnorm == "train":
                 refuse_dropout(state.model)
-        with _naming("objective: "):
+        with config_errors("objective: "):
             example_loss(self._training)
 
     def settings(self) -> dict[str, object]:
-        """Everything on which the numbers depend, as it is recorded."""
+        """Everything on which the numbers depend, in the form in which it is recorded."""
         chosen, state, training = self._settings, self._state, self._training
         start = asdict(chosen.start)
         del start["memory"]
@@ -215,25 +210,25 @@ class EnsembleRun:
         say: Callable[[str], None],
         wait: Callable[[], object] | None,
     ) -> int:
-        """Run what is missing of the ensemble: the start, a shard's chunks, and the path of the mean.
+        """Run the missing parts of the ensemble: the start, a shard's chunks, and the path of the mean.
 
         Args:
-            directory: Of the ensemble; several processes may work in it.
+            directory: The ensemble's directory; several processes may work in it.
             provenance: See ``robustdyn.replicas.EnsembleRecord``.
             shard: The shard of this process.
             shards: Number of shards.
-            say: Called with progress messages, a line at a time.
-            wait: Called when this shard's chunks are done, and returns when all shards are; None to not wait.
+            say: Called with each line of progress.
+            wait: Called when this shard's chunks are done; returns when all shards are. None not to wait.
 
         Returns:
-            How many chunks of other shards are still missing; in that case they will measure the path.
+            How many chunks of other shards are still missing; if any, those shards will measure the path.
 
         Raises:
             ConfigError: Replicas diverged, or the optimiser holds no state to start with.
             RecordError: The directory cannot be used, or holds another ensemble.
         """
         settings, state = self._settings, self._state
-        with _naming(settings.prefix):
+        with config_errors(settings.prefix):
             buffer = initial_buffer(state.optimizer, state.model, settings.initial_state)
         record = EnsembleRecord(directory, self.settings(), provenance, chunk=settings.chunk)
         todo = list(record.missing(settings.replicas, shard=shard, shards=shards))
@@ -310,7 +305,7 @@ class EnsembleRun:
         return left
 
     def _second_moment(self, model: nn.Module) -> Tensor:
-        """Adam's, of a training with another optimiser: from as many batches as the noise."""
+        """Adam's second moment for a training with another optimiser, from as many batches as the noise."""
         settings = self._settings
         network = StackedNetwork(model, settings.engine)
         batches = max(settings.start.noise_batches, 1)
@@ -318,7 +313,7 @@ class EnsembleRun:
 
 
 def fingerprint(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
-    """A digest of weights, running statistics and the optimiser's state: the same point, the same digest.
+    """A digest that identifies a point by its weights, running statistics and the optimiser's state.
 
     A training in progress has the same digest as the checkpoint that it writes, in any memory layout.
     """
@@ -330,7 +325,7 @@ def fingerprint(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
 
 
 def _alone(model: nn.Module) -> nn.Module:
-    """A copy in eval mode, whose BatchNorm waits for no other process."""
+    """A copy in eval mode, in which no BatchNorm waits for other processes."""
     copied = copy.deepcopy(model).eval()
     desynchronize(copied)
     for module in list(copied.modules()):
@@ -346,21 +341,10 @@ def _alone(model: nn.Module) -> nn.Module:
 
 
 def moved(model: nn.Module, move: Tensor) -> nn.Module:
-    """A copy of a network, its learned weights at θ + move (P,)."""
+    """A copy of a network with its learned weights at θ + move (P,)."""
     copied = copy.deepcopy(model)
     learned = [p for p in copied.parameters() if p.requires_grad]
     with torch.no_grad():
         for p, part in zip(learned, move.to(learned[0]).split([p.numel() for p in learned]), strict=True):
             p.add_(part.view_as(p))
     return copied
-
-
-@contextmanager
-def _naming(prefix: str) -> Iterator[None]:
-    """Errors that start with a setting's name get the rest of the name."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(f"{prefix}{error}") from error

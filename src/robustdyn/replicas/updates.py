@@ -1,7 +1,7 @@
-"""The optimisers' updates, for many replicas at once and exactly as in PyTorch.
+"""Computes the updates of SGD and Adam for many replicas at once, exactly as PyTorch does.
 
-Shapes: R replicas, P parameters. Weight decay is PyTorch's, a term ω θ of the gradient, with one ω or with
-one for each parameter (P,). With the same ω for all parameters, the effective Hessian is H + ω I.
+Shapes: R replicas, P parameters. Weight decay is PyTorch's, a term ω θ in the gradient, with one ω for all
+parameters or one for each (P,). With one ω, the effective Hessian is H + ω I.
 """
 
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class Update(Protocol):
             gradient: (R, P) of the loss without weight decay; it may be overwritten.
             state: Changed in place.
             learning_rate: η of this step.
-            count: Steps taken before, of this replica.
+            count: Steps that this replica has taken before.
         """
 
     def buffer(self, state: State) -> Tensor:
@@ -45,7 +45,7 @@ class Update(Protocol):
 
         Args:
             learning_rate: η of a step.
-            decay_inside: Whether the curvature includes weight decay already, so that ω is 0 here.
+            decay_inside: Whether the curvature already includes weight decay, so that ω is 0 here.
 
         Raises:
             ValueError: ω is not one number and ``decay_inside`` is false.
@@ -75,21 +75,21 @@ class MomentumUpdate:
         _check_decay(self.weight_decay)
 
     def begin(self, theta: Tensor) -> State:
-        """As ``Update``."""
+        """See ``Update``."""
         return {"buffer": _start(self.initial_buffer, theta)}
 
     def step(self, theta: Tensor, gradient: Tensor, state: State, learning_rate: float, count: int) -> None:
-        """As ``Update``; η only affects the weights, so that (θ, v) is continuous when η changes."""
+        """See ``Update``. η only affects the weights, so that (θ, v) is continuous when η changes."""
         _add_decay(gradient, theta, self.weight_decay)
         state["buffer"].mul_(self.momentum).add_(gradient)
         theta.add_(state["buffer"], alpha=-learning_rate)
 
     def buffer(self, state: State) -> Tensor:
-        """As ``Update``."""
+        """See ``Update``."""
         return state["buffer"]
 
     def dynamics(self, learning_rate: float, *, decay_inside: bool) -> MomentumDynamics:
-        """As ``Update``: η, μ, ω as they are."""
+        """See ``Update``: η, μ and ω without any change."""
         decay = _one_decay(self.weight_decay, decay_inside)
         return MomentumDynamics(learning_rate, self.momentum, decay)
 
@@ -98,9 +98,9 @@ class MomentumUpdate:
 class AdamUpdate:
     """``torch.optim.Adam``, or with ``frozen`` the same with a fixed preconditioner D = diag(1/(√v̂ + ε)).
 
-    Frozen: m ← β₁ m + (1 − β₁)(g + ω θ); θ ← θ − η D m, without corrections of the bias. This is exactly
-    momentum SGD in other coordinates (equation (27) of docs/theory.md). Comparing replicas with and without
-    it shows how far Adam itself is from that.
+    Frozen, the update is m ← β₁ m + (1 − β₁)(g + ω θ); θ ← θ − η D m, without bias corrections. This is
+    exactly momentum SGD in other coordinates (equation (27) of docs/theory.md). Comparing replicas with and
+    without ``frozen`` shows how far Adam itself is from momentum SGD.
 
     Attributes:
         beta1: β₁ in [0, 1).
@@ -110,11 +110,11 @@ class AdamUpdate:
         initial_buffer: m before the first step (P,); None for zero.
         second_moment: v before the first step (P,) ≥ 0, as PyTorch keeps it (v̂ = v / (1 − β₂^count)); None
             for zero.
-        initial_count: Steps taken before the first one, for the corrections of the bias.
+        initial_count: Steps taken before the first one, for the bias corrections.
         frozen: Whether D is fixed at the value from ``second_moment``, which is then taken as v̂.
 
     Raises:
-        ValueError: A setting outside its range; frozen without second moment.
+        ValueError: A setting is outside its range, or ``frozen`` is set without a second moment.
     """
 
     beta1: float
@@ -137,14 +137,14 @@ class AdamUpdate:
         _check_decay(self.weight_decay)
 
     def begin(self, theta: Tensor) -> State:
-        """As ``Update``."""
+        """See ``Update``."""
         return {
             "buffer": _start(self.initial_buffer, theta),
             "second": _start(self.second_moment, theta),
         }
 
     def step(self, theta: Tensor, gradient: Tensor, state: State, learning_rate: float, count: int) -> None:
-        """As ``Update``."""
+        """See ``Update``."""
         _add_decay(gradient, theta, self.weight_decay)
         first, second = state["buffer"], state["second"]
         first.lerp_(gradient, 1 - self.beta1)
@@ -158,11 +158,11 @@ class AdamUpdate:
         theta.addcdiv_(first, scale, value=-learning_rate / (1 - self.beta1**done))
 
     def buffer(self, state: State) -> Tensor:
-        """As ``Update``: m."""
+        """See ``Update``: m."""
         return state["buffer"]
 
     def dynamics(self, learning_rate: float, *, decay_inside: bool) -> MomentumDynamics:
-        """As ``Update``: η (1 − β₁) and β₁, equation (27) of docs/theory.md."""
+        """See ``Update``: η (1 − β₁) and β₁, equation (27) of docs/theory.md."""
         decay = _one_decay(self.weight_decay, decay_inside)
         return MomentumDynamics(learning_rate * (1 - self.beta1), self.beta1, decay)
 

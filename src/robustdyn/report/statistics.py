@@ -87,7 +87,7 @@ def final_and_best(runs: Sequence[Run]) -> pd.DataFrame:
 
 
 @dataclass(frozen=True)
-class Moment:
+class EpochValue:
     """A number at one epoch of one run."""
 
     epoch: int
@@ -95,7 +95,7 @@ class Moment:
 
 
 @dataclass(frozen=True)
-class Change:
+class GroupChange:
     """How a number moved between two moments, in every run of a group.
 
     Attributes:
@@ -104,7 +104,7 @@ class Change:
     """
 
     group: str
-    pairs: tuple[tuple[Moment, Moment], ...]
+    pairs: tuple[tuple[EpochValue, EpochValue], ...]
 
     def mean(self, end: bool) -> str:
         """The mean over runs at one end."""
@@ -148,7 +148,7 @@ class Headline:
 
     name: str
     start: str
-    changes: tuple[Change, ...]
+    changes: tuple[GroupChange, ...]
     missing: str
 
     def __str__(self) -> str:
@@ -169,8 +169,8 @@ class Headline:
             f"→ final {change.side(True)} ({change.epochs(True)})"
         )
 
-    def _told(self) -> tuple[list[Change], str]:
-        """The changes a line has room for: all of a few, else the smallest and the largest."""
+    def _told(self) -> tuple[list[GroupChange], str]:
+        """The changes that a line can show: all if there are few, otherwise the smallest and the largest."""
         if len(self.changes) <= TOLD:
             return list(self.changes), ""
         ordered = sorted(self.changes, key=lambda change: change.size)
@@ -191,10 +191,12 @@ def headlines(runs: Sequence[Run]) -> list[Headline]:
         start = "at the lowest test robust loss"
         anchors = {run.label: _lowest_loss(of_run(epochs, run.label)) for run in finished}
 
-    def since_anchor(frame: pd.DataFrame, column: str) -> Callable[[Run], tuple[Moment, Moment] | None]:
+    def since_anchor(
+        frame: pd.DataFrame, column: str
+    ) -> Callable[[Run], tuple[EpochValue, EpochValue] | None]:
         return lambda run: _between(of_run(frame, run.label), column, anchors[run.label])
 
-    def rise(run: Run) -> tuple[Moment, Moment] | None:
+    def rise(run: Run) -> tuple[EpochValue, EpochValue] | None:
         own = of_run(epochs, run.label)
         return _between(own, "test_robust_loss", _lowest_loss(own))
 
@@ -244,7 +246,7 @@ def _lowest_loss(epochs: pd.DataFrame) -> int | None:
     return None if known.empty else int(known["epoch"].iloc[int(known["test_robust_loss"].argmin())])
 
 
-def _between(frame: pd.DataFrame, column: str, anchor: int | None) -> tuple[Moment, Moment] | None:
+def _between(frame: pd.DataFrame, column: str, anchor: int | None) -> tuple[EpochValue, EpochValue] | None:
     """The number at the last epoch up to ``anchor`` (else the first there is) and at the last epoch."""
     known = frame.dropna(subset=[column])
     if known.empty or anchor is None:
@@ -252,18 +254,18 @@ def _between(frame: pd.DataFrame, column: str, anchor: int | None) -> tuple[Mome
     early = known[known["epoch"] <= anchor]
     first, last = (early if not early.empty else known.head(1)).iloc[-1], known.iloc[-1]
     return (
-        Moment(int(first["epoch"]), float(first[column])),
-        Moment(int(last["epoch"]), float(last[column])),
+        EpochValue(int(first["epoch"]), float(first[column])),
+        EpochValue(int(last["epoch"]), float(last[column])),
     )
 
 
 def _changes(
-    runs: Sequence[Run], measure: Callable[[Run], tuple[Moment, Moment] | None]
-) -> tuple[Change, ...]:
+    runs: Sequence[Run], measure: Callable[[Run], tuple[EpochValue, EpochValue] | None]
+) -> tuple[GroupChange, ...]:
     """One change per group, from the runs that have it."""
-    found: dict[str, list[tuple[Moment, Moment]]] = {}
+    found: dict[str, list[tuple[EpochValue, EpochValue]]] = {}
     for run in runs:
         pair = measure(run)
         if pair is not None:
             found.setdefault(run.group, []).append(pair)
-    return tuple(Change(group, tuple(pairs)) for group, pairs in found.items())
+    return tuple(GroupChange(group, tuple(pairs)) for group, pairs in found.items())

@@ -1,4 +1,4 @@
-"""Checkpoints that a run goes on from: written whole or not at all, and only for the settings they are of."""
+"""Writes a run's checkpoints atomically, and resumes from them only with the settings they were made with."""
 
 import json
 import os
@@ -38,16 +38,16 @@ _PARTS = {
     "global_step": int,
     "pytorch-lightning_version": str,
 }
-"""Of a checkpoint that training goes on from."""
+"""The entries that a checkpoint must have for training to resume."""
 
 CHANGEABLE = (
     "checkpoint",
     "data.download",
     "data.eval_batch_size",
     "data.root",
-    "decay_epochs",  # what reads it is compared
+    "decay_epochs",  # the settings that depend on it are compared
     "decay_fractions",
-    "ensemble",  # what is there of one refuses other settings itself
+    "ensemble",  # an ensemble's own record refuses other settings
     "logger",
     "metric",
     "measure.memory_mib",
@@ -67,13 +67,13 @@ CHANGEABLE = (
     "trainer.profiler",
     "trainer.strategy",
 )
-"""Settings that a resumed run may change: where and how it runs, not what it computes."""
+"""Settings that a resumed run may change: they determine where and how it runs, not what it computes."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside the old one and then puts it in its place, on the disk before it counts.
+    """Writes a checkpoint to a temporary file, forces it to the disk, and then replaces the old checkpoint.
 
-    A process killed while writing, or a full disk, leaves the old checkpoint as it was.
+    If the process is killed while writing, or the disk is full, the old checkpoint stays as it was.
     """
 
     def save_checkpoint(
@@ -109,8 +109,8 @@ class LastCheckpoint(Checkpoint):
     Every checkpoint of the run gets the configuration, so that a resumed run can tell whether it is the same.
 
     Args:
-        run: Whose.
-        every_minutes: Save within an epoch when so much time has gone by since the last one; None for never.
+        run: The run directory.
+        every_minutes: Save within an epoch if the last checkpoint is so many minutes old; None for never.
         cfg: The run's configuration.
     """
 
@@ -133,7 +133,7 @@ class LastCheckpoint(Checkpoint):
         batch: object,
         batch_idx: int,
     ) -> None:
-        """Save, if it is time; not after the last batch, whose evaluation is part of the epoch."""
+        """Save if it is time, but not after the last batch, before the evaluation that ends the epoch."""
         if self._interval is None or trainer.is_last_batch:
             return
         due = time.monotonic() - self._saved >= self._interval
@@ -141,13 +141,13 @@ class LastCheckpoint(Checkpoint):
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Save, when all rows of the epoch are written."""
+        """Save, because all rows of the epoch are written by now."""
         self._save(trainer)
 
     def on_save_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Add the configuration, and Hydra's files as they are."""
+        """Add the configuration, and Hydra's files as they are on disk."""
         checkpoint["config"] = OmegaConf.to_container(self._cfg, resolve=True)
         checkpoint["hydra"] = {
             name: (self._hydra_dir / name).read_text()
@@ -161,13 +161,13 @@ class LastCheckpoint(Checkpoint):
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Lightning's, which keeps its best score when the run directory was moved, too."""
+    """Lightning's ``ModelCheckpoint``, but it keeps its best score even if the run directory was moved."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the scores; the files are where this run's folder is now."""
+        """Restore the scores, with the files' paths in the run's present folder."""
         assert self.dirpath is not None
 
-        def here(path: str) -> str:  # of any other name, such as .., what lies there would be deleted
+        def here(path: str) -> str:  # Lightning deletes this file: a name such as .. must not pass
             return str(Path(str(self.dirpath)) / Path(path).name) if path.endswith(".ckpt") else ""
 
         super().load_state_dict(
@@ -182,11 +182,11 @@ class BestCheckpoint(ModelCheckpoint):
 
 
 def resume_from(cfg: DictConfig, run_dir: Path) -> Path | None:
-    """The checkpoint that a run in ``run_dir`` goes on from; None for a new run.
+    """The checkpoint from which a run in ``run_dir`` resumes; None for a new run.
 
     Raises:
-        ConfigError: The checkpoint is of other settings and ``resume`` is not ``changed``. Hydra's files are
-            put back as they were.
+        ConfigError: The checkpoint was made with other settings and ``resume`` is not ``changed``. Hydra's
+            files are then restored.
         CheckpointError: It cannot be read.
     """
     run = RunDirectory(run_dir)
@@ -220,9 +220,10 @@ def resume_from(cfg: DictConfig, run_dir: Path) -> Path | None:
 
 
 def _own_command(checkpoint: Mapping[str, Any], run_dir: Path) -> str:
-    """For the refusal: how to go on with the checkpoint's settings and what was typed of the changeable ones.
+    """For the error message: a command that resumes with the checkpoint's settings.
 
-    Settings that follow from one that changes, such as milestones from the number of epochs, stay.
+    It keeps the changeable settings that were typed. Settings that follow from another one, such as
+    milestones from the number of epochs, are left to follow.
     """
     hydra_cfg = HydraConfig.get()
     typed = {
@@ -239,7 +240,7 @@ def _own_command(checkpoint: Mapping[str, Any], run_dir: Path) -> str:
         ]
         if any(_differences(checkpoint["config"], _composed(overrides))):
             return ""
-    except Exception:  # of a file that may be a stranger's: the refusal stands without it
+    except Exception:  # the file may be a stranger's; the message does without the command
         return ""
     own = [source.path for source in hydra_cfg.runtime.config_sources if source.provider == "command-line"]
     folders = [word for path in own for word in ("--config-dir", path)]
@@ -252,7 +253,7 @@ def _composed(overrides: Sequence[str]) -> Any:
 
 
 def _override(key: str, value: object) -> str:
-    """Hydra's grammar; what is plain stays so."""
+    """An override in Hydra's grammar, quoted only if necessary."""
     text = (
         value
         if isinstance(value, str) and re.fullmatch(r"[\w./-]+", value)
@@ -264,7 +265,7 @@ def _override(key: str, value: object) -> str:
 def _differences(
     before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""
 ) -> Iterator[tuple[str, object, object]]:
-    """Name, old and new value of what may not change and did."""
+    """Name, old and new value of every setting that changed although it must not."""
     for key in sorted({*before, *now}, key=str):
         name = f"{prefix}{key}"
         if name in CHANGEABLE:
@@ -277,7 +278,7 @@ def _differences(
 
 
 def _why_not_written(error: BaseException) -> str:
-    """The system's reason, also where torch's writer has hidden it."""
+    """The operating system's reason, even if torch's writer has hidden it."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.strerror:
@@ -287,7 +288,7 @@ def _why_not_written(error: BaseException) -> str:
 
 
 def _sync_directory(folder: Path) -> None:
-    """The new name itself reaches the disk."""
+    """Force the new file name itself to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Choices along different axes that cannot go together, refused before anything is read."""
+"""Refuses choices in different groups that do not go together, before any data is read."""
 
 import difflib
 
@@ -10,14 +10,14 @@ from robustdyn.records.schema import EPOCHS
 from robustdyn.run.config import build
 
 HALF = ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16")
-"""Lightning's precisions in which the weights themselves are rounded."""
+"""Precisions of Lightning in which the weights themselves are rounded."""
 
 
 def check_combinations(cfg: DictConfig) -> None:
-    """Refuse combinations that cannot be.
+    """Refuse combinations of settings that cannot work.
 
     Raises:
-        ConfigError: Names the keys and the remedy.
+        ConfigError: A combination cannot work; the message names the keys and the remedy.
     """
     _trainer(cfg)
     _settings_of_nothing(cfg)
@@ -49,7 +49,7 @@ def _trainer(cfg: DictConfig) -> None:
 
 
 def _settings_of_nothing(cfg: DictConfig) -> None:
-    """``none`` on the command line, and an experiment's settings of what it replaced."""
+    """Refuse settings of a group for which ``none`` was chosen: a preset may set what ``none`` replaces."""
     for group in ("perturbation", "averaging", "stopping"):
         settings = cfg[group]
         if settings and "_target_" not in settings:
@@ -68,7 +68,7 @@ def _mixed_targets(cfg: DictConfig) -> None:
 
 
 def _optimizer(cfg: DictConfig) -> None:
-    """What its constructor refuses, it refuses now: Nesterov without momentum, say."""
+    """Let the optimiser's constructor refuse its settings now, for instance Nesterov without momentum."""
     factory = build(cfg, "optimizer")
     try:
         factory([torch.nn.Parameter(torch.zeros(1))])
@@ -77,7 +77,7 @@ def _optimizer(cfg: DictConfig) -> None:
 
 
 def _rates(cfg: DictConfig) -> None:
-    """A rate of 0 trains nothing and has no law to settle to."""
+    """Refuse a learning rate of 0, which trains nothing and has no stationary law."""
     schedule = build(cfg, "schedule")
     for epoch in range(cfg.trainer.max_epochs):
         if not schedule.factor(epoch + 0.5) > 0:
@@ -122,8 +122,8 @@ def _early_stopping(cfg: DictConfig) -> None:
     monitor = str(cfg.stopping.get("monitor", ""))
     if monitor not in EPOCHS.names:
         raise ConfigError(
-            f"stopping.monitor={monitor} is no column of the epochs table; choose validation_robust_error or "
-            "another one"
+            f"stopping.monitor={monitor} is not a column of the epochs table; choose validation_robust_error "
+            "or another one"
         )
     if monitor.startswith("validation_") and not cfg.data.validation_size:
         raise ConfigError(
@@ -153,5 +153,5 @@ def _metric(cfg: DictConfig) -> None:
     if cfg.metric not in known:
         close = difflib.get_close_matches(str(cfg.metric), known, n=3, cutoff=0.3)
         raise ConfigError(
-            f"metric={cfg.metric} is no number of summary.json; choose {' or '.join(close or known)}"
+            f"metric={cfg.metric} is not a number in summary.json; choose {' or '.join(close or known)}"
         )

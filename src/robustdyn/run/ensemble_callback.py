@@ -1,4 +1,4 @@
-"""Ensembles of replicas at set epochs of a training; what an ensemble is, is in replicas/."""
+"""The callback that runs ensembles of replicas (see replicas/) after set epochs of a training."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -23,23 +23,21 @@ KEY = "ensemble"
 
 
 class RunEnsembles(Callback):
-    """Trains many replicas on from where the training is at the end of set epochs.
+    """Trains many replicas from the state of the training at the end of set epochs.
 
-    They start from the weights that are trained, not from an average of them, with the running statistics and
-    the optimiser's state of that moment, and see training images that are neither augmented nor mixed.
-    Nothing of the training moves. Chunks are shared out among the ranks; all wait until the last is there. A
-    run that was killed meanwhile trains up to that epoch's end again and then runs the chunks that are
-    missing.
+    They start from the trained weights, not from an average of them, with the present running statistics and
+    state of the optimiser. Their training images are neither augmented nor mixed. The training itself does
+    not change. The ranks share the chunks and wait until all are done. A run that was killed meanwhile trains
+    up to the end of that epoch again and then runs the missing chunks.
 
-    Place it behind what a learning-rate rule reads and before what records the epoch's time.
+    Place it after the callbacks that a learning-rate rule reads and before the one that records times.
 
     Args:
-        epochs: When; see ``robustdyn.measure.when.measured_epochs``, here without the last epoch unless
-            it is said.
-        settings: Of every ensemble; its ``prefix`` is ``"ensemble."``.
+        epochs: When to run; see ``robustdyn.measure.when.measured_epochs``, but the last epoch is not added.
+        settings: Settings of every ensemble; their ``prefix`` is ``"ensemble."``.
         description: How the training is configured; see ``robustdyn.replicas.TrainingState``.
-        provenance: What to note down about computing on a device.
-        folder: The ensemble after N epochs lies in ``epoch_N`` of it, four digits at least.
+        provenance: Returns what to record about computing on a device.
+        folder: Folder for the ensembles; the one after N epochs is in ``epoch_N``, with at least four digits.
     """
 
     def __init__(
@@ -59,10 +57,10 @@ class RunEnsembles(Callback):
         self._epochs: frozenset[int] = frozenset()
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Settle the epochs and see that there can be ensembles, before long work starts.
+        """Determine the epochs and check that ensembles are possible, before long work starts.
 
         Raises:
-            ConfigError: There cannot.
+            ConfigError: They are not.
         """
         assert isinstance(pl_module, AdversarialTraining)
         max_epochs = int(trainer.max_epochs or 0)
@@ -84,11 +82,11 @@ class RunEnsembles(Callback):
             )
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Run the ensemble, or what is missing of it, if this epoch is one of those set.
+        """Run the ensemble, or the missing part of it, if this epoch is one of those set.
 
         Raises:
             ConfigError: Replicas diverged, or the run's folder is not the same for all ranks.
-            TrainingError: Out of memory.
+            TrainingError: The ensemble does not fit in memory.
         """
         assert isinstance(pl_module, AdversarialTraining)
         epoch = trainer.current_epoch
@@ -117,7 +115,7 @@ class RunEnsembles(Callback):
                 ) from error
         if left:
             raise ConfigError(
-                f"{directory}: {left} chunks of other devices are not here; put hydra.run.dir on a file "
+                f"{directory}: {left} chunks of other devices are missing here; put hydra.run.dir on a file "
                 "system that all devices share"
             )
 
@@ -141,7 +139,7 @@ class RunEnsembles(Callback):
 
 
 def _say(trainer: lightning.Trainer, when: Mapping[str, int], line: str) -> None:
-    """To the run's log and, since an ensemble takes long, beside the progress of the epochs."""
+    """Write a line to the run's log and, since an ensemble takes long, to the terminal."""
     _log.info(line, extra=when)
     progress = trainer.progress_bar_callback
     if progress is not None:
@@ -149,7 +147,7 @@ def _say(trainer: lightning.Trainer, when: Mapping[str, int], line: str) -> None
 
 
 def _next_rate(module: AdversarialTraining) -> float:
-    """As the next epoch will set it, after what this one measured."""
+    """The learning rate of the next epoch, which may follow this epoch's measurements."""
     scheduler = module.lr_schedulers()
     assert isinstance(scheduler, LambdaLR)
     return float(scheduler.base_lrs[0] * scheduler.lr_lambdas[0](scheduler.last_epoch))

@@ -1,7 +1,6 @@
-"""The settings of an ensemble of replicas, in ``conf/ensemble`` for ``robustdyn-replicas`` and ``-train``."""
+"""Checks and builds the settings of replica ensembles, for ``robustdyn-replicas`` and ``robustdyn-train``."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from robustdyn.errors import ConfigError
+from robustdyn.errors import ConfigError, config_errors
 from robustdyn.records.run_directory import RunDirectory
 from robustdyn.replicas import EnsembleSettings, PointSettings, Recorded
 from robustdyn.run.config import COUNT, POSITIVE, SEED, SWITCH, WHOLE, Rule, build, check_rules
@@ -65,18 +64,18 @@ RULES: Mapping[str, Rule] = {
 
 
 def ensemble_settings(cfg: DictConfig, prefix: str = "") -> EnsembleSettings:
-    """The settings as ``cfg`` has them under ``prefix``: at the top level, or ``"ensemble."``.
+    """The settings in ``cfg`` under ``prefix``, which is empty for the top level, or ``"ensemble."``.
 
     Raises:
-        ConfigError: A value that cannot be, by its key.
+        ConfigError: A value is not allowed; the message names its key.
     """
     check_rules(cfg, RULES, prefix)
     chosen = OmegaConf.select(cfg, prefix.rstrip(".")) if prefix else cfg
     steps, schedule = chosen.steps, build(cfg, f"{prefix}schedule")
-    with _naming(f"{prefix}start."):
+    with config_errors(f"{prefix}start."):
         given = {key: value for key, value in chosen.start.items() if key != "memory_mib"}
         start = PointSettings(memory=chosen.start.memory_mib * 2**20, **given)
-    with _naming(f"{prefix}record."):
+    with config_errors(f"{prefix}record."):
         when: dict[str, Any] = {
             name: tuple(step for step in chosen.record[name] if step <= steps)
             for name in ("steps", "loss_steps", "mean_steps")
@@ -87,7 +86,7 @@ def ensemble_settings(cfg: DictConfig, prefix: str = "") -> EnsembleSettings:
             expansion=len(chosen.expansion.multiples) > 0,
             **when,
         )
-    with _naming(prefix):
+    with config_errors(prefix):
         return EnsembleSettings(
             replicas=chosen.replicas,
             chunk=chosen.chunk,
@@ -109,25 +108,25 @@ def ensemble_settings(cfg: DictConfig, prefix: str = "") -> EnsembleSettings:
 
 
 def check_run(run: DictConfig, remedy: str) -> None:
-    """Refuse a run that replicas cannot follow.
+    """Refuse a run whose training steps replicas do not support.
 
     Raises:
-        ConfigError: Names the key and the remedy.
+        ConfigError: A setting is not supported; the message names the key and the remedy.
     """
     if penalty := OmegaConf.select(run, "regularizer.l1"):
         raise ConfigError(
-            f"regularizer.l1={penalty} of the run is not 0, which replicas do not know; {remedy}"
+            f"regularizer.l1={penalty} of the run is not 0, which replicas do not support; {remedy}"
         )
     for key, plain in (("accumulate_grad_batches", 1), ("gradient_clip_val", None)):
         if (value := run.trainer.get(key, plain)) not in (plain, 0):
             raise ConfigError(
-                f"trainer.{key}={value} of the run changes its steps in a way that replicas do not know; "
+                f"trainer.{key}={value} of the run changes its steps in a way that replicas do not support; "
                 "train without it"
             )
 
 
 def description(run: DictConfig) -> dict[str, object]:
-    """What replicas' numbers depend on, of a run's configuration."""
+    """The part of a run's configuration on which the replicas' numbers depend."""
     return {
         "data": type_name(run.data),
         **{key: _plain(run, key) for key in ("model", "objective", "perturbation", "optimizer")},
@@ -136,23 +135,21 @@ def description(run: DictConfig) -> dict[str, object]:
     }
 
 
-def provenance(engine: str, device: torch.device) -> dict[str, object]:
-    """What the numbers should not depend on."""
+def engine_provenance(engine: str, device: torch.device) -> dict[str, object]:
+    """Versions, device and engine, on which the replicas' numbers should not depend."""
     return {**versions(), "device": device_name(device), "engine": engine}
 
 
 def check_ensemble(cfg: DictConfig) -> None:
-    """Refuse settings of a training's ensembles that cannot be, before anything is read.
+    """Refuse settings of a training's ensembles that cannot work, before any data is read.
 
     Raises:
-        ConfigError: Names the key.
+        ConfigError: A setting cannot work; the message names its key.
     """
     settings = cfg[GROUP]
     if not settings:
         return
-    if (
-        "epochs" not in settings or "engine" not in settings
-    ):  # the command line may take away a preset's group
+    if "epochs" not in settings or "engine" not in settings:  # the command line may remove a preset's group
         raise ConfigError(
             f"{GROUP}.{next(iter(settings))} is set but {GROUP}=none takes no settings; choose "
             f"{GROUP}=default, and {GROUP}.epochs=[] to run none, or leave the settings out"
@@ -162,11 +159,11 @@ def check_ensemble(cfg: DictConfig) -> None:
 
 
 def ensemble_callbacks(cfg: DictConfig, run_dir: Path) -> list[Callback]:
-    """The callback that runs a training's ensembles; none where there are none."""
+    """The callback that runs a training's ensembles, or none if there are no ensembles."""
     if not cfg[GROUP]:
         return []
     settings = ensemble_settings(cfg, f"{GROUP}.")
-    noted: Callable[[torch.device], Mapping[str, object]] = partial(provenance, settings.engine)
+    noted: Callable[[torch.device], Mapping[str, object]] = partial(engine_provenance, settings.engine)
     epochs: Any = OmegaConf.to_container(cfg[GROUP], resolve=True)
     return [
         RunEnsembles(
@@ -182,12 +179,3 @@ def ensemble_callbacks(cfg: DictConfig, run_dir: Path) -> list[Callback]:
 def _plain(run: DictConfig, key: str) -> Any:
     node = OmegaConf.select(run, key)
     return OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else node
-
-
-@contextmanager
-def _naming(prefix: str) -> Iterator[None]:
-    """Errors that start with a setting's name get the rest of the name."""
-    try:
-        yield
-    except ValueError as error:
-        raise ConfigError(f"{prefix}{error}") from error

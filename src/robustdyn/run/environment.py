@@ -1,4 +1,4 @@
-"""What a run was made with: versions, hardware, code revision."""
+"""Records what a run was made with: versions, hardware and code revision."""
 
 import json
 import os
@@ -17,7 +17,7 @@ PACKAGES = ("lightning", "hydra-core", "torchmetrics", "numpy", "scipy")
 
 
 def write_environment(run_dir: Path, trainer: lightning.Trainer, model: torch.nn.Module) -> None:
-    """Write ``environment.json`` into the run directory; of a resumed run, with its earlier sessions'."""
+    """Write ``environment.json`` into the run directory; a resumed run keeps that of earlier sessions."""
     accelerator = trainer.strategy.root_device
     facts: dict[str, object] = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -34,7 +34,7 @@ def write_environment(run_dir: Path, trainer: lightning.Trainer, model: torch.nn
     }
     run = RunDirectory(run_dir)
     before = run.read_environment()
-    if before is not None:  # a killed process may have left half of it
+    if before is not None:  # None if a killed process left only half of it
         facts["earlier_sessions"] = [*before.pop("earlier_sessions", []), before]
     run_dir.mkdir(parents=True, exist_ok=True)
     run.environment.write_text(json.dumps(facts, indent=2) + "\n")
@@ -51,7 +51,7 @@ def device_name(device: torch.device) -> str:
 
 
 def processor() -> str:
-    """The processor's name, where the system tells it."""
+    """The processor's name, if the system provides it."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():

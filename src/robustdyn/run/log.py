@@ -1,4 +1,4 @@
-"""The run's log file: one JSON object per line."""
+"""Formats the run's log file, one JSON object per line, and decides which messages reach the terminal."""
 
 import json
 import logging
@@ -7,13 +7,13 @@ from datetime import UTC, datetime
 from typing import TextIO
 
 IN_FILE_ONLY = {"in_file_only": True}
-"""``extra`` of what the terminal shows in its own way."""
+"""Pass as ``extra`` for messages that the terminal already shows in another form."""
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", *IN_FILE_ONLY}
 
 
 class JsonLines(logging.Formatter):
-    """``time`` (UTC), ``level``, ``logger``, ``message``, what was passed as ``extra``, and ``traceback``."""
+    """One object with ``time`` (UTC), ``level``, ``logger``, ``message``, all of ``extra``, ``traceback``."""
 
     def format(self, record: logging.LogRecord) -> str:
         """One line."""
@@ -30,7 +30,7 @@ class JsonLines(logging.Formatter):
 
 
 class ForTerminal(logging.Filter):
-    """Lets through what is not meant for the file alone."""
+    """Drops messages that are only meant for the file."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether to show it."""
@@ -38,7 +38,7 @@ class ForTerminal(logging.Filter):
 
 
 class Terminal(logging.StreamHandler[TextIO]):
-    """Writes to what standard error is at that moment: it outlives a command whose stream was closed."""
+    """Writes to the current standard error, so that it still works if an earlier stream was closed."""
 
     def __init__(self) -> None:
         super().__init__(sys.stderr)

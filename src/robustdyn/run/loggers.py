@@ -1,4 +1,4 @@
-"""The loggers of a training run, as ``logger=`` names them."""
+"""Builds the loggers of a training run that ``logger=`` names."""
 
 import warnings
 from pathlib import Path
@@ -13,15 +13,14 @@ from robustdyn.run.config import build
 
 
 def build_loggers(cfg: DictConfig) -> list[Logger]:
-    """One for each entry of the group ``logger``.
+    """Build one logger for each entry of the group ``logger``.
 
-    wandb's runs are named here where the configuration leaves it open: after the run's folder, and grouped
-    by sweep.
+    Unless the configuration names them, runs of wandb are named after the run's folder and grouped by sweep.
 
     Raises:
-        ConfigError: A setting a logger refuses, or a package it lacks.
+        ConfigError: A logger refuses a setting, or lacks a package.
     """
-    # that it is written anew is on purpose
+    # the directory is overwritten on purpose
     warnings.filterwarnings("ignore", ".*Experiment logs directory .* exists.*")
     loggers: list[Logger] = []
     for key in cfg.logger:
@@ -35,7 +34,7 @@ def build_loggers(cfg: DictConfig) -> list[Logger]:
 
 
 def _names(cfg: DictConfig) -> dict[str, str | None]:
-    """``name`` and ``group`` of a run: its folder and its sweep's, or its seed and none."""
+    """``name`` and ``group`` of a run: its folder and its sweep, or for a single run its seed and None."""
     hydra_cfg = HydraConfig.get()
     if hydra_cfg.mode != RunMode.MULTIRUN:
         return {"name": f"{cfg.name} seed={cfg.seed}", "group": None}

@@ -1,4 +1,4 @@
-"""The checkpoint that a command is given, the run it lies in, and where to compute."""
+"""Finds the checkpoint that a command was given, the run it belongs to, and the device to use."""
 
 import difflib
 from pathlib import Path
@@ -14,14 +14,14 @@ from robustdyn.run.config import check
 
 
 def checkpoint_of(cfg: DictConfig) -> Path:
-    """The file that ``checkpoint`` names.
+    """The file that the setting ``checkpoint`` names.
 
     Raises:
-        ConfigError: None is named, or a directory.
+        ConfigError: The setting is missing or names a directory.
         DataFileError: There is no such file.
     """
     if not cfg.checkpoint:
-        raise ConfigError("checkpoint is not given; say checkpoint=RUN/checkpoints/best_on_test.ckpt")
+        raise ConfigError("checkpoint is not given; give checkpoint=RUN/checkpoints/best_on_test.ckpt")
     path = Path(str(cfg.checkpoint))
     if path.is_dir():
         found = sorted(RunDirectory(path).checkpoints.glob("*.ckpt")) or sorted(path.glob("*.ckpt"))
@@ -37,7 +37,7 @@ def checkpoint_of(cfg: DictConfig) -> Path:
 
 
 def run_of(checkpoint: Path) -> Path | None:
-    """The run directory that the file lies in: its folder's parent, or its folder."""
+    """The run directory that holds the file: the parent of its folder, or its folder; None for neither."""
     for folder in (checkpoint.absolute().parent.parent, checkpoint.absolute().parent):
         config = RunDirectory(folder).config
         if config.is_file():
@@ -49,14 +49,14 @@ def run_of(checkpoint: Path) -> Path | None:
 
 
 def required_run_of(checkpoint: Path) -> Path:
-    """As ``run_of``.
+    """The same as ``run_of``, but never None.
 
     Raises:
-        ConfigError: The file lies in no run directory.
+        ConfigError: The file is not in a run directory.
     """
     run_dir = run_of(checkpoint)
     if run_dir is None:
-        raise ConfigError(f"checkpoint={checkpoint} does not lie in a run directory; give a run's checkpoint")
+        raise ConfigError(f"checkpoint={checkpoint} is not in a run directory; give a run's checkpoint")
     return run_dir
 
 
@@ -64,7 +64,7 @@ def changed_run(run: DictConfig, changes: DictConfig) -> DictConfig:
     """A run's configuration with the changes that a command was given under ``run``.
 
     Raises:
-        ConfigError: They do not fit it, or make a value that cannot be.
+        ConfigError: A key does not exist in the configuration, or a value is not allowed.
     """
     try:
         changed = OmegaConf.merge(run, changes)
@@ -76,7 +76,7 @@ def changed_run(run: DictConfig, changes: DictConfig) -> DictConfig:
 
 
 def load_config(path: Path) -> DictConfig:
-    """A configuration that a run left; what is built of it must be told ``from_file``.
+    """A configuration from a run directory; pass ``from_file=True`` when building parts from it.
 
     Raises:
         RecordError: It cannot be read.
@@ -85,10 +85,10 @@ def load_config(path: Path) -> DictConfig:
 
 
 def device_of(name: str) -> torch.device:
-    """The device of this name; ``auto``: a GPU if there is one.
+    """The device with this name; ``auto`` means a GPU if there is one.
 
     Raises:
-        ConfigError: It is not here.
+        ConfigError: This machine does not have it.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -96,7 +96,7 @@ def device_of(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device={name} is not here; choose auto or cpu") from error
+        raise ConfigError(f"device={name} is not available; choose auto or cpu") from error
     return device
 
 

@@ -1,4 +1,4 @@
-"""What a training run is put together from: the LightningModule and the callbacks."""
+"""Builds the parts of a training run from its configuration: the LightningModule and the callbacks."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from robustdyn.run.progress_lines import RunProgress
 
 
 def build_module(cfg: DictConfig, data: ImageDataModule) -> AdversarialTraining:
-    """The LightningModule, put together from one choice along each axis."""
+    """Build the LightningModule from the option chosen in each group."""
     return AdversarialTraining(
         model=build(cfg, "model"),
         objective=build(cfg, "objective"),
@@ -38,7 +38,7 @@ def build_module(cfg: DictConfig, data: ImageDataModule) -> AdversarialTraining:
 def build_callbacks(
     cfg: DictConfig, data: ImageDataModule, records: RunRecords, run_dir: Path
 ) -> list[Callback]:
-    """All of them, in the order in which they must run."""
+    """Build all callbacks, in the order in which they must run."""
     settings = OmegaConf.to_container(cfg.measure, resolve=True)
     assert isinstance(settings, dict)
     measure = Measure(
@@ -63,7 +63,7 @@ def build_callbacks(
     callbacks += [c for c in (build(cfg, "averaging"), build(cfg, "stopping")) if c is not None]
     run = RunDirectory(run_dir)
     callbacks += [
-        # selection on test examples, as the papers' "best", flatters: the name says which it was
+        # selecting on test examples, as for the papers' "best", is optimistic, so the name says it
         BestCheckpoint(
             dirpath=run.checkpoints,
             filename=run.best_checkpoint(split).stem,
@@ -80,7 +80,7 @@ def build_callbacks(
 
 
 def _label(cfg: DictConfig) -> str:
-    """The run's name and, in a sweep, what it was given."""
+    """The run's name and, in a sweep, its overrides."""
     hydra_cfg = HydraConfig.get()
     swept = Path(hydra_cfg.sweep.subdir).name if hydra_cfg.mode == RunMode.MULTIRUN else f"seed={cfg.seed}"
     return f"{cfg.name} {swept}"

@@ -1,4 +1,4 @@
-"""One progress bar for the whole run, with its remaining time; plain lines where there is no terminal."""
+"""Shows one progress bar for the whole run with its remaining time, or plain lines without a terminal."""
 
 import sys
 import time
@@ -15,7 +15,7 @@ SHOWN = {"train robust loss": "train_robust_loss", "test robust loss": "test_rob
 
 
 class RunProgress(ProgressBar):
-    """A bar over the run's epochs: one asks when a run ends, not where in an epoch it is.
+    """A bar over the run's epochs, because people ask when a run ends, not where in an epoch it is.
 
     Args:
         label: Names the run, e.g. ``"demo seed=0"``.
@@ -30,17 +30,17 @@ class RunProgress(ProgressBar):
         self._first_epoch = 0
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        """A line between those of the epochs, of what takes long within one."""
+        """Print a line of something that takes long within an epoch."""
         if self._enabled:
             tqdm.write(f"{self._label}: {' '.join(map(str, args))}", file=sys.stderr)
             sys.stderr.flush()
 
     def disable(self) -> None:
-        """Lightning calls this on every rank but the first."""
+        """Show nothing; Lightning calls this on every rank but the first."""
         self._enabled = False
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Start where the run goes on."""
+        """Start the bar at the epoch where the run begins or resumes."""
         self._started, self._first_epoch = time.monotonic(), trainer.current_epoch
         if self._enabled and trainer.global_step:
             at = f"epoch {trainer.current_epoch}/{trainer.max_epochs}, step {trainer.global_step}"
@@ -58,7 +58,7 @@ class RunProgress(ProgressBar):
         """Advance by an epoch and show the robust losses."""
         if not self._enabled or not isinstance(pl_module, AdversarialTraining):
             return
-        metrics = pl_module.epoch_metrics()  # reduced over ranks already, by the record
+        metrics = pl_module.epoch_metrics()  # already reduced over ranks, by the record
         values = {name: f"{metrics[key]:.3f}" for name, key in SHOWN.items() if key in metrics}
         if self._bar is not None:
             self._bar.set_postfix(values, refresh=False)

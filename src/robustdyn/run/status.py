@@ -1,4 +1,4 @@
-"""How a command ends and how it speaks: one line and status 1 for an error that a user can put right."""
+"""Ends commands properly: an error that the user can correct gives one line and exit status 1."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ def say(text: str, stream: TextIO | None = None) -> None:
 
 
 def status_of(action: Callable[[], None]) -> int:
-    """Run ``action``; its exit status. With ``HYDRA_FULL_ERROR`` set, errors keep their stack trace."""
+    """Run ``action`` and return an exit status; ``HYDRA_FULL_ERROR`` makes errors keep their stack trace."""
     speak_safely()
     try:
         action()
@@ -31,7 +31,7 @@ def status_of(action: Callable[[], None]) -> int:
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came."""
+    """Raised when the process receives SIGTERM."""
 
 
 def terminate(number: int, frame: FrameType | None) -> None:
@@ -41,7 +41,7 @@ def terminate(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Inside, SIGTERM interrupts the main thread as Ctrl-C does, unless somebody handles it already."""
+    """Inside, SIGTERM interrupts the main thread as Ctrl-C does, unless it already has a handler."""
     main = threading.current_thread() is threading.main_thread()
     if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
@@ -54,7 +54,7 @@ def terminable() -> Iterator[None]:
 
 
 class _Unfailing:
-    """A text stream that goes on when its reader is gone or its encoding lacks a character."""
+    """A text stream that keeps working if its reader is gone or its encoding lacks a character."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -65,23 +65,23 @@ class _Unfailing:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """As the stream's; what cannot be written is lost."""
+        """Write to the stream; text that cannot be written is lost."""
         self._safely(lambda: self._stream.write(text))
         return len(text)
 
     def flush(self) -> None:
-        """As the stream's."""
+        """Flush the stream, ignoring errors."""
         self._safely(self._stream.flush)
 
     def _safely(self, action: Callable[[], object]) -> None:
         try:
             action()
-        except (OSError, ValueError):  # a pipe without a reader, a closed stream
+        except (OSError, ValueError):  # a pipe without a reader, or a closed stream
             self._stream = open(os.devnull, "w")  # noqa: PTH123, SIM115
 
 
 def speak_safely() -> None:
-    """Let no message end a command: standard output and error accept whatever is written to them."""
+    """Make standard output and error accept any text, so that printing a message never ends a command."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if not isinstance(stream, _Unfailing):

@@ -71,11 +71,11 @@ def binary_kl_upper(q: ArrayLike, budget: ArrayLike) -> Array:
 
     Source: Langford & Caruana (2001), Maurer (2004).
     """
-    rate, room = np.broadcast_arrays(_share("q", q), non_negative("budget", budget))
+    rate, limit = np.broadcast_arrays(_share("q", q), non_negative("budget", budget))
     low, high = rate.copy(), np.ones_like(rate)
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        inside = binary_kl(rate, middle) <= room
+        inside = binary_kl(rate, middle) <= limit
         low, high = np.where(inside, middle, low), np.where(inside, high, middle)
     return np.asarray(high)
 

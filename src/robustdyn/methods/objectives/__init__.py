@@ -2,8 +2,8 @@
 
 from robustdyn.methods.objectives.adversarial import AdversarialCrossEntropy
 from robustdyn.methods.objectives.mart import MART
-from robustdyn.methods.objectives.objective import Objective, Outcome
+from robustdyn.methods.objectives.objective import Objective, StepLoss
 from robustdyn.methods.objectives.standard import CrossEntropy
 from robustdyn.methods.objectives.trades import TRADES
 
-__all__ = ["MART", "TRADES", "AdversarialCrossEntropy", "CrossEntropy", "Objective", "Outcome"]
+__all__ = ["MART", "TRADES", "AdversarialCrossEntropy", "CrossEntropy", "Objective", "StepLoss"]

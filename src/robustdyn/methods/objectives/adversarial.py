@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustdyn.attacks import AttackLoss, summed_cross_entropy
-from robustdyn.methods.objectives.objective import Outcome
+from robustdyn.methods.objectives.objective import StepLoss
 
 
 class AdversarialCrossEntropy:
@@ -30,7 +30,7 @@ class AdversarialCrossEntropy:
         """Σ_b ℓ_b."""
         return summed_cross_entropy
 
-    def __call__(self, model: nn.Module, images: Tensor, adversarial: Tensor, targets: Tensor) -> Outcome:
+    def __call__(self, model: nn.Module, images: Tensor, adversarial: Tensor, targets: Tensor) -> StepLoss:
         """Mean cross-entropy of the adversarial images."""
         logits = model(adversarial)
-        return Outcome(F.cross_entropy(logits, targets, label_smoothing=self._label_smoothing), logits)
+        return StepLoss(F.cross_entropy(logits, targets, label_smoothing=self._label_smoothing), logits)

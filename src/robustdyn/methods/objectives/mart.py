@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustdyn.attacks import AttackLoss, summed_cross_entropy
-from robustdyn.methods.objectives.objective import Outcome
+from robustdyn.methods.objectives.objective import StepLoss
 
 # From the authors' code, for 1, 0 and 1, so that logarithms of adversarial probabilities stay finite.
 _MARGIN, _FLOOR, _CORRECT = 1.0001, 1e-12, 1.0000001
@@ -39,7 +39,7 @@ class MART:
         """Σ_b cross-entropy."""
         return summed_cross_entropy
 
-    def __call__(self, model: nn.Module, images: Tensor, adversarial: Tensor, targets: Tensor) -> Outcome:
+    def __call__(self, model: nn.Module, images: Tensor, adversarial: Tensor, targets: Tensor) -> StepLoss:
         """The boosted cross-entropy of the adversarial images plus the weighted divergence."""
         clean, robust = model(images), model(adversarial)
         robust_p, clean_log_p = F.softmax(robust, dim=1), F.log_softmax(clean, dim=1)
@@ -49,4 +49,4 @@ class MART:
         boosted = F.cross_entropy(robust, targets) - torch.log(_MARGIN - runner_up + _FLOOR).mean()
         divergence = (clean_p * (clean_log_p - torch.log(robust_p + _FLOOR))).sum(dim=1)
         unsure = _CORRECT - clean_p.gather(1, targets[:, None]).squeeze(1)
-        return Outcome(boosted + self._beta * (divergence * unsure).mean(), robust)
+        return StepLoss(boosted + self._beta * (divergence * unsure).mean(), robust)

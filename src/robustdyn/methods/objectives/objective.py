@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from robustdyn.attacks import AttackLoss
 
 
-class Outcome(NamedTuple):
-    """What one pass through the network gave.
+class StepLoss(NamedTuple):
+    """The result of one training pass through the network.
 
     Attributes:
         loss: The training loss, a scalar, mean over B.
@@ -36,5 +36,5 @@ class Objective(Protocol):
         on the unperturbed ``images`` (B, C, H, W) is computed here.
         """
 
-    def __call__(self, model: nn.Module, images: Tensor, adversarial: Tensor, targets: Tensor) -> Outcome:
+    def __call__(self, model: nn.Module, images: Tensor, adversarial: Tensor, targets: Tensor) -> StepLoss:
         """The training loss; ``adversarial`` is ``images`` itself if there is no attack."""

@@ -5,7 +5,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robustdyn.methods.objectives.objective import Outcome
+from robustdyn.methods.objectives.objective import StepLoss
 
 
 class CrossEntropy:
@@ -28,7 +28,7 @@ class CrossEntropy:
     def attack_loss(self, model: nn.Module, images: Tensor) -> None:
         """None: no attack."""
 
-    def __call__(self, model: nn.Module, images: Tensor, adversarial: Tensor, targets: Tensor) -> Outcome:
+    def __call__(self, model: nn.Module, images: Tensor, adversarial: Tensor, targets: Tensor) -> StepLoss:
         """Cross-entropy of the unperturbed images."""
         loss = F.cross_entropy(model(images), targets, label_smoothing=self._label_smoothing)
-        return Outcome(loss, None)
+        return StepLoss(loss, None)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustdyn.attacks import AttackLoss
-from robustdyn.methods.objectives.objective import Outcome
+from robustdyn.methods.objectives.objective import StepLoss
 
 
 class TRADES:
@@ -37,11 +37,11 @@ class TRADES:
         clean = F.softmax(model(images), dim=1)
         return lambda logits, targets: F.kl_div(F.log_softmax(logits, dim=1), clean, reduction="sum")
 
-    def __call__(self, model: nn.Module, images: Tensor, adversarial: Tensor, targets: Tensor) -> Outcome:
+    def __call__(self, model: nn.Module, images: Tensor, adversarial: Tensor, targets: Tensor) -> StepLoss:
         """Cross-entropy of the clean images plus β times the divergence."""
         clean, robust = model(images), model(adversarial)
         natural = F.cross_entropy(clean, targets, label_smoothing=self._label_smoothing)
         # both as logarithms: a clean probability that rounds to 0 would have a gradient of NaN
         log_q, log_p = F.log_softmax(robust, dim=1), F.log_softmax(clean, dim=1)
         divergence = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
-        return Outcome(natural + self._beta * divergence, robust)
+        return StepLoss(natural + self._beta * divergence, robust)
