@@ -1,4 +1,4 @@
-"""Products for models, losses and targets of many kinds: each is right, or refused."""
+"""Tests products for many kinds of models, losses and targets: each is right, or it is refused."""
 
 import copy
 import warnings

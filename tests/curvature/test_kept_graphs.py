@@ -1,4 +1,4 @@
-"""Graphs kept from one product to the next change no bit, and take no more memory than they are given."""
+"""Tests that graphs kept between products change no bit and use no more memory than they are given."""
 
 import copy
 import weakref
@@ -41,7 +41,7 @@ def test_kept_graphs_change_no_bit(case, made):
 
 
 def test_any_number_of_chunks_may_be_kept(made):
-    """Five examples in chunks of 2, 2 and 1: none, some or all of them find room."""
+    """With five examples in chunks of 2, 2 and 1, more memory keeps more of the three graphs."""
     wanted = products_of(risk_of(CASES["conv_norm_uneven"]))
     seen: dict[int, int] = {}
     for memory in (round(1e4 * 1.3**step) for step in range(24)):
@@ -111,10 +111,8 @@ def test_memory_for_everything_keeps_everything(made):
 @pytest.mark.parametrize(("kind", "memory"), [("flat", 30_000), ("images", 400_000)])
 def test_the_choice_does_not_depend_on_how_many_examples_there_are(kind, memory):
     if kind == "flat":
-        model, inputs = (
-            nn.Sequential(nn.Linear(40, 20), nn.Tanh(), nn.Linear(20, 3)),
-            random(4096, 40).float(),
-        )
+        model = nn.Sequential(nn.Linear(40, 20), nn.Tanh(), nn.Linear(20, 3))
+        inputs = random(4096, 40).float()
     else:
         model, inputs, _ = images(4096)
     targets = torch.arange(4096) % 3

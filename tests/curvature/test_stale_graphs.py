@@ -1,4 +1,4 @@
-"""Kept graphs go when weights, statistics or examples change, and with the risk that kept them."""
+"""Tests that kept graphs are freed when weights, statistics or examples change, and with their risk."""
 
 import copy
 import gc

@@ -1,4 +1,4 @@
-"""Products leave the model, its gradients and torch's state as they were, also after an error."""
+"""Tests that products leave the model, its gradients and torch's state unchanged, also after an error."""
 
 from collections.abc import Callable
 from itertools import product
