@@ -1,4 +1,4 @@
-"""The runs of a report side by side: one row each, their factors, curves, evaluations and times.
+"""The runs of a report side by side: one row each, with their factors, numbers and curves.
 
 Everything here is text and plain numbers for the page; how it looks is the template's business.
 """
@@ -30,6 +30,7 @@ from robustdyn.report.statistics import (
     BEST_ON_TEST,
     FINAL,
     decay_epochs,
+    format_metric,
     format_number,
     of_run,
 )
@@ -218,12 +219,9 @@ def _cell(facts: Mapping[Any, Any] | pd.Series | None, column: schema.Column) ->
     """A number of one epoch; a dash where there is none."""
     if facts is None or math.isnan(facts[column.name]):
         return Cell("–")
-    value = float(facts[column.name]) * column.scale
-    if column.name == "wci":
-        text = format_number(value)
-    else:
-        text = f"{value:.2f}" if column.scale > 1 else f"{value:.3f}"
-    return Cell(text, value, f"epoch {int(facts['epoch'])}")
+    value = float(facts[column.name])
+    text = format_number(value) if column.name == "wci" else format_metric(column, value)
+    return Cell(text, value * column.scale, f"epoch {int(facts['epoch'])}")
 
 
 def _links(run: Run, page: Path) -> Iterable[Link]:
