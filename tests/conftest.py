@@ -3,8 +3,13 @@ import logging
 import pytest
 import torch
 
+from robustdyn.report import style
+
 # Tiny networks gain nothing from threads, and lose much when another process wants the same cores.
 torch.set_num_threads(1)
+
+# Cutting TrueType fonts down to the glyphs in use takes a third of a report's time, and no test reads them.
+style._RC["pdf.fonttype"] = 3
 
 
 @pytest.fixture(autouse=True)

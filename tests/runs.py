@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import hydra
+from hydra._internal.hydra import Hydra
 from omegaconf import DictConfig
 
 from robustdyn.records.schema import TIMING
@@ -44,7 +45,11 @@ def command(monkeypatch, *arguments: str) -> int:
 
 def invoke(entry, monkeypatch, *arguments) -> int:
     """Run a Hydra command in this process and return its exit status."""
-    monkeypatch.setattr(sys, "argv", ["robustdyn", *map(str, arguments)])
+    words = [str(argument) for argument in arguments]
+    monkeypatch.setattr(sys, "argv", ["robustdyn", *words])
+    if not any(word.lstrip("+").startswith(("experiment=", "hydra.mode=")) for word in words):
+        # Hydra composes everything twice, the first time only to read hydra.mode, which nothing else sets
+        monkeypatch.setattr(Hydra, "get_mode", lambda self, config_name, overrides: None)
     try:
         entry()
     except SystemExit as end:

@@ -269,7 +269,7 @@ MISTAKES = [
     ("attack.eps_255=0", "attack.eps_255=0 must be a positive number; evaluation=clean attacks nothing"),
     ("attack.eps_25=8", "unknown config key attack.eps_25; did you mean attack.eps_255"),
     ("evaluation=quik", "Available options in 'evaluation'"),
-    ("evaluation.attacks.pgd20.steps=0", "evaluation.attacks.pgd20: steps must be a whole number"),
+    ("evaluation.attacks.pgd20.steps=0", "evaluation.attacks.pgd20.steps must be a whole number"),
     ("evaluation.attacks.pgd20.stepz=1", "unknown config key evaluation.attacks.pgd20.stepz; did you mean"),
     ("evaluation.examples=61", "evaluation.examples=61 exceeds the 60 images of the test split"),
     ("evaluation.split=tests", "evaluation.split=tests must be test, validation or train"),

@@ -157,7 +157,7 @@ MISTAKES = [
         "stopping=early watches held-out training images, but data.validation_size=0; choose a size",
     ),
     ("trainer.accelerator=abacus", "trainer: You selected an invalid accelerator name"),
-    ("schedule.milestones=[2,1]", "schedule: milestones must increase strictly from 1 on, got [2, 1]"),
+    ("schedule.milestones=[2,1]", "schedule.milestones must increase strictly from 1 on, got [2, 1]"),
 ]
 
 

@@ -68,8 +68,8 @@ def test_training_error_is_the_expected_one_under_mixed_targets(tmp_path, monkey
         ("data.augment.cutout=8", "data.augment.cutout=8 must be smaller than the image, 8 pixels"),
         ("data.augment.cutout=-1", "data.augment.cutout=-1 must be a whole number of at least 0"),
         ("data.augment.cutout=2.5", "data.augment.cutout=2.5 must be a whole number of at least 0"),
-        ("data.mixup=-0.1", "data.mixup=-0.1 must be a number of at least 0"),
-        ("data.mixup=much", "data.mixup=much must be a number of at least 0"),
+        ("data.mixup=-0.1", "data.mixup=-0.1 must be a number of at least 0; 0 is none"),
+        ("data.mixup=much", "data.mixup=much must be a number"),
     ],
 )
 def test_a_mistake_is_one_clear_line(override, message, tmp_path, monkeypatch, capsys):

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -91,8 +93,59 @@ def test_refuses_a_value_by_its_key(override, message):
         check(compose(override))
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.batch_size=0", "data.batch_size=0 must be a whole number of at least 1"),
+        ("data.eval_batch_size=1.5", "data.eval_batch_size=1.5 must be a whole number"),
+        ("data.augment.cutout=-1", "data.augment.cutout=-1 must be a whole number of at least 0"),
+        ("data.mixup=-0.1", "data.mixup=-0.1 must be a number of at least 0; 0 is none"),
+        ("model.width=0", "model.width must be at least 1, got 0"),
+        ("model.width=2.5", "model.width=2.5 must be a whole number"),
+        ("attack.train.batchnorm=both", "attack.train.batchnorm must be train or eval, got both"),
+        ("attack.train.random_start=0", "attack.train.random_start must be uniform, gaussian or none, got 0"),
+        ("objective.label_smoothing=1", "objective.label_smoothing must lie in [0, 1), got 1"),
+        ("objective=trades objective.beta=abc", "objective.beta=abc must be a number"),
+        ("objective=mart objective.beta=-1", "objective.beta must be at least 0, got -1"),
+        ("perturbation=awp perturbation.gamma=inf", "perturbation.gamma=inf must be a number"),
+        ("perturbation=sam perturbation.rho=-1", "perturbation.rho must be at least 0, got -1"),
+        (
+            "perturbation=sam perturbation.warmup_epochs=0.5",
+            "perturbation.warmup_epochs=0.5 must be a whole number",
+        ),
+        ("optimizer.nesterov=1", "optimizer.nesterov=1 must be true or false"),
+        ("regularizer.l1=nan", "regularizer.l1=nan must be a number"),
+        (
+            "regularizer.weight_decay_on=biases",
+            "regularizer.weight_decay_on must be all or weights, got biases",
+        ),
+        ("schedule=wci schedule.interval=0", "schedule.interval must be at least 1, got 0"),
+        ("schedule=wci schedule.start_epoch=abc", "schedule.start_epoch=abc must be a whole number"),
+        ("schedule=wci schedule.threshold=0", "schedule.threshold must be positive, got 0"),
+        ("schedule=wci schedule.quantity=rate", "schedule.quantity must be wci or hessian_trace, got rate"),
+        ("schedule=wci schedule.monotone=null", "schedule.monotone=None must be true or false"),
+        ("averaging=ema averaging.decay=1", "averaging.decay must lie in [0, 1), got 1"),
+        ("execution.channels_last=maybe", "execution.channels_last=maybe must be true or false"),
+        ("execution.compile=fast", "execution.compile must be one of none, default, reduce-overhead, "),
+        ("measure.eigenpairs.directions=0", "measure.eigenpairs.directions must be at least 1, got 0"),
+        ("measure.eigenpairs.max_products=few", "measure.eigenpairs.max_products=few must be a whole number"),
+        ("measure.eigenpairs.warm_start=yes", "measure.eigenpairs.warm_start=yes must be true or false"),
+        (
+            "measure.measurements.alignment.groups=2.5",
+            "measure.measurements.alignment.groups=2.5 must be a whole number",
+        ),
+    ],
+)
+def test_a_part_refuses_an_argument_by_its_key(override, message):
+    cfg = compose(*override.split())
+    check(cfg)
+    with pytest.raises(ConfigError, match="^" + re.escape(message)) as refusal:
+        check_combinations(cfg)
+    assert "\n" not in str(refusal.value)
+
+
 def test_a_constructor_that_refuses_is_named_by_its_key():
-    with pytest.raises(ConfigError, match=r"^schedule: milestones must increase strictly from 1 on"):
+    with pytest.raises(ConfigError, match=r"^schedule\.milestones must increase strictly from 1 on"):
         build(compose("schedule.milestones=[5,3]"), "schedule")
 
 

@@ -254,7 +254,7 @@ def callback_of(configured, tmp_path):
         ("record.steps=every", r"^ensemble\.record\.steps=every must be a list of whole numbers"),
         ("record.mean_steps=[3,1]", r"^ensemble\.record\.mean_steps must increase strictly"),
         ("start.noise_batches=1", r"^ensemble\.start\.noise_batches must be 0 or at least 2"),
-        ("schedule.milestones=[0]", r"^ensemble\.schedule: milestones must increase strictly from 1"),
+        ("schedule.milestones=[0]", r"^ensemble\.schedule\.milestones must increase strictly from 1"),
     ],
 )
 def test_wrong_settings_are_refused_when_composed(configured, setting, message):

@@ -1,30 +1,40 @@
-"""Refuses choices in different groups that do not go together, before any data is read."""
+"""Refuses settings of a run's parts, and choices that do not go together, before any data is read."""
 
 import difflib
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
 from robustdyn.errors import ConfigError
+from robustdyn.methods.objectives.objective import Objective
+from robustdyn.methods.schedules import Schedule
 from robustdyn.records.schema import EPOCHS
 from robustdyn.run.config import build
 
 HALF = ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16")
 """Precisions of Lightning in which the weights themselves are rounded."""
 
+BUILT_TO_CHECK = (
+    "data", "attack.train", "attack.evaluation", "objective", "perturbation", "optimizer", "regularizer",
+    "schedule", "averaging", "stopping", "execution", "measure.eigenpairs",
+)  # fmt: skip
+
 
 def check_combinations(cfg: DictConfig) -> None:
-    """Refuse combinations of settings that cannot work.
+    """Refuse settings that the constructors of the run's parts refuse, and combinations that cannot work.
 
     Raises:
-        ConfigError: A combination cannot work; the message names the keys and the remedy.
+        ConfigError: A setting or a combination cannot work; the message names the keys and the remedy.
     """
     _trainer(cfg)
     _settings_of_nothing(cfg)
-    _mixed_targets(cfg)
-    _optimizer(cfg)
-    _rates(cfg)
-    _measured_rate(cfg)
+    parts = _parts(cfg)
+    _mixed_targets(cfg, parts["objective"])
+    _optimizer(parts["optimizer"])
+    _rates(cfg, parts["schedule"])
+    _measured_rate(cfg, parts)
     _averaging(cfg)
     _early_stopping(cfg)
     _metric(cfg)
@@ -59,26 +69,39 @@ def _settings_of_nothing(cfg: DictConfig) -> None:
             )
 
 
-def _mixed_targets(cfg: DictConfig) -> None:
-    if OmegaConf.select(cfg, "data.mixup") and not build(cfg, "objective").takes_probabilities:
+def _parts(cfg: DictConfig) -> dict[str, Any]:
+    """Build every part of the run; a constructor that refuses its arguments raises ``ConfigError``.
+
+    Returns:
+        All parts but the model, by their keys.
+    """
+    with torch.device("meta"):  # no memory for weights
+        build(cfg, "model")
+    chosen = [name for name, measurement in cfg.measure.measurements.items() if measurement is not None]
+    return {
+        key: build(cfg, key)
+        for key in (*BUILT_TO_CHECK, *(f"measure.measurements.{name}" for name in chosen))
+    }
+
+
+def _mixed_targets(cfg: DictConfig, objective: Objective) -> None:
+    if OmegaConf.select(cfg, "data.mixup") and not objective.takes_probabilities:
         raise ConfigError(
             f"data.mixup={cfg.data.mixup} mixes labels, but {_choice(cfg, 'objective')} compares the "
             "labelled class with the others; choose data.mixup=0, or objective=at or trades"
         )
 
 
-def _optimizer(cfg: DictConfig) -> None:
+def _optimizer(factory: Callable[[list[torch.nn.Parameter]], object]) -> None:
     """Let the optimiser's constructor refuse its settings now, for instance Nesterov without momentum."""
-    factory = build(cfg, "optimizer")
     try:
         factory([torch.nn.Parameter(torch.zeros(1))])
     except (TypeError, ValueError) as error:
         raise ConfigError(f"optimizer: {error}") from error
 
 
-def _rates(cfg: DictConfig) -> None:
+def _rates(cfg: DictConfig, schedule: Schedule) -> None:
     """Refuse a learning rate of 0, which trains nothing and has no stationary law."""
-    schedule = build(cfg, "schedule")
     for epoch in range(cfg.trainer.max_epochs):
         if not schedule.factor(epoch + 0.5) > 0:
             raise ConfigError(
@@ -88,12 +111,12 @@ def _rates(cfg: DictConfig) -> None:
             )
 
 
-def _measured_rate(cfg: DictConfig) -> None:
-    schedule = build(cfg, "schedule")
+def _measured_rate(cfg: DictConfig, parts: Mapping[str, Any]) -> None:
+    schedule: Schedule = parts["schedule"]
     if schedule.reads is None:
         return
-    names = [name for name, chosen in cfg.measure.measurements.items() if chosen is not None]
-    if not any(schedule.reads in build(cfg, f"measure.measurements.{name}").tables for name in names):
+    measurements = [part for key, part in parts.items() if key.startswith("measure.measurements.")]
+    if not any(schedule.reads in measurement.tables for measurement in measurements):
         raise ConfigError(
             f"{_choice(cfg, 'schedule')} follows the measured table {schedule.reads}, but "
             "measure.measurements has nothing that measures it; keep measure.measurements.weight_curvature "

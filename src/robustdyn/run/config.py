@@ -3,9 +3,11 @@
 ``build`` is the project's only caller of Hydra's ``instantiate``.
 """
 
+import inspect
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,24 +19,24 @@ from omegaconf.errors import OmegaConfBaseException
 from robustdyn.errors import ConfigError, UserError
 
 ALLOWED_TARGETS = ("robustdyn.", "torch.", "lightning.")
-"""Beginnings of what a command may name that the user types himself; see ``build``."""
+"""Prefixes of the targets that a command line may name; see ``build``."""
 
 
 def config_dir() -> Path:
-    """The folder of default configurations: inside an installed wheel, else at the top of the checkout."""
+    """The folder of default configurations: inside an installed wheel, or at the top of the checkout."""
     package = Path(__file__).resolve().parents[1]
     installed = package / "conf"
     return installed if installed.is_dir() else package.parents[1] / "conf"
 
 
 def register_resolvers() -> None:
-    """What ``${name:...}`` may say in ``conf/``.
+    """Register the resolvers that ``${name:...}`` in ``conf/`` uses.
 
     ``per_255``: a pixel radius given in 1/255, on the [0, 1] scale that all code uses.
     ``short``: text for a folder name, cut to 100 characters (file systems take 255 bytes), without slashes.
     ``at_fractions``: epochs at fractions of the run's length, so that a shorter run keeps the papers' shape.
-    ``first_at_fraction``: likewise one epoch, at least 1.
-    ``first``: the first of some epochs, 1 if there is none.
+    ``first_at_fraction``: one epoch at a fraction of the run's length, at least 1.
+    ``first``: the first of some epochs; 1 if there are none.
     """
     OmegaConf.register_new_resolver("per_255", lambda value: float(value) / 255, replace=True)
     OmegaConf.register_new_resolver("short", lambda text: str(text).replace("/", "-")[:100], replace=True)
@@ -51,7 +53,7 @@ def _at_fractions(length: int, fractions: Sequence[float]) -> ListConfig:
 
 
 class Rule(NamedTuple):
-    """What a key's value must satisfy, and how that reads in an error."""
+    """A requirement on the value of a key, and its wording in an error."""
 
     holds: Callable[[Any], bool]
     requirement: str
@@ -78,6 +80,14 @@ COUNT = Rule(lambda v: _whole(v) and v >= 1, "must be a whole number of at least
 FRACTION = Rule(lambda v: _number(v) and 0 <= v < 1, "must lie in [0, 1)")
 SWITCH = Rule(lambda v: isinstance(v, bool), "must be true or false")
 
+TYPES: Mapping[object, Rule] = {
+    bool: SWITCH,
+    int: Rule(_whole, "must be a whole number"),
+    float: Rule(_number, "must be a number"),
+}
+"""Rules by the annotation of a constructor's argument."""
+
+# the constructors of the run's parts check the other values when ``check_combinations`` builds them
 RULES: Mapping[str, Rule] = {
     "seed": SEED,
     "data.seed": SEED,
@@ -89,45 +99,20 @@ RULES: Mapping[str, Rule] = {
     ),
     "resume": _one_of("same", "changed"),
     "deterministic": SWITCH,
-    "data.batch_size": COUNT,
-    "data.eval_batch_size": COUNT,
-    "data.augment.cutout": WHOLE,
-    "data.mixup": NON_NEGATIVE,
-    "model.width": COUNT,
     "attack.norm": _one_of("linf", "l2"),
     "attack.eps_255": NON_NEGATIVE,
     "attack.step_255": POSITIVE,
     "attack.steps": WHOLE,
-    "attack.train.batchnorm": _one_of("train", "eval"),
-    "attack.train.random_start": _one_of("uniform", "gaussian", "none"),
-    "objective.label_smoothing": FRACTION,
-    "objective.beta": NON_NEGATIVE,
-    "perturbation.gamma": NON_NEGATIVE,
-    "perturbation.rho": NON_NEGATIVE,
-    "perturbation.warmup_epochs": WHOLE,
     "optimizer.lr": POSITIVE,
     "optimizer.momentum": FRACTION,
     "optimizer.weight_decay": NON_NEGATIVE,
-    "optimizer.nesterov": SWITCH,
     "optimizer.fused": SWITCH,
-    "execution.channels_last": SWITCH,
-    "execution.compile": _one_of("none", "default", "reduce-overhead", "max-autotune"),
-    "regularizer.l1": NON_NEGATIVE,
-    "regularizer.weight_decay_on": _one_of("all", "weights"),
-    "schedule.threshold": POSITIVE,
-    "schedule.interval": COUNT,
-    "schedule.start_epoch": COUNT,
-    "schedule.quantity": _one_of("wci", "hessian_trace"),
-    "schedule.monotone": SWITCH,
     "stopping.patience": COUNT,
     "measure.inputs": _one_of("adversarial", "clean"),
     "measure.examples": WHOLE,
     "measure.second_attack": WHOLE,
     "measure.memory_mib": COUNT,
     "measure.precision": _one_of("full", "tf32", "bfloat16"),
-    "measure.eigenpairs.directions": COUNT,
-    "measure.eigenpairs.max_products": COUNT,
-    "measure.eigenpairs.warm_start": SWITCH,
     "measure.interpolation": _one_of("log_linear", "piecewise_constant"),
     "trainer.max_epochs": COUNT,
     "trainer.check_val_every_n_epoch": COUNT,
@@ -135,15 +120,15 @@ RULES: Mapping[str, Rule] = {
 
 
 def check_rules(cfg: DictConfig, rules: Mapping[str, Rule], prefix: str = "") -> None:
-    """Refuse values that cannot be, of settings that must all be there.
+    """Refuse missing settings and values that break a rule.
 
     Args:
         cfg: The configuration.
-        rules: By key.
-        prefix: Of every key, e.g. ``"ensemble."``.
+        rules: The rules by key.
+        prefix: Prefix of every key, e.g. ``"ensemble."``.
 
     Raises:
-        ConfigError: Names the key, the value and what is admissible.
+        ConfigError: A value breaks a rule; the message names the key, the value and the requirement.
     """
     for key, rule in rules.items():
         value = OmegaConf.select(cfg, f"{prefix}{key}")
@@ -152,10 +137,10 @@ def check_rules(cfg: DictConfig, rules: Mapping[str, Rule], prefix: str = "") ->
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuse values no run can use, before anything is read or built.
+    """Refuse values that no run can use, before anything is read or built.
 
     Raises:
-        ConfigError: Names the key, the value and what is admissible.
+        ConfigError: A value breaks a rule; the message names the key, the value and the requirement.
     """
     for key, rule in RULES.items():
         value = OmegaConf.select(cfg, key)
@@ -166,24 +151,28 @@ def check(cfg: DictConfig) -> None:
 
 
 def _present(cfg: DictConfig, key: str) -> set[str]:
-    """{key} if the configuration has it, even with a null value."""
+    """Return {key} if the configuration has it, even with a null value."""
     parent, _, leaf = key.rpartition(".")
     node = OmegaConf.select(cfg, parent) if parent else cfg
     return {key} if isinstance(node, DictConfig) and leaf in node else set()
 
 
 def build(cfg: Any, key: str, *, from_file: bool = False, **extra: Any) -> Any:
-    """The object that the ``_target_`` at ``key`` names, ``extra`` added to its arguments; None for none.
+    """Build the object that the ``_target_`` at ``key`` names, with ``extra`` added to its arguments.
 
     Args:
         cfg: The configuration.
-        key: Of a section with a ``_target_``.
-        from_file: The configuration was read from a run directory, which may be a stranger's, and not typed
-            by the user: only what ``conf/`` itself names for this section is called.
+        key: The key of a section with a ``_target_``.
+        from_file: Whether the configuration was read from a run directory, which may be a stranger's. Then
+            only the targets that ``conf/`` itself names for this section are called.
         extra: Arguments that only the program knows.
 
+    Returns:
+        The object; None where a group's choice is ``none``.
+
     Raises:
-        ConfigError: The target is not allowed or unknown, or it refused its arguments; names ``key``.
+        ConfigError: The target is not allowed or unknown, or it refused its arguments; the message names the
+            key.
     """
     node = OmegaConf.select(cfg, key)
     if node is None:
@@ -192,28 +181,31 @@ def build(cfg: Any, key: str, *, from_file: bool = False, **extra: Any) -> Any:
         return None  # the choice "none" of a group
     try:
         _check_targets(OmegaConf.to_container(node, resolve=True), key, from_file=from_file)
+        factory = instantiate(node, _partial_=True)
+        if isinstance(factory, partial):
+            _check_types(factory, key)
         # extra arguments go straight to the constructor: Hydra would turn dataclasses into configurations
-        return instantiate(node, _partial_=True)(**extra) if extra else instantiate(node)
+        return factory(**extra) if extra else instantiate(node)
     except UserError:
         raise
     except InstantiationException as error:
         cause = error.__cause__
         if isinstance(cause, UserError):
             raise cause from error
-        raise ConfigError(f"{key}: {_one_line(cause or error)}") from error
+        raise ConfigError(_refusal(key, node, cause or error)) from error
     except Exception as error:
         from lightning.fabric.utilities.exceptions import MisconfigurationException  # takes seconds to load
 
         if isinstance(error, OmegaConfBaseException | MisconfigurationException | ValueError | TypeError):
-            raise ConfigError(f"{key}: {_one_line(error)}") from error
+            raise ConfigError(_refusal(key, node, error)) from error
         raise
 
 
 def _check_targets(node: object, key: str, *, from_file: bool) -> None:
-    """Refuse what is not to be called.
+    """Refuse targets that must not be called.
 
     Raises:
-        ConfigError: Names the key and what is allowed.
+        ConfigError: A target is not allowed; the message names the key and what is allowed.
     """
     if isinstance(node, dict):
         target = node.get("_target_")
@@ -233,14 +225,25 @@ def _check_targets(node: object, key: str, *, from_file: bool) -> None:
 
 
 def _named_in_conf(key: str) -> list[str]:
-    """Full names: a beginning such as ``torch.`` lets in what a package imports, ``torch.os.system`` too."""
+    """Return full names: the prefix ``torch.`` alone would also allow ``torch.os.system``."""
     files = (config_dir() / key.partition(".")[0]).glob("*.yaml")
     return sorted({name for file in files for name in re.findall(r"_target_: *(\S+)", file.read_text())})
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+def _check_types(factory: partial[Any], key: str) -> None:
+    """Refuse text for a number and the like: a constructor's ``TypeError`` would not name the argument."""
+    for name, parameter in inspect.signature(factory.func).parameters.items():
+        rule = TYPES.get(parameter.annotation)
+        if rule is not None and name in factory.keywords and not rule.holds(factory.keywords[name]):
+            raise ConfigError(f"{key}.{name}={factory.keywords[name]} {rule.requirement}")
 
 
-# At import: a launcher's worker unpickles the task without passing through the command.
+def _refusal(key: str, node: Any, error: BaseException) -> str:
+    """One line: ``objective.beta must be ...`` where a constructor said ``beta must be ...``."""
+    said = " ".join(str(error).split())
+    named = isinstance(node, DictConfig) and re.split(r"\W", said)[0] in node
+    return f"{key}.{said}" if named else f"{key}: {said}"
+
+
+# at import, because a launcher's worker unpickles the task without passing through the command
 register_resolvers()

@@ -1,16 +1,16 @@
-"""A run's records on their way to its loggers.
+"""Publishes a run's records through its loggers.
 
-What loggers show is read back from ``records/`` as it is written: one source, so that a curve on a screen and
-the table in the run directory cannot differ, and that a resumed run can tell a logger all it does not have.
+What loggers show is read back from ``records/`` while the run writes it. A curve on a screen therefore never
+differs from the table in the run directory, and a resumed run can send a logger every row that it lacks.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Self
 
 import lightning
 from lightning.pytorch.callbacks import Callback
@@ -20,10 +20,10 @@ from robustdyn.records import TABLES, RunRecords, read_table
 from robustdyn.records.lines import decode
 
 WHOLE = ("posterior",)
-"""Tables that are computed anew as a whole when a run ends."""
+"""Tables that are written as a whole when a run ends."""
 
 NODES = ("density",)
-"""Tables whose rows are the nodes of a distribution: no row is a point of a curve."""
+"""Tables whose rows are the nodes of a distribution and not points of curves."""
 
 _log = logging.getLogger(__name__)
 
@@ -35,8 +35,8 @@ class Moment:
     """What was recorded at one step.
 
     Attributes:
-        step: Optimiser steps taken.
-        rows: Table and row of each record.
+        step: The number of optimiser steps taken.
+        rows: The table and the row of each record.
     """
 
     step: int
@@ -44,37 +44,37 @@ class Moment:
 
     @property
     def epoch(self) -> int:
-        """The epoch it belongs to."""
+        """The epoch of the step."""
         return max(int(row["epoch"]) for _, row in self.rows)
 
     def curves(self) -> dict[str, int | float]:
-        """All numbers in it, as points of curves; see ``points``."""
+        """All its numbers as points of curves; see ``points``."""
         return {name: value for table, row in self.rows for name, value in points(table, row).items()}
 
 
 def points(table: str, row: Row) -> dict[str, int | float]:
-    """The numbers of a row by the names of their curves.
+    """Return the numbers of a row by the names of their curves.
 
     Returns:
-        ``table/column``, with ``/key`` behind it where an epoch has several rows: ``wci/wci``,
-        ``spectrum/hessian_eigenvalue/0``, ``layers/wci_term/fc/weight``. Flags are 0 and 1; text and null are
-        left out, and so is the epoch, which all have, and the step, except that of ``rates``.
+        By ``table/column``, followed by ``/key`` where an epoch has several rows: ``wci/wci``,
+        ``spectrum/hessian_eigenvalue/0``, ``layers/wci_term/fc/weight``. Flags are 0 and 1. Text, null, the
+        epoch and the step are left out; only ``rates`` keeps its step.
     """
     if table in NODES:
         return {}
     keys = [key for key in TABLES[table].key if key not in ("epoch", "step")]
     # a dot in a metric's name means a nested value to wandb
     suffix = "".join(f"/{str(row[key]).replace('.', '/')}" for key in keys)
-    unsaid = {"epoch", *keys} | (set() if table == "rates" else {"step"})
+    left_out = {"epoch", *keys} | (set() if table == "rates" else {"step"})
     return {
         f"{table}/{column}{suffix}": int(value) if isinstance(value, bool) else value
         for column, value in row.items()
-        if column not in unsaid and isinstance(value, int | float)
+        if column not in left_out and isinstance(value, int | float)
     }
 
 
 class RecordFeed:
-    """Reads a run's records as they grow.
+    """Reads a run's records while they grow.
 
     Args:
         run_dir: The run directory.
@@ -86,7 +86,7 @@ class RecordFeed:
         self._read = dict.fromkeys((name for name in TABLES if name not in WHOLE), 0)  # bytes of each file
 
     def moments(self) -> list[Moment]:
-        """What was recorded since the last call, in the order of the steps."""
+        """Return what was recorded since the last call, in the order of the steps."""
         by_step: dict[int, list[tuple[str, Row]]] = {}
         for table in self._read:
             for row in self._new_rows(table):
@@ -97,7 +97,7 @@ class RecordFeed:
         return [Moment(step, rows) for step, rows in sorted(by_step.items())]
 
     def whole(self) -> Iterator[Moment]:
-        """The tables that are written as a whole, moment by moment."""
+        """Yield the tables that are written as a whole, moment by moment."""
         for table in WHOLE:
             frame = read_table(self.run_dir, table)
             for step, rows in frame.groupby("step", sort=True):
@@ -111,7 +111,7 @@ class RecordFeed:
             file.seek(self._read[table])
             for line in file:
                 if not line.endswith(b"\n"):
-                    break  # half a row: the rest is to come
+                    break  # an incomplete row, which the next call reads
                 self._read[table] += len(line)
                 row = decode(line)
                 if row is not None:
@@ -119,54 +119,33 @@ class RecordFeed:
 
 
 def _plain(row: Mapping[Any, Any]) -> dict[str, Any]:
-    """Without what is null in a data frame."""
+    """Return the row without its null values."""
     return {str(key): value for key, value in row.items() if value == value and value is not None}
 
 
-@runtime_checkable
-class RecordLogger(Protocol):
-    """A logger that knows what records are."""
-
-    shows_figures: bool
-    """Whether it wants the report's figures."""
-
-    @property
-    def complete(self) -> bool:
-        """Whether an earlier session had the whole run."""
-
-    def follow(self, run_dir: Path, config: Mapping[str, Any]) -> None:
-        """Begin, or go on, with the records as they are now."""
-
-    def update(self) -> None:
-        """Take what was recorded since."""
-
-    def conclude(self) -> None:
-        """Take the whole tables: training has ended."""
-
-    def show(self, figures: Mapping[str, Path]) -> None:
-        """Take the report's figures, PNG files by name."""
-
-    def finish(self, *, failed: bool) -> None:
-        """End, so that the next run of a sweep has one of its own."""
-
-
 class CurveLogger:
-    """Any Lightning logger: it gets the curves. One that a resumed run opens again is written anew, whole.
+    """Sends a run's records to a logger of Lightning, as curves.
+
+    When a run resumes, the logger's files are written again from the first row.
 
     Args:
         logger: The logger.
+
+    Attributes:
+        shows_figures: Whether it wants the report's figures.
+        complete: Whether an earlier session had the whole run.
     """
 
     shows_figures = False
-    complete = False  # Lightning opens it, and that may have emptied it
+    complete = False  # Lightning opens the logger, which may empty its files
 
     def __init__(self, logger: Logger) -> None:
         self._logger = logger
         self._feed: RecordFeed | None = None
 
     def follow(self, run_dir: Path, config: Mapping[str, Any]) -> None:
-        """Hand over the configuration and all records."""
-        if isinstance(self._logger, TensorBoardLogger):  # would show an interrupted run's rows twice
+        """Start with the configuration and all rows recorded so far."""
+        if isinstance(self._logger, TensorBoardLogger):  # it would show an interrupted run's rows twice
             for file in Path(self._logger.log_dir).glob("events.out.tfevents.*"):
                 file.unlink()
         self._feed = RecordFeed(run_dir)
@@ -174,23 +153,28 @@ class CurveLogger:
         self.update()
 
     def update(self) -> None:
-        """Hand over what is new."""
+        """Send the rows recorded since the last call."""
         if self._feed is not None:
             self._take(self._feed.moments())
 
     def conclude(self) -> None:
-        """Hand over the tables that were written as a whole."""
+        """Send the tables that are written as a whole when training has ended."""
         if self._feed is not None:
             self._take(self._feed.whole())
 
     def show(self, figures: Mapping[str, Path]) -> None:
-        """Curves only."""
+        """Send the report's figures, PNG files by name; a logger of curves shows none."""
 
     def finish(self, *, failed: bool) -> None:
-        """Close its files, again where Lightning has done so."""
+        """Close the logger, so that the next run of a sweep starts its own."""
         self._logger.finalize("failed" if failed else "success")
 
-    def _take(self, moments: Sequence[Moment] | Iterator[Moment]) -> None:
+    def recover(self, error: Exception) -> bool:
+        """Report an error in one line, and return whether to start again with ``follow``."""
+        _log.warning("a logger stopped (%s); training and its records go on without it", brief(error))
+        return False
+
+    def _take(self, moments: Iterable[Moment]) -> None:
         for moment in moments:
             self._logger.log_metrics({"epoch": moment.epoch, **moment.curves()}, step=moment.step)
         self._logger.save()
@@ -199,26 +183,27 @@ class CurveLogger:
 class Publisher(Callback):
     """Keeps the loggers up to date with the record, on the first rank.
 
-    Place it behind every callback that writes records. A logger that fails is left behind with one line on
-    the terminal: no run ends because of what only watches it.
+    Place it behind every callback that writes records. A logger that fails starts again if it can, and the
+    run goes on without it otherwise. One line on the terminal says which. A logger never ends a run.
 
-    As a context manager it ends the loggers' runs with the block, as failed after an exception.
+    As a context manager it closes the loggers at the end of the block, as failed after an exception.
 
     Args:
-        loggers: The trainer's.
+        loggers: The loggers of the trainer.
         run_dir: The run directory.
         config: The whole configuration.
     """
 
     def __init__(self, loggers: Sequence[Logger], run_dir: Path, config: Mapping[str, Any]) -> None:
-        self._active: list[RecordLogger] = [
-            logger if isinstance(logger, RecordLogger) else CurveLogger(logger) for logger in loggers
+        self._active: list[CurveLogger] = [
+            logger if isinstance(logger, CurveLogger) else CurveLogger(logger) for logger in loggers
         ]
         self._run_dir = run_dir
         self._config = config
         self._first_rank = False
         self._begun = False
         self._pictures: dict[str, Path] = {}
+        self._actions: list[Callable[[CurveLogger], None]] = []
 
     @property
     def shows_figures(self) -> bool:
@@ -226,11 +211,11 @@ class Publisher(Callback):
         return any(logger.shows_figures for logger in self._active)
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Learn which rank this is."""
+        """Note whether this is the first rank."""
         self._first_rank = trainer.is_global_zero
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Begin, when the record ends where the checkpoint does."""
+        """Start the loggers; by now the records end where the checkpoint does."""
         if self._first_rank:
             self._begin()
 
@@ -240,23 +225,23 @@ class Publisher(Callback):
             self._each(lambda logger: logger.update())
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Publish what is written at the end."""
+        """Publish what was written at the end of training."""
         if self._first_rank:
             self._each(lambda logger: logger.update())
             self._each(lambda logger: logger.conclude())
 
     def show(self, figures: Sequence[Path]) -> None:
-        """Publish a report's figures, its PNG files, when the block ends."""
+        """Publish the PNG files among a report's figures at the end of the block."""
         self._pictures = {file.stem: file for file in figures if file.suffix == ".png"}
 
     def __enter__(self) -> Self:
-        """Nothing yet: loggers begin when training does."""
+        """Do nothing yet: the loggers start with the training."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Publish the rest and end the loggers' runs; complete what an earlier, killed process left open."""
+        """Publish the rest and close the loggers; complete what an earlier, killed process left open."""
         failed = kind is not None
         if self._first_rank:
             if not self._begun and not failed:  # training had ended before
@@ -271,18 +256,25 @@ class Publisher(Callback):
         self._begun = True
         self._each(lambda logger: logger.follow(self._run_dir, self._config))
 
-    def _each(self, action: Callable[[RecordLogger], None]) -> None:
+    def _each(self, action: Callable[[CurveLogger], None]) -> None:
+        self._actions.append(action)
         for logger in list(self._active):
-            try:
+            self._perform([action], logger)
+
+    def _perform(self, actions: Sequence[Callable[[CurveLogger], None]], logger: CurveLogger) -> None:
+        try:
+            for action in actions:
                 action(logger)
-            except Exception as error:
+        except Exception as error:
+            with suppress(Exception):
+                logger.finish(failed=True)
+            if logger.recover(error):
+                self._perform(list(self._actions), logger)
+            else:
                 self._active.remove(logger)
-                _log.warning("a logger stopped (%s); training and its records go on without it", brief(error))
-                with suppress(Exception):
-                    logger.finish(failed=True)
 
 
 def brief(error: BaseException) -> str:
-    """An error's first line, cut to what fits on one."""
+    """Return the first line of an error's message, at most about 200 characters."""
     text = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return text if len(text) <= 200 else f"{text[:200]}..."

@@ -1,9 +1,9 @@
-"""A training run on Weights & Biases: what its records say, online, or in a file to upload later.
+"""Shows a training run's records on Weights & Biases, or writes them to a file to upload later.
 
-Facts about wandb 0.31 that shape this module, each held by a test: a second ``log`` at a committed step is
-dropped; an offline file whose run says ``resume`` is appended on ``wandb sync`` and its steps renumbered, one
-that does not replaces what the server has; the service keeps the id of a run whose ``init`` failed; the
-running minimum in a summary starts afresh in a resumed session.
+Facts about wandb 0.31 that shape this module, each covered by a test: wandb drops a second ``log`` at a
+committed step. ``wandb sync`` appends an offline file to the server's run and renumbers its steps if the
+file says ``resume``; otherwise the file replaces the run. The service keeps the id of a run whose ``init``
+failed. A resumed session starts the running minimum of a summary again.
 """
 
 import json
@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -20,13 +20,13 @@ from typing import Any, Literal
 import numpy as np
 import wandb
 from lightning.fabric.loggers.logger import rank_zero_experiment
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import DummyExperiment  # type: ignore[attr-defined]
 from lightning.pytorch.utilities import rank_zero_only
 
 from robustdyn.records import TABLES, read_table
 from robustdyn.records.run_directory import RunDirectory
-from robustdyn.run.publishing import Moment, RecordFeed, brief
+from robustdyn.run.publishing import CurveLogger, Moment, brief
 
 TABLES_SHOWN = ("spectrum", "layers", "density", "posterior")
 HISTOGRAMS = {
@@ -37,334 +37,236 @@ BINS = 64  # what wandb draws of a histogram
 
 _log = logging.getLogger(__name__)
 
-Checkpoints = Literal["none", "best", "last", "all"]
 
+class WandbRecords(CurveLogger, WandbLogger):
+    """Shows a run's records on Weights & Biases, under one id however often the run is resumed.
 
-class WandbRecords(Logger):
-    """A run's records on Weights & Biases, under one id however often the run is resumed.
+    The step of wandb is the number of optimiser steps. Curves are drawn over ``epoch``, and ``rates`` over
+    its own step. A step that the server has is not sent again. Offline, every session writes one file with
+    the whole run and removes the files of earlier sessions.
 
-    wandb's step is the number of optimiser steps; curves are drawn over ``epoch`` (``rates`` over its own
-    step). A step that the server has is not sent again. Offline, every session writes one file with the whole
-    run, in place of its predecessors' files.
-
-    Whatever wandb does, training goes on: without a login, without an answer in ``init_timeout`` seconds, or
-    when wandb breaks off later, the run is written offline from its first row, with one line that says so.
-    Nothing is ever asked on the terminal. All files lie in ``DIRECTORY/wandb``, the id in ``run.json`` there.
+    Lightning's ``WandbLogger`` starts wandb's run when a trainer is set up, asks for a login on the terminal
+    and lets every error of wandb end the training. This class starts the run with the records, asks nothing
+    and raises errors only to the publisher. Without a login, without an answer in ``init_timeout`` seconds,
+    or when wandb fails later, the run is written offline from its first row, and one line says so. All files
+    are in ``DIRECTORY/wandb``; the id is in ``run.json`` there.
 
     Args:
         directory: The run directory.
-        project: wandb's project.
-        entity: User or team; None for the login's default.
-        name: Of the run.
-        group: Of the run, a sweep say.
-        tags: Of the run.
-        job_type: Of the run.
-        offline: Whether to write a file for ``wandb sync`` and not to connect.
+        offline: Whether to write a file for ``wandb sync`` instead of connecting.
         init_timeout: Seconds to wait for the server's first answer.
         finish_timeout: Seconds to wait for uploads when the run ends.
         figures: Whether to show the report's figures.
-        checkpoints: Which to keep as artifacts when the run has ended.
-        settings: More of ``wandb.Settings``.
+        checkpoints: Which checkpoints to upload as artifacts when the run has ended.
+        settings: Further fields of ``wandb.Settings``.
+        init: Further arguments of Lightning's logger and of ``wandb.init``, e.g. ``project`` and ``tags``.
+
+    Raises:
+        ValueError: ``checkpoints`` or a timeout has an impossible value.
     """
 
     def __init__(
         self,
         *,
         directory: str,
-        project: str,
-        entity: str | None,
-        name: str | None,
-        group: str | None,
-        tags: list[str],
-        job_type: str,
         offline: bool,
         init_timeout: float,
         finish_timeout: float,
         figures: bool,
-        checkpoints: Checkpoints,
+        checkpoints: Literal["none", "best", "last", "all"],
         settings: Mapping[str, Any],
+        **init: Any,
     ) -> None:
-        super().__init__()
-        if checkpoints not in ("none", "best", "last", "all"):
-            raise ValueError(f"checkpoints={checkpoints} must be none, best, last or all")
-        for what, seconds in (("init_timeout", init_timeout), ("finish_timeout", finish_timeout)):
+        timeouts = {"init_timeout": init_timeout, "finish_timeout": finish_timeout}
+        for what, seconds in timeouts.items():
             if not seconds > 0:
                 raise ValueError(f"{what}={seconds} must be a positive number of seconds")
-        self.shows_figures = figures
         self._directory = RunDirectory(directory)
-        self._project = project
-        self._identity: dict[str, Any] = {
-            "project": project,
-            "entity": entity,
-            "name": name,
-            "group": group,
-            "tags": list(tags),
-            "job_type": job_type,
-        }
-        self._offline = offline or os.environ.get("WANDB_MODE") in ("offline", "dryrun")
-        self._checkpoints = checkpoints
-        self._timeouts = {"init_timeout": init_timeout, "finish_timeout": finish_timeout}
-        self._settings = dict(settings)
-        self._state = _State(self._directory.wandb / "run.json")
-        self._environment = _Environment(self._directory.wandb)
-        self._config: dict[str, Any] = {}
-        self._run: wandb.Run | None = None
-        self._given_up = False
-        self._feed: RecordFeed | None = None
-        self._first_step = 0  # what is before it the server has
-        self._next_step = 0  # of wandb's log
-        self._defined: set[str] = set()
-        # by hand: wandb's own summaries start afresh with every session
-        self._best: dict[str, float] = {}
+        best, last = self._directory.best_checkpoint("*"), self._directory.last_checkpoint
+        patterns = {"none": None, "best": best.name, "last": last.name, "all": "*.ckpt"}
+        if checkpoints not in patterns:
+            raise ValueError(f"checkpoints={checkpoints} must be none, best, last or all")
+        quiet = {"console": "off", "silent": True, "finish_timeout_raises": True}
+        settings = {**quiet, **timeouts, **settings}
+        WandbLogger.__init__(self, save_dir=directory, settings=settings, config={}, **init)
+        CurveLogger.__init__(self, self)
+        del self._wandb_init["anonymous"]  # wandb warns of it
+        self._checkpoints = patterns[checkpoints]
+        self.shows_figures = figures
+        self.complete = False  # whether an earlier session had the whole run
+        self._state = self._directory.wandb / "run.json"
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            state = json.loads(self._state.read_text())
+            self._id, self.complete = str(state["id"]), bool(state["complete"])
+        # Lightning's ``offline`` sets WANDB_MODE for the rest of the process: for the next run of a sweep too
+        offline = offline or os.environ.get("WANDB_MODE") in ("offline", "dryrun")
+        self._wandb_init["mode"] = "offline" if offline else None
+        self._environment: dict[str, str] = {}
+        self._error: Exception | None = None
         self._concluded = False
-        self._figures: dict[str, Path] = {}
+        self._defined: set[str] = set()
+        # best values so far: wandb's own start again in every session
+        self._best: dict[str, float] = {}
 
     # Lightning's interface
 
     @property
-    def name(self) -> str:
-        """The project."""
-        return self._project
-
-    @property
-    def version(self) -> str | None:
-        """The run's id, once it has one."""
-        return self._state.id
-
-    @property
-    def save_dir(self) -> str:
-        """The run directory."""
-        return str(self._directory.path)
-
-    @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """The run; something that takes every call and does nothing before training starts, or without wandb.
+        """The run of wandb; before its start and after its end an object that accepts every call.
 
-        Lightning asks for it while it sets up, when it is not yet known whether there is anything to do.
+        Lightning asks for it during setup, when it is not yet known whether there is anything to log.
         """
-        return DummyExperiment() if self._run is None else self._run
+        return DummyExperiment() if self._experiment is None else self._experiment
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Take the configuration."""
-        self._config |= dict(params)
-        if self._run is not None:
-            self._guard(lambda run: run.config.update(self._config, allow_val_change=True), again=False)
+        """Keep the configuration, which is sent when the run starts."""
+        self._wandb_init["config"].update(params)
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """What a module or callback hands to ``self.log``; the records come through ``update``."""
-        self._open()
-        # never ahead of the next moment of the record, or that would be dropped
-        self._next_step = max(step or 0, self._next_step)
-        self._guard(lambda run: run.log(dict(metrics), step=self._next_step))
+        """Log what a module or a callback passes to ``self.log``; ``update`` logs the records.
+
+        The next ``update`` raises an error that occurs here.
+        """
+        if self._experiment is None or self._error is not None:
+            return
+        run = self._experiment
+        try:
+            # no step below that of an earlier row, or wandb would drop the values
+            run.log({**metrics, "trainer/global_step": step}, step=max(step or 0, run.step))
+        except Exception as error:
+            self._error = error
 
     # the records
 
-    @property
-    def complete(self) -> bool:
-        """Whether an earlier session had the whole run."""
-        return self._state.complete
-
     def follow(self, run_dir: Path, config: Mapping[str, Any]) -> None:
-        """Begin, or go on, with the records as they are now."""
-        self._config |= dict(config)
-        self._feed = RecordFeed(run_dir)
-        self._open()
-        self.update()
+        """Start the run with the configuration and all rows that the server does not have."""
+        self.log_hyperparams(config)
+        run = self._begin()
+        place = run.url or "disabled"
+        if self._wandb_init["mode"] == "offline":
+            place = f"offline, to upload: wandb sync {Path(run.dir).parent}"
+        _log.info("wandb: %s", place)
+        sys.stderr.write(f"wandb: {place}\n")
+        sys.stderr.flush()
+        super().follow(run_dir, config)
 
     def update(self) -> None:
-        """Log what was recorded since."""
-        self._guard(self._log_new, again=False)
+        """Log the rows recorded since the last call."""
+        if self._error is not None:
+            raise self._error
+        super().update()
 
     def conclude(self) -> None:
         """Log the tables whose rows are more than a curve."""
         self._concluded = True
-        self._guard(self._log_tables, again=False)
+        media = {}
+        for table in TABLES_SHOWN:
+            frame = read_table(self._directory.path, table).dropna(axis="columns", how="all").astype(object)
+            if len(frame):
+                frame = frame.where(frame.notna(), None)  # JSON has no other missing value
+                media[f"tables/{table}"] = wandb.Table(dataframe=frame, allow_mixed_types=True)
+        if media:
+            self.experiment.log(media)
 
     def show(self, figures: Mapping[str, Path]) -> None:
         """Log the report's figures."""
         if self.shows_figures and figures:
-            self._figures = dict(figures)
-            self._guard(self._log_figures, again=False)
+            self.experiment.log({f"figures/{name}": wandb.Image(str(p)) for name, p in figures.items()})
 
     def finish(self, *, failed: bool) -> None:
-        """Upload the rest and end wandb's run and service."""
-        if not failed and self._concluded:
-            self._guard(self._log_checkpoints)
-        self._guard(lambda run: run.finish(exit_code=int(failed)))
-        if self._run is not None and self._concluded and not failed:
-            self._state.save(self._run.id, complete=True)
-        self._stop_run()
-        self._environment.restore()
-
-    # sessions
-
-    def _open(self) -> None:
-        """Begin wandb's run, if it has not."""
-        if self._run is not None or self._given_up:
-            return
-        self._environment.set()
+        """Upload the rest and end the run of wandb with its threads and its service."""
+        complete = self._concluded and not failed
+        if complete:
+            self._log_checkpoints()
+        run, self._experiment = self._experiment, None
         try:
-            self._begin(offline=self._offline)
-        except Exception as error:
-            if self._offline:
-                self._give_up(error)
-            else:
-                self._fall_back(error)
+            if run is not None:
+                run.finish(exit_code=int(failed))
+                self._save_state(complete=complete)
+        finally:
+            with suppress(Exception):
+                wandb.teardown()
+            wandb.run = None  # the next job would log to a run that could not be finished
+            while self._environment:
+                os.environ.pop(self._environment.popitem()[0], None)
 
-    def _begin(self, *, offline: bool) -> None:
-        """Begin a session.
+    def recover(self, error: Exception) -> bool:
+        """Report an error, and return whether to start again offline; a second failure ends the logging."""
+        if self._wandb_init["mode"] == "offline":
+            _log.warning("wandb: %s; the run goes on without it, its records are complete", brief(error))
+            return False
+        _log.warning("wandb: %s; the run goes on, offline", brief(error))
+        if self._feed is None:
+            self._remove_files("run")  # an attempt without a row
+        self._wandb_init["mode"] = "offline"
+        return True
+
+    def _begin(self) -> Any:
+        """Start the run in Lightning's logger and return it.
 
         Raises:
             Exception: Whatever wandb cannot do.
         """
-        if not offline and not self._may_log_in():
-            raise _NoLoginError("no login; `wandb login` once, or WANDB_API_KEY, would change that")
-        known = self._state.settle_id()
-        if offline:
-            self._remove_files("offline-run")
-        run = wandb.init(
-            **self._identity,
-            id=self._state.id,
-            # an offline file is whole, and must replace what the server has
-            resume="allow" if known and not offline else None,
-            mode="offline" if offline else None,
-            dir=str(self._directory.path),
-            config=self._config,
-            settings=wandb.Settings(
-                **{
-                    "console": "off",
-                    "silent": True,
-                    "finish_timeout_raises": True,
-                    **self._timeouts,
-                    **self._settings,
-                }
-            ),
-        )
-        self._run = run
-        self._state.save(run.id)
-        self._first_step = self._next_step = run.starting_step
-        self._defined = set()
-        self._define("epoch", None, hidden=True)
-        where = f"offline, to upload: wandb sync {Path(run.dir).parent}" if offline else run.url or "disabled"
-        _say(where)
-        if not offline:
-            self._remove_files("offline-run")  # all they hold is sent again
+        folder = self._directory.wandb
+        wanted = {
+            "WANDB_SILENT": "true",
+            "WANDB_CACHE_DIR": str(folder / "cache"),
+            "WANDB_DATA_DIR": str(folder / "data"),
+            "WANDB_ARTIFACT_DIR": str(folder / "artifacts"),
+        }
+        # wandb reads these only from the environment; what the user has set stays
+        self._environment = {name: value for name, value in wanted.items() if name not in os.environ}
+        os.environ.update(self._environment)
+        mode = self._wandb_init["mode"] or os.environ.get("WANDB_MODE")
+        if mode not in ("offline", "disabled") and not wandb.login(prompt=False, verify=False):
+            raise ConnectionError("no login; `wandb login` once, or WANDB_API_KEY, would change that")
+        # the agent of a sweep gives the id of the run
+        given = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
+        self._id = given or self._id or uuid.uuid4().hex[:8]
+        # an offline file holds the whole run and must replace the server's
+        self._wandb_init |= {"id": self._id, "resume": None if mode == "offline" else "allow"}
+        self._save_state(complete=False)
+        self._remove_files("offline-run")  # all their rows are sent again
+        run = super().experiment
+        self._defined, self._error = set(), None
+        # Lightning's axis for what modules log; without step_sync, rows of the records do not get it too
+        run.define_metric("*", step_metric="trainer/global_step", step_sync=False, overwrite=True)
+        return run
 
-    def _may_log_in(self) -> bool:
-        if os.environ.get("WANDB_MODE") == "disabled":
-            return True
-        return wandb.login(prompt=False, verify=False)
-
-    def _fall_back(self, error: BaseException) -> None:
-        """Write the run offline, from its first row."""
-        began = self._run is not None
-        self._stop_run()
-        _log.warning("wandb: %s; the run goes on, offline", brief(error))
-        if not began:
-            self._remove_files("run")  # an attempt without a row
-        self._offline = True
-        self._open()
-        self._guard(self._log_everything, again=False)
-
-    def _give_up(self, error: BaseException) -> None:
-        self._given_up = True
-        self._stop_run()
-        self._environment.restore()
-        _log.warning("wandb: %s; the run goes on without it, its records are complete", brief(error))
-
-    def _guard(self, action: Callable[[wandb.Run], object], *, again: bool = True) -> None:
-        """Do it; if it fails, go on offline, where all is logged anew, and then, if ``again``, do this."""
-        if self._run is None:
-            return
-        try:
-            action(self._run)
-        except Exception as error:
-            if self._offline:
-                self._give_up(error)
-                return
-            self._fall_back(error)
-            if again:
-                self._guard(action)
-
-    def _stop_run(self) -> None:
-        """End wandb's run, if it has not ended, its threads and its service."""
-        run, self._run = self._run, None
-        if run is not None:
-            with suppress(Exception):
-                run.finish(exit_code=1)
-        with suppress(Exception):
-            wandb.teardown()
-        wandb.run = None  # a run that could not be finished would be taken for that of the next job
+    def _save_state(self, *, complete: bool) -> None:
+        self._state.parent.mkdir(parents=True, exist_ok=True)
+        self._state.write_text(json.dumps({"id": self._id, "complete": complete}) + "\n")
 
     def _remove_files(self, kind: str) -> None:
-        for folder in self._directory.wandb.glob(f"{kind}-*-{self._state.id}*"):
+        for folder in self._directory.wandb.glob(f"{kind}-*-{self._id}*"):
             shutil.rmtree(folder, ignore_errors=True)
 
-    # what is logged
+    def _log_checkpoints(self) -> None:
+        pattern = self._checkpoints
+        for file in sorted(self._directory.checkpoints.glob(pattern)) if pattern else ():
+            artifact = wandb.Artifact(f"checkpoint-{self._id}", type="model")
+            artifact.add_file(str(file), policy="immutable", skip_cache=True)
+            self.experiment.log_artifact(artifact, aliases=[file.stem])
 
-    def _log_everything(self, run: wandb.Run) -> None:
-        if self._feed is not None:
-            self._feed = RecordFeed(self._feed.run_dir)
-        self._log_new(run)
-        if self._concluded:
-            self._log_tables(run)
-        if self._figures:
-            self._log_figures(run)
-
-    def _log_new(self, run: wandb.Run) -> None:
-        if self._feed is None:
-            return
-        for moment in self._feed.moments():
+    def _take(self, moments: Iterable[Moment]) -> None:
+        run = self.experiment
+        for moment in moments:
             curves = moment.curves()
             self._note_best(curves)
-            if moment.step < self._first_step:
-                continue
-            values: dict[str, Any] = {"epoch": moment.epoch, **curves}
-            for name in curves:
-                x = "rates/step" if name.startswith("rates/") else "epoch"
-                self._define(name, None if name == x else x, hidden=name == x)
-            for name, histogram in histograms(moment).items():
-                self._define(name, "epoch")
-                values[name] = histogram
-            self._commit(run, values, moment.step)
+            if moment.step < run.starting_step:
+                continue  # the server has it
+            values: dict[str, Any] = {"epoch": moment.epoch, **curves, **histograms(moment)}
+            for name in values.keys() - self._defined:
+                own = name in ("epoch", "rates/step")
+                axis = "rates/step" if name.startswith("rates/") else "epoch"
+                run.define_metric(name, step_metric=None if own else axis, hidden=own or None)
+            self._defined |= values.keys()
+            # ``log_metrics`` may have logged at a later step
+            run.log(values, step=max(moment.step, run.step), commit=True)
         run.summary.update(self._best | dict(_summary(self._directory.summary)))
-
-    def _log_tables(self, run: wandb.Run) -> None:
-        media = {}
-        for table in TABLES_SHOWN:
-            frame = read_table(self._directory.path, table).dropna(axis="columns", how="all")
-            if len(frame):
-                rows: list[Iterable[Any]] = [
-                    [_value(cell) for cell in row] for row in frame.itertuples(index=False)
-                ]
-                media[f"tables/{table}"] = wandb.Table(
-                    columns=list(frame.columns), data=rows, allow_mixed_types=True
-                )
-        self._log_media(run, media)
-
-    def _log_figures(self, run: wandb.Run) -> None:
-        self._log_media(run, {f"figures/{name}": wandb.Image(str(p)) for name, p in self._figures.items()})
-
-    def _log_media(self, run: wandb.Run, media: dict[str, Any]) -> None:
-        if media:
-            self._commit(run, media, self._next_step)
-
-    def _commit(self, run: wandb.Run, values: dict[str, Any], step: int) -> None:
-        step = max(step, self._next_step)  # not before what ``log_metrics`` may have logged
-        self._next_step = step + 1
-        run.log(values, step=step, commit=True)
-
-    def _log_checkpoints(self, run: wandb.Run) -> None:
-        best, last = self._directory.best_checkpoint("*"), self._directory.last_checkpoint
-        patterns = {"none": "", "best": best.name, "last": last.name, "all": "*.ckpt"}
-        pattern = patterns[self._checkpoints]
-        for file in sorted(self._directory.checkpoints.glob(pattern)) if pattern else ():
-            artifact = wandb.Artifact(f"checkpoint-{run.id}", type="model")
-            artifact.add_file(str(file), policy="immutable", skip_cache=True)
-            run.log_artifact(artifact, aliases=[file.stem])
 
     def _note_best(self, curves: Mapping[str, float]) -> None:
         for name, value in curves.items():
@@ -374,14 +276,9 @@ class WandbRecords(Logger):
                 kind, choose = ("min", min) if better == "lower" else ("max", max)
                 self._best[f"{kind}/{name}"] = choose(value, self._best.get(f"{kind}/{name}", value))
 
-    def _define(self, name: str, x: str | None, **settings: Any) -> None:
-        if name not in self._defined and self._run is not None:
-            self._defined.add(name)
-            self._run.define_metric(name, step_metric=x, **settings)
-
 
 def histograms(moment: Moment) -> dict[str, wandb.Histogram]:
-    """The spectra of a moment, as ``histograms/<column>``; of a density, its mass over the eigenvalues."""
+    """Return the spectra of a moment as ``histograms/<column>``, and densities as mass over eigenvalues."""
     found: dict[str, wandb.Histogram] = {}
     for table, columns in HISTOGRAMS.items():
         rows = [row for name, row in moment.rows if name == table]
@@ -401,7 +298,7 @@ def histograms(moment: Moment) -> dict[str, wandb.Histogram]:
 
 
 def _summary(path: Path) -> Iterator[tuple[str, Any]]:
-    """What ``summary.json`` says: ``best_on_test/test_robust_error``, ..."""
+    """Yield the values of ``summary.json`` by names such as ``best_on_test/test_robust_error``."""
     if not path.is_file():
         return
     for key, value in json.loads(path.read_text()).items():
@@ -409,71 +306,3 @@ def _summary(path: Path) -> Iterator[tuple[str, Any]]:
             yield from ((f"{key}/{name}", item) for name, item in value.items())
         else:
             yield key, value
-
-
-def _value(cell: Any) -> Any:
-    """As JSON can hold it."""
-    if cell is None or cell != cell or str(cell) == "<NA>":
-        return None
-    return cell.item() if hasattr(cell, "item") else cell
-
-
-class _NoLoginError(Exception):
-    """wandb has no credentials."""
-
-
-class _State:
-    """The run's id, kept in the run directory."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.id: str | None = None
-        self.complete = False
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            state = json.loads(path.read_text())
-            self.id, self.complete = str(state["id"]), bool(state["complete"])
-
-    def settle_id(self) -> bool:
-        """Have an id; whether an earlier session had it."""
-        # a sweep agent's run has the id that the agent gave it
-        given = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
-        known = self.id is not None and given in (None, self.id)
-        if not known:
-            self.save(given or uuid.uuid4().hex[:8])
-        return known
-
-    def save(self, run_id: str, *, complete: bool = False) -> None:
-        """Keep it, and whether the run is complete."""
-        self.id, self.complete = run_id, complete
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._path.write_text(json.dumps({"id": run_id, "complete": complete}) + "\n")
-
-
-class _Environment:
-    """What of wandb can only be set in the environment, while a run lasts; the user's own settings stay."""
-
-    def __init__(self, folder: Path) -> None:
-        self._wanted = {
-            "WANDB_SILENT": "true",
-            "WANDB_CACHE_DIR": str(folder / "cache"),
-            "WANDB_DATA_DIR": str(folder / "data"),
-            "WANDB_ARTIFACT_DIR": str(folder / "artifacts"),
-        }
-        self._set: list[str] = []
-
-    def set(self) -> None:
-        for name, value in self._wanted.items():
-            if name not in os.environ:
-                os.environ[name] = value
-                self._set.append(name)
-
-    def restore(self) -> None:
-        while self._set:
-            os.environ.pop(self._set.pop(), None)
-
-
-def _say(where: str) -> None:
-    """One line on where the run is."""
-    _log.info("wandb: %s", where)
-    sys.stderr.write(f"wandb: {where}\n")
-    sys.stderr.flush()
