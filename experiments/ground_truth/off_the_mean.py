@@ -31,8 +31,8 @@ from robustdyn.replicas import (
     sampled_gradients,
 )
 from robustdyn.replicas.agreement import agreement
-from robustdyn.replicas.point import gradient_slopes
 from robustdyn.replicas.prediction import REFRESHED_PATH, predicted_laws
+from robustdyn.replicas.sampled_batches import gradient_slopes
 
 Array = NDArray[np.float64]
 

@@ -1,7 +1,11 @@
+import weakref
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+from robustdyn.curvature.tape import Tape
+from tests.curvature.reference import Made
 
 
 @pytest.fixture(autouse=True)
@@ -11,3 +15,17 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> Made:
+    """A reference to every tape ever recorded."""
+    references: Made = []
+    record = Tape.__init__
+
+    def note(tape: Tape, *arguments: object, **settings: object) -> None:
+        references.append(weakref.ref(tape))
+        record(tape, *arguments, **settings)
+
+    monkeypatch.setattr(Tape, "__init__", note)
+    return references

@@ -19,6 +19,7 @@ from robustdyn.curvature import (
 from tests.cases import CASES
 from tests.curvature.reference import (
     SMOOTH,
+    assert_unchanged,
     check_operator_contract,
     dense_gradients,
     flat,
@@ -26,6 +27,7 @@ from tests.curvature.reference import (
     per_example_losses,
     random,
     risk_of,
+    snapshot,
 )
 from tests.tolerances import EXACT64, FD
 
@@ -110,29 +112,12 @@ def test_measuring_leaves_no_trace(batchnorm, training):
     model.block.bn2.train(not training)
     model.linear.bias.requires_grad_(False)
     F.cross_entropy(model(inputs), targets).backward()
-    state = copy.deepcopy(model.state_dict())
-    grads = {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
-    needs = {n: p.requires_grad for n, p in model.named_parameters()}
-    flags = {n: m.training for n, m in model.named_modules()}
-    hooks = {n: len(m._forward_hooks) for n, m in model.named_modules()}
-    rng = torch.get_rng_state()
-    frozen_inputs = inputs.clone()
-
+    before, frozen_inputs = snapshot(model), inputs.clone()
     with torch.no_grad():  # as in a validation hook: measuring must switch gradients on for itself
         risk = EmpiricalRisk(model, inputs, targets, batchnorm=batchnorm)
         _measure_everything(risk)
         assert not torch.is_grad_enabled()
-
-    after = model.state_dict()
-    assert after.keys() == state.keys()
-    assert all(torch.equal(after[key], state[key]) for key in state)
-    for name, parameter in model.named_parameters():
-        assert (parameter.grad is None) == (grads[name] is None)
-        assert grads[name] is None or torch.equal(parameter.grad, grads[name])
-        assert parameter.requires_grad == needs[name]
-    assert {n: m.training for n, m in model.named_modules()} == flags
-    assert {n: len(m._forward_hooks) for n, m in model.named_modules()} == hooks
-    assert torch.equal(torch.get_rng_state(), rng)
+    assert_unchanged(model, before)
     assert torch.equal(inputs, frozen_inputs)
     assert not inputs.requires_grad
 
@@ -175,27 +160,32 @@ def test_autocast_and_inference_mode_do_not_matter():
         assert torch.equal(EmpiricalRisk(model, made_inside, targets).gradient(), plain)
 
 
-def test_refusals():
-    model, inputs, targets = CASES["norm_mlp"].problem()
-    with pytest.raises(ValueError, match="one chunk"):
-        EmpiricalRisk(model, inputs, targets, chunk_size=3, batchnorm="train")
-    with pytest.raises(ValueError, match="batchnorm must be"):
-        EmpiricalRisk(model, inputs, targets, batchnorm="frozen")
-    with pytest.raises(ValueError, match="first dimension"):
-        EmpiricalRisk(model, inputs, targets[:-1])
-    with pytest.raises(ValueError, match="at least one example"):
-        EmpiricalRisk(model, inputs[:0], targets[:0])
-    with pytest.raises(ValueError, match="chunk_size"):
-        EmpiricalRisk(model, inputs, targets, chunk_size=0)
-    with pytest.raises(ValueError, match="reduction='none'"):
-        EmpiricalRisk(model, inputs, targets, loss=F.cross_entropy)
-    with pytest.raises(ValueError, match="not finite"):
-        EmpiricalRisk(model, inputs * float("inf"), targets)
-    with pytest.raises(ValueError, match=r"model\.float"):
-        EmpiricalRisk(copy.deepcopy(model).bfloat16(), inputs, targets)
-    untracked = nn.Sequential(nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 3)).double()
-    with pytest.raises(ValueError, match="keeps none"):
-        EmpiricalRisk(untracked, inputs, targets)
+UNTRACKED = nn.Sequential(nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 3)).double()
+
+
+@pytest.mark.parametrize(
+    ("words", "changed"),
+    [
+        ("one chunk", {"chunk_size": 3, "batchnorm": "train"}),
+        ("batchnorm must be 'eval' or 'train', not 'frozen'", {"batchnorm": "frozen"}),
+        ("precision must be 'full', 'tf32' or 'bfloat16', not 'half'", {"precision": "half"}),
+        ("first dimension", {"targets": lambda targets: targets[:-1]}),
+        (
+            "at least one example",
+            {"inputs": lambda inputs: inputs[:0], "targets": lambda targets: targets[:0]},
+        ),
+        ("chunk_size", {"chunk_size": 0}),
+        ("reduction='none'", {"loss": F.cross_entropy}),
+        ("not finite", {"inputs": lambda inputs: inputs * float("inf")}),
+        (r"model\.float", {"model": lambda model: model.bfloat16()}),
+        ("keeps none", {"model": lambda model: UNTRACKED}),
+    ],
+)
+def test_refusals(words, changed):
+    given = dict(zip(("model", "inputs", "targets"), CASES["norm_mlp"].problem(), strict=True))
+    given |= {name: value(given[name]) if name in given else value for name, value in changed.items()}
+    with pytest.raises(ValueError, match=words):
+        EmpiricalRisk(**given)
 
 
 def test_a_dropout_left_on_is_refused_by_name():

@@ -1,26 +1,50 @@
+"""Tests the operators against dense matrices, their products with matrices, sampled noise, and the cost."""
+
+from collections.abc import Callable
+from itertools import product
+
+import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
 from robustdyn.curvature import (
+    DiagonallyScaled,
     EmpiricalRisk,
+    GaussNewton,
     GradientCovariance,
     Hessian,
+    gradient_covariance,
     gradient_projections,
+    hutchinson_trace,
+    lanczos,
     projected_covariance,
 )
+from robustdyn.theory import adam_scale, whiten
 from tests.cases import CASES
 from tests.curvature.reference import (
+    DENSE,
+    OPERATORS,
+    PLENTY,
     SMOOTH,
     check_operator_contract,
+    dense_covariance,
+    dense_gauss_newton,
     dense_gradients,
     dense_hessian,
     generator,
     random,
     risk_of,
 )
-from tests.tolerances import EXACT64, FD
+from tests.tolerances import EXACT64, FD, MC_SIGMAS
+
+
+def slope_of_gradient(risk: EmpiricalRisk, direction: Tensor, step: float) -> Tensor:
+    ahead, behind = (risk.at(risk.theta() + sign * step * direction).gradient() for sign in (1, -1))
+    return (ahead - behind) / (2 * step)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=lambda c: c.name)
@@ -42,31 +66,18 @@ def test_hessian_closed_form():
 @pytest.mark.parametrize("case", SMOOTH, ids=lambda c: c.name)
 def test_hessian_is_the_slope_of_the_gradient(case):
     risk = risk_of(case)
-    theta, direction, step = risk.theta(), random(risk.numel), 1e-5
-    slope = (risk.at(theta + step * direction).gradient() - risk.at(theta - step * direction).gradient()) / (
-        2 * step
-    )
-    assert_close(Hessian(risk) @ direction, slope, **FD)
+    direction = random(risk.numel)
+    assert_close(Hessian(risk) @ direction, slope_of_gradient(risk, direction, 1e-5), **FD)
 
 
 def test_hessian_with_batch_statistics():
     model, inputs, targets = CASES["preact"].problem()
     risk = EmpiricalRisk(model, inputs, targets, batchnorm="train")
-    hessian = Hessian(risk)
+    hessian, direction = Hessian(risk), random(risk.numel)
     check_operator_contract(hessian)
     # Smooth in θ away from ReLU kinks; a short step stays on one side of them for this problem.
-    theta, direction, step = risk.theta(), random(risk.numel), 1e-6
-    slope = (risk.at(theta + step * direction).gradient() - risk.at(theta - step * direction).gradient()) / (
-        2 * step
-    )
+    slope = slope_of_gradient(risk, direction, 1e-6)
     assert_close(hessian @ direction, slope, rtol=1e-4, atol=1e-5)
-
-
-def test_hessian_of_a_loss_linear_in_the_weights_is_zero():
-    risk = EmpiricalRisk(
-        nn.Linear(4, 1).double(), random(6, 4), random(6), loss=lambda out, y: out[:, 0] - y, chunk_size=4
-    )
-    assert torch.equal(Hessian(risk) @ random(risk.numel), torch.zeros(risk.numel, dtype=torch.float64))
 
 
 def test_hessian_of_a_filtered_risk_is_the_block():
@@ -131,9 +142,207 @@ def test_covariance_refusals():
         projected_covariance(EmpiricalRisk(model, inputs[:1], targets[:1]), random(risk.numel, 1))
 
 
-def test_matvec_refuses_foreign_vectors():
-    hessian = Hessian(risk_of(CASES["softmax"]))
+@pytest.mark.parametrize("case", CASES.values(), ids=lambda c: c.name)
+def test_gauss_newton_is_dense(case):
+    risk = risk_of(case)
+    dense = dense_gauss_newton(risk)
+    operator = GaussNewton(risk)
+    check_operator_contract(operator, dense)
+    eigenvalues = torch.linalg.eigvalsh(operator @ torch.eye(risk.numel, dtype=torch.float64))
+    assert eigenvalues[-1] > 0.0
+    assert eigenvalues[0] > -1e-13 * eigenvalues[-1] * risk.numel  # P eps, the rounding of eigvalsh
+    if case.name == "softmax":
+        assert_close(dense, dense_hessian(risk), **EXACT64)
+        vector = random(risk.numel)
+        assert_close(operator @ vector, Hessian(risk) @ vector, **EXACT64)
+
+
+def test_gauss_newton_is_the_models_own_fisher_information():
+    """For cross-entropy: the mean over inputs and over the model's own labels of ∇ℓ ∇ℓᵀ."""
+    model, inputs, _ = CASES["conv_norm_uneven"].problem()
+    risk = EmpiricalRisk(model, inputs, torch.zeros(5, dtype=torch.long))
+    probabilities = model(inputs).softmax(dim=1).detach()
+    fisher = torch.zeros(risk.numel, risk.numel, dtype=torch.float64)
+    for label in range(3):
+        gradients = dense_gradients(EmpiricalRisk(model, inputs, torch.full((5,), label)))
+        fisher += gradients.T @ (probabilities[:, label, None] * gradients) / 5
+    check_operator_contract(GaussNewton(risk), fisher)
+
+
+@pytest.mark.parametrize("memory", [None, PLENTY])
+@pytest.mark.parametrize("kind", [*OPERATORS, "scaled"])
+def test_a_matrix_is_its_columns(kind, memory):
+    risk = risk_of(CASES["preact"], memory=memory)
+    if kind == "scaled":
+        operator = DiagonallyScaled(GradientCovariance(risk), random(risk.numel, seed=5))
+    else:
+        operator = OPERATORS[kind](risk)
+    matrix = random(risk.numel, 3)
+    for given in (matrix, matrix.T.contiguous().T, matrix.clone().requires_grad_()):
+        columns = torch.stack([operator @ column for column in matrix.T], dim=1)
+        image = operator @ given
+        assert not image.requires_grad
+        # the same numbers are added in the same order, but ḡ (ḡᵀ V) is a matrix product
+        if kind in ("hessian", "gauss_newton"):
+            assert torch.equal(image, columns)
+        assert_close(image, columns, **EXACT64)
+    assert (operator @ matrix[:, :0]).shape == (risk.numel, 0)
+    assert_close(operator @ matrix[:, :1], columns[:, :1], **EXACT64)
+    for wrong in (matrix[:-1], matrix.float(), torch.zeros((), dtype=torch.float64)):
+        with pytest.raises(ValueError, match="expected"):
+            _ = operator @ wrong
     with pytest.raises(ValueError, match="shape"):
-        hessian.matvec(random(5))
+        operator.matvec(matrix[:-1, 0])
     with pytest.raises(ValueError, match="float64 tensor"):
-        hessian.matvec(random(12).float())
+        operator.matvec(matrix[:, 0].float())
+
+
+def test_diagonally_scaled():
+    risk = risk_of(CASES["preact"])
+    scale = random(risk.numel, seed=4)
+    scale[3] = 0.0
+    dense = dense_hessian(risk)
+    for name, kind in OPERATORS.items():
+        operator = DiagonallyScaled(kind(risk), scale)
+        facts = (operator.shape, operator.dtype, operator.device)
+        assert facts == ((risk.numel, risk.numel), torch.float64, risk.device)
+        matrix = dense if name == "hessian" else DENSE[name](risk)
+        check_operator_contract(operator, scale[:, None] * matrix * scale)
+    twice = DiagonallyScaled(DiagonallyScaled(Hessian(risk), scale), scale)
+    check_operator_contract(twice, scale[:, None] ** 2 * dense * scale**2)
+
+
+def test_diagonally_scaled_refusals():
+    hessian_ = Hessian(risk_of(CASES["softmax"]))
+    scale = random(12)
+    for wrong in (scale[:-1], scale[:, None], scale[0]):
+        with pytest.raises(ValueError, match="shape"):
+            DiagonallyScaled(hessian_, wrong)
+    with pytest.raises(ValueError, match="float64 tensor"):
+        DiagonallyScaled(hessian_, scale.float())
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="finite"):
+            DiagonallyScaled(hessian_, torch.where(scale > 0, scale, bad))
+
+
+def test_diagonally_scaled_does_not_follow_the_callers_tensor():
+    scale, vector = random(12), random(12, seed=1)
+    operator = DiagonallyScaled(Hessian(risk_of(CASES["softmax"])), scale)
+    before = operator @ vector
+    scale.mul_(2.0)
+    assert torch.equal(operator @ vector, before)
+
+
+def test_diagonally_scaled_is_what_adam_sees():
+    """The theory's whitened problem, computed there with dense numpy matrices."""
+    risk = risk_of(CASES["tanh_mlp"])
+    second_moment = random(risk.numel, seed=6).square().numpy()
+    diagonal = adam_scale(second_moment, 1e-2)
+    curved, noise = dense_hessian(risk).numpy(), dense_covariance(risk).numpy()
+    problem = whiten(curved, noise, diagonal, weight_decay=0.0)
+
+    root = torch.from_numpy(np.sqrt(diagonal))
+    curvature = DiagonallyScaled(Hessian(risk), root)
+    identity = torch.eye(risk.numel, dtype=torch.float64)
+    found = torch.linalg.eigvalsh(curvature @ identity)
+    wanted = torch.from_numpy(problem.eigenvalue)
+    # rounding of an eigenvalue is relative to the largest one
+    assert_close(found, wanted, rtol=0.0, atol=1e-12 * float(wanted.abs().max()))
+    top = lanczos(
+        curvature, 5, which="magnitude", tol=1e-10, max_products=200, generator=generator(), verify=True
+    )
+    assert top.all_converged
+    order = wanted.abs().argsort(descending=True)
+    # for a symmetric operator the error is at most the residual
+    assert_close(top.eigenvalues, wanted[order[:5]], rtol=0.0, atol=1e-10 * float(wanted.abs().max()))
+
+    # y = D^{−1/2} θ = basis of the problem in these coordinates, orthonormal there
+    basis = torch.from_numpy(problem.basis) / root[:, None]
+    assert_close(basis.T @ basis, identity, rtol=0.0, atol=1e-12)
+    projected = basis.T @ (DiagonallyScaled(GradientCovariance(risk), root) @ basis)
+    assert_close(projected, torch.from_numpy(problem.noise), rtol=1e-9, atol=1e-11)
+
+
+def test_sampled_noise_has_the_covariance(monkeypatch):
+    """All 2⁵ sign vectors of five examples: E z = 0 and E z zᵀ = C₁ without any chance."""
+    risk = risk_of(CASES["preact"])
+    operator = GradientCovariance(risk)
+    drawn = operator.sample(generator(3))
+    choices = [torch.tensor(signs, dtype=torch.float64) for signs in product((-1.0, 1.0), repeat=5)]
+    queue = iter(choices)
+    monkeypatch.setattr(gradient_covariance, "rademacher", lambda *arguments: next(queue))
+    samples = torch.stack([operator.sample(generator()) for _ in choices])
+    assert_close(samples.mean(dim=0), torch.zeros(risk.numel, dtype=torch.float64), **EXACT64)
+    assert_close(samples.T @ samples / len(samples), dense_covariance(risk), **EXACT64)
+    # and what is drawn by itself is one of these
+    distances = (samples - drawn).norm(dim=1)
+    assert distances.min() < 1e-12 * drawn.norm()
+    gradients = dense_gradients(risk)
+    centred = gradients - gradients.mean(dim=0)
+    signs = choices[int(distances.argmin())]
+    assert_close(drawn, signs @ centred / 5**0.5, **EXACT64)
+
+
+def test_sampled_noise_is_drawn_from_the_generator_alone():
+    risk = risk_of(CASES["norm_mlp"])
+    operator = GradientCovariance(risk)
+    torch.manual_seed(1)
+    first = operator.sample(generator(7))
+    torch.manual_seed(2)
+    assert torch.equal(operator.sample(generator(7)), first)
+    source = generator(7)
+    assert torch.equal(operator.sample(source), first)
+    assert not torch.equal(operator.sample(source), first)
+    # Tr C₁ = E‖z‖²; a sum over pairs of examples, so far from constant
+    draws = torch.stack([operator.sample(source).square().sum() for _ in range(200)])
+    trace = dense_covariance(risk).trace()
+    assert (draws.mean() - trace).abs() < MC_SIGMAS * draws.std() / 200**0.5
+    assert hutchinson_trace(operator, 4, generator()).estimate > 0
+
+
+def flops(function: Callable[[], object]) -> int:
+    counter = FlopCounterMode(display=False)
+    with counter:
+        function()
+    return counter.get_total_flops()
+
+
+@pytest.fixture(scope="module")
+def costs() -> dict[str, float]:
+    """Multiplications of convolutions and matrices in one product, in units of one gradient's."""
+    torch.manual_seed(0)
+    width = 8
+    blocks = [
+        nn.Sequential(nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        for _ in range(6)
+    ]
+    stem, head = nn.Conv2d(1, width, 3, padding=1), nn.Linear(width, 3)
+    model = nn.Sequential(stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head).eval()
+    inputs, targets = torch.randn(4, 1, 8, 8), torch.arange(4) % 3
+    risk, fresh = (EmpiricalRisk(model, inputs, targets, memory=memory) for memory in (PLENTY, None))
+    vector = torch.randn(risk.numel)
+    operators = {name: kind(risk) for name, kind in OPERATORS.items()}
+    measured = {name: lambda o=operator: o.matvec(vector) for name, operator in operators.items()}
+    measured["projections"] = lambda: gradient_projections(risk, vector[:, None])
+    measured["hessian, graph not kept"] = lambda: Hessian(fresh).matvec(vector)
+    _ = operators["hessian"] @ vector
+    gradient = flops(lambda: F.cross_entropy(model(inputs), targets).backward())
+    assert flops(risk.gradient) == gradient
+    return {name: flops(measure) / gradient for name, measure in measured.items()}
+
+
+# What the docstrings promise in gradients' time. A forward pass is a third of a gradient's; products with J
+# and Jᵀ are two thirds each.
+@pytest.mark.parametrize(
+    ("name", "promised"),
+    [
+        ("hessian", 2),
+        ("hessian, graph not kept", 3),
+        ("gauss_newton", 4 / 3),
+        ("covariance", 4 / 3),
+        ("projections", 2 / 3),
+    ],
+)
+def test_cost_of_a_product(costs, name, promised):
+    # 5 % for the first layer, whose input has no derivative: 1/8 of the others' work, in a third of the terms
+    assert promised / 1.05 < costs[name] < 1.05 * promised

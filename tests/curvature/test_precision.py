@@ -22,7 +22,7 @@ from robustdyn.curvature import (
     gradient_projections,
     lanczos,
 )
-from robustdyn.curvature.empirical_risk import _tensor_float_32
+from robustdyn.curvature.risk_function import tensor_float_32
 from tests.cases import CASES, _unsettle
 from tests.curvature.reference import generator, random
 
@@ -276,7 +276,7 @@ def test_tf32_is_put_back(before, wanted):
     """The guard matters on a GPU, for which Lightning recommends "medium"."""
     torch.set_float32_matmul_precision(before)
     torch.backends.cudnn.allow_tf32 = not wanted
-    with _tensor_float_32(wanted):
+    with tensor_float_32(wanted):
         assert torch.backends.cuda.matmul.allow_tf32 == wanted
         assert torch.backends.cudnn.allow_tf32 == wanted
     assert torch.get_float32_matmul_precision() == before

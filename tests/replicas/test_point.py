@@ -11,7 +11,7 @@ from robustdyn.curvature import EmpiricalRisk, Hessian, gradient_projections
 from robustdyn.methods import AWP, TRADES
 from robustdyn.replicas import MeasuredPoint, PointSettings, StackedNetwork, measure_point
 from robustdyn.replicas.ensemble import batch_gradients
-from robustdyn.replicas.point import gradient_slopes, second_moment
+from robustdyn.replicas.sampled_batches import gradient_slopes, second_moment
 from robustdyn.theory import minibatch_noise_factor
 from tests.replicas.problems import EXAMPLES, attack, momentum, network, sampling, training
 from tests.tolerances import EXACT64, MC_SIGMAS

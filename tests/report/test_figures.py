@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from robustdyn.records import find_runs
-from robustdyn.report import figures, style
+from robustdyn.report import style
 from robustdyn.report.figures import FIGURES
 from robustdyn.report.plotting import Cast, mark_decays, named
 from tests.records.synthetic import DECAYS, LAYERS, write_run, write_sweep
@@ -23,6 +23,10 @@ PANELS = {
 }
 
 
+def draw(name, frames, **changes):
+    return SPECS[name].draw({**frames, **changes})
+
+
 def curves(ax):
     """Lines over epochs: not decay marks, not single points."""
     return [line for line in ax.lines if len(line.get_xdata()) > 2]
@@ -38,7 +42,7 @@ def legend(figure):
 
 @pytest.mark.parametrize("name", PANELS)
 def test_every_figure_has_its_panels_labels_and_decays(name, one_frames):
-    figure = SPECS[name].draw(one_frames)
+    figure = draw(name, one_frames)
     assert len(figure.axes) == PANELS[name]
     assert figure.get_suptitle()
     for ax in figure.axes:
@@ -51,7 +55,7 @@ def test_every_figure_has_its_panels_labels_and_decays(name, one_frames):
 
 
 def test_one_run_is_told_apart_by_colour_and_labelled_at_its_ends(one_frames):
-    figure = figures.robust_loss(one_frames["epochs"])
+    figure = draw("robust_loss", one_frames)
     left, right = figure.axes
     assert {"train", "test"} <= set(texts(left))
     assert [line.get_color() for line in curves(left)] == [style.TRAIN, style.TEST]
@@ -64,7 +68,7 @@ def test_one_run_is_told_apart_by_colour_and_labelled_at_its_ends(one_frames):
 
 
 def test_errors_are_shown_in_per_cent(one_frames):
-    left, right = figures.robust_error(one_frames["epochs"]).axes
+    left, right = draw("robust_error", one_frames).axes
     np.testing.assert_allclose(curves(left)[1].get_ydata(), 100 * one_frames["epochs"]["test_robust_error"])
     assert left.get_ylabel() == "robust error (%)"
     assert right.get_ylabel() == "gap (percentage points)"
@@ -72,11 +76,11 @@ def test_errors_are_shown_in_per_cent(one_frames):
 
 def test_a_validation_split_gets_its_line(one_frames):
     epochs = one_frames["epochs"].assign(validation_robust_loss=1.0)
-    assert "validation" in texts(figures.robust_loss(epochs).axes[0])
+    assert "validation" in texts(draw("robust_loss", one_frames, epochs=epochs).axes[0])
 
 
 def test_seeds_share_a_hue_and_their_mean_is_bold(seeds_frames):
-    figure = figures.robust_loss(seeds_frames["epochs"])
+    figure = draw("robust_loss", seeds_frames)
     lines = [line for line in curves(figure.axes[0]) if line.get_color() == style.TEST]
     assert sorted(line.get_linewidth() for line in lines) == [0.8, 0.8, 2.4]
     mean = max(lines, key=lambda line: line.get_linewidth())
@@ -88,13 +92,13 @@ def test_seeds_share_a_hue_and_their_mean_is_bold(seeds_frames):
 def test_the_mean_stops_where_a_seed_does(tmp_path):
     write_run(tmp_path / "a", seed=0, epochs=10, measured=())
     write_run(tmp_path / "b", seed=1, epochs=6, measured=())
-    figure = figures.learning_rate(frames_of(tmp_path)["epochs"])
+    figure = draw("learning_rate", frames_of(tmp_path))
     (mean,) = [line for line in curves(figure.axes[0]) if line.get_linewidth() == 2.4]
     assert mean.get_xdata().max() == 5
 
 
 def test_methods_have_a_colour_each_and_splits_a_dash(methods_frames):
-    figure = figures.robust_loss(methods_frames["epochs"])
+    figure = draw("robust_loss", methods_frames)
     bold = [line for line in curves(figure.axes[0]) if line.get_linewidth() >= 2.4]
     assert [line.get_linestyle() for line in bold] == ["--"] * 3 + ["-"] * 3
     assert [line.get_color() for line in bold] == list(style.PALETTE[:3]) * 2
@@ -104,7 +108,7 @@ def test_methods_have_a_colour_each_and_splits_a_dash(methods_frames):
 
 
 def test_wci_and_gap_share_their_epochs(one_frames):
-    top, bottom, scatter = figures.wci_and_gap(one_frames["wci"], one_frames["epochs"]).axes
+    top, bottom, scatter = draw("wci_and_gap", one_frames).axes
     assert top.get_xlim() == bottom.get_xlim()
     assert top.collections  # the band of ±1 s.e.
     assert any(text.startswith("r = ") and "(11 points)" in text for text in texts(scatter))
@@ -114,19 +118,19 @@ def test_wci_and_gap_share_their_epochs(one_frames):
 
 
 def test_the_bound_is_above_the_wci(one_frames):
-    wci, bound = curves(figures.norm_and_trace(one_frames["wci"], one_frames["epochs"]).axes[2])
+    wci, bound = curves(draw("norm_and_trace", one_frames).axes[2])
     assert (bound.get_ydata() >= wci.get_ydata()).all()
     assert bound.get_linestyle() == "--"
 
 
 def test_truncated_sums_say_top_k(one_frames):
-    figure = figures.bound_terms(one_frames["bounds"], one_frames["epochs"])
+    figure = draw("bound_terms", one_frames)
     assert "top 6 directions" in figure.get_suptitle()
     assert all("top 6" in ax.get_ylabel() for ax in figure.axes)
 
 
 def test_a_line_per_direction_on_a_log_axis(one_frames):
-    for ax in figures.spectrum(one_frames["spectrum"], one_frames["epochs"]).axes[:3]:
+    for ax in draw("spectrum", one_frames).axes[:3]:
         assert len(curves(ax)) == 6
         assert ax.get_yscale() == "log"
 
@@ -134,7 +138,7 @@ def test_a_line_per_direction_on_a_log_axis(one_frames):
 def test_negative_eigenvalues_are_open_circles(one_frames):
     spectrum = one_frames["spectrum"].copy()
     spectrum.loc[(spectrum["index"] == 5) & (spectrum["epoch"] < 12), "hessian_eigenvalue"] = -0.5
-    ax = figures.spectrum(spectrum, one_frames["epochs"]).axes[0]
+    ax = draw("spectrum", one_frames, spectrum=spectrum).axes[0]
     (circles,) = [line for line in ax.lines if line.get_fillstyle() == "none" and len(line.get_xdata())]
     assert list(circles.get_xdata()) == [0, 5, 10]
     assert list(circles.get_ydata()) == [0.5] * 3
@@ -143,11 +147,11 @@ def test_negative_eigenvalues_are_open_circles(one_frames):
 def test_time_resolved_variances_are_shown_where_recorded(one_frames):
     spectrum = one_frames["spectrum"]
     resolved = spectrum.assign(posterior_variance=2 * spectrum["posterior_variance_stationary"])
-    assert len(figures.posterior_variance(resolved, one_frames["epochs"]).axes) == 3
+    assert len(draw("posterior_variance", one_frames, posterior=resolved).axes) == 3
 
 
 def test_layers_are_rows_in_network_order(methods_frames):
-    figure = figures.layer_terms(methods_frames["layers"], methods_frames["epochs"])
+    figure = draw("layer_terms", methods_frames)
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == list(LAYERS)
     filled = [line for line in figure.axes[0].lines if line.get_fillstyle() == "full"]
     last = (
@@ -157,7 +161,7 @@ def test_layers_are_rows_in_network_order(methods_frames):
 
 
 def test_alignment_is_drawn_when_measured(one_frames):
-    axes = figures.alignment(one_frames["alignment"], one_frames["epochs"]).axes
+    axes = draw("alignment", one_frames).axes
     assert len(axes) == 3
     for ax, name in zip(axes, ("commutator", None, "total_correlation"), strict=True):
         if name:  # beside the measured line the one that sampling noise alone would give
@@ -168,8 +172,7 @@ def test_alignment_is_drawn_when_measured(one_frames):
 
 
 def spectral(frames, **changes):
-    frames = {**frames, **changes}
-    figure = SPECS["spectral_density"].draw(frames)
+    figure = draw("spectral_density", frames, **changes)
     columns = len(figure.axes) // 2
     return figure, figure.axes[:columns], figure.axes[columns:]
 
@@ -236,7 +239,7 @@ def test_decays_of_single_groups_are_coloured_not_labelled(methods_frames):
     epochs = methods_frames["epochs"].copy()
     epochs.loc[epochs["method"] == "at", "lr"] = 0.1
     epochs.loc[(epochs["method"] == "at") & (epochs["epoch"] >= 10), "lr"] = 0.01
-    ax = figures.learning_rate(epochs).axes[0]
+    ax = draw("learning_rate", methods_frames, epochs=epochs).axes[0]
     assert [t for t in texts(ax) if t.startswith("η")] == ["η → 0.01", "η → 0.001"]  # of the other two
     assert {line.get_color() for line in ax.lines if list(line.get_ydata()) == [0, 1]} == set(
         style.PALETTE[:3]
@@ -249,14 +252,14 @@ def test_a_decay_that_some_groups_share_is_labelled(methods_frames):
     epochs["lr"] = 0.1
     epochs.loc[epochs["epoch"] >= 5, "lr"] = 0.01
     epochs.loc[(epochs["method"] != "at") & (epochs["epoch"] >= 12), "lr"] = 0.001
-    ax = figures.learning_rate(epochs).axes[0]
+    ax = draw("learning_rate", methods_frames, epochs=epochs).axes[0]
     assert [t for t in texts(ax) if t.startswith("η")] == ["η → 0.01", "η → 0.001"]
 
 
 def test_equal_curves_of_two_groups_both_show(methods_frames):
     epochs = methods_frames["epochs"].copy()
     epochs["test_robust_loss"] = epochs["epoch"] / 10.0
-    ax = figures.robust_loss(epochs).axes[0]
+    ax = draw("robust_loss", methods_frames, epochs=epochs).axes[0]
     widths = {
         line.get_color(): line.get_linewidth()
         for line in ax.lines
@@ -271,24 +274,24 @@ def test_a_decay_to_several_rates_is_labelled_without_one(methods_frames):
     epochs["lr"] = 0.1
     after = epochs["epoch"] >= 10
     epochs.loc[after, "lr"] = 0.01
-    ax = figures.learning_rate(epochs).axes[0]
+    ax = draw("learning_rate", methods_frames, epochs=epochs).axes[0]
     assert [t for t in texts(ax) if t.startswith("η")] == ["η → 0.01"]
     epochs.loc[after & (epochs["method"] == "at"), "lr"] = 0.006
-    ax = figures.learning_rate(epochs).axes[0]
+    ax = draw("learning_rate", methods_frames, epochs=epochs).axes[0]
     assert [t for t in texts(ax) if t.startswith("η")] == ["η falls"]
 
 
 def test_more_runs_than_colours_get_shades(tmp_path):
     for i in range(10):
         write_run(tmp_path / str(i), perturbation__strength=i, epochs=4, measured=())
-    frame = frames_of(tmp_path)["epochs"]
-    assert len(set(Cast.of(named(frame)).colours.values())) == len(find_runs(tmp_path)) == 10
-    figures.robust_loss(frame)
+    frames = frames_of(tmp_path)
+    assert len(set(Cast.of(named(frames["epochs"])).colours.values())) == len(find_runs(tmp_path)) == 10
+    draw("robust_loss", frames)
 
 
 def test_frames_without_labels_are_one_run(one_frames):
     bare = one_frames["epochs"].drop(columns=["run", "group"])
-    assert len(curves(figures.robust_loss(bare).axes[0])) == 2
+    assert len(curves(draw("robust_loss", one_frames, epochs=bare).axes[0])) == 2
 
 
 def test_missing_tables_are_said(tmp_path):
@@ -304,8 +307,8 @@ def test_files_are_valid_and_reproducible_and_settings_untouched(tmp_path, one_f
     caplog.set_level("INFO")  # as Hydra sets it
     before = dict(mpl.rcParams)
     (tmp_path / "again").mkdir()
-    files = style.save(figures.learning_rate(one_frames["epochs"]), tmp_path / "rate")
-    again = style.save(figures.learning_rate(one_frames["epochs"]), tmp_path / "again" / "rate")
+    files = style.save(draw("learning_rate", one_frames), tmp_path / "rate")
+    again = style.save(draw("learning_rate", one_frames), tmp_path / "again" / "rate")
     png, pdf = (file.read_bytes() for file in files)
     assert png.startswith(b"\x89PNG\r\n\x1a\n")
     assert png.endswith(b"IEND\xaeB`\x82")
@@ -327,11 +330,11 @@ def test_a_tower_of_first_epochs_does_not_flatten_the_rest(one_frames):
     epochs = one_frames["epochs"].copy()
     for name in ("test_robust_loss", "robust_loss_gap"):
         epochs[name] = epochs[name].where(epochs["epoch"] != 1, 40.0)
-    left, right = SPECS["robust_loss"].draw({**one_frames, "epochs": epochs}).axes
+    left, right = draw("robust_loss", one_frames, epochs=epochs).axes
     for ax in (left, right):
         assert ax.get_ylim()[1] < 10
         assert "first epochs reach 40.0" in texts(ax)
-    untouched = SPECS["robust_loss"].draw(one_frames).axes[0]
+    untouched = draw("robust_loss", one_frames).axes[0]
     assert not [text for text in texts(untouched) if "first epochs" in text]
 
 

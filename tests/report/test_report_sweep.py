@@ -1,4 +1,4 @@
-"""The part of the page that puts a sweep's runs side by side: table, filters, curves, what is missing."""
+"""Tests the part of the page that shows a sweep's runs side by side: table, filters, curves, missing runs."""
 
 import base64
 import hashlib
@@ -17,8 +17,9 @@ from robustdyn.errors import RecordError
 from robustdyn.records import RunRecords, combine, find_runs, read_table
 from robustdyn.records.progress import Plan, run_states
 from robustdyn.report import page as analysis
-from robustdyn.report.overview import PANELS, duration, overview
+from robustdyn.report.overview import PANELS, overview
 from robustdyn.report.page import build_report
+from robustdyn.report.page_tables import duration
 from robustdyn.report.statistics import final_and_best
 from tests.records.synthetic import config, write_hydra, write_run
 from tests.report.test_page import Page
@@ -59,10 +60,8 @@ def sweep(tmp_path_factory):
     (first / "log.jsonl").write_text("")
     (first / "report").mkdir()
     (first / "report" / "index.html").write_text("")
-    hydra = {
-        "task": ["method=at,awp", "seed=range(0,3)"],
-        "hydra": ["hydra.mode=MULTIRUN", "hydra/launcher=slurm"],
-    }
+    task, own = ["method=at,awp", "seed=range(0,3)"], ["hydra.mode=MULTIRUN", "hydra/launcher=slurm"]
+    hydra = {"task": task, "hydra": own}
     (folder / "multirun.yaml").write_text(json.dumps({"hydra": {"overrides": hydra}}))
     evaluate(first, "best_on_test")
     return folder
@@ -71,6 +70,7 @@ def sweep(tmp_path_factory):
 def evaluate(run, name):
     records = RunRecords(run / "evaluation" / name)
     blank = dict.fromkeys(("norm", "eps", "loss", "step_size", "steps", "restarts"))
+    same = {"examples": 540, "accuracy_se": 0.0123, "seconds": 1.0, **blank}
     found = {
         "clean": 0.95,
         "autoattack/square": 0.8,
@@ -78,20 +78,10 @@ def evaluate(run, name):
         "autoattack": 0.79,
         "unbounded": 0.01,
     }
-    records.extend(
-        "evaluation",
-        [
-            {"evaluator": k, "examples": 540, "accuracy": a, "accuracy_se": 0.0123, "seconds": 1.0, **blank}
-            for k, a in found.items()
-        ],
-    )
+    records.extend("evaluation", [{"evaluator": k, "accuracy": a, **same} for k, a in found.items()])
     records.append("warnings", {"check": "zero_gradient", "evaluator": "model", "message": EVIL})
-    about = {
-        "evaluation.split": "test",
-        "evaluation.examples": 540,
-        "attack.norm": "linf",
-        "attack.eps_255": 51.0,
-    }
+    about = {"evaluation.split": "test", "evaluation.examples": 540}
+    about |= {"attack.norm": "linf", "attack.eps_255": 51.0}
     attacks = {"unbounded": {"in_ball": False}, "autoattack/square": {"in_ball": True}}
     settings = {"evaluation": about, "evaluators": {"all": {"attacks": attacks}}}
     (run / "evaluation" / name / "settings.json").write_text(json.dumps(settings))
@@ -306,13 +296,11 @@ def test_times_are_on_the_page_where_they_are_recorded(tmp_path, text):
     run = write_run(tmp_path / "run", epochs=3, measured=())
     shares = dict.fromkeys(("step_share", "data_share", "evaluation_share", "measurement_share"), 0.1)
     timed = ((10.0, 60.0, 0.9), (100.0, 20.0, 0.5), (120.0, 20.0, 0.5))  # the first compiles
-    RunRecords(run).extend(
-        "timing",
-        [
-            {"epoch": e, "step": e + 1, "images_per_second": s, "attack_share": a, "seconds": t, **shares}
-            for e, (s, t, a) in enumerate(timed)
-        ],
-    )
+    rows = [
+        {"epoch": e, "step": e + 1, "images_per_second": s, "attack_share": a, "seconds": t, **shares}
+        for e, (s, t, a) in enumerate(timed)
+    ]
+    RunRecords(run).extend("timing", rows)
     page = Page(build_report(run, tmp_path / "report").html.read_text())
     # attack: (60 · 0.9 + 20 · 0.5 + 20 · 0.5) / 100
     assert row_of(page, "run", "cpu") == ["run", "cpu", "3", "1 min 40 s", "100", "74.0", *["10.0"] * 4]
@@ -344,21 +332,10 @@ def test_the_page_says_how_it_was_executed_and_on_which_images(tmp_path):
         "channels": 3,
     }
     data |= {"image_size": 32, "batch_size": 128, "train_size": None, "validation_size": 0, "test_size": 500}
-    data |= {
-        "augment": {"crop_padding": 4, "padding_mode": "reflect", "flip": True, "cutout": 0},
-        "mixup": 0.2,
-    }
-    run = write_run(
-        tmp_path / "run",
-        epochs=2,
-        measured=(),
-        data=data,
-        execution={"compile": "default", "channels_last": True},
-        deterministic=True,
-        trainer__precision="bf16-mixed",
-        trainer__devices=2,
-        trainer__strategy="ddp",
-    )
+    data["augment"] = {"crop_padding": 4, "padding_mode": "reflect", "flip": True, "cutout": 0}
+    trainer = {"trainer__precision": "bf16-mixed", "trainer__devices": 2, "trainer__strategy": "ddp"}
+    how = {"execution": {"compile": "default", "channels_last": True}, "deterministic": True, **trainer}
+    run = write_run(tmp_path / "run", epochs=2, measured=(), data=data | {"mixup": 0.2}, **how)
     text = build_report(run, tmp_path / "report").html.read_text()
     for words in (
         "CIFAR10: all training images, 500 test images, 10 classes of 3×32×32, batch size 128",
@@ -387,13 +364,8 @@ class Shown(Page):
 
     def __init__(self, page, hash_, tmp_path):
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        command = [
-            BROWSER,
-            *flags,
-            f"--user-data-dir={tmp_path}",
-            "--dump-dom",
-            page.resolve().as_uri() + hash_,
-        ]
+        address = page.resolve().as_uri() + hash_
+        command = [BROWSER, *flags, f"--user-data-dir={tmp_path}", "--dump-dom", address]
         done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
         self.names, self._row = [], None
         super().__init__(done.stdout)

@@ -21,7 +21,7 @@ from robustdyn.curvature.alignment import (
     sign_flipped_covariances,
     subspace_overlap,
 )
-from robustdyn.curvature.empirical_risk import EmpiricalRisk, cross_entropy
+from robustdyn.curvature.empirical_risk import EmpiricalRisk
 from robustdyn.curvature.gradient_covariance import (
     GradientCovariance,
     ProjectedCovariance,
@@ -39,6 +39,7 @@ from robustdyn.curvature.minibatch_covariance import (
 )
 from robustdyn.curvature.operators import DiagonallyScaled, LinearOperator, RiskOperator
 from robustdyn.curvature.quadrature import SpectralDensity, spectral_density
+from robustdyn.curvature.risk_function import cross_entropy
 from robustdyn.curvature.sharding import shard
 from robustdyn.curvature.traces import (
     TraceEstimator,

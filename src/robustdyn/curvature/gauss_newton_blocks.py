@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from robustdyn.curvature.empirical_risk import EmpiricalRisk, cross_entropy
+from robustdyn.curvature.empirical_risk import EmpiricalRisk
 from robustdyn.curvature.example_gradients import SquaredGradientNorms, UnsupportedPassError
 from robustdyn.curvature.linearity import (
     GradientAccess,
@@ -27,6 +27,7 @@ from robustdyn.curvature.linearity import (
     stray_use,
 )
 from robustdyn.curvature.probes import child, gaussian, rademacher
+from robustdyn.curvature.risk_function import cross_entropy
 
 _BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 _LAYERS = (nn.Conv2d, nn.Linear, *_BATCHNORMS)  # those that may own measured parameters

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from robustdyn.curvature.empirical_risk import EmpiricalRisk, plain
+from robustdyn.curvature.empirical_risk import EmpiricalRisk
 from robustdyn.curvature.operators import RiskOperator
 from robustdyn.curvature.probes import rademacher
+from robustdyn.curvature.risk_function import plain
 from robustdyn.curvature.tape import Tape
 
 

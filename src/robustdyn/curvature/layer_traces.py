@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from robustdyn.curvature.empirical_risk import BatchNormMode, EmpiricalRisk
+from robustdyn.curvature.empirical_risk import EmpiricalRisk
 from robustdyn.curvature.example_gradients import UnsupportedPassError
 from robustdyn.curvature.gauss_newton_blocks import (
     exact_squared_norms,
@@ -19,6 +19,7 @@ from robustdyn.curvature.gauss_newton_blocks import (
 )
 from robustdyn.curvature.lanczos import EigenResult
 from robustdyn.curvature.probes import child, rademacher
+from robustdyn.curvature.risk_function import BatchNormMode
 
 _FEWEST_CONTROLLED = 6  # with fewer probes the best multiple is too uncertain to help
 

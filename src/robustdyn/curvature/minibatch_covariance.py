@@ -33,16 +33,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from robustdyn.curvature.empirical_risk import (
-    BatchNormMode,
-    EmpiricalRisk,
-    ParameterFilter,
-    PerExampleLoss,
-    cross_entropy,
-    plain,
-)
+from robustdyn.curvature.empirical_risk import EmpiricalRisk, ParameterFilter
 from robustdyn.curvature.lanczos import EigenResult, eigen_residuals
 from robustdyn.curvature.operators import LinearOperator
+from robustdyn.curvature.risk_function import BatchNormMode, PerExampleLoss, cross_entropy, plain
 from robustdyn.curvature.sharding import Shards
 
 _SLAB_NUMBERS = 2**22  # work space of float64 arithmetic on the rows

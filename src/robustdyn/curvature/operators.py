@@ -5,7 +5,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from robustdyn.curvature.empirical_risk import EmpiricalRisk, plain
+from robustdyn.curvature.empirical_risk import EmpiricalRisk
+from robustdyn.curvature.risk_function import plain
 from robustdyn.curvature.tape import Tape
 
 

@@ -26,9 +26,8 @@ from robustdyn.replicas.point import (
     line_units,
     measure_point,
     predicted_deviations,
-    sampled_gradients,
-    second_moment,
 )
+from robustdyn.replicas.sampled_batches import sampled_gradients, second_moment
 from robustdyn.replicas.sampling import Sampling
 from robustdyn.replicas.simulation import EnsembleRun, EnsembleSettings, TrainingState, fingerprint, moved
 from robustdyn.replicas.updates import AdamUpdate, MomentumUpdate, Update

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from robustdyn import streams
 from robustdyn.attacks import PGD, AttackLoss
-from robustdyn.curvature.empirical_risk import BatchNormMode, cross_entropy
+from robustdyn.curvature.risk_function import BatchNormMode, cross_entropy
 from robustdyn.methods.objectives.objective import Objective
 from robustdyn.methods.perturbations import WeightPerturbation
 from robustdyn.models.modes import mode

@@ -27,7 +27,7 @@ from torch import Tensor
 from robustdyn import streams
 from robustdyn.attacks import PGD
 from robustdyn.curvature import EmpiricalRisk, Hessian
-from robustdyn.curvature.empirical_risk import PerExampleLoss
+from robustdyn.curvature.risk_function import PerExampleLoss
 from robustdyn.models.modes import mode
 from robustdyn.replicas.network import StackedNetwork, project
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 from torch.nn import functional as F
 
-from robustdyn.curvature.empirical_risk import call_with
+from robustdyn.curvature.risk_function import call_with
 
 Engine = Literal["vmapped", "looped"]
 """Whether replicas pass together (``torch.func.vmap``; convolutions become grouped ones) or one by one."""

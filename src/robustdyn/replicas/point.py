@@ -22,18 +22,12 @@ from robustdyn.curvature import (
     gradient_projections,
     lanczos,
 )
-from robustdyn.curvature.empirical_risk import PerExampleLoss
+from robustdyn.curvature.risk_function import PerExampleLoss
 from robustdyn.methods.objectives import AdversarialCrossEntropy, CrossEntropy
 from robustdyn.models.modes import mode
-from robustdyn.replicas.ensemble import (
-    Directions,
-    Training,
-    attacked,
-    batch_gradients,
-    perturb,
-    refuse_dropout,
-)
+from robustdyn.replicas.ensemble import Directions, Training, attacked, perturb, refuse_dropout
 from robustdyn.replicas.network import Engine, StackedNetwork, project
+from robustdyn.replicas.sampled_batches import gradient_slopes, sampled_gradients
 from robustdyn.theory import MeasuredSpectrum, minibatch_noise_factor, propagate
 
 Array = NDArray[np.float64]
@@ -160,24 +154,16 @@ class MeasuredPoint:
     def arrays(self) -> dict[str, Any]:
         """The arrays from which ``from_arrays`` restores this."""
         plain = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "directions"}
-        return {
-            **plain,
-            "positions": self.directions.positions.cpu().numpy(),
-            "forces": self.directions.forces.cpu().numpy(),
-        }
+        sides = {name: getattr(self.directions, name).cpu().numpy() for name in ("positions", "forces")}
+        return plain | sides
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, Any], device: torch.device) -> "MeasuredPoint":
         """A starting point from the result of ``arrays``."""
-        rest: dict[str, Any] = {
-            name: np.asarray(value) for name, value in arrays.items() if name not in ("positions", "forces")
-        }
+        rest: dict[str, Any] = {name: np.asarray(value) for name, value in arrays.items()}
+        sides = {name: torch.as_tensor(rest.pop(name), device=device) for name in ("positions", "forces")}
         numbers: Any = {name: rest.pop(name).item() for name in ("converged", "loss", "curvature_has_decay")}
-        directions = Directions(
-            positions=torch.as_tensor(arrays["positions"], device=device),
-            forces=torch.as_tensor(arrays["forces"], device=device),
-        )
-        return cls(directions=directions, **numbers, **rest)
+        return cls(directions=Directions(**sides), **numbers, **rest)
 
 
 def measure_point(
@@ -211,13 +197,12 @@ def measure_point(
         refuse_dropout(model)
     network = StackedNetwork(model, engine)
     theta = network.theta()[None]
-    statistics = network.statistics(1)
     draws = settings.attack_draws
-    images, adversarial = _adversarial(network, theta, statistics, training, range(draws, 2 * draws))
-    targets = training.targets.repeat(draws, *[1] * (training.targets.dim() - 1))
-    point = theta + _whole_set_perturbation(
-        network, theta, statistics, training, images, adversarial, targets
+    images, targets = (
+        each.repeat(draws, *[1] * (each.dim() - 1)) for each in (training.images, training.targets)
     )
+    adversarial = _adversarial(network, training, range(draws, 2 * draws))
+    point = theta + _whole_set_perturbation(network, training, images, adversarial, targets)
     decay = training.update.weight_decay
     inside = preconditioner is not None or isinstance(decay, Tensor)
     root = None if preconditioner is None else preconditioner.to(theta).sqrt()
@@ -237,7 +222,7 @@ def measure_point(
         ).at(point[0])
         converged, residuals = True, np.empty(0)
         if directions is None:
-            _, others = _adversarial(network, theta, statistics, training, range(draws))
+            others = _adversarial(network, training, range(draws))
             top = lanczos(
                 curvature(risk.over(others, targets)),
                 settings.eigenvectors,
@@ -287,92 +272,6 @@ def measure_point(
         loss=risk.value(),
         curvature_has_decay=inside,
     )
-
-
-def sampled_gradients(
-    network: StackedNetwork, training: Training, directions: Directions, *, batches: int, chunk: int
-) -> tuple[Array, Array]:
-    """Gradients at θ_0 of mini-batches that are drawn like the first batches of further replicas.
-
-    Their mean and covariance need no assumption. They are valid with weight perturbations, with BatchNorm in
-    train mode and for any sampling. Without replacement a batch is the first of an epoch. Each is attacked
-    from two starts, which separates the attack's noise from the examples'.
-
-    Args:
-        network: At θ_0.
-        training: How.
-        directions: Projected on.
-        batches: M.
-        chunk: Batches at a time.
-
-    Returns:
-        (M, k), and (M, k) of the same batches from other starts.
-    """
-    found = np.empty((2, batches, directions.count))
-    for first in range(0, batches, chunk):
-        numbers = range(first, min(first + chunk, batches))
-        theta = network.theta().expand(len(numbers), -1)
-        # negative numbers: no trained replica has these batches
-        whose = [-1 - number for number in numbers]
-        # the starts of further batches, which none of these has
-        for half, starts_of in enumerate((whose, [replica - batches for replica in whose])):
-            gradients, _, _ = batch_gradients(
-                network, theta, network.statistics(len(numbers)), training, whose, 0, starts_of=starts_of
-            )
-            found[half, first : first + len(numbers)] = project(gradients, directions.forces)
-    return found[0], found[1]
-
-
-def gradient_slopes(
-    network: StackedNetwork,
-    training: Training,
-    directions: Directions,
-    distances: Array,
-    *,
-    batches: int,
-    chunk: int,
-) -> tuple[Array, Array]:
-    """How the mean mini-batch gradient changes along directions, if the attack is repeated at each point.
-
-    Central differences between x_j = ± h_j, with the same batches and starts of the attack at both ends, so
-    that the sampling noise of a batch largely cancels. They measure the loss on the scale h, over which the
-    kinks of ReLU and of the attack's signs average out.
-
-    Args:
-        network: At θ.
-        training: How.
-        directions: k of them.
-        distances: h (k,) > 0; not read without batches.
-        batches: M ≥ 2, or 0 for none; different from those of replicas.
-        chunk: Networks at a time.
-
-    Returns:
-        J_ij = ∂g_i/∂x_j (k, k) and its standard errors over batches; NaN for no batches.
-    """
-    k = directions.count
-    if not batches:
-        return np.full((k, k), np.nan), np.full((k, k), np.nan)
-    start = network.theta()
-    found = np.empty((batches, k, k))  # batch, moved along, seen along
-    ends = [(j, sign) for j in range(k) for sign in (1.0, -1.0)]
-    for number in range(batches):
-        seen = np.empty((len(ends), k))
-        for first in range(0, len(ends), chunk):
-            some = ends[first : first + chunk]
-            # along the forces D^{1/2} u a unit of x is D^{1/2} y; the same as positions where D = 1
-            moves = torch.stack([directions.forces[:, j] * (sign * distances[j]) for j, sign in some])
-            gradients, _, _ = batch_gradients(
-                network,
-                start + moves.to(start),
-                network.statistics(len(some)),
-                training,
-                [-1 - number] * len(some),
-                0,
-            )
-            seen[first : first + len(some)] = project(gradients, directions.forces)
-        found[number] = (seen[0::2] - seen[1::2]) / (2 * distances[:, None])
-    jacobian = found.transpose(0, 2, 1)
-    return jacobian.mean(axis=0), jacobian.std(axis=0, ddof=1) / np.sqrt(batches)
 
 
 def predicted_deviations(point: MeasuredPoint, training: Training) -> Array:
@@ -427,31 +326,6 @@ def _deviations(eigenvalues: Array, noise: Array, training: Training, *, decay_i
     return np.asarray(np.sqrt(law.variance[1:].max(axis=0)))
 
 
-def second_moment(network: StackedNetwork, training: Training, *, batches: int, chunk: int) -> Tensor:
-    """Mean square (P,) of the mini-batch gradient at θ_0 with weight decay: Adam's v̂, had it stayed there.
-
-    Args:
-        network: At θ_0.
-        training: How.
-        batches: M ≥ 1 mini-batches, different from those of replicas.
-        chunk: Batches at a time.
-    """
-    start = network.theta()
-    total = torch.zeros_like(start, dtype=torch.float64)
-    for first in range(0, batches, chunk):
-        numbers = range(first, min(first + chunk, batches))
-        gradients, _, _ = batch_gradients(
-            network,
-            start.expand(len(numbers), -1),
-            network.statistics(len(numbers)),
-            training,
-            [-1 - number for number in numbers],
-            0,
-        )
-        total += (gradients + training.update.weight_decay * start).double().square().sum(dim=0)
-    return (total / batches).to(start)
-
-
 class _WithDecay(LinearOperator):
     """A + diag(ω)."""
 
@@ -463,43 +337,31 @@ class _WithDecay(LinearOperator):
         return self._operator.matvec(vector) + self._decay * vector
 
 
-def _adversarial(
-    network: StackedNetwork, theta: Tensor, statistics: dict[str, Tensor], training: Training, draws: range
-) -> tuple[Tensor, Tensor]:
-    """All training images, once for each of ``draws``, and the same attacked at θ_0 from these starts."""
-    trained = training.batchnorm == "train"
-    aside = {name: value.clone() for name, value in statistics.items()}
-    network.use(theta, aside)
-    found = []
-    with mode(network, training=trained):
+def _adversarial(network: StackedNetwork, training: Training, draws: range) -> Tensor:
+    """All training images attacked at θ_0, from the starts of each of ``draws`` in turn."""
+    network.use(network.theta()[None], network.statistics(1))
+    size, found = training.sampling.batch_size, []
+    with mode(network, training=training.batchnorm == "train"):
         for draw in draws:
             generator = streams.generator(
                 training.seed, "replica-start-attack", draw, device=training.images.device
             )
             starts = training.attack.start(training.images, generator)
             # batches as large as training's; with BatchNorm in train mode their statistics matter
-            size = training.sampling.batch_size
-            parts = zip(
-                training.images.split(size), training.targets.split(size), starts.split(size), strict=True
-            )
-            found += [attacked(network, training, x, y, start) for x, y, start in parts]
-    return training.images.repeat(len(draws), *[1] * (training.images.dim() - 1)), torch.cat(found)
+            parts = (tensor.split(size) for tensor in (training.images, training.targets, starts))
+            found += [attacked(network, training, *part) for part in zip(*parts, strict=True)]
+    return torch.cat(found)
 
 
 def _whole_set_perturbation(
-    network: StackedNetwork,
-    theta: Tensor,
-    statistics: dict[str, Tensor],
-    training: Training,
-    images: Tensor,
-    adversarial: Tensor,
-    targets: Tensor,
+    network: StackedNetwork, training: Training, images: Tensor, adversarial: Tensor, targets: Tensor
 ) -> Tensor:
     """The move v (1, P) that follows from the gradient over all training examples."""
+    theta = network.theta()[None]
     if training.perturbation is None:
         return torch.zeros_like(theta)
     trained = training.batchnorm == "train"
-    leaves = network.use(theta, {n: value.clone() for n, value in statistics.items()}, learn=True)
+    leaves = network.use(theta, network.statistics(1), learn=True)
     total = [torch.zeros_like(leaf) for leaf in leaves]
     size = len(images) if trained else max(1, training.sampling.batch_size)
     with mode(network, training=trained):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from robustdyn.attacks import PGD
-from robustdyn.curvature.empirical_risk import BatchNormMode
+from robustdyn.curvature.risk_function import BatchNormMode
 from robustdyn.data.tensors import ImageTensors, to_unit
 from robustdyn.errors import ConfigError, config_errors
 from robustdyn.methods.objectives.objective import Objective
@@ -39,8 +39,8 @@ from robustdyn.replicas.point import (
     example_loss,
     line_units,
     measure_point,
-    second_moment,
 )
+from robustdyn.replicas.sampled_batches import second_moment
 from robustdyn.replicas.sampling import Sampling
 from robustdyn.replicas.updates import MomentumUpdate
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence, Set
@@ -28,20 +27,14 @@ from robustdyn.records.reader import Run, combine, find_runs
 from robustdyn.report import style
 from robustdyn.report.describe import provenance, what_was_run
 from robustdyn.report.figures import FIGURES, FigureSpec
-from robustdyn.report.overview import (
-    TIMES,
-    Evaluations,
-    Overview,
-    curves,
-    evaluations,
-    overview,
-    times,
-)
+from robustdyn.report.overview import Overview, curves, overview
+from robustdyn.report.page_tables import TIMES, Evaluations, evaluations, times
 from robustdyn.report.statistics import (
     FINAL,
     SHOWN_METRICS,
     Headline,
     final_and_best,
+    format_metric,
     headlines,
 )
 from robustdyn.report.statistics import headline as headline
@@ -277,30 +270,19 @@ def _final_rows(summary: pd.DataFrame, counted: Set[str]) -> list[_Row]:
     """Rows of the final/best table: each run's selections, then means over those ``counted`` of a group."""
     rows = []
     for group, of_group in summary.groupby("group", sort=False):
-        for run, own in of_group.groupby("run", sort=False):
-            for i, (_, values) in enumerate(own.iterrows()):
-                cells = (str(values["epoch"]), *_metric_cells(values))
-                rows.append(_Row(str(run), len(own) if i == 0 else 0, str(values["selection"]), cells, False))
+        parts = [(str(run), own, False) for run, own in of_group.groupby("run", sort=False)]
         of_group = of_group[of_group["run"].isin(counted)]
         n = of_group["run"].nunique()
         if n > 1:
-            means = of_group.groupby("selection", sort=False)[list(SHOWN_METRICS)].mean()
+            means = of_group.groupby("selection", sort=False)[list(SHOWN_METRICS)].mean().reset_index()
             label = f"mean of {n} seeds" + (f", {group}" if summary["group"].nunique() > 1 else "")
-            for i, (selection, values) in enumerate(means.iterrows()):
-                cells = ("", *_metric_cells(values))
-                rows.append(_Row(label, len(means) if i == 0 else 0, str(selection), cells, True))
+            parts.append((label, means.assign(epoch=""), True))
+        for label, part, mean in parts:
+            for i, (_, values) in enumerate(part.iterrows()):
+                metrics = (format_metric(schema.EPOCHS[name], values[name]) for name in SHOWN_METRICS)
+                cells = (str(values["epoch"]), *metrics)
+                rows.append(_Row(label, len(part) if i == 0 else 0, str(values["selection"]), cells, mean))
     return rows
-
-
-def _metric_cells(values: pd.Series) -> tuple[str, ...]:
-    return tuple(_cell(schema.EPOCHS[name], float(values[name])) for name in SHOWN_METRICS)
-
-
-def _cell(column: schema.Column, value: float) -> str:
-    """A number as people read it: errors in per cent with two decimals, losses with three."""
-    if math.isnan(value):
-        return "–"
-    return f"{value * column.scale:.2f}" if column.scale > 1 else f"{value:.3f}"
 
 
 def _symbols(text: str) -> Markup:

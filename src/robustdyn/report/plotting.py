@@ -1,4 +1,4 @@
-"""What all figures share: who gets which colour, lines over epochs, decay marks, labels at line ends.
+"""What all figures share: who gets which colour, axes, decay marks, labels at line ends, the legend.
 
 A frame is tidy: ``run`` and ``group`` columns (as ``records.reader.combine`` makes them; a frame without them
 is one run), ``epoch``, and the table's columns. Runs of one group are repetitions with other seeds: thin
@@ -7,7 +7,6 @@ lines, and their mean bold.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,8 +26,6 @@ ONE_RUN = "run"
 MAX_GROUP_MARKS = 12  # more decay lines than this, and they are left to the learning-rate figure ...
 MAX_MARKS = 50  # ... of single groups, and of all
 LABEL_WIDTH = 0.62  # inches a decay label takes
-
-
 MARKED_POINTS = 40  # beyond this many, markers run into one another
 
 
@@ -63,6 +60,10 @@ class Cast:
         (n, *others) = self.sizes.values()
         return f"mean of {n} seeds" if not others and n > 1 else ""
 
+    def with_repeats(self, title: str) -> str:
+        """The title, with ``(mean of 3 seeds)`` for one group of several runs."""
+        return f"{title} ({self.repeats()})" if self.repeats() else title
+
 
 @dataclass(frozen=True)
 class End:
@@ -90,117 +91,13 @@ def mean_by_epoch(frame: pd.DataFrame, column: str) -> pd.Series:
     return wide.dropna().mean(axis=1)
 
 
-def draw(
-    ax: Axes,
-    frame: pd.DataFrame,
-    column: schema.Column,
-    cast: Cast,
-    *,
-    colour: str = style.NEUTRAL,
-    line: str = "-",
-    marker: str = "",
-    spread: str | None = None,
-    text: str = "",
-    steps: bool = False,
-) -> list[End]:
-    """One column over epochs: a line per group, and thin lines per run in groups of several.
-
-    Earlier groups are wider, so that equal ones all show.
-
-    Args:
-        ax: Where to.
-        frame: Tidy rows with ``run`` and ``group``.
-        column: Which column; its scale is applied.
-        cast: Colours.
-        colour: The series' own colour, used where there is one group only.
-        line: Line style.
-        marker: Marker of measured points.
-        spread: Column with a standard error, drawn as a band of ±1.
-        text: What the line is called at its end.
-        steps: Hold each value until the next epoch.
-
-    Returns:
-        The ends of the groups' lines, to be labelled.
-    """
-    ends = []
-    look: dict[str, Any] = {"linestyle": line, "drawstyle": "steps-post" if steps else "default"}
-    for order, (group, rows) in enumerate(frame.dropna(subset=[column.name]).groupby("group", sort=False)):
-        later = len(cast.colours) - 1 - order
-        extra = later * min(1.2, 4.0 / max(len(cast.colours) - 1, 1))
-        shade = cast.colour(str(group), colour)
-        several = cast.sizes[str(group)] > 1
-        for _, own in rows.groupby("run", sort=False):
-            x, y = own["epoch"].to_numpy(), own[column.name].to_numpy(dtype=float) * column.scale
-            if spread is not None and own[spread].notna().any():
-                error = own[spread].fillna(0.0).to_numpy(dtype=float) * column.scale
-                ax.fill_between(x, y - error, y + error, color=shade, alpha=0.15, linewidth=0)
-            if several:
-                ax.plot(x, y, color=shade, linewidth=0.8, alpha=0.45, **look)
-            else:
-                ax.plot(x, y, color=shade, linewidth=1.8 + extra, marker=marker, **look)
-        mean = mean_by_epoch(rows, column.name) * column.scale
-        if several:
-            ax.plot(mean.index, mean, color=shade, linewidth=2.4 + extra, marker=marker, **look)
-        if len(mean):
-            ends.append(End(float(mean.index[-1]), float(mean.iloc[-1]), text, shade))
-    return ends
-
-
-def draw_ranks(
-    ax: Axes,
-    frame: pd.DataFrame,
-    column: schema.Column,
-    cast: Cast,
-    *,
-    spread: str | None = None,
-    line: str = "-",
-) -> None:
-    """One column over epochs for every direction index, on a logarithmic axis; means over a group's runs.
-
-    One group: dark to light by rank, band of ± ``spread``. Several: colour by group, the leading direction
-    bold. Values ≤ 0 have no place on the axis: their magnitude is drawn as an open circle.
-    """
-    ranks = sorted(frame["index"].unique())
-    shade_of = dict(zip(ranks, style.shades(len(ranks)), strict=True))
-    for (group, rank), rows in frame.groupby(["group", "index"], sort=False):
-        shade = cast.colour(str(group), shade_of[rank])
-        strong = cast.alone or rank == ranks[0]
-        mean = mean_by_epoch(rows, column.name)
-        if mean.empty:
-            continue
-        positive = mean.where(mean > 0)
-        look: dict[str, Any] = (
-            {"linewidth": 1.6, "alpha": 1.0} if strong else {"linewidth": 0.8, "alpha": 0.4}
-        )
-        ax.plot(
-            mean.index,
-            positive,
-            color=shade,
-            linestyle=line,
-            marker="o" if strong and len(mean) <= MARKED_POINTS else "",
-            markersize=3,
-            **look,
-        )
-        negative = -mean[mean < 0]
-        ax.plot(
-            negative.index, negative, color=shade, linestyle="", marker="o", fillstyle="none", markersize=4
-        )
-        if spread is not None and cast.alone:
-            error = mean_by_epoch(rows, spread).reindex(mean.index)
-            low = (positive - error).where(positive > error, positive * 0.5)
-            ax.fill_between(mean.index, low, positive + error, color=shade, alpha=0.2, linewidth=0)
-    log_axis(ax)
-
-
 def log_axis(ax: Axes) -> None:
     """A logarithmic vertical axis with plain ticks: 1, 2, 5 within few decades, else powers of ten.
 
     A linear one stays where nothing that is drawn is positive.
     """
-    if (
-        not any((np.asarray(line.get_ydata(), dtype=float) > 0).any() for line in ax.lines)
-        and not ax.collections
-    ):
+    positive = any((np.asarray(line.get_ydata(), dtype=float) > 0).any() for line in ax.lines)
+    if not positive and not ax.collections:
         return
     ax.set_yscale("log")
     low, high = ax.get_ylim()
@@ -240,17 +137,18 @@ def leave_out_transient(ax: Axes, epochs: pd.DataFrame, columns: Sequence[schema
     limit, highest = 2 * values[~start].max(), values[start].max()
     if 0 < limit < highest:
         ax.set_ylim(top=limit)
-        ax.text(
-            0.99,
-            0.97,
-            f"first epochs reach {format_number(highest)}",
-            transform=ax.transAxes,
-            ha="right",
-            va="top",
-            fontsize=8,
-            color=style.MARK,
-            backgroundcolor="white",
-        )
+        text = f"first epochs reach {format_number(highest)}"
+        note(ax, text, (0.99, 0.97), ha="right", va="top", backgroundcolor="white")
+
+
+def note(
+    ax: Axes, text: str, place: tuple[float, float], *, lift: float = 0.0, fontsize: float = 8.0, **look: Any
+) -> None:
+    """A small text at fractions of the panel, which need not lie inside it, or ``lift`` points above."""
+    look = {"color": style.MARK, "ha": "center", "va": "bottom", "xycoords": "axes fraction"} | look
+    ax.annotate(
+        text, place, (0, lift), textcoords="offset points", fontsize=fontsize, annotation_clip=False, **look
+    )
 
 
 def mark_decays(axes: Iterable[Axes], epochs: pd.DataFrame, cast: Cast) -> None:
@@ -260,19 +158,21 @@ def mark_decays(axes: Iterable[Axes], epochs: pd.DataFrame, cast: Cast) -> None:
     """
     by_group = {group: _decays(epochs[epochs["group"] == group]) for group in cast.colours}
     reached = epochs.groupby("group")["epoch"].max()
-    every = sorted({e for decays in by_group.values() for e in decays})
-    if len(every) > MAX_MARKS:
+    whose: dict[int, list[str]] = {}
+    for group, decays in by_group.items():
+        for epoch in decays:
+            whose.setdefault(epoch, []).append(group)
+    if len(whose) > MAX_MARKS:
         return
-    shared = {
-        e: {d[e] for d in by_group.values() if e in d}
-        for e in every
-        if all(e in d or reached.get(g, -1) < e for g, d in by_group.items())
+    shared = [
+        e for e, groups in whose.items() if all(g in groups or reached.get(g, -1) < e for g in by_group)
+    ]
+    single = [(group, e) for e, groups in whose.items() if e not in shared for group in groups]
+    labelled = {
+        e: {by_group[group][e] for group in groups}
+        for e, groups in whose.items()
+        if e in shared or len(groups) > 1
     }
-    counts = Counter(e for decays in by_group.values() for e in decays)
-    partly = {
-        e: {d[e] for d in by_group.values() if e in d} for e in every if e not in shared and counts[e] > 1
-    }
-    single = [(group, e) for group, decays in by_group.items() for e in decays if e not in shared]
     for ax in axes:
         for epoch in shared:
             ax.axvline(epoch, color=style.MARK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
@@ -281,7 +181,7 @@ def mark_decays(axes: Iterable[Axes], epochs: pd.DataFrame, cast: Cast) -> None:
                 ax.axvline(
                     epoch, color=cast.colours[group], linewidth=0.9, linestyle=":", alpha=0.8, zorder=1
                 )
-        _label_decays(ax, shared | partly)
+        _label_decays(ax, labelled)
 
 
 def label_ends(ax: Axes, ends: Sequence[End]) -> None:
@@ -292,33 +192,23 @@ def label_ends(ax: Axes, ends: Sequence[End]) -> None:
         return
     heights = _apart([_height(ax, end.y) for end in shown], gap=0.075)
     for end, height in zip(shown, heights, strict=True):
-        ax.annotate(
-            end.text,
-            (1.015, height),
-            xycoords="axes fraction",
-            color=end.colour,
-            va="center",
-            fontsize=9,
-            annotation_clip=False,
-        )
+        note(ax, end.text, (1.015, height), color=end.colour, ha="left", va="center", fontsize=9)
 
 
 def group_legend(
     figure: Figure, cast: Cast, extra: Sequence[Line2D] = (), *, single_seeds: bool = True
 ) -> None:
     """A legend below the panels: groups by colour (means of seeds said so), then ``extra`` entries."""
-    handles: list[Line2D] = []
-    if not cast.alone:
-        for group, colour in cast.colours.items():
-            n = cast.sizes[group]
-            handles.append(
-                Line2D([], [], color=colour, label=f"{group} (mean of {n} seeds)" if n > 1 else group)
-            )
+    groups = {} if cast.alone else cast.sizes
+    handles = [
+        key(f"{group} (mean of {n} seeds)" if n > 1 else group, colour=cast.colours[group])
+        for group, n in groups.items()
+    ]
     handles += extra
     if single_seeds and any(n > 1 for n in cast.sizes.values()):
         if cast.alone:
-            handles.append(Line2D([], [], color=style.MARK, linewidth=2.4, label=cast.repeats()))
-        handles.append(Line2D([], [], color=style.MARK, linewidth=0.8, label="single seeds"))
+            handles.append(key(cast.repeats(), linewidth=2.4))
+        handles.append(key("single seeds", linewidth=0.8))
     if handles:
         longest = max(len(str(handle.get_label())) for handle in handles)
         columns = max(1, min(4, len(handles), 128 // (longest + 8)))
@@ -350,20 +240,9 @@ def _label_decays(ax: Axes, decays: dict[int, set[float]]) -> None:
     for epoch, rates in sorted(decays.items()):
         shown = {f"{rate:.3g}" for rate in rates}
         place = (epoch - low) / (high - low)
-        row = 1 - row if place - last < needed else 0
-        last = place
-        ax.annotate(
-            f"η → {shown.pop()}" if len(shown) == 1 else "η falls",
-            (epoch, 1.0),
-            xytext=(0, 2 + 9 * row),
-            xycoords=("data", "axes fraction"),
-            textcoords="offset points",
-            ha="center",
-            va="bottom",
-            fontsize=7.5,
-            color=style.MARK,
-            annotation_clip=False,
-        )
+        row, last = (1 - row if place - last < needed else 0), place
+        text = f"η → {shown.pop()}" if len(shown) == 1 else "η falls"
+        note(ax, text, (epoch, 1.0), xycoords=("data", "axes fraction"), lift=2 + 9 * row, fontsize=7.5)
     if decays:
         ax.set_title(ax.get_title(loc="left"), loc="left", pad=24)
 
@@ -376,18 +255,13 @@ def _height(ax: Axes, y: float) -> float:
 
 def _apart(heights: Sequence[float], gap: float) -> list[float]:
     """Ascending heights moved as little as needed to be ``gap`` apart, centred where they were."""
+
+    def lowest(cluster: Sequence[float]) -> float:
+        return float(np.mean(cluster)) - gap * (len(cluster) - 1) / 2
+
     placed: list[list[float]] = []  # clusters of wanted heights
     for height in heights:
         placed.append([height])
-        while len(placed) > 1 and _bottom(placed[-1], gap) < _top(placed[-2], gap) + gap:
-            tail = placed.pop()
-            placed[-1] += tail
-    return [_bottom(cluster, gap) + i * gap for cluster in placed for i in range(len(cluster))]
-
-
-def _bottom(cluster: Sequence[float], gap: float) -> float:
-    return float(np.mean(cluster)) - gap * (len(cluster) - 1) / 2
-
-
-def _top(cluster: Sequence[float], gap: float) -> float:
-    return float(np.mean(cluster)) + gap * (len(cluster) - 1) / 2
+        while len(placed) > 1 and lowest(placed[-1]) < lowest(placed[-2]) + gap * len(placed[-2]):
+            placed[-2:] = [placed[-2] + placed[-1]]
+    return [lowest(cluster) + i * gap for cluster in placed for i in range(len(cluster))]

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from robustdyn.records.reader import Run, combine
+from robustdyn.records.schema import Column
 from robustdyn.records.writer import summarise
 
 DECAY = 0.2  # a drop by more than this share is a decay ...
@@ -223,6 +224,13 @@ def correlation(x: pd.Series, y: pd.Series) -> float | None:
     if len(pairs) < 3 or pairs["x"].nunique() < 2 or pairs["y"].nunique() < 2:
         return None
     return float(np.corrcoef(pairs["x"], pairs["y"])[0, 1])
+
+
+def format_metric(column: Column, value: float) -> str:
+    """A metric as people read it: errors in per cent with two decimals, losses with three; a dash for NaN."""
+    if np.isnan(value):
+        return "–"
+    return f"{value * column.scale:.2f}" if column.scale > 1 else f"{value:.3f}"
 
 
 def format_number(value: float) -> str:
