@@ -1,7 +1,10 @@
+import ast
+from pathlib import Path
+
 import pytest
 
-from robustdyn.records import TABLES
-from robustdyn.records.schema import EPOCHS, table
+from robustdyn.records import TABLES, schema
+from robustdyn.records.schema import EPOCHS, Table, table
 
 DESIGN = {
     "epochs": "epoch step lr train_robust_loss train_robust_error train_clean_loss train_clean_error "
@@ -70,3 +73,20 @@ def test_an_unknown_table_names_the_known_ones():
         table("epoch")
     with pytest.raises(KeyError, match="no column 'lrr'"):
         EPOCHS["lrr"]
+
+
+def test_the_shared_names_of_columns_are_spelled_in_the_schema_only():
+    """What lies below the records cannot import them: ``methods`` puts names together from their parts."""
+    columns = {name for table in vars(schema).values() if isinstance(table, Table) for name in table.names}
+    shared = {
+        value
+        for key, value in vars(schema).items()
+        if key.isupper() and isinstance(value, str) and value in columns
+    }
+    assert len(shared) > 20
+    package = Path(schema.__file__).parents[1]
+    for path in package.rglob("*.py"):
+        if path.parent.name == "methods" or path == Path(schema.__file__):
+            continue
+        texts = {n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)}
+        assert not shared & texts, path

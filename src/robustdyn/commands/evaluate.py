@@ -26,7 +26,7 @@ from robustdyn.models import load_weights
 from robustdyn.records.files import file_digest
 from robustdyn.records.labels import flatten
 from robustdyn.records.run_directory import CONFIG, RunDirectory
-from robustdyn.records.schema import EVALUATION
+from robustdyn.records.schema import ACCURACY_SE, EVALUATION
 from robustdyn.run.config import (
     COUNT,
     POSITIVE,
@@ -123,7 +123,7 @@ def evaluation_lines(result: Result) -> Iterator[str]:
     yield ""
     yield f"{'attack':<{width}}  {accuracy.shown:>12}  {'s.e.':>5}  {'time (s)':>9}"
     for row in sorted(result.rows, key=lambda row: row["evaluator"] in result.checks):
-        mean, error = (row[key] * accuracy.scale for key in ("accuracy", "accuracy_se"))
+        mean, error = (row[key] * accuracy.scale for key in ("accuracy", ACCURACY_SE))
         aside = "  (a check, not the threat model: should be 0)" if row["evaluator"] in result.checks else ""
         yield f"{row['evaluator']:<{width}}  {mean:>12.2f}  {error:>5.2f}  {row['seconds']:>9.1f}{aside}"
     yield ""

@@ -22,6 +22,7 @@ from robustdyn.evaluation.evaluation_record import EvaluationRecord, Row
 from robustdyn.evaluation.evaluators import Attack, Evaluator, right
 from robustdyn.evaluation.sanity import COMPARISONS, AttackOutcome, Sanity, zero_gradients
 from robustdyn.models.modes import mode
+from robustdyn.records.schema import ACCURACY_SE
 
 CLEAN, WORST_CASE = "clean", "worst_case"
 MODEL = "model"  # stands for no attack in the table of warnings
@@ -304,7 +305,7 @@ def _row(name: str, robust: Tensor, seconds: float, described: Mapping[str, Any]
         "evaluator": name,
         "examples": count,
         "accuracy": accuracy,
-        "accuracy_se": sqrt(accuracy * (1 - accuracy) / count),
+        ACCURACY_SE: sqrt(accuracy * (1 - accuracy) / count),
         "seconds": seconds,
         **{column: described.get(column) for column in columns},
     }

@@ -10,6 +10,14 @@ from robustdyn.curvature import alignment, covariance_jackknife, sign_flipped_co
 from robustdyn.measure.callback import TableRow
 from robustdyn.measure.snapshot import Snapshot
 from robustdyn.measure.spectrum import stationary
+from robustdyn.records.schema import (
+    CAPTURED_NOISE,
+    COMMUTATOR_NULL,
+    SUBSPACE_OVERLAP,
+    TOTAL_CORRELATION,
+    TOTAL_CORRELATION_NULL,
+    TRACKED_DIRECTIONS,
+)
 from robustdyn.theory import minibatch_noise_factor, stationary_covariance, total_correlation
 
 
@@ -56,18 +64,18 @@ class Alignment:
             {
                 "epoch": snapshot.epoch,
                 "step": snapshot.step,
-                "tracked_directions": len(hessian.eigenvalues),
+                TRACKED_DIRECTIONS: len(hessian.eigenvalues),
                 "commutator": result.commutator,
                 "commutator_se": result.commutator_standard_error,
-                "commutator_null": result.commutator_null,
+                COMMUTATOR_NULL: result.commutator_null,
                 "commutator_null_spread": result.commutator_null_spread,
                 "cosine": result.cosine,
                 "cosine_se": result.cosine_standard_error,
-                "subspace_overlap": result.subspace_overlap,
-                "captured_noise": float(result.captured_noise[-1]),
-                "total_correlation": correlation(snapshot.projected.covariance),
+                SUBSPACE_OVERLAP: result.subspace_overlap,
+                CAPTURED_NOISE: float(result.captured_noise[-1]),
+                TOTAL_CORRELATION: correlation(snapshot.projected.covariance),
                 "total_correlation_se": float(covariance_jackknife(correlation, projections, groups)),
-                "total_correlation_null": float(null.mean()),
+                TOTAL_CORRELATION_NULL: float(null.mean()),
                 "total_correlation_null_spread": float(null.std(ddof=1)),
                 "examples": result.examples,
             },

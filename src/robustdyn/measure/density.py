@@ -10,7 +10,7 @@ from robustdyn.curvature import GradientCovariance, Hessian, SpectralDensity, sp
 from robustdyn.measure.callback import TableRow
 from robustdyn.measure.snapshot import Snapshot
 from robustdyn.methods import OptimizerState
-from robustdyn.records.schema import WHOLE_SPACE
+from robustdyn.records.schema import HESSIAN_TRACE, RITZ_VALUE, WHOLE_SPACE
 from robustdyn.theory import MomentumDynamics, curvature_term_per_noise, minibatch_noise_factor
 
 
@@ -112,7 +112,7 @@ def _nodes(snapshot: Snapshot, kind: str, density: SpectralDensity, factor: floa
                     "kind": kind,
                     "probe": probe,
                     "index": index,
-                    "ritz_value": float(density.nodes[probe, index]),
+                    RITZ_VALUE: float(density.nodes[probe, index]),
                     "mass": float(masses[probe, index]),
                 },
             )
@@ -121,7 +121,7 @@ def _nodes(snapshot: Snapshot, kind: str, density: SpectralDensity, factor: floa
 def _of_hessian(density: SpectralDensity) -> dict[str, float]:
     """The columns of ``whole_space`` that concern only H."""
     return {
-        **_with_error("hessian_trace", density.trace_of(lambda values: values)),
+        **_with_error(HESSIAN_TRACE, density.trace_of(lambda values: values)),
         **_with_error("hessian_squared_norm", density.trace_of(torch.square)),
         **_truncated(
             "hessian_negative_trace", lambda part: part.trace_of(lambda v: v.clamp(max=0.0)), density

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from robustdyn.methods import AdversarialTraining
 from robustdyn.records import RunRecords, read_table
+from robustdyn.records.schema import GRADIENT_NOISE, POSTERIOR_VARIANCE, POSTERIOR_VARIANCE_STATIONARY
 from robustdyn.theory import (
     MeasuredSpectrum,
     is_stable,
@@ -58,7 +59,7 @@ def posterior_rows(
     sampling = _Sampling.of(tables["bounds"], ends)
     columns = []
     for index, rows in tables["spectrum"].groupby("index", sort=True):
-        usable = rows[rows["gradient_noise"] > 0]
+        usable = rows[rows[GRADIENT_NOISE] > 0]
         if len(usable):
             direction = _Direction(usable, rates, momentum, weight_decay, interpolation, sampling)
             columns.append((int(str(index)), *direction.propagated(ends), direction.stationary(ends)))
@@ -68,9 +69,9 @@ def posterior_rows(
                 "epoch": int(epoch),
                 "step": int(step),
                 "index": index,
-                "posterior_variance": shuffled[row],
+                POSTERIOR_VARIANCE: shuffled[row],
                 "posterior_variance_independent": independent[row],
-                "posterior_variance_stationary": stationary[row],
+                POSTERIOR_VARIANCE_STATIONARY: stationary[row],
             }
 
 
@@ -116,7 +117,7 @@ class _Direction:
         spectrum = MeasuredSpectrum(
             step=measured,
             eigenvalue=self.rows[["curvature"]].to_numpy(dtype=float),
-            noise=self.rows[["gradient_noise"]].to_numpy(dtype=float),
+            noise=self.rows[[GRADIENT_NOISE]].to_numpy(dtype=float),
             interpolation=self.interpolation,
         )
         cuts = [0, *[int(s) for s in measured if 0 < s < len(self.rates)], len(self.rates)]
@@ -125,7 +126,7 @@ class _Direction:
         self.noise = np.concatenate([part[1][:, 0] for part in parts])
         self.stable = is_stable(self.eigenvalue, self.rates, self.momentum, self.weight_decay)
         self.spectrum = spectrum
-        share = (self.rows["attack_noise"] / self.rows["gradient_noise"]).to_numpy(dtype=float).clip(0, 1)
+        share = (self.rows["attack_noise"] / self.rows[GRADIENT_NOISE]).to_numpy(dtype=float).clip(0, 1)
         step = np.arange(len(self.rates))
         if self.interpolation == "log_linear":
             self.attack_share = np.interp(step, measured, share)

@@ -8,6 +8,15 @@ from numpy.typing import NDArray
 
 from robustdyn.measure.callback import TableRow
 from robustdyn.measure.snapshot import Snapshot
+from robustdyn.records.schema import (
+    CURVATURE_TERM,
+    GRADIENT_NOISE,
+    HESSIAN_EIGENVALUE,
+    LOG_VARIANCE_TERM,
+    NOISE_EIGENVALUE,
+    POSTERIOR_VARIANCE_STATIONARY,
+    TRACKED_DIRECTIONS,
+)
 from robustdyn.theory import dominant_terms, is_stable, minibatch_noise_factor, stationary_variance
 
 Array = NDArray[np.float64]
@@ -43,20 +52,20 @@ class Spectrum:
                     "epoch": snapshot.epoch,
                     "step": snapshot.step,
                     "index": index,
-                    "hessian_eigenvalue": hessian.eigenvalues[index].item(),
+                    HESSIAN_EIGENVALUE: hessian.eigenvalues[index].item(),
                     "residual": hessian.residuals[index].item(),
                     "curvature": along.curvature[index],
                     "curvature_se": along.curvature_standard_errors[index],
-                    "gradient_noise": gamma[index],
+                    GRADIENT_NOISE: gamma[index],
                     # as if all noise came from the attack, which overstates it by a share of at most B / n
                     "gradient_noise_se": along.variance_standard_errors[index] / size,
                     "attack_noise": attack[index],
-                    "noise_eigenvalue": own * float(noise.eigenvalues[index]),
+                    NOISE_EIGENVALUE: own * float(noise.eigenvalues[index]),
                     "noise_residual": own * float(noise.residuals[index]),
-                    "posterior_variance_stationary": variances[index],
+                    POSTERIOR_VARIANCE_STATIONARY: variances[index],
                     "stable": bool(stable[index]) if snapshot.optimizer.plain else None,
-                    "curvature_term": curvature[index],
-                    "log_variance_term": log_variance[index],
+                    CURVATURE_TERM: curvature[index],
+                    LOG_VARIANCE_TERM: log_variance[index],
                 },
             )
         yield (
@@ -66,7 +75,7 @@ class Spectrum:
                 "step": snapshot.step,
                 "train_examples": n,
                 "batch_size": size,
-                "tracked_directions": len(gamma),
+                TRACKED_DIRECTIONS: len(gamma),
                 "unstable_directions": int((~stable).sum()) if snapshot.optimizer.plain else None,
                 # NaN, recorded as null, as soon as one direction has no variance: a sum over fewer directions
                 # would be another quantity, and its curve would jump without any change of the network

@@ -7,6 +7,7 @@ from typing import ClassVar
 from robustdyn.curvature import layer_traces
 from robustdyn.measure.callback import TableRow
 from robustdyn.measure.snapshot import Snapshot
+from robustdyn.records.schema import CAUCHY_SCHWARZ_BOUND, HESSIAN_TRACE, WCI_SE, WCI_TERM, WEIGHT_NORM_SQ
 from robustdyn.theory import weight_curvature_index
 
 
@@ -55,13 +56,13 @@ class WeightCurvature:
                 "epoch": snapshot.epoch,
                 "step": snapshot.step,
                 "wci": index.value,
-                "wci_se": index.standard_error,
-                "weight_norm_sq": sum(norms),
-                "hessian_trace": float(trace.sum()),
+                WCI_SE: index.standard_error,
+                WEIGHT_NORM_SQ: sum(norms),
+                HESSIAN_TRACE: float(trace.sum()),
                 "hessian_trace_se": traces.sum_standard_error(weights),
                 "hessian_trace_all": float(traces.traces.sum()),
                 "hessian_trace_all_se": traces.sum_standard_error(range(len(traces.names))),
-                "cauchy_schwarz_bound": index.cauchy_schwarz_bound,
+                CAUCHY_SCHWARZ_BOUND: index.cauchy_schwarz_bound,
                 "clamped_layers": index.clamped_layers,
                 "hvps": traces.products,
                 "examples": snapshot.risk.examples,
@@ -79,10 +80,10 @@ class WeightCurvature:
                     "step": snapshot.step,
                     "layer": name,
                     "numel": tensors[name].numel(),
-                    "weight_norm_sq": norms[layer],
-                    "hessian_trace": float(trace[layer]),
+                    WEIGHT_NORM_SQ: norms[layer],
+                    HESSIAN_TRACE: float(trace[layer]),
                     "hessian_trace_se": float(error[layer]),
-                    "wci_term": float(index.terms[layer]),
+                    WCI_TERM: float(index.terms[layer]),
                     "optimal_variance": float(variances[layer]),
                 },
             )

@@ -91,6 +91,33 @@ class Table:
         return tuple(column.name for column in self.columns if column.required)
 
 
+# The names of columns that several modules read or write.
+TEST_ROBUST_LOSS = "test_robust_loss"
+TEST_ROBUST_ERROR = "test_robust_error"
+TEST_CLEAN_ERROR = "test_clean_error"
+ROBUST_LOSS_GAP = "robust_loss_gap"
+ROBUST_ERROR_GAP = "robust_error_gap"
+WCI_SE = "wci_se"
+WEIGHT_NORM_SQ = "weight_norm_sq"
+HESSIAN_TRACE = "hessian_trace"
+CAUCHY_SCHWARZ_BOUND = "cauchy_schwarz_bound"
+WCI_TERM = "wci_term"
+HESSIAN_EIGENVALUE = "hessian_eigenvalue"
+GRADIENT_NOISE = "gradient_noise"
+NOISE_EIGENVALUE = "noise_eigenvalue"
+POSTERIOR_VARIANCE_STATIONARY = "posterior_variance_stationary"
+CURVATURE_TERM = "curvature_term"
+LOG_VARIANCE_TERM = "log_variance_term"
+TRACKED_DIRECTIONS = "tracked_directions"
+COMMUTATOR_NULL = "commutator_null"
+SUBSPACE_OVERLAP = "subspace_overlap"
+CAPTURED_NOISE = "captured_noise"
+TOTAL_CORRELATION = "total_correlation"
+TOTAL_CORRELATION_NULL = "total_correlation_null"
+RITZ_VALUE = "ritz_value"
+POSTERIOR_VARIANCE = "posterior_variance"
+ACCURACY_SE = "accuracy_se"
+
 _SHARED = {
     "epoch": "epoch int | epoch | epoch the row belongs to, counted from 0",
     "step": "step int steps | step | optimiser steps taken when the row was written",

@@ -22,6 +22,7 @@ from robustdyn.records import schema
 from robustdyn.records.files import replace_file
 from robustdyn.records.lines import decode, parse_lines
 from robustdyn.records.run_directory import RunDirectory
+from robustdyn.records.schema import TEST_ROBUST_ERROR, TEST_ROBUST_LOSS
 
 _TYPES: dict[schema.Kind, tuple[type, ...]] = {
     "int": (int,),
@@ -181,17 +182,17 @@ def summarise(epochs: pd.DataFrame) -> dict[str, object]:
     if epochs.empty:
         raise ValueError("a run without a finished epoch has no summary")
     ordered = epochs.sort_values("epoch", kind="stable").reset_index(drop=True)
-    lowest = _lowest(ordered, "test_robust_loss")
+    lowest = _lowest(ordered, TEST_ROBUST_LOSS)
     final = _row(ordered, len(ordered) - 1)
     summary: dict[str, object] = {
         "final": final,
-        "best_on_test": _row(ordered, _lowest(ordered, "test_robust_error")),
+        "best_on_test": _row(ordered, _lowest(ordered, TEST_ROBUST_ERROR)),
     }
     validation = _lowest(ordered, "validation_robust_error")
     if validation is not None:
         summary["best_on_validation"] = _row(ordered, validation)
-    minimum = None if lowest is None else float(ordered["test_robust_loss"].iloc[lowest])
-    last = ordered["test_robust_loss"].iloc[-1]
+    minimum = None if lowest is None else float(ordered[TEST_ROBUST_LOSS].iloc[lowest])
+    last = ordered[TEST_ROBUST_LOSS].iloc[-1]
     summary["min_test_robust_loss"] = {
         "epoch": None if lowest is None else int(ordered["epoch"].iloc[lowest]),
         "value": minimum,

@@ -12,7 +12,34 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from robustdyn.records.schema import ALIGNMENT, BOUNDS, EPOCHS, POSTERIOR, SPECTRUM, WCI, Column
+from robustdyn.records.schema import (
+    ALIGNMENT,
+    BOUNDS,
+    CAPTURED_NOISE,
+    CAUCHY_SCHWARZ_BOUND,
+    COMMUTATOR_NULL,
+    EPOCHS,
+    GRADIENT_NOISE,
+    HESSIAN_EIGENVALUE,
+    HESSIAN_TRACE,
+    NOISE_EIGENVALUE,
+    POSTERIOR,
+    POSTERIOR_VARIANCE,
+    POSTERIOR_VARIANCE_STATIONARY,
+    RITZ_VALUE,
+    ROBUST_LOSS_GAP,
+    SPECTRUM,
+    SUBSPACE_OVERLAP,
+    TEST_ROBUST_ERROR,
+    TEST_ROBUST_LOSS,
+    TOTAL_CORRELATION,
+    TOTAL_CORRELATION_NULL,
+    WCI,
+    WCI_SE,
+    WCI_TERM,
+    WEIGHT_NORM_SQ,
+    Column,
+)
 from robustdyn.report import style
 from robustdyn.report.panels import MARKER, PANEL, Curve, Draw, Panel, over_epochs
 from robustdyn.report.plotting import (
@@ -116,10 +143,10 @@ def wci_and_gap(wci: pd.DataFrame, epochs: pd.DataFrame, cast: Cast) -> Figure:
     grid = figure.add_gridspec(2, 2, width_ratios=(1.25, 1.0))
     top = figure.add_subplot(grid[0, 0])
     bottom = figure.add_subplot(grid[1, 0], sharex=top)
-    Panel("WCI (band: ±1 s.e.)", (Curve(WCI["wci"], spread="wci_se"),)).draw(top, wci, cast)
+    Panel("WCI (band: ±1 s.e.)", (Curve(WCI["wci"], spread=WCI_SE),)).draw(top, wci, cast)
     top.set_xlabel("")
     top.tick_params(labelbottom=False)
-    gap = EPOCHS["robust_loss_gap"]
+    gap = EPOCHS[ROBUST_LOSS_GAP]
     _gap_panel("Robust loss gap, test − train", gap).draw(bottom, epochs, cast)
     leave_out_transient(bottom, epochs, [gap])
     mark_decays([top, bottom], epochs, cast)
@@ -195,22 +222,22 @@ def _mark_lowest(ax: Axes, epochs: pd.DataFrame, column: Column, cast: Cast) -> 
 def _gap_against_wci(ax: Axes, wci: pd.DataFrame, epochs: pd.DataFrame, cast: Cast) -> None:
     """Robust loss gap against WCI at measured epochs, joined in time within each run."""
     pairs = wci[["run", "group", "epoch", "wci"]].merge(
-        epochs[["run", "epoch", "robust_loss_gap"]], on=["run", "epoch"], validate="one_to_one"
+        epochs[["run", "epoch", ROBUST_LOSS_GAP]], on=["run", "epoch"], validate="one_to_one"
     )
-    pairs = pairs.dropna(subset=["wci", "robust_loss_gap"])
+    pairs = pairs.dropna(subset=["wci", ROBUST_LOSS_GAP])
     notes = []
     for group, rows in pairs.groupby("group", sort=False):
         colour = cast.colour(str(group), style.PALETTE[0])
         for _, own in rows.groupby("run", sort=False):
-            x, y = own["wci"], own["robust_loss_gap"]
+            x, y = own["wci"], own[ROBUST_LOSS_GAP]
             ax.plot(x, y, color=colour, marker=MARKER, linewidth=0.7, alpha=0.75)
             ax.plot(x.iloc[-1:], y.iloc[-1:], marker="s", markersize=7, color=colour)
-        r = correlation(rows["wci"], rows["robust_loss_gap"])
+        r = correlation(rows["wci"], rows[ROBUST_LOSS_GAP])
         if r is not None:
             notes.append((f"r = {r:.2f} ({len(rows)} points)", colour))
     ax.set_title("Gap against WCI")
     ax.set_xlabel(WCI["wci"].shown)
-    ax.set_ylabel(EPOCHS["robust_loss_gap"].shown)
+    ax.set_ylabel(EPOCHS[ROBUST_LOSS_GAP].shown)
     if len(notes) <= len(style.PALETTE):
         for i, (text, colour) in enumerate(reversed(notes)):  # above the right end, where no data is
             note(ax, text, (1.0, 1.0), lift=3 + 10 * i, color=colour, ha="right")
@@ -221,7 +248,7 @@ def _layer_means(layers: pd.DataFrame, names: Sequence[str]) -> NDArray[np.float
     if layers.empty:
         return np.empty(0)
     last = layers[layers["epoch"] == layers.groupby("run")["epoch"].transform("max")]
-    return last.groupby("layer")["wci_term"].mean().reindex(list(names)).to_numpy(dtype=float)
+    return last.groupby("layer")[WCI_TERM].mean().reindex(list(names)).to_numpy(dtype=float)
 
 
 FIGURES: tuple[FigureSpec, ...] = (
@@ -230,7 +257,7 @@ FIGURES: tuple[FigureSpec, ...] = (
         "Robust loss",
         learning_curves("robust_loss", "Robust loss: cross-entropy on adversarial examples"),
         "epochs",
-        "test_robust_loss",
+        TEST_ROBUST_LOSS,
         "Robust overfitting is the test curve rising after a learning-rate decay while the train curve "
         "falls: the gap on the right opens. The ring marks the lowest test robust loss. Train values are "
         "averages over the epoch while the weights move; test values belong to the epoch's end.",
@@ -241,7 +268,7 @@ FIGURES: tuple[FigureSpec, ...] = (
         "Robust error",
         learning_curves("robust_error", "Robust error: misclassified adversarial examples"),
         "epochs",
-        "test_robust_error",
+        TEST_ROBUST_ERROR,
         "The same for the share of adversarial examples misclassified. The error often moves less than the "
         "loss: compare the two before concluding that nothing happened. The ring marks the lowest test "
         "robust error.",
@@ -275,18 +302,18 @@ FIGURES: tuple[FigureSpec, ...] = (
         "Weight norm and Hessian trace apart",
         over_epochs(
             "What drives the WCI: weight norm or curvature?",
-            Panel("Weight norm", (Curve(WCI["weight_norm_sq"]),), limits=(0, None)),
+            Panel("Weight norm", (Curve(WCI[WEIGHT_NORM_SQ]),), limits=(0, None)),
             Panel(
                 "Hessian trace (±1 s.e.)",
-                (Curve(WCI["hessian_trace"], spread="hessian_trace_se"),),
+                (Curve(WCI[HESSIAN_TRACE], spread="hessian_trace_se"),),
                 limits=(0, None),
             ),
             Panel(
                 "WCI and its bound",
-                (Curve(WCI["wci"]), Curve(WCI["cauchy_schwarz_bound"], "--", "")),
+                (Curve(WCI["wci"]), Curve(WCI[CAUCHY_SCHWARZ_BOUND], "--", "")),
                 limits=(0, None),
             ),
-            keys=(("WCI", "-", MARKER), (WCI["cauchy_schwarz_bound"].label, "--", "")),
+            keys=(("WCI", "-", MARKER), (WCI[CAUCHY_SCHWARZ_BOUND].label, "--", "")),
         ),
         "wci",
         "wci",
@@ -300,7 +327,7 @@ FIGURES: tuple[FigureSpec, ...] = (
         "Layers of the WCI",
         layer_terms,
         "layers",
-        "wci_term",
+        WCI_TERM,
         "One row per weight matrix from input to output; the terms of a run add up to its WCI. Hollow: the "
         "last measurement before the first decay; filled: the last one.",
         "Dots by layer: each layer's term of the WCI before the first decay and at the last measurement.",
@@ -310,14 +337,14 @@ FIGURES: tuple[FigureSpec, ...] = (
         "Curvature and gradient noise",
         over_epochs(
             "Curvature and gradient noise, leading directions",
-            Panel("Hessian, {top}", (Curve(SPECTRUM["hessian_eigenvalue"], spread="residual"),)),
+            Panel("Hessian, {top}", (Curve(SPECTRUM[HESSIAN_EIGENVALUE], spread="residual"),)),
             Panel(
-                "Gradient noise along them", (Curve(SPECTRUM["gradient_noise"], spread="gradient_noise_se"),)
+                "Gradient noise along them", (Curve(SPECTRUM[GRADIENT_NOISE], spread="gradient_noise_se"),)
             ),
-            Panel("Gradient noise, its own {top}", (Curve(SPECTRUM["noise_eigenvalue"]),)),
+            Panel("Gradient noise, its own {top}", (Curve(SPECTRUM[NOISE_EIGENVALUE]),)),
         ),
         "spectrum",
-        "hessian_eigenvalue",
+        HESSIAN_EIGENVALUE,
         "Left: leading Hessian eigenvalues (band, where drawn: ± the solver's residual). Middle: variance "
         "of the mini-batch gradient along these directions (band: ±1 s.e.). Right: leading eigenvalues of "
         "the gradient covariance itself; where middle and right agree, noise and curvature share their "
@@ -327,16 +354,16 @@ FIGURES: tuple[FigureSpec, ...] = (
         "their directions, eigenvalues of the gradient noise.",
     ),
     FigureSpec(
-        "posterior_variance",
+        POSTERIOR_VARIANCE,
         "Posterior variances",
         over_epochs(
             "Posterior variance of the weights, {top} directions",
-            Panel("Stationary at the present rate", (Curve(POSTERIOR["posterior_variance_stationary"]),)),
-            Panel("Time-resolved, with shuffled epochs", (Curve(POSTERIOR["posterior_variance"]),)),
+            Panel("Stationary at the present rate", (Curve(POSTERIOR[POSTERIOR_VARIANCE_STATIONARY]),)),
+            Panel("Time-resolved, with shuffled epochs", (Curve(POSTERIOR[POSTERIOR_VARIANCE]),)),
             one_scale=True,
         ),
         "posterior",
-        "posterior_variance",
+        POSTERIOR_VARIANCE,
         "Variance of the weights along each tracked direction. Left: what momentum SGD would settle to at "
         "the present rate; it jumps at a decay. Right: where it is on its way there, from the run's own "
         "rates; the posterior contracts as fast as curvature and momentum let it. Epochs where a direction "
@@ -371,13 +398,13 @@ FIGURES: tuple[FigureSpec, ...] = (
         "Alignment of curvature and noise",
         over_epochs(
             "Alignment of Hessian H and gradient covariance C",
-            _above_its_null("commutator", "commutator_null"),
+            _above_its_null("commutator", COMMUTATOR_NULL),
             Panel(
                 "dashed: captured noise",
-                (Curve(ALIGNMENT["captured_noise"], "--"), Curve(ALIGNMENT["subspace_overlap"])),
+                (Curve(ALIGNMENT[CAPTURED_NOISE], "--"), Curve(ALIGNMENT[SUBSPACE_OVERLAP])),
                 limits=(0, 1),
             ),
-            _above_its_null("total_correlation", "total_correlation_null"),
+            _above_its_null(TOTAL_CORRELATION, TOTAL_CORRELATION_NULL),
         ),
         "alignment",
         "commutator",
@@ -393,7 +420,7 @@ FIGURES: tuple[FigureSpec, ...] = (
         "The whole spectrum",
         spectral_density,
         "density",
-        "ritz_value",
+        RITZ_VALUE,
         "Top: Hessian eigenvalues per decade of λ; a lone one stands 2.7 high. Bottom: how much of the "
         "gradient noise's variance lies along them; noise left of zero is where curvature holds no "
         "stationary posterior. The axis is logarithmic on either side of zero and linear in the grey strip, "

@@ -22,6 +22,7 @@ from robustdyn.records.labels import SEED
 from robustdyn.records.progress import STATES, RunState
 from robustdyn.records.reader import Run
 from robustdyn.records.run_directory import MULTIRUN, RunDirectory
+from robustdyn.records.schema import ROBUST_LOSS_GAP, TEST_ROBUST_ERROR, TEST_ROBUST_LOSS
 from robustdyn.records.untrusted import read_yaml
 from robustdyn.report import style
 from robustdyn.report.factors import Factor, factors
@@ -36,16 +37,16 @@ from robustdyn.report.statistics import (
 )
 
 PANELS = (  # table and column of the curves that the page draws itself
-    ("epochs", "test_robust_error"),
-    ("epochs", "test_robust_loss"),
-    ("epochs", "robust_loss_gap"),
+    ("epochs", TEST_ROBUST_ERROR),
+    ("epochs", TEST_ROBUST_LOSS),
+    ("epochs", ROBUST_LOSS_GAP),
     ("wci", "wci"),
 )
 NUMBERS = (  # selection and column of the epochs table, or WCI: the run table's numbers
-    (BEST_ON_TEST, "test_robust_error"),
-    (FINAL, "test_robust_error"),
-    (FINAL, "test_robust_loss"),
-    (FINAL, "robust_loss_gap"),
+    (BEST_ON_TEST, TEST_ROBUST_ERROR),
+    (FINAL, TEST_ROBUST_ERROR),
+    (FINAL, TEST_ROBUST_LOSS),
+    (FINAL, ROBUST_LOSS_GAP),
 )
 MOST_COLOURS = len(style.PALETTE)  # values of a factor that colour curves without being asked
 DIGITS = 5  # significant ones of a point on a curve: less than a pixel

@@ -15,6 +15,7 @@ from robustdyn.records.labels import format_value
 from robustdyn.records.lines import parse_lines
 from robustdyn.records.reader import Run
 from robustdyn.records.run_directory import RunDirectory
+from robustdyn.records.schema import ACCURACY_SE
 from robustdyn.report.describe import environment
 from robustdyn.report.overview import Cell, Link, link_to
 from robustdyn.report.statistics import of_run
@@ -109,7 +110,7 @@ def _evaluation(
 ) -> Evaluation:
     about = settings.get("evaluation", {})
     scale = schema.EVALUATION["accuracy"].scale
-    found = zip(rows["evaluator"], rows["accuracy"] * scale, rows["accuracy_se"] * scale, strict=True)
+    found = zip(rows["evaluator"], rows["accuracy"] * scale, rows[ACCURACY_SE] * scale, strict=True)
     told = _recorded(folder, schema.WARNINGS)[["evaluator", "message", "check"]]
     return Evaluation(
         run=run.label,

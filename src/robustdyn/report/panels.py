@@ -13,7 +13,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 
-from robustdyn.records.schema import Column
+from robustdyn.records.schema import TRACKED_DIRECTIONS, Column
 from robustdyn.report import style
 from robustdyn.report.plotting import (
     MARKED_POINTS,
@@ -185,9 +185,9 @@ def _top(frame: pd.DataFrame) -> str:
     """``top 10`` or, where runs tracked different numbers, ``top 5–10``; empty for a table without any."""
     if "index" in frame:
         return f"top {int(frame['index'].max()) + 1}"
-    if "tracked_directions" not in frame:
+    if TRACKED_DIRECTIONS not in frame:
         return ""
-    low, high = int(frame["tracked_directions"].min()), int(frame["tracked_directions"].max())
+    low, high = int(frame[TRACKED_DIRECTIONS].min()), int(frame[TRACKED_DIRECTIONS].max())
     return f"top {low}" if low == high else f"top {low}–{high}"
 
 

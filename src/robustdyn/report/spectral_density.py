@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 from numpy.typing import NDArray
 
-from robustdyn.records.schema import DENSITY
+from robustdyn.records.schema import DENSITY, RITZ_VALUE
 from robustdyn.report import style
 from robustdyn.report.plotting import Cast, group_legend, key, log_axis
 from robustdyn.report.statistics import decay_epochs
@@ -60,7 +60,7 @@ def spectral_density(density: pd.DataFrame, epochs: pd.DataFrame, cast: Cast) ->
         panels[0].set_ylim(LONE / 4 if kind == "hessian" else 1e-4 * highest, 2 * highest)
         log_axis(panels[0])
     for ax in rows[-1]:
-        ax.set_xlabel(DENSITY["ritz_value"].label)
+        ax.set_xlabel(DENSITY[RITZ_VALUE].label)
     said = [key(next(iter(moments)), "--", linewidth=1.0)] if cast.alone and len(moments) > 1 else []
     group_legend(figure, cast, said, single_seeds=False)
     return figure
@@ -119,8 +119,8 @@ class _SignedLog:
     @classmethod
     def of(cls, nodes: pd.DataFrame) -> _SignedLog:
         """The axis for these rows of the ``density`` table: as fine as their nodes about zero are apart."""
-        lowest, highest = nodes["ritz_value"].min(), nodes["ritz_value"].max()
-        of_one = nodes.groupby(["run", "epoch", "kind", "probe"], sort=False)["ritz_value"]
+        lowest, highest = nodes[RITZ_VALUE].min(), nodes[RITZ_VALUE].max()
+        of_one = nodes.groupby(["run", "epoch", "kind", "probe"], sort=False)[RITZ_VALUE]
         gaps = of_one.agg(lambda values: values[values > 0].min() - values[values <= 0].max())
         coarsest = gaps.groupby(["run", "epoch", "kind"], sort=False).mean().max()
         least = 1e-6 * max(abs(lowest), abs(highest)) or 1.0
@@ -133,12 +133,12 @@ class _SignedLog:
     def densities(self, nodes: pd.DataFrame) -> Iterator[_Density]:
         """A curve for each group: mean over its runs' random vectors of their masses, spread out."""
         for group, rows in nodes.groupby("group", sort=False):
-            places = self.places(rows["ritz_value"].to_numpy(dtype=float))
+            places = self.places(rows[RITZ_VALUE].to_numpy(dtype=float))
             reach = 2.5 * WIDTH
             grid = np.arange(places.min() - reach, places.max() + reach, WIDTH / 8)
             vectors = []
             for _, own in rows.groupby(["run", "probe"], sort=False):
-                offsets = grid[:, None] - self.places(own["ritz_value"].to_numpy(dtype=float))
+                offsets = grid[:, None] - self.places(own[RITZ_VALUE].to_numpy(dtype=float))
                 kernel = np.exp(-0.5 * (offsets / WIDTH) ** 2) / (WIDTH * np.sqrt(2 * np.pi))
                 vectors.append(kernel @ own["mass"].to_numpy(dtype=float))
             alone = rows["run"].nunique() == 1 and len(vectors) > 1

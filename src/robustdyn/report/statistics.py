@@ -12,7 +12,14 @@ import numpy as np
 import pandas as pd
 
 from robustdyn.records.reader import Run, combine
-from robustdyn.records.schema import Column
+from robustdyn.records.schema import (
+    ROBUST_ERROR_GAP,
+    ROBUST_LOSS_GAP,
+    TEST_CLEAN_ERROR,
+    TEST_ROBUST_ERROR,
+    TEST_ROBUST_LOSS,
+    Column,
+)
 from robustdyn.records.writer import summarise
 
 DECAY = 0.2  # a drop by more than this share is a decay ...
@@ -24,11 +31,11 @@ BEST_ON_TEST = "best on test"
 BEST_ON_VALIDATION = "best on validation"
 SELECTIONS = {FINAL: "final", BEST_ON_TEST: "best_on_test", BEST_ON_VALIDATION: "best_on_validation"}
 SHOWN_METRICS = (
-    "test_clean_error",
-    "test_robust_error",
-    "test_robust_loss",
-    "robust_error_gap",
-    "robust_loss_gap",
+    TEST_CLEAN_ERROR,
+    TEST_ROBUST_ERROR,
+    TEST_ROBUST_LOSS,
+    ROBUST_ERROR_GAP,
+    ROBUST_LOSS_GAP,
 )
 
 
@@ -199,14 +206,14 @@ def headlines(runs: Sequence[Run]) -> list[Headline]:
 
     def rise(run: Run) -> tuple[EpochValue, EpochValue] | None:
         own = of_run(epochs, run.label)
-        return _between(own, "test_robust_loss", _lowest_loss(own))
+        return _between(own, TEST_ROBUST_LOSS, _lowest_loss(own))
 
     return [
         Headline("test robust loss", "minimum", _changes(finished, rise), "not recorded"),
         Headline(
             "robust loss gap",
             start,
-            _changes(finished, since_anchor(epochs, "robust_loss_gap")),
+            _changes(finished, since_anchor(epochs, ROBUST_LOSS_GAP)),
             "not recorded",
         ),
         Headline("WCI", start, _changes(finished, since_anchor(wci, "wci")), "not measured"),
@@ -250,8 +257,8 @@ def _before_decay(epochs: pd.DataFrame) -> int | None:
 
 def _lowest_loss(epochs: pd.DataFrame) -> int | None:
     """The first epoch with the lowest test robust loss."""
-    known = epochs.dropna(subset=["test_robust_loss"])
-    return None if known.empty else int(known["epoch"].iloc[int(known["test_robust_loss"].argmin())])
+    known = epochs.dropna(subset=[TEST_ROBUST_LOSS])
+    return None if known.empty else int(known["epoch"].iloc[int(known[TEST_ROBUST_LOSS].argmin())])
 
 
 def _between(frame: pd.DataFrame, column: str, anchor: int | None) -> tuple[EpochValue, EpochValue] | None:

@@ -26,12 +26,19 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from robustdyn.records import TABLES, read_table
 from robustdyn.records.run_directory import RunDirectory
+from robustdyn.records.schema import (
+    GRADIENT_NOISE,
+    HESSIAN_EIGENVALUE,
+    NOISE_EIGENVALUE,
+    RITZ_VALUE,
+    WCI_TERM,
+)
 from robustdyn.run.publishing import CurveLogger, Moment, brief
 
 TABLES_SHOWN = ("spectrum", "layers", "density", "posterior")
 HISTOGRAMS = {
-    "spectrum": ("hessian_eigenvalue", "gradient_noise", "noise_eigenvalue"),
-    "layers": ("wci_term",),
+    "spectrum": (HESSIAN_EIGENVALUE, GRADIENT_NOISE, NOISE_EIGENVALUE),
+    "layers": (WCI_TERM,),
 }
 BINS = 64  # what wandb draws of a histogram
 
@@ -290,7 +297,7 @@ def histograms(moment: Moment) -> dict[str, wandb.Histogram]:
     for kind in sorted({row["kind"] for row in nodes}):
         own = [row for row in nodes if row["kind"] == kind]
         mass, edges = np.histogram(
-            [row["ritz_value"] for row in own], bins=BINS, weights=[row["mass"] for row in own]
+            [row[RITZ_VALUE] for row in own], bins=BINS, weights=[row["mass"] for row in own]
         )
         probes = len({row["probe"] for row in own})
         found[f"histograms/density_{kind}"] = wandb.Histogram(np_histogram=(mass / probes, edges))

@@ -18,6 +18,7 @@ from scipy import stats
 
 from robustdyn.errors import RecordError
 from robustdyn.records.reader import Run
+from robustdyn.records.schema import ROBUST_ERROR_GAP, ROBUST_LOSS_GAP, TEST_ROBUST_ERROR, TEST_ROBUST_LOSS
 from robustdyn.report import style
 from robustdyn.report.plotting import End, key, label_ends
 from robustdyn.studies.shared.comparing import (
@@ -52,9 +53,9 @@ TERMS = {
     "dominant_terms_stationary": "Σ λσ² − Σ ln σ²",
 }
 ROBUSTNESS = {
-    "test_robust_error": "test robust error (%)",
-    "test_robust_loss": "test robust loss (nats)",
-    "robust_loss_gap": "robust loss gap (nats)",
+    TEST_ROBUST_ERROR: "test robust error (%)",
+    TEST_ROBUST_LOSS: "test robust loss (nats)",
+    ROBUST_LOSS_GAP: "robust loss gap (nats)",
 }
 
 
@@ -111,7 +112,7 @@ def _points(run: Run) -> pd.DataFrame:
     values = over_epochs(run)
     rows = moments(values, run.path)
     best = []
-    for name in ("test_robust_error", "test_robust_loss"):
+    for name in (TEST_ROBUST_ERROR, TEST_ROBUST_LOSS):
         own = values[values["quantity"] == name]
         best.append(own.loc[[own["value"].idxmin()]].assign(moment=BEST))
     rows = pd.concat([rows[rows["quantity"] != RATE], *best], ignore_index=True)
@@ -171,7 +172,7 @@ def _agreement(points: pd.DataFrame) -> pd.DataFrame:
             index=["gamma", "seed"], columns="quantity", values="value"
         )
         for term in terms:
-            for metric in (*ROBUSTNESS, "robust_error_gap"):
+            for metric in (*ROBUSTNESS, ROBUST_ERROR_GAP):
                 pairs = wide[[term, metric]].dropna()
                 if len(pairs) < 3 or (pairs.nunique() < 2).any():
                     continue

@@ -23,7 +23,7 @@ from statsmodels.tools.tools import add_constant  # type: ignore[import-untyped]
 from robustdyn.errors import RecordError
 from robustdyn.records.labels import SEED
 from robustdyn.records.reader import Run, combine
-from robustdyn.records.schema import EPOCHS, WCI
+from robustdyn.records.schema import EPOCHS, ROBUST_ERROR_GAP, ROBUST_LOSS_GAP, WCI, WCI_SE
 from robustdyn.report import style
 from robustdyn.report.plotting import Cast, finish, key, mark_decays
 from robustdyn.report.statistics import decay_epochs, of_run
@@ -36,15 +36,15 @@ from robustdyn.studies.shared.comparing import (
 from robustdyn.studies.shared.comparison_figures import draw_with_interval
 from robustdyn.studies.shared.study import Answer, Picture, Study
 
-GAPS = ("robust_loss_gap", "robust_error_gap")
+GAPS = (ROBUST_LOSS_GAP, ROBUST_ERROR_GAP)
 DECAYED, ALL = "from the first decay on", "all"
 VALUES, CHANGES = "values", "changes"
 MIN_SEEDS = 3
 MIN_EPOCHS = 4  # three changes, the fewest that a correlation says anything about
 GRID = 60  # points of a drawn line
 PAPER = {  # WCI paper, appendix C.1, CIFAR-10, six seeds, counted as if epochs were independent
-    "robust_loss_gap": "0.0030 [0.0029, 0.0032], R² 0.685",
-    "robust_error_gap": "0.0007 [0.0007, 0.0008], R² 0.679",
+    ROBUST_LOSS_GAP: "0.0030 [0.0029, 0.0032], R² 0.685",
+    ROBUST_ERROR_GAP: "0.0007 [0.0007, 0.0008], R² 0.679",
 }
 
 
@@ -80,7 +80,7 @@ def pairs_of(runs: Sequence[Run]) -> pd.DataFrame:
                 f"{run.path}: no decay of the learning rate; train with a schedule that has one"
                 " (schedule=piecewise)"
             )
-        both = measured[["epoch", "wci", "wci_se"]].merge(
+        both = measured[["epoch", "wci", WCI_SE]].merge(
             own[["epoch", *GAPS]].dropna(), on="epoch", validate="one_to_one"
         )
         both = both.assign(seed=run.config[SEED], decayed=both["epoch"] >= decays[0])
@@ -91,7 +91,7 @@ def pairs_of(runs: Sequence[Run]) -> pd.DataFrame:
                 " (trainer.check_val_every_n_epoch=2: 1, 3, 5, ...)"
             )
         parts.append(both)
-    columns = ["seed", "epoch", "decayed", "wci", "wci_se", *GAPS]
+    columns = ["seed", "epoch", "decayed", "wci", WCI_SE, *GAPS]
     return pd.concat(parts, ignore_index=True)[columns].sort_values(["seed", "epoch"], ignore_index=True)
 
 
@@ -180,7 +180,7 @@ def spread(wci: pd.DataFrame) -> pd.DataFrame:
     found = mean_with_interval(wci, ["epoch"], "wci")
     by_epoch = wci.dropna(subset=["wci"]).groupby("epoch")
     found = found.merge(by_epoch["wci"].std().rename("sd"), on="epoch")
-    error = by_epoch["wci_se"].agg(lambda errors: np.sqrt(np.mean(errors**2))).rename("measurement_se")
+    error = by_epoch[WCI_SE].agg(lambda errors: np.sqrt(np.mean(errors**2))).rename("measurement_se")
     found = found.merge(error, on="epoch")
     found = found[found["seeds"] > 1].sort_values("epoch", ignore_index=True)
     freedom, tail = found["seeds"] - 1, (1 - LEVEL) / 2

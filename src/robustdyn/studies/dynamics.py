@@ -16,6 +16,21 @@ from matplotlib.lines import Line2D
 
 from robustdyn.records.labels import SEED
 from robustdyn.records.reader import Run
+from robustdyn.records.schema import (
+    CAPTURED_NOISE,
+    COMMUTATOR_NULL,
+    CURVATURE_TERM,
+    GRADIENT_NOISE,
+    HESSIAN_EIGENVALUE,
+    LOG_VARIANCE_TERM,
+    NOISE_EIGENVALUE,
+    POSTERIOR_VARIANCE,
+    ROBUST_LOSS_GAP,
+    SUBSPACE_OVERLAP,
+    TEST_ROBUST_LOSS,
+    TOTAL_CORRELATION,
+    TOTAL_CORRELATION_NULL,
+)
 from robustdyn.report import style
 from robustdyn.report.plotting import Cast, finish, key, label_ends, mark_decays
 from robustdyn.studies.shared.comparing import (
@@ -45,7 +60,7 @@ from robustdyn.studies.shared.tracked import (
 MAY_DIFFER = ("objective", "perturbation", "schedule", "averaging", "attack.train", "measure.inputs")
 ABOVE_NULL = 2.0  # spreads of the null: beyond, sampling noise alone is an unlikely reason
 
-LOSSES = ("test_robust_loss", "robust_loss_gap")
+LOSSES = (TEST_ROBUST_LOSS, ROBUST_LOSS_GAP)
 
 OTHER, NULL = "--", ":"
 TOLD = {
@@ -55,8 +70,8 @@ TOLD = {
     "curvature_term_stationary": "Σ λσ²",
     "log_variance_term_stationary": "−Σ ln σ²",
     "dominant_terms_stationary": "their sum",
-    "test_robust_loss": "test robust loss",
-    "robust_loss_gap": "robust loss gap",
+    TEST_ROBUST_LOSS: "test robust loss",
+    ROBUST_LOSS_GAP: "robust loss gap",
 }
 """What findings are about, in short; all of the stationary law."""
 
@@ -163,7 +178,7 @@ def _labelled(rows: pd.DataFrame, k: int) -> pd.DataFrame:
 def _above_null(values: pd.DataFrame) -> pd.DataFrame:
     """How many of all measurements lie beyond what sampling noise alone would give."""
     found = []
-    for name in ("commutator", "total_correlation"):
+    for name in ("commutator", TOTAL_CORRELATION):
         rows = values[values["quantity"] == f"{name}_excess"].dropna(subset=["value"])
         counts = rows.groupby("method", sort=False)["value"].agg(
             measurements="count", above=lambda excess: int((excess > ABOVE_NULL).sum()), mean_excess="mean"
@@ -207,16 +222,16 @@ def _directions(rows: pd.DataFrame, words: tuple[str, str, str]) -> str:
 
 
 def _pictures(curves: pd.DataFrame, k: int) -> Iterator[Picture]:
-    ranked = ("hessian_eigenvalue", "gradient_noise", "noise_eigenvalue")
+    ranked = (HESSIAN_EIGENVALUE, GRADIENT_NOISE, NOISE_EIGENVALUE)
     variances = ("stationary_variance", "resolved_variance")
-    terms = ("curvature_term", "log_variance_term", "dominant_terms")
+    terms = (CURVATURE_TERM, LOG_VARIANCE_TERM, "dominant_terms")
     kinds = [f"{n}_{e}" for n in terms for e in ("stationary", "resolved")]
-    nulls = [f"{n}{e}" for n in ("commutator", "total_correlation") for e in ("", "_null")]
+    nulls = [f"{n}{e}" for n in ("commutator", TOTAL_CORRELATION) for e in ("", "_null")]
     contents = {
         "curvature_and_noise": ([f"{n}_{e}" for n in ranked for e in ("top", "mean")], _curvature_and_noise),
-        "posterior_variance": ([f"{n}_{e}" for n in variances for e in ("top", "mean")], _posterior_variance),
+        POSTERIOR_VARIANCE: ([f"{n}_{e}" for n in variances for e in ("top", "mean")], _posterior_variance),
         "bound_terms": ([*kinds, WITHOUT_RATE, *LOSSES], _bound_terms),
-        "alignment": ([*nulls, "subspace_overlap", "captured_noise"], _alignment_figure),
+        "alignment": ([*nulls, SUBSPACE_OVERLAP, CAPTURED_NOISE], _alignment_figure),
     }
     for name, (quantities, draw) in contents.items():
         data = curves[curves["quantity"].isin([*quantities, RATE])].sort_values(
@@ -229,9 +244,9 @@ def _pictures(curves: pd.DataFrame, k: int) -> Iterator[Picture]:
 def _curvature_and_noise(data: pd.DataFrame, k: int) -> Figure:
     figure = style.new_figure(f"Curvature and gradient noise, {k} tracked directions", 4.2)
     panels = [
-        _ranked("Hessian eigenvalues", "λ", "hessian_eigenvalue"),
-        _ranked("Noise along H's directions", "γ = uᵀCu", "gradient_noise"),
-        _ranked("Eigenvalues of the noise C", "eigenvalue of C", "noise_eigenvalue"),
+        _ranked("Hessian eigenvalues", "λ", HESSIAN_EIGENVALUE),
+        _ranked("Noise along H's directions", "γ = uᵀCu", GRADIENT_NOISE),
+        _ranked("Eigenvalues of the noise C", "eigenvalue of C", NOISE_EIGENVALUE),
     ]
     return _draw(figure, figure.subplots(1, 3), panels, data, _ranks(k))
 
@@ -251,18 +266,18 @@ def _posterior_variance(data: pd.DataFrame, k: int) -> Figure:
 def _bound_terms(data: pd.DataFrame, k: int) -> Figure:
     figure = style.new_figure(f"Dominant PAC-Bayes terms, {k} tracked directions, and robust loss", 6.8)
     named = (
-        ("curvature_term", "Curvature term", f"Σ λσ², top {k}"),
-        ("log_variance_term", "Complexity term", f"−Σ ln σ², top {k} (nats)"),
+        (CURVATURE_TERM, "Curvature term", f"Σ λσ², top {k}"),
+        (LOG_VARIANCE_TERM, "Complexity term", f"−Σ ln σ², top {k} (nats)"),
         ("dominant_terms", "Their sum", f"Σ λσ² − Σ ln σ², top {k}"),
     )
     panels = [
-        Panel(title, f"{n}_stationary", unit, f"{n}_resolved", log=n == "curvature_term")
+        Panel(title, f"{n}_stationary", unit, f"{n}_resolved", log=n == CURVATURE_TERM)
         for n, title, unit in named
     ]
     panels += [
         Panel("Complexity without the rate's part", WITHOUT_RATE, f"−Σ ln(σ²/η), top {k} (nats)"),
-        Panel("Robust loss, test", "test_robust_loss", "nats"),
-        Panel("Robust loss gap, test − train", "robust_loss_gap", "nats"),
+        Panel("Robust loss, test", TEST_ROBUST_LOSS, "nats"),
+        Panel("Robust loss gap, test − train", ROBUST_LOSS_GAP, "nats"),
     ]
     keys = [key("stationary σ²"), key("time-resolved σ²", OTHER)]
     return _draw(figure, figure.subplots(2, 3).ravel(), panels, data, keys)
@@ -274,11 +289,9 @@ def _alignment_figure(data: pd.DataFrame, k: int) -> Figure:
     floor, share = (0.0, None), (0.0, 1.0)
     nats = "total correlation (nats)"
     panels = [
-        Panel("Commutator", "commutator", "‖HC − CH‖ / (2‖H‖‖C‖)", "commutator_null", NULL, limits=floor),
-        Panel(
-            "Leading subspaces", "subspace_overlap", "overlap, captured noise", "captured_noise", limits=share
-        ),
-        Panel("Total correlation", "total_correlation", nats, "total_correlation_null", NULL, limits=floor),
+        Panel("Commutator", "commutator", "‖HC − CH‖ / (2‖H‖‖C‖)", COMMUTATOR_NULL, NULL, limits=floor),
+        Panel("Leading subspaces", SUBSPACE_OVERLAP, "overlap, captured noise", CAPTURED_NOISE, limits=share),
+        Panel("Total correlation", TOTAL_CORRELATION, nats, TOTAL_CORRELATION_NULL, NULL, limits=floor),
     ]
     keys = [
         key("measured; overlap of subspaces"),

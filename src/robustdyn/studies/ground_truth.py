@@ -15,6 +15,7 @@ import pandas as pd
 
 from robustdyn.errors import RecordError
 from robustdyn.records.reader import Run
+from robustdyn.records.schema import TOTAL_CORRELATION
 from robustdyn.replicas.agreement import Agreement, agreement
 from robustdyn.replicas.ensemble_record import RecordedEnsemble, read_ensemble
 from robustdyn.replicas.memory import memory
@@ -49,7 +50,7 @@ SHOWN = 6  # directions in the figure of variances
 MISFITS = (
     "correlation_misfit",
     "commuting_misfit",
-    "total_correlation",
+    TOTAL_CORRELATION,
     "total_correlation_expected",
     "total_correlation_spread",
     "total_correlation_commuting",

@@ -10,6 +10,7 @@ from scipy import stats
 
 from robustdyn.records.labels import SEED
 from robustdyn.records.reader import Run
+from robustdyn.records.schema import ROBUST_LOSS_GAP, TEST_CLEAN_ERROR
 from robustdyn.report import style
 from robustdyn.report.statistics import BEST_ON_TEST, BEST_ON_VALIDATION, final_and_best
 from robustdyn.studies.shared.comparing import (
@@ -39,9 +40,9 @@ from robustdyn.studies.shared.study import Answer, Picture, Study
 PLAIN, EARLY = "AT", "AT, early stopping"
 PANELS = {
     ERROR: "Robust error",
-    "test_clean_error": "Clean error",
+    TEST_CLEAN_ERROR: "Clean error",
     LOSS: "Robust loss",
-    "robust_loss_gap": "Gap in loss",
+    ROBUST_LOSS_GAP: "Gap in loss",
 }
 
 

@@ -10,7 +10,14 @@ from matplotlib.figure import Figure
 
 from robustdyn.errors import RecordError
 from robustdyn.records.reader import Run, combine
-from robustdyn.records.schema import EPOCHS, TIMED
+from robustdyn.records.schema import (
+    EPOCHS,
+    ROBUST_ERROR_GAP,
+    ROBUST_LOSS_GAP,
+    TEST_CLEAN_ERROR,
+    TEST_ROBUST_ERROR,
+    TIMED,
+)
 from robustdyn.report import style
 from robustdyn.report.plotting import finish, label_ends, log_axis
 from robustdyn.report.statistics import of_run
@@ -53,7 +60,7 @@ NAMES = {
 }
 WCI_RATE = "WCI-LR"
 MAY_DIFFER = ("schedule", "optimizer.lr")  # one-cycle has a higher peak
-CURVES = (ERROR, "test_clean_error", RATE)
+CURVES = (ERROR, TEST_CLEAN_ERROR, RATE)
 TRAINING, EVALUATION, MEASUREMENT = "training", "evaluation", "measurement"
 PARTS = {name: name if name in (EVALUATION, MEASUREMENT) else TRAINING for name in TIMED}
 SETTLED = 0.4  # of the run: a barely trained network's errors would flatten the curves
@@ -179,10 +186,10 @@ def findings_of(tables: Mapping[str, pd.DataFrame], reference: str) -> list[str]
 def draw_settings(means: pd.DataFrame) -> Figure:
     """The paper's table 1 as rows of points."""
     panels = {
-        "test_robust_error": "Robust error",
-        "test_clean_error": "Clean error",
-        "robust_error_gap": "Gap in error",
-        "robust_loss_gap": "Gap in loss",
+        TEST_ROBUST_ERROR: "Robust error",
+        TEST_CLEAN_ERROR: "Clean error",
+        ROBUST_ERROR_GAP: "Gap in error",
+        ROBUST_LOSS_GAP: "Gap in loss",
     }
     title = "Best and final epoch of each schedule"
     return draw_best_and_final(title, means, panels)

@@ -10,6 +10,7 @@ import pandas as pd
 
 from robustdyn.records.labels import SEED
 from robustdyn.records.reader import Run
+from robustdyn.records.schema import CAUCHY_SCHWARZ_BOUND
 from robustdyn.studies.shared.comparing import (
     ERROR_GAP,
     INDEX,
@@ -28,7 +29,7 @@ from robustdyn.studies.shared.comparing import (
 from robustdyn.studies.shared.comparison_figures import Panel, figure_of_curves
 from robustdyn.studies.shared.study import Answer, Picture, Study
 
-CEILING = "cauchy_schwarz_bound"
+CEILING = CAUCHY_SCHWARZ_BOUND
 BEFORE, AFTER = "before the first decay", "after it"
 ORDER = ("CIFAR-10", "CIFAR-100", "SVHN", "digits")
 FACTORS = {INDEX: "WCI", NORM: "‖W‖_F", TRACE: "√Tr H", "shape": "how alike layers are"}

@@ -17,7 +17,20 @@ from scipy import stats
 from robustdyn.errors import RecordError
 from robustdyn.records.labels import SEED, differences, format_value
 from robustdyn.records.reader import Run, combine, read_table
-from robustdyn.records.schema import EPOCHS, SPECTRUM, WCI, Column
+from robustdyn.records.schema import (
+    EPOCHS,
+    HESSIAN_EIGENVALUE,
+    HESSIAN_TRACE,
+    ROBUST_ERROR_GAP,
+    ROBUST_LOSS_GAP,
+    SPECTRUM,
+    TEST_CLEAN_ERROR,
+    TEST_ROBUST_ERROR,
+    TEST_ROBUST_LOSS,
+    WCI,
+    WEIGHT_NORM_SQ,
+    Column,
+)
 from robustdyn.report.statistics import decay_epochs, of_run
 
 OPERATION = ("checkpoint", "nonfinite", "resume")  # sections that change no result
@@ -26,18 +39,18 @@ LEVEL = 0.95
 COVERAGE = "where seeds are skewed or fall into two groups, such intervals cover 0.7 to 0.9 instead of 0.95"
 BOUNDS = ("mean", "low", "high")
 
-LOSS_GAP, ERROR_GAP, INDEX, RATE = "robust_loss_gap", "robust_error_gap", "wci", "lr"
-NORM, TRACE = "weight_norm_sq", "hessian_trace"
-LOSS, ERROR = "test_robust_loss", "test_robust_error"
+LOSS_GAP, ERROR_GAP, INDEX, RATE = ROBUST_LOSS_GAP, ROBUST_ERROR_GAP, "wci", "lr"
+NORM, TRACE = WEIGHT_NORM_SQ, HESSIAN_TRACE
+LOSS, ERROR = TEST_ROBUST_LOSS, TEST_ROBUST_ERROR
 TRAIN_LOSS, TRAIN_ERROR = "train_robust_loss", "train_robust_error"
-EIGENVALUE = "hessian_eigenvalue"  # the largest
+EIGENVALUE = HESSIAN_EIGENVALUE  # the largest
 COLUMNS: dict[str, Column] = {
     column.name: column for column in (SPECTRUM[EIGENVALUE], *WCI.columns, *EPOCHS.columns)
 }
 DATA_SETS = {"CIFAR10": "CIFAR-10", "CIFAR100": "CIFAR-100", "SVHN": "SVHN", "Digits": "digits"}
 BEST, FINAL, RISE = "best", "final", "final − best"
 MOMENTS = (BEST, FINAL, RISE)
-METRICS = (ERROR, "test_clean_error", ERROR_GAP, LOSS, LOSS_GAP)
+METRICS = (ERROR, TEST_CLEAN_ERROR, ERROR_GAP, LOSS, LOSS_GAP)
 """What is compared at the moments of a run."""
 MOMENT = ["setting", "metric", "unit", "moment"]
 

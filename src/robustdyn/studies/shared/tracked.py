@@ -15,6 +15,25 @@ import pandas as pd
 
 from robustdyn.errors import RecordError
 from robustdyn.records.reader import Run, read_table
+from robustdyn.records.schema import (
+    CAPTURED_NOISE,
+    COMMUTATOR_NULL,
+    CURVATURE_TERM,
+    GRADIENT_NOISE,
+    HESSIAN_EIGENVALUE,
+    LOG_VARIANCE_TERM,
+    NOISE_EIGENVALUE,
+    POSTERIOR_VARIANCE,
+    POSTERIOR_VARIANCE_STATIONARY,
+    ROBUST_ERROR_GAP,
+    ROBUST_LOSS_GAP,
+    SUBSPACE_OVERLAP,
+    TEST_CLEAN_ERROR,
+    TEST_ROBUST_ERROR,
+    TEST_ROBUST_LOSS,
+    TOTAL_CORRELATION,
+    TOTAL_CORRELATION_NULL,
+)
 from robustdyn.report.statistics import decay_epochs
 from robustdyn.studies.shared.comparing import RATE, mean_with_interval, paired
 
@@ -48,35 +67,35 @@ class Quantity:
 
 TOP, MEAN = "_top", "_mean"
 _RANKED = {
-    "hessian_eigenvalue": "Hessian eigenvalue λ",
-    "gradient_noise": "gradient noise γ along H's directions",
-    "noise_eigenvalue": "noise eigenvalue (of C)",
+    HESSIAN_EIGENVALUE: "Hessian eigenvalue λ",
+    GRADIENT_NOISE: "gradient noise γ along H's directions",
+    NOISE_EIGENVALUE: "noise eigenvalue (of C)",
     "stationary_variance": "stationary σ²",
     "resolved_variance": "time-resolved σ²",
 }
 _SUMS = {"stationary": "stationary σ²", "resolved": "time-resolved σ²"}
 _TERMS: Mapping[str, tuple[str, Change]] = {
-    "curvature_term": ("Σ λσ²", "factor"),
-    "log_variance_term": ("−Σ ln σ² (nats)", "difference"),
+    CURVATURE_TERM: ("Σ λσ²", "factor"),
+    LOG_VARIANCE_TERM: ("−Σ ln σ² (nats)", "difference"),
     "dominant_terms": ("Σ λσ² − Σ ln σ²", "difference"),
 }
 WITHOUT_RATE = "log_variance_term_without_rate"
 _ROBUSTNESS = {
-    "test_robust_loss": Quantity("test robust loss (nats)", "difference"),
-    "robust_loss_gap": Quantity("robust loss gap, test − train (nats)", "difference"),
-    "test_robust_error": Quantity("test robust error (%)", "difference", 100.0),
-    "robust_error_gap": Quantity("robust error gap (percentage points)", "difference", 100.0),
-    "test_clean_error": Quantity("test clean error (%)", "difference", 100.0),
+    TEST_ROBUST_LOSS: Quantity("test robust loss (nats)", "difference"),
+    ROBUST_LOSS_GAP: Quantity("robust loss gap, test − train (nats)", "difference"),
+    TEST_ROBUST_ERROR: Quantity("test robust error (%)", "difference", 100.0),
+    ROBUST_ERROR_GAP: Quantity("robust error gap (percentage points)", "difference", 100.0),
+    TEST_CLEAN_ERROR: Quantity("test clean error (%)", "difference", 100.0),
 }
 _ALIGNMENT = {
     "commutator": Quantity("relative commutator of H and C", "difference"),
-    "commutator_null": Quantity("commutator's null: H and C commute", "difference"),
+    COMMUTATOR_NULL: Quantity("commutator's null: H and C commute", "difference"),
     "commutator_excess": Quantity("(commutator − null) / spread of the null", "difference"),
-    "subspace_overlap": Quantity("subspace overlap", "difference"),
-    "captured_noise": Quantity("captured noise", "difference"),
+    SUBSPACE_OVERLAP: Quantity("subspace overlap", "difference"),
+    CAPTURED_NOISE: Quantity("captured noise", "difference"),
     "cosine": Quantity("cosine of H and C", "difference"),
-    "total_correlation": Quantity("total correlation (nats)", "difference"),
-    "total_correlation_null": Quantity("total correlation's null: H and C commute (nats)", "difference"),
+    TOTAL_CORRELATION: Quantity("total correlation (nats)", "difference"),
+    TOTAL_CORRELATION_NULL: Quantity("total correlation's null: H and C commute (nats)", "difference"),
     "total_correlation_excess": Quantity("(total correlation − null) / spread of the null", "difference"),
 }
 QUANTITIES: Mapping[str, Quantity] = {
@@ -140,28 +159,28 @@ def over_epochs(run: Run) -> pd.DataFrame:
     epochs, spectrum, posterior, alignment = (
         table_of(run, name) for name in ("epochs", "spectrum", "posterior", "alignment")
     )
-    if spectrum["posterior_variance_stationary"].isna().all():
+    if spectrum[POSTERIOR_VARIANCE_STATIONARY].isna().all():
         raise RecordError(f"{run.path}: no stationary posterior recorded; train with optimizer=sgd")
     spectrum = spectrum.merge(
-        posterior[["epoch", "index", "posterior_variance"]],
+        posterior[["epoch", "index", POSTERIOR_VARIANCE]],
         on=["epoch", "index"],
         how="left",
         validate="one_to_one",
     )
-    spectrum["curvature_term_resolved"] = spectrum["curvature"] * spectrum["posterior_variance"]
-    spectrum["log_variance_term_resolved"] = -np.log(spectrum["posterior_variance"].where(lambda v: v > 0))
-    measured = _ranked(spectrum, ["hessian_eigenvalue", "gradient_noise", "noise_eigenvalue"])
+    spectrum["curvature_term_resolved"] = spectrum["curvature"] * spectrum[POSTERIOR_VARIANCE]
+    spectrum["log_variance_term_resolved"] = -np.log(spectrum[POSTERIOR_VARIANCE].where(lambda v: v > 0))
+    measured = _ranked(spectrum, [HESSIAN_EIGENVALUE, GRADIENT_NOISE, NOISE_EIGENVALUE])
     variances = posterior.rename(
         columns={
-            "posterior_variance_stationary": "stationary_variance",
-            "posterior_variance": "resolved_variance",
+            POSTERIOR_VARIANCE_STATIONARY: "stationary_variance",
+            POSTERIOR_VARIANCE: "resolved_variance",
         }
     )
     sums = _sums(
         spectrum,
         {
-            "curvature_term": "curvature_term_stationary",
-            "log_variance_term": "log_variance_term_stationary",
+            CURVATURE_TERM: "curvature_term_stationary",
+            LOG_VARIANCE_TERM: "log_variance_term_stationary",
             "curvature_term_resolved": "curvature_term_resolved",
             "log_variance_term_resolved": "log_variance_term_resolved",
         },
@@ -174,7 +193,7 @@ def over_epochs(run: Run) -> pd.DataFrame:
     )  # the stationary σ² goes with η, whatever the network
     sums[WITHOUT_RATE] = sums["log_variance_term_stationary"] + own
     alignment = alignment.set_index("epoch")
-    for name in ("commutator", "total_correlation"):
+    for name in ("commutator", TOTAL_CORRELATION):
         above = alignment[name] - alignment[f"{name}_null"]
         alignment[f"{name}_excess"] = above / alignment[f"{name}_null_spread"].where(lambda v: v > 0)
     evaluated = epochs.set_index("epoch")[[*_ROBUSTNESS, RATE]]
