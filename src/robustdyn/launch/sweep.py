@@ -134,11 +134,13 @@ class SweepReport(Callback):
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Hydra's hook: refuse a directory in which a run is going on, before Hydra writes to it."""
         HydraConfig.instance().set_config(config)
-        for typed in config.hydra.overrides.hydra:
-            if re.match(r"\+*hydra[./](launcher|sweeper|sweep)\b", typed):
-                key = typed.partition("=")[0]
-                sys.stderr.write(f"error: {key} takes effect with -m only, for a single run too; add it\n")
-                sys.exit(1)
+        typed = [text.partition("=")[0] for text in config.hydra.overrides.hydra]
+        ignored = [key for key in typed if re.match(r"\+*hydra[./](launcher|sweeper|sweep)\b", key)]
+        if str(config.hydra.launcher.get("_target_")).endswith(".SlurmSweep"):  # which a file can choose, too
+            ignored.append("hydra/launcher")
+        if ignored:
+            sys.stderr.write(f"error: {ignored[0]} takes effect with -m only, for a single run too; add it\n")
+            sys.exit(1)
         self._enter(Path(config.hydra.run.dir), "choose another hydra.run.dir")
         self.inside.close()  # the run itself enters
 
