@@ -1,7 +1,7 @@
-"""``hydra/launcher=slurm``: the runs of a sweep as SLURM jobs, and all that failed named at the end.
+"""``hydra/launcher=slurm``: submits the runs of a sweep as SLURM jobs and lists the failed ones at the end.
 
-Hydra looks for launchers in the package ``hydra_plugins`` and imports this module whenever a command starts,
-so that what is slow is imported where it is used.
+Hydra looks for launchers in the package ``hydra_plugins`` and imports this module whenever a command starts.
+Slow imports are therefore made where they are used.
 """
 
 import json
@@ -39,16 +39,20 @@ log = logging.getLogger(__name__)
 JOB = re.compile(r"\d+(_\d+)?")
 REQUEUE = ["scontrol", "requeue"]
 END_S = 120.0
-"""Seconds within which SLURM ends the processes of a job that it has requeued; its KillWait is 30."""
+"""SLURM ends the processes of a requeued job well within these seconds: its KillWait is 30 by default."""
 
 
 class SlurmSweep(Launcher if SlurmLauncher is None else SlurmLauncher):  # type: ignore[misc]
-    """Submits every run of a sweep, waits for all, and tells which failed.
+    """Submits every run of a sweep, waits for all of them, and reports which failed.
 
-    Beyond hydra-submitit-launcher, whose class it extends: a run that raises is a failed job for SLURM, too,
-    with the stack trace in its log; the others go on, and all failures are listed at the end; a job that dies
-    without a word is noticed, with SLURM's accounting or without; what a job asks for is read from its own
-    configuration; what is done already is not queued again; and requests that cannot work are refused.
+    This class adds to hydra-submitit-launcher's:
+
+    - A run that raises an error is a failed job for SLURM, too, with the stack trace in its log.
+    - The other runs continue, and all failures are listed at the end.
+    - A job that dies without a result is noticed, even without SLURM's accounting.
+    - The resources of a job are read from the configuration of its run.
+    - Runs that are done are not queued again.
+    - Requests that cannot work are refused.
 
     Args:
         params: The keys of ``conf/hydra/launcher/slurm.yaml``.
@@ -59,7 +63,7 @@ class SlurmSweep(Launcher if SlurmLauncher is None else SlurmLauncher):  # type:
             super().__init__(**params)
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Take what Hydra hands over.
+        """Keep the objects that Hydra passes.
 
         Raises:
             ConfigError: The packages are missing.
@@ -69,19 +73,19 @@ class SlurmSweep(Launcher if SlurmLauncher is None else SlurmLauncher):  # type:
         super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
 
     def __call__(self, *arguments: Any) -> JobReturn:
-        """One run, inside its job; what it raises ends the job with a status that SLURM sees."""
+        """Run one run inside its job. An error ends the job with a status that SLURM sees."""
         import submitit
 
         from robustdyn.launch.cluster_jobs import RunFailed
         from robustdyn.records.progress import one_line
 
-        # when a job is requeued, a task that notices the others' end first may leave an error behind
+        # when a job is requeued, a task may see the others end first and leave an error behind
         submitit.JobEnvironment().paths.result_pickle.unlink(missing_ok=True)
         try:
             ended: JobReturn = super().__call__(*arguments)
-            _ = ended.return_value  # raises what the run raised, which Hydra had put aside
+            _ = ended.return_value  # raises the error of the run, which Hydra has caught
         except SystemExit as end:
-            if end.code:  # SLURM sees it; submitit itself leaves that way when it has requeued the job
+            if end.code:  # SLURM sees it; submitit exits in this way when it has requeued the job
                 raise
             raise RuntimeError("the run ended this process before it was done") from end
         except Exception as error:
@@ -90,7 +94,7 @@ class SlurmSweep(Launcher if SlurmLauncher is None else SlurmLauncher):  # type:
         return ended
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Submit, wait, report.
+        """Submit the runs, wait for them, and report.
 
         Returns:
             One result for each run, in order; reading a failed one's value raises ``JobFailed``.
@@ -127,7 +131,7 @@ class SlurmSweep(Launcher if SlurmLauncher is None else SlurmLauncher):  # type:
         return returned
 
     def _compose(self, number: int, overrides: list[str]) -> DictConfig:
-        """The configuration that one run will have."""
+        """Compose the configuration of one run."""
         assert self.hydra_context is not None
         cfg: DictConfig = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
         with read_write(cfg), open_dict(cfg):
@@ -140,7 +144,7 @@ class SlurmSweep(Launcher if SlurmLauncher is None else SlurmLauncher):  # type:
         requests: Mapping[int, Mapping[str, Any]],
         labels: Mapping[int, str],
     ) -> "dict[int, Job[JobReturn]]":
-        """One array for all runs that ask for the same; the jobs in the order of the runs."""
+        """Submit one array for all runs with the same request; the jobs are in the order of the runs."""
         import submitit
 
         from robustdyn.launch.cluster_jobs import Queue
@@ -158,7 +162,7 @@ class SlurmSweep(Launcher if SlurmLauncher is None else SlurmLauncher):  # type:
                     cluster="slurm",
                     slurm_max_num_timeout=request.pop("max_num_timeout"),
                 )
-                known = OmegaConf.structured(BaseQueueConf)  # what submitit knows for all kinds of clusters
+                known = OmegaConf.structured(BaseQueueConf)  # parameters of every kind of cluster
                 executor.update_parameters(
                     **{key if key in known else f"slurm_{key}": value for key, value in request.items()}
                 )
@@ -181,11 +185,11 @@ class SlurmSweep(Launcher if SlurmLauncher is None else SlurmLauncher):  # type:
 
 
 def _leave_if_requeued(error: BaseException | None) -> None:
-    """Wait for SLURM to end this process, if the error comes from asking it to requeue a job it already has.
+    """Wait for SLURM to end this process if it refused to requeue the job because it had already done so.
 
     A job can be preempted between the warning of its time limit and submitit's request. An error left behind
-    would count as the end of a run that goes on. submitit asks in a signal handler, so that whatever code the
-    signal interrupted may have turned the refusal into an error of its own (``inspect`` does).
+    would count as the end of a run that continues. submitit sends the request in a signal handler, and the
+    code that the signal interrupted may turn the refusal into another error, as ``inspect`` does.
     """
     while error is not None and not (
         isinstance(error, subprocess.CalledProcessError) and error.cmd[:2] == REQUEUE
@@ -200,7 +204,7 @@ def _leave_if_requeued(error: BaseException | None) -> None:
 
 
 def _request(cfg: DictConfig) -> dict[str, Any]:
-    """What a run with this configuration asks SLURM for."""
+    """The request to SLURM for a run with this configuration, after checking it."""
     launcher = OmegaConf.to_container(cfg.hydra.launcher, resolve=True)
     assert isinstance(launcher, dict)
     request = {str(key): value for key, value in launcher.items() if key != "_target_"}
@@ -226,23 +230,23 @@ def _request(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _is_done(cfg: DictConfig) -> bool:
-    """Whether the run of an earlier command is there, so that no job need queue to find that out."""
+    """Whether the run was completed by an earlier command, so that it needs no job."""
     from robustdyn.records.progress import is_done
 
     present = HydraConfig.instance().cfg
     try:
-        HydraConfig.instance().set_config(cfg)  # the run's name is of its own choices
+        HydraConfig.instance().set_config(cfg)  # the name of the folder depends on the choices of the run
         task_cfg = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
         settings: Any = OmegaConf.to_container(task_cfg, resolve=True)
         return is_done(Path(cfg.hydra.sweep.dir) / cfg.hydra.sweep.subdir, settings)
     except OmegaConfBaseException:
-        return False  # its job will say what is wrong
+        return False  # the job will report the error
     finally:
         HydraConfig.instance().cfg = present
 
 
 def _refuse_second_writers(requests: Iterable[Mapping[str, Any]]) -> None:
-    """Jobs of a command that was interrupted may still write the folders of these runs."""
+    """Refuse to submit while jobs of an interrupted command may still write to the same folders."""
     from robustdyn.launch.cluster_jobs import still_active
 
     folders = {Path(request["submitit_folder"].partition("%")[0]) for request in requests}
@@ -256,7 +260,7 @@ def _refuse_second_writers(requests: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _labels(runs: Mapping[int, list[str]]) -> dict[int, str]:
-    """What tells each run from the others."""
+    """The overrides of each run that not all runs have."""
     common = set.intersection(*map(set, runs.values()))
     return {
         number: " ".join(text for text in overrides if text not in common) or f"run {index}"
@@ -265,7 +269,7 @@ def _labels(runs: Mapping[int, list[str]]) -> dict[int, str]:
 
 
 def _refusal(error: BaseException) -> str:
-    """Why nothing was submitted, in one line."""
+    """The reason why nothing was submitted, in one line."""
     if 'Could not detect "srun"' in str(error):
         return "there is no SLURM on this machine (no srun on the PATH); leave it out to run here"
     said = [line for line in str(error).splitlines() if line.startswith("sbatch: ")]

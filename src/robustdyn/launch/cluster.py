@@ -1,4 +1,4 @@
-"""Runs under SLURM: what SLURM starts must be what Lightning expects, or nothing starts."""
+"""Checks that SLURM started the processes that Lightning expects."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,14 +8,14 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from robustdyn.errors import ConfigError
 
 INTERACTIVE = ("bash", "interactive")
-"""Job names under which Lightning takes a SLURM job for a terminal session and starts its own processes."""
+"""With these job names Lightning assumes a terminal session and starts its own processes."""
 
 
 def check_slurm(cfg: DictConfig, environ: Mapping[str, str]) -> None:
     """Refuse to train where SLURM's tasks and Lightning's devices differ.
 
-    Lightning itself would wait for ever for tasks that were never started, train on fewer devices than asked
-    for without a word, or let every task train a full copy of the run in the same folder.
+    Lightning itself would wait for tasks that were never started, train on fewer devices than requested, or
+    let every task train a full copy of the run in the same folder.
 
     Args:
         cfg: The run's configuration; ``trainer.devices`` and ``trainer.num_nodes`` are read.
@@ -27,7 +27,7 @@ def check_slurm(cfg: DictConfig, environ: Mapping[str, str]) -> None:
     if "SLURM_JOB_ID" not in environ or "SLURM_NTASKS" not in environ:
         return
     tasks = int(environ["SLURM_NTASKS"])
-    started = int(environ.get("SLURM_STEP_NUM_TASKS", 1))  # set by srun: how often this very command runs
+    started = int(environ.get("SLURM_STEP_NUM_TASKS", 1))  # set by srun: how many copies of this command run
     if not in_slurm(environ):
         if started > 1:
             raise ConfigError(
@@ -58,12 +58,12 @@ def check_slurm(cfg: DictConfig, environ: Mapping[str, str]) -> None:
 
 
 def check_tasks(cfg: DictConfig, *, tasks_per_node: int, nodes: int) -> None:
-    """Refuse tasks that are not one for each device.
+    """Refuse a number of tasks that differs from the number of devices.
 
     Args:
-        cfg: The run's configuration. One without ``trainer`` is of one process.
-        tasks_per_node: Processes that SLURM starts on each node.
-        nodes: Nodes of the job.
+        cfg: The run's configuration. A run without ``trainer`` has one process.
+        tasks_per_node: The number of processes that SLURM starts on each node.
+        nodes: The number of nodes of the job.
 
     Raises:
         ConfigError: Names the setting, SLURM's option and the remedy.
@@ -90,7 +90,7 @@ def check_tasks(cfg: DictConfig, *, tasks_per_node: int, nodes: int) -> None:
 
 
 def in_slurm(environ: Mapping[str, str]) -> bool:
-    """Whether Lightning takes this process for one that SLURM started."""
+    """Whether Lightning assumes that SLURM started this process."""
     return "SLURM_NTASKS" in environ and environ.get("SLURM_JOB_NAME") not in INTERACTIVE
 
 

@@ -1,4 +1,4 @@
-"""How the jobs of a sweep end: with a result, with an error, or without either."""
+"""Waits for the jobs of a sweep and reads how each has ended."""
 
 import logging
 import os
@@ -18,10 +18,10 @@ from robustdyn.errors import UserError
 log = logging.getLogger(__name__)
 
 SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 20.0
-"""Between two looks: short jobs' results come at once, and long jobs do not keep SLURM's controller busy."""
+"""Time between two checks. It grows, so that long jobs do not keep SLURM's controller busy."""
 
 GRACE_S = 15.0
-"""What a result may take to appear on a shared file system when its job has ended; submitit waits as long."""
+"""How long after the end of a job its result may appear on a shared file system; as in submitit."""
 
 GONE = "no longer in its queue"
 ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY",
@@ -30,24 +30,24 @@ ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL
 
 
 class RunFailed(Exception):
-    """Ends the job of a run that failed; the message is the run's error in one line."""
+    """Raised in the job of a run that failed; the message is the run's error in one line."""
 
 
 class JobFailed(UserError):
-    """A job of a sweep that came to no result; the message names the job, the error and the log file."""
+    """A job of a sweep has no result; the message names the job, the error and the log file."""
 
 
 class Failure(NamedTuple):
-    """Why a job has no result: its error in one line, and the file that says more."""
+    """Why a job has no result: the error in one line, and the log file with the details."""
 
     error: str
     log: Path
 
 
 class Queue(SlurmInfoWatcher):
-    """Tells submitit the states of its jobs from ``squeue``.
+    """Reads the states of jobs from ``squeue``, for submitit.
 
-    submitit asks ``sacct``, which needs SLURM's accounting: some clusters do not have it, and it lags.
+    submitit itself asks ``sacct``, which needs SLURM's accounting. Some clusters do not have it, and it lags.
     """
 
     def __init__(self) -> None:
@@ -57,12 +57,12 @@ class Queue(SlurmInfoWatcher):
         self._held: set[str] = set()
 
     def _make_command(self) -> list[str]:
-        """Ask for all jobs of the user: squeue fails if it is asked for one that it has forgotten."""
+        """Ask for all jobs of the user, because squeue fails if it is asked for one that it has forgotten."""
         user = f"--user={os.getuid()}"
         return ["squeue", "--noheader", "--array", "--states=all", "--format=%i|%T|%r", user]
 
     def read_info(self, string: bytes | str) -> dict[str, dict[str, str]]:
-        """The state of each job that is not over, from squeue's answer."""
+        """The states of the registered jobs in squeue's answer, except those that are over already."""
         answer = string if isinstance(string, str) else string.decode()
         lines = [line.split("|", 2) for line in answer.splitlines() if line.count("|") >= 2]
         known = {job: (state, reason) for job, state, reason in lines}
@@ -71,20 +71,20 @@ class Queue(SlurmInfoWatcher):
             if "held" in reason and job not in self._held:
                 self._held.add(job)
                 log.warning(f"SLURM holds job {job} back ({reason}); to let it go: scontrol release {job}")
-            if state not in ENDED:  # also a job that was requeued
+            if state not in ENDED:  # including a job that was requeued
                 self._ended_since.pop(job, None)
             elif time.monotonic() - self._ended_since.setdefault(job, time.monotonic()) >= GRACE_S:
                 self._over.add(job)
         return {job: {"State": state} for job, (state, _) in states.items()}
 
     def is_done(self, job_id: str, mode: str = "standard") -> bool:
-        """Whether the job ended so long ago that nothing more will come from it."""
+        """Whether the job ended so long ago that its result would be there by now."""
         self.update_if_long_enough(mode)
         return job_id in self._over
 
 
 def still_active(job_ids: list[str]) -> list[str]:
-    """Those of these jobs that SLURM will start or go on with."""
+    """The jobs among these that have not ended."""
     queue = Queue()
     for job in job_ids:
         queue.register_job(job)
@@ -92,7 +92,14 @@ def still_active(job_ids: list[str]) -> list[str]:
 
 
 def wait(jobs: Mapping[int, Job[JobReturn]]) -> dict[int, JobReturn | Failure]:
-    """Wait for the jobs of these runs; how each has ended."""
+    """Wait until all jobs are done.
+
+    Args:
+        jobs: By the number of the run.
+
+    Returns:
+        What each run returned, or why it failed.
+    """
     outcomes: dict[int, JobReturn | Failure] = {}
     pause = SHORTEST_PAUSE_S
     while True:
@@ -108,13 +115,13 @@ def wait(jobs: Mapping[int, Job[JobReturn]]) -> dict[int, JobReturn | Failure]:
 
 
 def read_outcome(job: Job[JobReturn]) -> JobReturn | Failure:
-    """What the processes of a job that is done have left behind."""
+    """Read the result files that the processes of a finished job have written."""
     tasks = [job.task(rank) for rank in range(job.num_tasks)]
     left = {
         task: pickle_load(task.paths.result_pickle) for task in tasks if task.paths.result_pickle.exists()
     }
     errors = [task for task, (kind, _) in left.items() if kind == "error"]
-    if errors:  # the first one in time is the cause; other processes may have failed because it was gone
+    if errors:  # the earliest is the cause: other processes may have failed because that one was gone
         cause = min(errors, key=lambda task: task.paths.result_pickle.stat().st_mtime_ns)
         return Failure(last_line(left[cause][1]), cause.paths.stdout)
     if len(left) < len(tasks):
@@ -124,6 +131,6 @@ def read_outcome(job: Job[JobReturn]) -> JobReturn | Failure:
 
 
 def last_line(trace: str) -> str:
-    """``ValueError: what happened`` from a stack trace."""
+    """The last line of a stack trace, without the module of the error."""
     line = trace.rstrip().rpartition("\n")[2]
     return re.sub(r"^(\w+\.)+(?=\w+(:|$))", "", line).removeprefix(f"{RunFailed.__name__}: ")
