@@ -84,10 +84,14 @@ def test_nothing_is_written_when_two_copies_were_started(tmp_path, monkeypatch, 
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_the_launcher_without_multirun_is_refused(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("chosen", ["hydra/launcher=slurm", "experiment=site"])
+def test_the_launcher_without_multirun_is_refused(chosen, tmp_path, monkeypatch, capsys):
     """Hydra would ignore it and train here, on a login node."""
-    arguments = (*TINY, "hydra/launcher=slurm", f"hydra.run.dir={tmp_path}", "report=false")
-    assert command(monkeypatch, *arguments) == 1
+    site = tmp_path / "conf" / "experiment" / "site.yaml"
+    site.parent.mkdir(parents=True)
+    site.write_text("# @package _global_\ndefaults:\n  - override /hydra/launcher: slurm\n")
+    folders = (f"--config-dir={tmp_path / 'conf'}", f"hydra.run.dir={tmp_path / 'run'}")
+    assert command(monkeypatch, *folders, *TINY, chosen, "report=false") == 1
     assert capsys.readouterr().err == (
         "error: hydra/launcher takes effect with -m only, for a single run too; add it\n"
     )

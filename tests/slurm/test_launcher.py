@@ -6,15 +6,16 @@ import pickle
 import re
 import stat
 import subprocess
-from types import SimpleNamespace
+import time
 
 import pytest
 from hydra.core.utils import JobReturn, JobStatus
+from submitit import SlurmJob
 
 from hydra_plugins.robustdyn_slurm import launcher
 from robustdyn.errors import ConfigError
 from robustdyn.launch import cluster_jobs
-from robustdyn.launch.cluster_jobs import Failure, SubmittedRun, job_states, last_error, read_outcome
+from robustdyn.launch.cluster_jobs import Failure, last_line, read_outcome, wait
 from tests.runs import TINY, command
 
 
@@ -96,7 +97,11 @@ def test_asks_for_what_was_said(refusing, tmp_path, monkeypatch, capsys):
     assert error.startswith(
         "2 of 2 jobs failed:\n  70_0  seed=0  ended without a result; SLURM says FAILED  "
     )
-    assert f"{tmp_path / 'sweep' / 'slurm' / '70_1' / '70_1_0_log.out'}\n" in error
+    log = tmp_path / "sweep" / "slurm" / "70_1" / "70_1_0_log.out"
+    assert f"  70_1  seed=1  ended without a result; SLURM says FAILED  {log}\n" in error
+    assert (
+        "job 70_0 (seed=0): ended without a result; SLURM says FAILED; log: " in error
+    )  # of Hydra's sweeper
 
 
 def test_runs_that_need_different_jobs_get_them(refusing, tmp_path, monkeypatch):
@@ -204,118 +209,91 @@ def test_missing_packages_are_named(monkeypatch):
         launcher.SlurmSweep().setup(hydra_context=None, task_function=None, config=None)
 
 
-FRAME = '  File "x.py", line 1, in f\n    f()\n'
-
-
 @pytest.mark.parametrize(
     ("trace", "line"),
     [
-        (f"Traceback (most recent call last):\n{FRAME}ValueError: bad\n", "ValueError: bad"),
-        (f"Traceback (most recent call last):\n{FRAME}    ^^^\nKeyError\n", "KeyError"),
-        (f"Traceback:\n{FRAME}a.b.Error: one\nHint: two\n  three\n", "Error: one Hint: two three"),
-        (f"Traceback:\n{FRAME}A: cause\n\nThe above ...\n\nTraceback:\n{FRAME}B: effect\n", "B: effect"),
-        ("no trace at all", "no trace at all"),
-        (f"Traceback:\n{FRAME}E: {'x' * 500}", "E: " + "x" * (cluster_jobs.ERROR_LENGTH - 6) + "..."),
+        ("Traceback (most recent call last):\n  ...\nKeyError\n", "KeyError"),
+        ("Traceback ...\na.b.Error: what happened\n", "Error: what happened"),
+        ("A: cause\n\nTraceback ...\nx.RunFailed: ValueError: one two\n", "ValueError: one two"),
     ],
 )
 def test_the_error_of_a_stack_trace(trace, line):
-    assert last_error(trace) == line
+    assert last_line(trace) == line
 
 
-def test_states_come_from_the_queue(programs):
-    answer = r"printf '5_0|RUNNING|None\n5_1|PENDING|launch failed requeued held\n'"
-    program(programs, "squeue", f'case "$*" in *--jobs=5,6*) {answer};; esac')
-    assert job_states(["5_0", "5_1", "6"]) == {
-        "5_0": ("RUNNING", "None"),
-        "5_1": ("PENDING", "launch failed requeued held"),
-        "6": (cluster_jobs.UNKNOWN, ""),
-    }
+def states(*jobs, queue=None):
+    """What is known of these jobs after one look."""
+    queue = queue or cluster_jobs.Queue()
+    for job in jobs:
+        queue.register_job(job)
+    return [queue.get_state(job) for job in jobs]
 
 
-def test_a_queue_that_has_forgotten_all_jobs(programs):
-    program(programs, "squeue", "echo slurm_load_jobs error: Invalid job id specified >&2; exit 1")
-    assert job_states(["5"]) == {"5": (cluster_jobs.UNKNOWN, "")}
+def test_states_come_from_the_queue(programs, caplog):
+    lines = r"5_0|RUNNING|None\n5_1|PENDING|launch failed requeued held\n9|FAILED|None\n"
+    program(programs, "squeue", f'case "$*" in *--user={os.getuid()}*) printf "{lines}";; esac')
+    assert states("5_0", "5_1", "6") == ["RUNNING", "PENDING", cluster_jobs.GONE]
+    assert "SLURM holds job 5_1 back (launch failed requeued held)" in caplog.text
 
 
-def test_a_controller_that_does_not_answer_ends_nothing(programs):
+def test_a_controller_that_does_not_answer_ends_nothing(programs, monkeypatch):
+    monkeypatch.setattr(cluster_jobs, "GRACE_S", 0.0)
     program(programs, "squeue", "echo slurm_load_jobs error: Unable to contact slurm controller >&2; exit 1")
-    assert job_states(["5"]) == {}
+    queue = cluster_jobs.Queue()
+    assert states("5", queue=queue) == ["UNKNOWN"]
+    assert not queue.is_done("5", mode="force")
 
 
-def run_of(folder, processes=1, number=0):
-    folder.mkdir(exist_ok=True)
-    tasks = [
-        SimpleNamespace(paths=SimpleNamespace(result_pickle=folder / f"{n}.pkl", stdout=folder / f"{n}.out"))
-        for n in range(processes)
-    ]
-    job = SimpleNamespace(job_id=f"5_{number}", num_tasks=processes, task=lambda rank: tasks[rank])
-    return SubmittedRun(number, ("seed=0",), "seed=0", job)
-
-
-def leave(run, rank, kind, result, when=0):
-    path = run.tasks[rank].paths.result_pickle
+def leave(task, kind, result, when=0):
+    path = task.paths.result_pickle
+    path.parent.mkdir(exist_ok=True)
     path.write_bytes(pickle.dumps((kind, result)))
     os.utime(path, (when, when))
 
 
-def test_a_run_is_over_when_all_its_processes_are(tmp_path):
-    run, returned = run_of(tmp_path, processes=2), JobReturn(status=JobStatus.COMPLETED, _return_value=3)
-    leave(run, 0, "success", returned)
-    assert read_outcome(run, None) is None
-    leave(run, 1, "success", None)
-    assert read_outcome(run, None) == returned
-
-
 def test_an_error_on_another_process_is_the_run_s(tmp_path):
-    run = run_of(tmp_path, processes=3)
-    leave(run, 0, "error", "RuntimeError: connection closed by peer", when=20)
-    leave(run, 1, "error", "ValueError: the cause", when=10)
-    assert read_outcome(run, None) is None  # the job runs; a requeued one would write the others anew
-    assert read_outcome(run, "FAILED") == Failure("ValueError: the cause", tmp_path / "1.out")
+    job = SlurmJob(tmp_path / "%j", "5_0", tasks=[0, 1, 2])
+    leave(job.task(0), "error", "RuntimeError: connection closed by peer", when=20)
+    leave(job.task(1), "error", "ValueError: the cause", when=10)
+    assert not job.done()  # the job runs; a requeued one would write the others anew
+    assert read_outcome(job) == Failure("ValueError: the cause", job.task(1).paths.stdout)
 
 
-def test_a_process_that_left_nothing(tmp_path):
-    run = run_of(tmp_path, processes=2)
-    leave(run, 1, "success", None)
-    assert read_outcome(run, "OUT_OF_MEMORY") == Failure(
-        "ended without a result; SLURM says OUT_OF_MEMORY", tmp_path / "0.out"
+def test_a_process_that_left_nothing(tmp_path, monkeypatch):
+    job = SlurmJob(tmp_path / "%j", "5_0", tasks=[0, 1])
+    leave(job.task(1), "success", None)
+    monkeypatch.setattr(SlurmJob, "state", "OUT_OF_MEMORY")
+    assert read_outcome(job) == Failure(
+        "ended without a result; SLURM says OUT_OF_MEMORY", job.task(0).paths.stdout
     )
 
 
-def test_waits_through_a_requeue_and_a_silent_controller(tmp_path, monkeypatch):
+def test_waits_through_a_requeue_and_a_silent_controller_until_all_processes_are_done(tmp_path, monkeypatch):
     monkeypatch.setattr(cluster_jobs, "SHORTEST_PAUSE_S", 0.0)
     monkeypatch.setattr(cluster_jobs, "GRACE_S", 60.0)
-    run, returned = run_of(tmp_path), JobReturn(status=JobStatus.COMPLETED)
-    said = iter(["RUNNING", "PREEMPTED", "PENDING", None, "RUNNING", "COMPLETED"])
+    job, returned = SlurmJob(tmp_path / "%j", "5_0", tasks=[0, 1]), JobReturn(status=JobStatus.COMPLETED)
+    said = iter(["RUNNING", "PREEMPTED", "PENDING", None, "RUNNING", "COMPLETED", "COMPLETED"])
+    looks = []
 
-    def states(job_ids):
+    def look(queue, mode):
         state = next(said)
+        looks.append(state)
         if state == "COMPLETED":
-            leave(run, 0, "success", returned)
-        return {} if state is None else {"5_0": (state, "None")}
+            leave(job.task(looks.count(state) - 1), "success", returned)
+        if state is not None:
+            queue.read_info(f"5_0|{state}|None")
 
-    monkeypatch.setattr(cluster_jobs, "job_states", states)
-    assert cluster_jobs.wait([run]) == [returned]
+    monkeypatch.setattr(cluster_jobs.Queue, "update_if_long_enough", look)
+    assert wait({3: job}) == {3: returned}
     assert list(said) == []
 
 
-def test_every_failure_is_reported_and_raises_for_hydra(tmp_path, capsys):
-    runs = [run_of(tmp_path / str(number), number=number) for number in range(3)]
-    found = [
-        Failure("E: a", tmp_path / "a"),
-        JobReturn(status=JobStatus.COMPLETED),
-        Failure("E: c", tmp_path / "c"),
-    ]
-    cluster_jobs.report(runs, found)
-    assert capsys.readouterr().err == (
-        f"2 of 3 jobs failed:\n  5_0  seed=0  E: a  {tmp_path / 'a'}\n  5_2  seed=0  E: c  {tmp_path / 'c'}\n"
-    )
-    for run, outcome in zip(runs, found, strict=True):
-        returned = cluster_jobs.as_job_return(run, outcome)
-        if outcome is found[1]:
-            assert returned.return_value is None
-            continue
-        with pytest.raises(
-            cluster_jobs.JobFailed, match=rf"job {run.job.job_id} \(seed=0\): {outcome.error}; log: "
-        ):
-            _ = returned.return_value
+@pytest.mark.parametrize(("ago", "over"), [(0.0, False), (cluster_jobs.GRACE_S, True)])
+def test_a_job_is_over_a_while_after_it_has_ended(ago, over, monkeypatch):
+    queue = cluster_jobs.Queue()
+    queue.register_job("5")
+    began = time.monotonic()
+    queue.read_info("5|FAILED|None")
+    monkeypatch.setattr(time, "monotonic", lambda: began + ago + 1)
+    queue.read_info("")  # the queue has forgotten it
+    assert queue.is_done("5", mode="cache") == over

@@ -1,18 +1,18 @@
-"""``hydra/launcher=slurm``: the runs of a sweep as SLURM jobs, and all that failed named at the end.
+"""``hydra/launcher=slurm``: submits the runs of a sweep as SLURM jobs and lists the failed ones at the end.
 
-Hydra looks for launchers in the package ``hydra_plugins`` and imports this module whenever a command starts,
-so that what is slow is imported where it is used.
+Hydra looks for launchers in the package ``hydra_plugins`` and imports this module whenever a command starts.
+Slow imports are therefore made where they are used.
 """
 
-import copy
 import json
 import logging
 import re
 import subprocess
+import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.singleton import Singleton
@@ -24,43 +24,35 @@ from omegaconf.errors import OmegaConfBaseException
 
 from robustdyn.errors import ConfigError
 from robustdyn.launch.cluster import INTERACTIVE, check_tasks
-from robustdyn.launch.cluster_jobs import ENDED, SubmittedRun, as_job_return, job_states, report, wait
+
+if TYPE_CHECKING:
+    from submitit import Job
 
 try:
+    from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
     from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher
 except ImportError:  # the extra robustdyn[slurm] is not installed
     SlurmLauncher = None
 
 log = logging.getLogger(__name__)
 
-FOR_EVERY_CLUSTER = {
-    "cpus_per_task",
-    "gpus_per_node",
-    "mem_gb",
-    "name",
-    "nodes",
-    "stderr_to_stdout",
-    "tasks_per_node",
-    "timeout_min",
-}
-"""What submitit knows for all kinds of clusters; SLURM's own parameters it wants with ``slurm_`` before."""
-
 JOB = re.compile(r"\d+(_\d+)?")
-
 REQUEUE = ["scontrol", "requeue"]
 END_S = 120.0
-"""Seconds within which SLURM ends the processes of a job that it has requeued; its KillWait is 30."""
-
-AT_LEAST_ONE = ("timeout_min", "nodes", "tasks_per_node", "array_parallelism")
+"""SLURM ends the processes of a requeued job well within these seconds: its KillWait is 30 by default."""
 
 
 class SlurmSweep(Launcher if SlurmLauncher is None else SlurmLauncher):  # type: ignore[misc]
-    """Submits every run of a sweep, waits for all, and tells which failed.
+    """Submits every run of a sweep, waits for all of them, and reports which failed.
 
-    Beyond hydra-submitit-launcher, whose class it extends: a run that raises is a failed job for SLURM, too,
-    with the stack trace in its log; the others go on, and all failures are listed at the end; a job that dies
-    without a word is noticed, with SLURM's accounting or without; what a job asks for is read from its own
-    configuration; what is done already is not queued again; and requests that cannot work are refused.
+    This class adds to hydra-submitit-launcher's:
+
+    - A run that raises an error is a failed job for SLURM, too, with the stack trace in its log.
+    - The other runs continue, and all failures are listed at the end.
+    - A job that dies without a result is noticed, even without SLURM's accounting.
+    - The resources of a job are read from the configuration of its run.
+    - Runs that are done are not queued again.
+    - Requests that cannot work are refused.
 
     Args:
         params: The keys of ``conf/hydra/launcher/slurm.yaml``.
@@ -71,7 +63,7 @@ class SlurmSweep(Launcher if SlurmLauncher is None else SlurmLauncher):  # type:
             super().__init__(**params)
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Take what Hydra hands over.
+        """Keep the objects that Hydra passes.
 
         Raises:
             ConfigError: The packages are missing.
@@ -80,38 +72,29 @@ class SlurmSweep(Launcher if SlurmLauncher is None else SlurmLauncher):  # type:
             raise ConfigError("hydra/launcher=slurm needs more packages; install robustdyn[slurm]")
         super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
 
-    def __call__(
-        self,
-        sweep_overrides: list[str],
-        job_dir_key: str,
-        job_num: int,
-        job_id: str,
-        singleton_state: dict[type, Singleton],
-    ) -> JobReturn:
-        """One run, inside its job; what it raises ends the job with a status that SLURM sees."""
+    def __call__(self, *arguments: Any) -> JobReturn:
+        """Run one run inside its job. An error ends the job with a status that SLURM sees."""
         import submitit
 
-        # when a job is requeued, a task that notices the others' end first may leave an error behind
+        from robustdyn.launch.cluster_jobs import RunFailed
+        from robustdyn.records.progress import one_line
+
+        # when a job is requeued, a task may see the others end first and leave an error behind
         submitit.JobEnvironment().paths.result_pickle.unlink(missing_ok=True)
         try:
-            ended: JobReturn = super().__call__(
-                sweep_overrides, job_dir_key, job_num, job_id, singleton_state
-            )
+            ended: JobReturn = super().__call__(*arguments)
+            _ = ended.return_value  # raises the error of the run, which Hydra has caught
         except SystemExit as end:
-            if (
-                not end.code
-            ):  # else SLURM sees it; submitit itself leaves that way when it has requeued the job
-                raise RuntimeError("the run ended this process before it was done") from end
-            raise
-        try:
-            _ = ended.return_value  # raises what the run raised, which Hydra had put aside
+            if end.code:  # SLURM sees it; submitit exits in this way when it has requeued the job
+                raise
+            raise RuntimeError("the run ended this process before it was done") from end
         except Exception as error:
             _leave_if_requeued(error)
-            raise
+            raise RunFailed(one_line(error)) from error
         return ended
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Submit, wait, report.
+        """Submit the runs, wait for them, and report.
 
         Returns:
             One result for each run, in order; reading a failed one's value raises ``JobFailed``.
@@ -119,27 +102,36 @@ class SlurmSweep(Launcher if SlurmLauncher is None else SlurmLauncher):  # type:
         Raises:
             ConfigError: A request cannot work, SLURM refuses it, or jobs of an earlier command still run.
         """
-        configs = [
-            self._compose(list(overrides), initial_job_idx + i) for i, overrides in enumerate(job_overrides)
-        ]
-        requests = {i: _request(cfg) for i, cfg in enumerate(configs) if not _is_done(cfg)}
+        from robustdyn.launch.cluster_jobs import JobFailed, wait
+
+        runs = {number: list(overrides) for number, overrides in enumerate(job_overrides, initial_job_idx)}
+        configs = {number: self._compose(number, overrides) for number, overrides in runs.items()}
+        requests = {number: _request(cfg) for number, cfg in configs.items() if not _is_done(cfg)}
         _refuse_second_writers(requests.values())
-        runs = self._submit(requests, job_overrides, initial_job_idx)
+        labels = _labels(runs)
+        jobs = self._submit(runs, requests, labels)
         try:
-            outcomes = wait(list(runs.values()))
+            outcomes = wait(jobs)
         except KeyboardInterrupt:
-            ids = dict.fromkeys(run.job.job_id.partition("_")[0] for run in runs.values())
+            ids = dict.fromkeys(job.job_id.partition("_")[0] for job in jobs.values())
             log.warning(f"the jobs go on without this command; to end them: scancel {' '.join(ids)}")
             raise
-        report(list(runs.values()), outcomes)
-        returned = dict(zip(runs, map(as_job_return, runs.values(), outcomes), strict=True))
-        return [
-            returned.get(i) or JobReturn(overrides=list(overrides), status=JobStatus.COMPLETED)
-            for i, overrides in enumerate(job_overrides)
-        ]
+        returned = []
+        failed = ""
+        for number, overrides in runs.items():
+            end = outcomes.get(number) or JobReturn(overrides, status=JobStatus.COMPLETED)
+            if not isinstance(end, JobReturn):
+                job, label = jobs[number].job_id, labels[number]
+                failed += f"  {job}  {label}  {end.error}  {end.log}\n"
+                error = JobFailed(f"job {job} ({label}): {end.error}; log: {end.log}")
+                end = JobReturn(overrides, status=JobStatus.FAILED, _return_value=error)
+            returned.append(end)
+        if failed:
+            sys.stderr.write(f"{failed.count(chr(10))} of {len(jobs)} jobs failed:\n{failed}")
+        return returned
 
-    def _compose(self, overrides: list[str], number: int) -> DictConfig:
-        """The configuration that one run will have."""
+    def _compose(self, number: int, overrides: list[str]) -> DictConfig:
+        """Compose the configuration of one run."""
         assert self.hydra_context is not None
         cfg: DictConfig = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
         with read_write(cfg), open_dict(cfg):
@@ -148,48 +140,56 @@ class SlurmSweep(Launcher if SlurmLauncher is None else SlurmLauncher):  # type:
 
     def _submit(
         self,
+        runs: Mapping[int, list[str]],
         requests: Mapping[int, Mapping[str, Any]],
-        job_overrides: Sequence[Sequence[str]],
-        initial_job_idx: int,
-    ) -> dict[int, SubmittedRun]:
-        """One array for all runs that ask for the same; in their order."""
+        labels: Mapping[int, str],
+    ) -> "dict[int, Job[JobReturn]]":
+        """Submit one array for all runs with the same request; the jobs are in the order of the runs."""
         import submitit
 
-        labels = _labels(job_overrides)
-        runs: dict[int, SubmittedRun] = {}
-        for request, members in _alike(requests):
-            arguments = [
-                (list(job_overrides[i]), "hydra.sweep.dir", number, str(number), Singleton.get_state())
-                for i in members
-                for number in [initial_job_idx + i]
-            ]
+        from robustdyn.launch.cluster_jobs import Queue
+
+        submitit.SlurmJob.watcher = Queue()
+        alike: dict[str, list[int]] = {}
+        for number, request in requests.items():
+            alike.setdefault(json.dumps(request, sort_keys=True), []).append(number)
+        jobs: dict[int, Job[JobReturn]] = {}
+        for numbers in alike.values():
+            request = dict(requests[numbers[0]])
             try:
                 executor = submitit.AutoExecutor(
-                    folder=request["submitit_folder"],
+                    folder=request.pop("submitit_folder"),
                     cluster="slurm",
-                    slurm_max_num_timeout=request["max_num_timeout"],
+                    slurm_max_num_timeout=request.pop("max_num_timeout"),
                 )
-                executor.update_parameters(**_submitit_names(request))
-                jobs = executor.map_array(self, *zip(*arguments, strict=True))
-            except (RuntimeError, TypeError, ValueError, submitit.core.utils.FailedJobError) as error:
-                queued = f"; queued already: {' '.join(r.job.job_id for r in runs.values())}" if runs else ""
+                known = OmegaConf.structured(BaseQueueConf)  # parameters of every kind of cluster
+                executor.update_parameters(
+                    **{key if key in known else f"slurm_{key}": value for key, value in request.items()}
+                )
+                arguments = [
+                    (runs[number], "hydra.sweep.dir", number, str(number), Singleton.get_state())
+                    for number in numbers
+                ]
+                submitted = executor.map_array(self, *zip(*arguments, strict=True))
+            except (RuntimeError, TypeError, ValueError) as error:
+                queued = f"; queued already: {' '.join(j.job_id for j in jobs.values())}" if jobs else ""
                 raise ConfigError(f"hydra/launcher=slurm: {_refusal(error)}{queued}") from error
-            for i, job in zip(members, jobs, strict=True):
-                runs[i] = SubmittedRun(initial_job_idx + i, tuple(job_overrides[i]), labels[i], job)
-                log.info(f"job {job.job_id}: {labels[i]}")
-        if len(runs) < len(job_overrides):
-            log.info(f"{len(job_overrides) - len(runs)} runs are done already")
-        if runs:
-            log.info(f"{len(runs)} jobs submitted; their logs: {_jobs_folder(request)}")
-        return dict(sorted(runs.items()))
+            for number, job in zip(numbers, submitted, strict=True):
+                jobs[number] = job
+                log.info(f"job {job.job_id}: {labels[number]}")
+        if len(jobs) < len(runs):
+            log.info(f"{len(runs) - len(jobs)} runs are done already")
+        if jobs:
+            log.info(f"{len(jobs)} jobs submitted; their logs: {job.paths.folder.parent}")
+        return dict(sorted(jobs.items()))
 
 
 def _leave_if_requeued(error: BaseException | None) -> None:
-    """Wait for SLURM to end this process, if the error comes from asking it to requeue a job it already has.
+    """Wait for SLURM to end this process if it refused to requeue the job because it had already done so.
 
     A job can be preempted between the warning of its time limit and submitit's request. An error left behind
-    would count as the end of a run that goes on. submitit asks in a signal handler, so that whatever code the
-    signal interrupted may have turned the refusal into an error of its own (``inspect`` does).
+    would count as the end of a run that continues. submitit sends the request in a signal handler, and the
+    code that the signal interrupted may turn the refusal into another error, as ``inspect`` does.
     """
     while error is not None and not (
         isinstance(error, subprocess.CalledProcessError) and error.cmd[:2] == REQUEUE
@@ -204,11 +204,11 @@ def _leave_if_requeued(error: BaseException | None) -> None:
 
 
 def _request(cfg: DictConfig) -> dict[str, Any]:
-    """What a run with this configuration asks SLURM for."""
+    """The request to SLURM for a run with this configuration, after checking it."""
     launcher = OmegaConf.to_container(cfg.hydra.launcher, resolve=True)
     assert isinstance(launcher, dict)
     request = {str(key): value for key, value in launcher.items() if key != "_target_"}
-    for key in AT_LEAST_ONE:
+    for key in ("timeout_min", "nodes", "tasks_per_node", "array_parallelism"):
         if not isinstance(request[key], int) or request[key] < 1:
             raise ConfigError(f"hydra.launcher.{key}={request[key]} must be a whole number of at least 1")
     check_tasks(cfg, tasks_per_node=request["tasks_per_node"], nodes=request["nodes"])
@@ -230,31 +230,28 @@ def _request(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _is_done(cfg: DictConfig) -> bool:
-    """Whether the run of an earlier command is there, so that no job need queue to find that out."""
+    """Whether the run was completed by an earlier command, so that it needs no job."""
     from robustdyn.records.progress import is_done
 
-    settings = copy.deepcopy(cfg)
-    with read_write(settings), open_dict(settings):
-        del settings["hydra"]
     present = HydraConfig.instance().cfg
     try:
-        HydraConfig.instance().set_config(cfg)  # the run's name is of its own choices
-        run_dir = Path(cfg.hydra.sweep.dir) / cfg.hydra.sweep.subdir
-        resolved: Any = OmegaConf.to_container(settings, resolve=True)
+        HydraConfig.instance().set_config(cfg)  # the name of the folder depends on the choices of the run
+        task_cfg = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+        settings: Any = OmegaConf.to_container(task_cfg, resolve=True)
+        return is_done(Path(cfg.hydra.sweep.dir) / cfg.hydra.sweep.subdir, settings)
     except OmegaConfBaseException:
-        return False  # its job will say what is wrong
+        return False  # the job will report the error
     finally:
         HydraConfig.instance().cfg = present
-    return is_done(run_dir, resolved)
 
 
 def _refuse_second_writers(requests: Iterable[Mapping[str, Any]]) -> None:
-    """Jobs of a command that was interrupted may still write the folders of these runs."""
-    folders = {_jobs_folder(request) for request in requests}
-    earlier = [path.name for folder in folders for path in folder.glob("*") if JOB.fullmatch(path.name)]
-    if not earlier:
-        return
-    active = sorted(job for job, (state, _) in job_states(earlier).items() if state not in ENDED)
+    """Refuse to submit while jobs of an interrupted command may still write to the same folders."""
+    from robustdyn.launch.cluster_jobs import still_active
+
+    folders = {Path(request["submitit_folder"].partition("%")[0]) for request in requests}
+    jobs = [path.name for folder in folders for path in folder.glob("*") if JOB.fullmatch(path.name)]
+    active = sorted(still_active(jobs))
     if active:
         raise ConfigError(
             f"hydra.sweep.dir: jobs of an earlier command still run there ({' '.join(active[:5])}"
@@ -262,39 +259,17 @@ def _refuse_second_writers(requests: Iterable[Mapping[str, Any]]) -> None:
         )
 
 
-def _jobs_folder(request: Mapping[str, Any]) -> Path:
-    """Where every job has a folder of its own."""
-    return Path(request["submitit_folder"].partition("%")[0])
-
-
-def _alike(requests: Mapping[int, Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], list[int]]]:
-    """Every different request, and who makes it."""
-    groups: dict[str, list[int]] = {}
-    for index, request in requests.items():
-        groups.setdefault(json.dumps(request, sort_keys=True), []).append(index)
-    for members in groups.values():
-        yield requests[members[0]], members
-
-
-def _labels(job_overrides: Sequence[Sequence[str]]) -> list[str]:
-    """What tells each run from the others."""
-    common = set.intersection(*(set(overrides) for overrides in job_overrides))
-    return [
-        " ".join(text for text in overrides if text not in common) or f"run {index}"
-        for index, overrides in enumerate(job_overrides)
-    ]
-
-
-def _submitit_names(request: Mapping[str, Any]) -> dict[str, Any]:
+def _labels(runs: Mapping[int, list[str]]) -> dict[int, str]:
+    """The overrides of each run that not all runs have."""
+    common = set.intersection(*map(set, runs.values()))
     return {
-        key if key in FOR_EVERY_CLUSTER else f"slurm_{key}": value
-        for key, value in request.items()
-        if key not in ("submitit_folder", "max_num_timeout")
+        number: " ".join(text for text in overrides if text not in common) or f"run {index}"
+        for index, (number, overrides) in enumerate(runs.items())
     }
 
 
 def _refusal(error: BaseException) -> str:
-    """Why nothing was submitted, in one line."""
+    """The reason why nothing was submitted, in one line."""
     if 'Could not detect "srun"' in str(error):
         return "there is no SLURM on this machine (no srun on the PATH); leave it out to run here"
     said = [line for line in str(error).splitlines() if line.startswith("sbatch: ")]

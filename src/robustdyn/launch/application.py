@@ -1,4 +1,4 @@
-"""How a Hydra application ends on a terminal: one line for what a user can put right, status 1."""
+"""Runs a Hydra application: an error that the user can correct becomes one line and exit status 1."""
 
 import difflib
 import logging
@@ -32,21 +32,24 @@ INTERRUPTED, TERMINATED = 130, 143  # the shells' exit status after Ctrl-C and a
 def run_app(task: Callable[[DictConfig], None], config_name: str, paths: Collection[str] = ()) -> None:
     """Run ``task`` under Hydra; a ``UserError`` or a composition error becomes one line and status 1.
 
-    With ``HYDRA_FULL_ERROR=1`` every error keeps its stack trace. A sweep runs to its end whatever happens to
-    its runs, and ends with status 1 unless all of them are done; see ``robustdyn.launch.sweep``.
-    ``paths``: its keys that hold paths, beside those that all commands have.
+    With ``HYDRA_FULL_ERROR=1`` every error keeps its stack trace. A failed run does not stop a sweep, which
+    ends with status 1 unless all of its runs are done; see ``robustdyn.launch.sweep``. ``paths`` are the keys
+    of this command that hold paths, in addition to those of all commands.
     """
     speak_safely()
     show_help(config_name)
-    for chatty in ("fontTools", "matplotlib"):  # Hydra's handlers would print their notes on every figure
+    for chatty in (
+        "fontTools",
+        "matplotlib",
+    ):  # Hydra's handlers would print their remarks about every figure
         logging.getLogger(chatty).setLevel(logging.WARNING)
     # argparse cannot take overrides on both sides of a flag: "a=1 -m b=2" would be refused
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))
     sys.argv[1:] = quoted_paths(sys.argv[1:], paths)
     short = SHORT in os.environ or not os.environ.get("HYDRA_FULL_ERROR")
     if short:
-        # Hydra then hands errors over instead of printing them; the mark tells the processes that a
-        # data-parallel run starts, and that inherit both, that it was not the user who asked for it
+        # Hydra then raises errors instead of printing them. The second variable tells the processes of a
+        # data-parallel run, which inherit both, that the user did not ask for stack traces
         os.environ |= {"HYDRA_FULL_ERROR": "1", SHORT: "1"}
     app = hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=config_name)
     started: list[bool] = []
@@ -55,7 +58,7 @@ def run_app(task: Callable[[DictConfig], None], config_name: str, paths: Collect
         with nullcontext() if in_slurm(os.environ) else terminable():
             app(_task_with_short_errors(task, started, short=short))()
     except (UserError, HydraException) as error:
-        if isinstance(error, UserError):  # of the launcher: a job on a cluster that failed, say
+        if isinstance(error, UserError):  # raised by the launcher, for instance for a failed job on a cluster
             end_sweep()
         if not short:
             raise
@@ -67,7 +70,7 @@ def run_app(task: Callable[[DictConfig], None], config_name: str, paths: Collect
     except Exception as error:
         if isinstance(error, OSError) and short and not started and not sweeping():
             _fail(f"cannot make the run's folder: {error}; choose another hydra.run.dir, or hydra.sweep.dir")
-        # a launcher whose worker was killed, say: what the other runs did is there
+        # for instance a worker of the launcher was killed; the results of the other runs are kept
         if not sweeping():
             raise
         end_sweep()

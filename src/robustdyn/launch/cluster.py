@@ -1,24 +1,21 @@
-"""Runs under SLURM: what SLURM starts must be what Lightning expects, or nothing starts."""
+"""Checks that SLURM started the processes that Lightning expects."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from robustdyn.errors import ConfigError
 
 INTERACTIVE = ("bash", "interactive")
-"""Job names under which Lightning takes a SLURM job for a terminal session and starts its own processes."""
+"""With these job names Lightning assumes a terminal session and starts its own processes."""
 
 
 def check_slurm(cfg: DictConfig, environ: Mapping[str, str]) -> None:
-    """Refuse to train where SLURM's tasks and Lightning's devices differ, or SLURM was meant but is not used.
+    """Refuse to train where SLURM's tasks and Lightning's devices differ.
 
-    Lightning itself would wait for ever for tasks that were never started, train on fewer devices than asked
-    for without a word, or let every task train a full copy of the run in the same folder. Hydra would ignore
-    the launcher of a command without ``-m`` and train on the machine where it was typed.
+    Lightning itself would wait for tasks that were never started, train on fewer devices than requested, or
+    let every task train a full copy of the run in the same folder.
 
     Args:
         cfg: The run's configuration; ``trainer.devices`` and ``trainer.num_nodes`` are read.
@@ -27,12 +24,10 @@ def check_slurm(cfg: DictConfig, environ: Mapping[str, str]) -> None:
     Raises:
         ConfigError: Names the setting, SLURM's option and the remedy.
     """
-    if _launcher_ignored():
-        raise ConfigError("hydra/launcher=slurm submits jobs only with -m, for a single run, too; add it")
     if "SLURM_JOB_ID" not in environ or "SLURM_NTASKS" not in environ:
         return
     tasks = int(environ["SLURM_NTASKS"])
-    started = int(environ.get("SLURM_STEP_NUM_TASKS", 1))  # set by srun: how often this very command runs
+    started = int(environ.get("SLURM_STEP_NUM_TASKS", 1))  # set by srun: how many copies of this command run
     if not in_slurm(environ):
         if started > 1:
             raise ConfigError(
@@ -63,25 +58,26 @@ def check_slurm(cfg: DictConfig, environ: Mapping[str, str]) -> None:
 
 
 def check_tasks(cfg: DictConfig, *, tasks_per_node: int, nodes: int) -> None:
-    """Refuse tasks that are not one for each device.
+    """Refuse a number of tasks that differs from the number of devices.
 
     Args:
-        cfg: The run's configuration. One without ``trainer`` is of one process.
-        tasks_per_node: Processes that SLURM starts on each node.
-        nodes: Nodes of the job.
+        cfg: The run's configuration. A run without ``trainer`` has one process.
+        tasks_per_node: The number of processes that SLURM starts on each node.
+        nodes: The number of nodes of the job.
 
     Raises:
         ConfigError: Names the setting, SLURM's option and the remedy.
     """
     devices = _count(OmegaConf.select(cfg, "trainer.devices", default=1))
     if devices != tasks_per_node:
+        tasks = "1 task" if tasks_per_node == 1 else f"{tasks_per_node} tasks"
         consequence = (
             f"{tasks_per_node} full copies of the run would write one folder"
             if devices == 1
             else "the run would wait for devices, or leave some idle"
         )
         raise ConfigError(
-            f"trainer.devices={devices}, but SLURM starts {_tasks(tasks_per_node)} on each node: "
+            f"trainer.devices={devices}, but SLURM starts {tasks} on each node: "
             f"{consequence}; choose trainer.devices={tasks_per_node}, or "
             f"hydra.launcher.tasks_per_node={devices} (--ntasks-per-node)"
         )
@@ -94,14 +90,8 @@ def check_tasks(cfg: DictConfig, *, tasks_per_node: int, nodes: int) -> None:
 
 
 def in_slurm(environ: Mapping[str, str]) -> bool:
-    """Whether Lightning takes this process for one that SLURM started."""
+    """Whether Lightning assumes that SLURM started this process."""
     return "SLURM_NTASKS" in environ and environ.get("SLURM_JOB_NAME") not in INTERACTIVE
-
-
-def _launcher_ignored() -> bool:
-    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.RUN:
-        return False
-    return str(HydraConfig.get().launcher.get("_target_")).endswith(".SlurmSweep")
 
 
 def _count(devices: Any) -> int:
@@ -113,7 +103,3 @@ def _count(devices: Any) -> int:
         f"trainer.devices={devices} leaves open how many there are, but SLURM starts one task for each; "
         "choose their number"
     )
-
-
-def _tasks(count: int) -> str:
-    return "1 task" if count == 1 else f"{count} tasks"

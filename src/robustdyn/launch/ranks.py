@@ -1,18 +1,21 @@
 """Data-parallel runs: a process for each device, started by the job that Hydra runs.
 
-Lightning's way is to run the command again, once for each further device. Under Hydra this composes the
-configuration anew: a sweep starts again in every process, a folder named by the clock has another name, and
-the variables that the first job leaves in the environment tell the second that its processes were started
-already. Here the job's process starts one for every rank, hands it the composed configuration and waits. It
-trains nothing itself, so that no job leaves anything behind for the next one, and a rank that fails or hangs
-is ended from outside, whatever it waits for.
+Lightning runs the command again, once for each further device. Under Hydra this composes the configuration
+again: every process starts the whole sweep, a folder named after the time gets another name, and the
+environment variables of the first job make the second believe that its processes were already started. Here
+the process of the job starts one process for each rank, passes it the composed configuration, and waits. It
+does not train itself, so that no job leaves anything behind for the next one. A rank that fails or hangs is
+ended from outside.
 
-Where a cluster started the processes (srun, torchrun), each of them trains and this module only checks that
-they are as many as the configuration says.
+``torch.multiprocessing.start_processes`` is no substitute. Its ``join`` blames the first process that it
+finds failed, which may only have lost its connection to one that was killed. Each process runs the command's
+main module again before its output can be sent to a file. And when the parent is killed its processes get
+SIGINT, on which a rank that waits for another one never acts.
+
+If srun or torchrun started the processes, each of them trains, and this module only checks that there are as
+many as the configuration asks for.
 """
 
-import importlib
-import json
 import logging
 import os
 import pickle
@@ -24,9 +27,10 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, cast
+from typing import Any, NoReturn, cast
 
 import lightning
 import torch.distributed as dist
@@ -45,10 +49,10 @@ from robustdyn.models.sync_batchnorm import desynchronize, synchronize
 from robustdyn.run.config import build
 from robustdyn.run.status import terminate
 
-PATIENCE = 10.0  # seconds that the other ranks have to end by themselves, once one has failed
+PATIENCE = 10.0  # seconds in which the other ranks can end by themselves after one has failed
 RANK = (sys.executable, "-m", "robustdyn.launch.ranks")
 _POLL = 0.1  # seconds
-_ERRORS = "ROBUSTDYN_RANK_ERRORS"  # folder for what the ranks have to report
+_EXCHANGE = "ROBUSTDYN_RANK_EXCHANGE"  # the folder of the task and of the errors
 
 
 class RankError(RuntimeError):
@@ -56,19 +60,19 @@ class RankError(RuntimeError):
 
 
 def run_in_ranks(cfg: DictConfig, task: Callable[[DictConfig], None]) -> bool:
-    """Train in one process for each device, if there are several and nobody started their processes yet.
+    """Train in one process for each device, if there are several and their processes were not started yet.
 
     Args:
-        cfg: The composed configuration; Hydra's own is that of the job that runs.
-        task: What every process does with it; a function of a module, which is found there by its name.
+        cfg: The composed configuration of the job that Hydra is running.
+        task: The function that every process calls with it, which must be at the top level of a module.
 
     Returns:
-        Whether that was done; if not, this process is to train.
+        Whether processes trained. If not, the calling process must train.
 
     Raises:
         ConfigError: A launcher started another number of processes than the configuration asks for.
-        UserError: What a rank raised, once.
-        RankError: A rank failed otherwise.
+        UserError: A rank raised it.
+        RankError: A rank failed in another way.
     """
     trainer: lightning.Trainer = build(
         cfg, "trainer", logger=False, enable_checkpointing=False, enable_progress_bar=False, profiler=None
@@ -77,7 +81,7 @@ def run_in_ranks(cfg: DictConfig, task: Callable[[DictConfig], None]) -> bool:
     if started in (None, wanted):
         return False
     if started == 1 and trainer.num_nodes == 1:
-        # as plain values: a launcher's own classes may not be there in the other process
+        # as plain values, because the other process may not know the classes of a launcher's plugin
         hydra = OmegaConf.to_container(HydraConfig.instance().cfg, resolve=False)
         message = pickle.dumps((task, cfg, hydra))
         Ranks(RANK, message, wanted, Path(HydraConfig.get().runtime.output_dir)).run()
@@ -98,12 +102,10 @@ def run_in_ranks(cfg: DictConfig, task: Callable[[DictConfig], None]) -> bool:
 
 
 def _started() -> int | None:
-    """How many processes of this job a launcher started; None if only Lightning can tell."""
+    """The number of processes of this job that a launcher started; None if only Lightning can tell."""
     if dist.is_torchelastic_launched():
         return int(os.environ["WORLD_SIZE"])
-    if (
-        "SLURM_STEP_NUM_TASKS" in os.environ
-    ):  # srun's own: SLURM_NTASKS is set in a batch script's one process, too
+    if "SLURM_STEP_NUM_TASKS" in os.environ:  # set by srun alone; a batch script has SLURM_NTASKS, too
         return int(os.environ["SLURM_STEP_NUM_TASKS"])
     if "LOCAL_RANK" in os.environ or LSFEnvironment.detect() or MPIEnvironment.detect():
         return None
@@ -114,10 +116,10 @@ class Ranks:
     """The processes of one data-parallel job, on this machine.
 
     Args:
-        command: Of each process; it reads the message's length, 8 bytes, and the message.
-        message: What every process is told.
-        count: How many processes.
-        folder: Where what processes other than the first print goes, to ``rank1.log`` and so on.
+        command: The command of each process.
+        message: The content of the file ``message`` in the exchange folder, for all processes.
+        count: The number of processes.
+        folder: Folder of ``rank1.log`` and so on, the output of all processes but the first.
     """
 
     def __init__(self, command: Sequence[str], message: bytes, count: int, folder: Path) -> None:
@@ -125,14 +127,15 @@ class Ranks:
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def run(self) -> None:
-        """Start them, wait for them, and end them all if one fails.
+        """Start the processes, wait for them, and end all of them if one fails.
 
         Raises:
-            UserError: What a process raised.
-            RankError: A process failed otherwise.
+            UserError: A process raised it.
+            RankError: A process failed in another way.
         """
-        with tempfile.TemporaryDirectory() as errors, ExitStack() as stack:
-            # this process holds the store at which they meet: its port is taken before it is told to anybody
+        with tempfile.TemporaryDirectory() as exchange, ExitStack() as stack:
+            (Path(exchange) / "message").write_bytes(self._message)
+            # the processes meet at this store; as it is opened here, its port is taken before they start
             store = dist.TCPStore(  # type: ignore[attr-defined]
                 "127.0.0.1", 0, is_master=True, wait_for_workers=False
             )
@@ -140,82 +143,71 @@ class Ranks:
             try:
                 with self._signals_passed_on() as ended_by:
                     for rank in range(self._count):
-                        self._processes.append(self._start(rank, store.port, errors))
+                        process = self._start(rank, store.port, exchange)
+                        self._processes.append(stack.enter_context(process))
                     failed = self._first_failed()
                 if failed is not None:
                     self._end(PATIENCE)
             finally:
                 self._end(0.0)
             if failed is not None and ended_by:
-                os.kill(os.getpid(), ended_by[0])  # as if it had not been caught
+                os.kill(os.getpid(), ended_by[0])  # as if this process had not caught it
             if failed is not None:
-                self._raise(failed, Path(errors))
+                self._raise(failed, Path(exchange))
 
-    def _start(self, rank: int, port: int, errors: str) -> "subprocess.Popen[bytes]":
-        numbers = {
+    def _start(self, rank: int, port: int, exchange: str) -> "subprocess.Popen[bytes]":
+        environment = {
             "RANK": rank,
             "LOCAL_RANK": rank,
             "WORLD_SIZE": self._count,
             "LOCAL_WORLD_SIZE": self._count,
             "GROUP_RANK": 0,
+            "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port,
             "TORCHELASTIC_RESTART_COUNT": 0,
+            "TORCHELASTIC_RUN_ID": "robustdyn",  # tells Lightning that the ranks are set
+            "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is open; no rank must open it
+            _EXCHANGE: exchange,
         }
-        environment = {name: str(number) for name, number in numbers.items()} | {
-            "MASTER_ADDR": "127.0.0.1",
-            "TORCHELASTIC_RUN_ID": "robustdyn",  # by this Lightning knows that the ranks are set
-            "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is there, no rank is to open it
-            _ERRORS: errors,
-        }
-        with ExitStack() as stack:
-            # what all ranks have to say the first one says; files of their own for the others
-            own = None if rank == 0 else stack.enter_context(self._log_of(rank).open("ab"))
-            process = subprocess.Popen(
+        with nullcontext() if rank == 0 else self._log_of(rank).open("ab") as own:
+            # all ranks print nearly the same, so only the first one prints to the terminal
+            return subprocess.Popen(
                 self._command,
-                env=os.environ | environment,
-                stdin=subprocess.PIPE,
+                env=os.environ | {name: str(value) for name, value in environment.items()},
+                stdin=subprocess.PIPE,  # the rank reads its end if this process is gone
                 stdout=own,
-                stderr=None if own is None else subprocess.STDOUT,
+                stderr=own,
             )
-        assert process.stdin is not None
-        with suppress(BrokenPipeError):  # it failed already, which is noticed below
-            process.stdin.write(len(self._message).to_bytes(8, "big") + self._message)
-            process.stdin.flush()  # and left open: its end tells the rank that this process is gone
-        return process
 
     def _first_failed(self) -> int | None:
-        """Wait until all have ended well, or one has not: which."""
+        """Wait for all processes, or until one fails, and return the rank of that one."""
         while True:
             codes = [process.poll() for process in self._processes]
             failed = [rank for rank, code in enumerate(codes) if code]
-            if failed:  # one that a signal ended is what the others complain of
+            if failed:  # if a signal ended one of them, the others failed because of that
                 return min(failed, key=lambda rank: ((codes[rank] or 0) > 0, rank))
             if None not in codes:
                 return None
             time.sleep(_POLL)
 
     def _end(self, patience: float) -> None:
-        """Let them end by themselves for so long, then kill."""
+        """Wait so many seconds for the processes to end, then kill them."""
         deadline = time.monotonic() + patience
         for process in self._processes:
-            with suppress(subprocess.TimeoutExpired):
+            try:
                 process.wait(timeout=max(0.0, deadline - time.monotonic()))
-            if process.poll() is None:
+            except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-            if process.stdin is not None:
-                with suppress(BrokenPipeError):
-                    process.stdin.close()
 
-    def _raise(self, failed: int, errors: Path) -> NoReturn:
-        """The error that began it: one that a user can put right, a killed process, or the earliest."""
+    def _raise(self, failed: int, exchange: Path) -> NoReturn:
+        """Raise the cause: an error for the user, else a process that was killed, else the earliest error."""
         told = sorted(
-            (json.loads(path.read_text()) for path in errors.glob("*.json")), key=lambda error: error["time"]
+            (pickle.loads(path.read_bytes()) for path in exchange.glob("*.error")), key=itemgetter(0)
         )
-        for error in told:
-            kind = _user_error(error["type"])
-            if kind is not None:
-                raise kind(error["message"])
+        for _, _, error, *_ in told:
+            if isinstance(error, UserError):
+                raise error
         code = self._processes[failed].returncode
         where = f"rank {failed} of {self._count}"
         its_log = f"; its output is in {self._log_of(failed)}" if failed else ""
@@ -225,18 +217,16 @@ class Ranks:
             raise RankError(f"{where} was ended by {name}{hint}{its_log}")
         if not told:
             raise RankError(f"{where} ended with status {code}{its_log}")
-        first = told[0]
-        if first["type"] == "SystemExit":
-            raise SystemExit(int(first["message"]))
-        raise RankError(
-            f"rank {first['rank']} of {self._count}: {first['type'].rpartition('.')[2]}: {first['message']}"
-        ) from _RankTraceback(first["traceback"])
+        _, rank, error, line, trace = told[0]
+        if error is not None:
+            raise error
+        raise RankError(f"rank {rank} of {self._count}: {line}") from _RankTraceback(trace)
 
     @contextmanager
     def _signals_passed_on(self) -> Iterator[list[int]]:
-        """Inside, a signal that would end this process goes to the ranks; which came, in a list.
+        """Inside, signals that would end this process go to the ranks; yields a list of those received.
 
-        One that somebody handles, such as a cluster's launcher, is left to them.
+        Signals with a handler, for instance of a cluster's launcher, are left alone.
         """
         received: list[int] = []
 
@@ -245,19 +235,18 @@ class Ranks:
             for process in self._processes:
                 process.send_signal(number)
 
-        ours = (signal.SIG_DFL, terminate)
-        mine = threading.current_thread() is threading.main_thread()  # elsewhere none can be caught
+        mine = threading.current_thread() is threading.main_thread()  # other threads cannot catch signals
         before = {
             number: signal.getsignal(number)
             for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-            if mine and signal.getsignal(number) in ours
+            if mine and signal.getsignal(number) in (signal.SIG_DFL, terminate)
         }
         try:
             for number in before:
                 signal.signal(number, pass_on)
             yield received
         except KeyboardInterrupt:
-            self._end(PATIENCE)  # a terminal tells the ranks too
+            self._end(PATIENCE)  # the terminal has also interrupted the ranks
             raise
         finally:
             for number, handler in before.items():
@@ -274,33 +263,24 @@ class Ranks:
 
 
 class _RankTraceback(Exception):
-    """Shows the stack trace of another process above the error that it led to."""
+    """Shows the stack trace of another process above the error that it caused."""
 
     def __str__(self) -> str:
         return f'\n"""\n{self.args[0]}"""'
 
 
-def _user_error(name: str) -> type[UserError] | None:
-    """The class of this full name, if it is an error that a user can put right."""
-    module, _, kind = name.rpartition(".")
-    if not module.startswith("robustdyn."):
-        return None
-    found = getattr(importlib.import_module(module), kind, None)
-    return found if isinstance(found, type) and issubclass(found, UserError) else None
-
-
 class SynchronizeBatchNorm(TorchSyncBatchNorm):
-    """Lightning's plugin, which works on CPUs too."""
+    """Lightning's plugin, extended to CPUs."""
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """``model`` with its BatchNorm layers synchronised over all ranks."""
+        """Synchronise the BatchNorm layers of ``model`` over all ranks."""
         if _on_gpu(model):
             return super().apply(model)
         synchronize(model)
         return model
 
     def revert(self, model: nn.Module) -> nn.Module:
-        """``model`` with layers that work in one process."""
+        """Return to layers that work in one process."""
         if _on_gpu(model):
             return super().revert(model)
         desynchronize(model)
@@ -313,7 +293,7 @@ def _on_gpu(model: nn.Module) -> bool:
 
 
 def batchnorm_plugins(cfg: DictConfig) -> list[SynchronizeBatchNorm]:
-    """What ``trainer.sync_batchnorm`` asks for; without effect in a run on one device."""
+    """The plugin that ``trainer.sync_batchnorm`` asks for; it has no effect in a run on one device."""
     return [SynchronizeBatchNorm()] if cfg.trainer.sync_batchnorm else []
 
 
@@ -353,43 +333,47 @@ class OneRun(Callback):
 
 
 def main() -> None:
-    """A rank: takes its configuration from the process that started it, and trains."""
+    """Train as one rank, with the configuration that the parent process has written."""
+    exchange = Path(os.environ[_EXCHANGE])
     try:
-        _train_as_told(sys.stdin.buffer)
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+        task, cfg, hydra = pickle.loads((exchange / "message").read_bytes())
+        setup_globals()
+        HydraConfig.instance().set_config(_whole(cfg, hydra["hydra"]))
+        _configure_logging()
+        task(cfg)
     except BaseException as error:
-        _tell(error)
+        rank = int(os.environ["RANK"])
+        # the parent raises these again; errors of other classes may not survive pickling
+        itself = error if isinstance(error, UserError | SystemExit) else None
+        trace = "".join(traceback.format_exception(error))
+        report = pickle.dumps((time.time(), rank, itself, f"{type(error).__name__}: {error}", trace))
+        unfinished = exchange / f"{rank}.unfinished"
+        unfinished.write_bytes(report)
+        unfinished.rename(exchange / f"{rank}.error")
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(1)  # at once: leaving in an orderly way waits for ranks that wait for this one
-
-
-def _train_as_told(stdin: BinaryIO) -> None:
-    task, cfg, hydra = pickle.loads(stdin.read(int.from_bytes(stdin.read(8), "big")))  # from our parent
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    setup_globals()
-    HydraConfig.instance().set_config(_whole(cfg, hydra["hydra"]))
-    _configure_logging()
-    task(cfg)
+        os._exit(1)  # at once: a normal exit would wait for ranks that wait for this one
 
 
 def _whole(cfg: DictConfig, hydra: Mapping[str, Any]) -> DictConfig:
-    """The run's configuration and Hydra's, whose values refer to it and have the types of its classes."""
+    """The configuration of the run together with Hydra's, which refers to it and has types."""
     typed = OmegaConf.structured(HydraConf)
-    OmegaConf.set_struct(typed, False)  # groups of defaults have keys there that are in no class
+    OmegaConf.set_struct(typed, False)  # configuration groups add keys that the classes do not have
     settings: Any = OmegaConf.to_container(cfg, resolve=False)
     return OmegaConf.create({**settings, "hydra": OmegaConf.merge(typed, hydra)})
 
 
 def _end_with_parent() -> None:
-    """A rank whose parent is gone must not go on writing: somebody may start the run again."""
+    """Kill this rank when its parent is gone: it must not write any more, as the run may be started again."""
     while os.read(0, 1):
         pass
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _configure_logging() -> None:
-    """As Hydra does for a job; warnings alone from ranks other than the first, which would repeat it."""
+    """Configure logging as Hydra does for a job; ranks other than the first log only warnings."""
     if int(os.environ["RANK"]) == 0:
         settings = HydraConfig.get()
         configure_log(cast(DictConfig, settings.job_logging), settings.verbose)
@@ -397,25 +381,6 @@ def _configure_logging() -> None:
         logging.basicConfig(level=logging.WARNING)
     for chatty in ("fontTools", "matplotlib"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-
-
-def _tell(error: BaseException) -> None:
-    """Leave the error where the parent finds it."""
-    kind = type(error)
-    rank = int(os.environ["RANK"])
-    code = error.code if isinstance(error, SystemExit) else None
-    message = str(code if isinstance(code, int) else int(bool(code))) if kind is SystemExit else str(error)
-    words = {
-        "rank": rank,
-        "time": time.time(),
-        "type": kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}",
-        "message": message,
-        "traceback": "".join(traceback.format_exception(error)),
-    }
-    path = Path(os.environ[_ERRORS]) / f"{rank}.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(words))
-    temporary.replace(path)
 
 
 if __name__ == "__main__":

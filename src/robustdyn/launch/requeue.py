@@ -1,7 +1,7 @@
-"""What Lightning must leave alone so that SLURM and submitit can requeue a run.
+"""Keeps Lightning from interfering when SLURM or submitit requeues a run.
 
-A run that is taken down goes on from its last checkpoint when it is started again in its directory. submitit
-sees to that when SLURM warns of the time limit (SIGUSR2), and SLURM itself when it preempts the job.
+A run that was ended continues from its last checkpoint when it is started again in its directory. submitit
+requeues the job when SLURM warns of the time limit (SIGUSR2). SLURM requeues it itself after preemption.
 """
 
 import logging
@@ -20,10 +20,10 @@ _log = logging.getLogger(__name__)
 
 
 def slurm_plugins(environ: Mapping[str, str]) -> list[Any]:
-    """Lightning's view of SLURM, without requeueing of its own; nothing outside of SLURM.
+    """Lightning's SLURM environment without its own requeueing; an empty list outside of SLURM.
 
-    Lightning would answer SIGUSR1 with a checkpoint of the weights as they stand, which in the middle of a
-    step may be perturbed ones, and requeue the job without limit.
+    On SIGUSR1, Lightning would save the weights, which may be perturbed in the middle of a step, and requeue
+    the job any number of times.
 
     Args:
         environ: The process's environment variables.
@@ -32,7 +32,7 @@ def slurm_plugins(environ: Mapping[str, str]) -> list[Any]:
 
 
 def slurm_callbacks(environ: Mapping[str, str]) -> list[Callback]:
-    """``GoOnAfterSigterm`` under SLURM, nothing elsewhere.
+    """``GoOnAfterSigterm`` under SLURM; an empty list elsewhere.
 
     Args:
         environ: The process's environment variables.
@@ -41,14 +41,14 @@ def slurm_callbacks(environ: Mapping[str, str]) -> list[Callback]:
 
 
 class GoOnAfterSigterm(Callback):
-    """Trains on until SLURM kills the process.
+    """Continues training after SIGTERM, until SLURM kills the process.
 
-    SIGTERM is SLURM's notice that it will, with a grace time on some clusters. Lightning would end the run
-    after the current step, with status 0: SLURM counts such a job as completed and does not requeue it.
+    With SIGTERM, SLURM announces that it will do so, on some clusters after a grace time. Lightning would end
+    the run after the current step with status 0. SLURM would count the job as completed and not requeue it.
     """
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Take the place of Lightning's handler; Lightning puts back what was there before, at the end."""
+        """Replace Lightning's handler. At the end Lightning restores the one before its own."""
         signal.signal(signal.SIGTERM, _note)
 
 

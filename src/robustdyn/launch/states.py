@@ -1,4 +1,4 @@
-"""Where the runs of a sweep or of some folders stand, and what is said about it on a terminal."""
+"""Finds the states of the runs of a sweep or of some folders, and prints them."""
 
 import itertools
 import math
@@ -21,12 +21,12 @@ from robustdyn.run.status import say
 if TYPE_CHECKING:
     from robustdyn.report.page import Report
 
-MOST_RUNS = 100_000  # of a sweep: each is named in memory
+MOST_RUNS = 100_000  # in a sweep; the names of all runs are kept in memory
 BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 
 
 def states_of(paths: Sequence[Path]) -> list[RunState]:
-    """Where the runs at or below these paths stand, those included that a sweep is still to start.
+    """The states of the runs at or below these paths, including those that a sweep has not started yet.
 
     Raises:
         UserError: A path holds no run and no sweep, or a record or a configuration cannot be read.
@@ -48,13 +48,13 @@ def states_of(paths: Sequence[Path]) -> list[RunState]:
 
 
 def plan_of(config: DictConfig) -> Plan | None:
-    """What a multirun was asked for, from the configuration Hydra composed for it or its ``multirun.yaml``.
+    """The runs that a multirun was asked for, from its configuration or its ``multirun.yaml``.
 
     Returns:
-        None if the sweeper is not Hydra's own: another one decides as it goes.
+        None if the sweeper is not Hydra's own, because others choose the runs one after another.
 
     Raises:
-        ConfigError: They are too many to be listed.
+        ConfigError: There are too many runs.
     """
     sweeper = OmegaConf.select(config, "hydra.sweeper")
     task = OmegaConf.select(config, "hydra.overrides.task")
@@ -66,14 +66,14 @@ def plan_of(config: DictConfig) -> Plan | None:
     assert isinstance(typed, list)
     lines = [f"{key!s}={value}" for key, value in params.items()] if isinstance(params, DictConfig) else []
     lines += map(str, typed)
-    values: dict[str, list[str]] = {}  # of a key given twice the last counts, as in the sweeper
+    values: dict[str, list[str]] = {}  # the last value of a key counts, as in the sweeper
     try:
         for override in OverridesParser.create().parse_overrides(lines):
             key = override.get_key_element()
             several = override.is_sweep_override()
             texts = override.sweep_string_iterator() if several else [override.get_value_element_as_str()]
             values[key] = [f"{key}={text}" for text in itertools.islice(texts, MOST_RUNS + 1)]
-    except (HydraException, RecursionError):  # the sweeper says what is wrong with it
+    except (HydraException, RecursionError):  # the sweeper reports the error
         return None
     if math.prod(map(len, values.values())) > MOST_RUNS:
         raise ConfigError(f"a sweep of more than {MOST_RUNS:,} runs; choose fewer values")
@@ -87,7 +87,7 @@ def plan_of(config: DictConfig) -> Plan | None:
 
 
 def say_states(states: Sequence[RunState], stream: TextIO) -> None:
-    """How many runs are done, and each one that is not; nothing about a single run that is."""
+    """Print the number of runs in each state and every run that is not done; nothing if a single run is."""
     if [state.state for state in states] in ([], ["done"]):
         return
     say(f"runs: {count(states)}", stream)
@@ -100,12 +100,12 @@ def say_states(states: Sequence[RunState], stream: TextIO) -> None:
 
 def _load(path: Path) -> DictConfig:
     config = read_config(path, "restore it, or remove it")
-    with suppress(KeyError, TypeError):  # as the runs recorded them: compared, never resolved
+    with suppress(KeyError, TypeError):  # as in the records of the runs: compared, never resolved
         config.hydra.overrides.task = read_yaml(path)["hydra"]["overrides"]["task"]
     return config
 
 
 def announce(report: "Report") -> None:
-    """Say where the report is and the three numbers that matter."""
+    """Print the three most important numbers and where the report is."""
     for line in (*report.headline, f"report: {report.html}"):
         say(line)

@@ -1,4 +1,4 @@
-"""Runs of a multirun: each fails alone, what is done is skipped, and all end in one report."""
+"""Runs the jobs of a multirun: a failed one stops no other, and finished ones are skipped."""
 
 import gc
 import json
@@ -33,10 +33,10 @@ from robustdyn.records.run_directory import RunDirectory
 from robustdyn.report.page import build_report
 
 LOCAL = (".BasicLauncher", ".JoblibLauncher")
-"""Launchers that know of a run's failure from its status; others, of a cluster, are to see it themselves."""
+"""These launchers need no more than the status of a failed run; those of clusters must see the error."""
 
 SWEEP_PROCESS = "ROBUSTDYN_SWEEP_PROCESS"
-"""Tells the workers of a parallel sweep whose they are."""
+"""Environment variable with the process id of the sweep, for the workers of a parallel sweep."""
 
 log = logging.getLogger(__name__)
 
@@ -44,21 +44,21 @@ log = logging.getLogger(__name__)
 def run_in_its_directory(task: Callable[[DictConfig], None], cfg: DictConfig) -> float | None:
     """Run ``task`` and keep its status in Hydra's output directory.
 
-    In a sweep a run that is done is skipped. One that fails on this machine leaves its traceback in its
-    directory and lets the others run: its error does not travel to the sweep's process, which would stop at
-    the first one, and could not even read many kinds.
+    In a sweep, a run that is done is skipped. A run that fails on this machine leaves its traceback in its
+    directory, and the others continue. Its error is not passed to the process of the sweep, which would stop
+    at the first one and could not unpickle errors of many classes.
 
     Returns:
-        What a sweeper that optimises wants to know: the number of ``summary.json`` that the key ``metric``
-        names; None if it names none, or the run failed.
+        The objective of a sweeper that optimises: the number in ``summary.json`` that the key ``metric``
+        names. It is None if the key names none, or if the run failed.
 
     Raises:
-        Exception: What ``task`` raised, outside a sweep or on a cluster.
+        Exception: ``task`` raised it, outside a sweep or on a cluster.
     """
     hydra_cfg = HydraConfig.get()
     run_dir = Path(hydra_cfg.runtime.output_dir)
     in_sweep = hydra_cfg.mode == RunMode.MULTIRUN
-    first = getattr(rank_zero_only, "rank", 0) == 0  # also before there is a trainer
+    first = getattr(rank_zero_only, "rank", 0) == 0  # also set before there is a trainer
     settings = _settings(cfg)
     if in_sweep and is_done(run_dir, settings):
         log.info("%s: done already", run_dir.name)
@@ -69,7 +69,7 @@ def run_in_its_directory(task: Callable[[DictConfig], None], cfg: DictConfig) ->
         with RunStatus(run_dir, settings) if first else nullcontext():
             task(cfg)
     except SystemExit as end:
-        if isinstance(end.__context__, KeyboardInterrupt):  # which Lightning turns into an exit
+        if isinstance(end.__context__, KeyboardInterrupt):  # Lightning turns it into an exit
             raise type(end.__context__)() from end
         raise
     except Exception as error:
@@ -78,7 +78,7 @@ def run_in_its_directory(task: Callable[[DictConfig], None], cfg: DictConfig) ->
         sys.stderr.write(f"error: {run_dir.name}: {one_line(error)}\n")
         return None
     finally:
-        if in_sweep and torch.cuda.is_initialized():  # the next run's memory
+        if in_sweep and torch.cuda.is_initialized():  # free memory for the next run
             gc.collect()
             torch.cuda.empty_cache()
     return _metric(cfg, run_dir) if first else None
@@ -100,7 +100,7 @@ def _metric(cfg: DictConfig, run_dir: Path) -> float | None:
 
 @cache
 def _end_with_parent() -> None:
-    """Kill this worker of a parallel sweep once the sweep's process is gone, which may be started again."""
+    """Kill this worker when the process of its parallel sweep is gone, because the sweep may be restarted."""
     sweep = int(os.environ[SWEEP_PROCESS])
 
     def watch() -> None:
@@ -112,14 +112,14 @@ def _end_with_parent() -> None:
 
 
 class SweepReport(Callback):
-    """Says at the end of a multirun how its runs went, and builds their report unless ``report=false``.
+    """Reports at the end of a multirun how its runs ended, and builds a report unless ``report=false``.
 
     Args:
-        swept: The keys that differ between the runs; filled in when a sweep starts, for the folders' names.
+        swept: The keys that differ between the runs, set when a sweep starts, for the folders' names.
     """
 
     running: ClassVar[DictConfig | None] = None
-    inside: ClassVar[ExitStack] = ExitStack()  # of the sweep's directory
+    inside: ClassVar[ExitStack] = ExitStack()  # holds the lock of the sweep's directory
 
     def __init__(self, swept: Sequence[str]) -> None:
         self.swept = swept
@@ -132,25 +132,28 @@ class SweepReport(Callback):
             sys.exit(1)  # Hydra would turn an exception of a callback into a warning
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Hydra's hook: refuse a directory in which a run is going on, before Hydra writes to it."""
+        """Hydra's hook: refuse a directory in which another process runs, before Hydra writes to it."""
         HydraConfig.instance().set_config(config)
-        for typed in config.hydra.overrides.hydra:
-            if re.match(r"\+*hydra[./](launcher|sweeper|sweep)\b", typed):
-                key = typed.partition("=")[0]
-                sys.stderr.write(f"error: {key} takes effect with -m only, for a single run too; add it\n")
-                sys.exit(1)
+        typed = [text.partition("=")[0] for text in config.hydra.overrides.hydra]
+        ignored = [key for key in typed if re.match(r"\+*hydra[./](launcher|sweeper|sweep)\b", key)]
+        # a configuration file can choose a launcher, too
+        if str(config.hydra.launcher.get("_target_")).endswith(".SlurmSweep"):
+            ignored.append("hydra/launcher")
+        if ignored:
+            sys.stderr.write(f"error: {ignored[0]} takes effect with -m only, for a single run too; add it\n")
+            sys.exit(1)
         self._enter(Path(config.hydra.run.dir), "choose another hydra.run.dir")
-        self.inside.close()  # the run itself enters
+        self.inside.close()  # the run itself takes the lock again
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Hydra's hook: tell all runs their directory and keys; refuse runs that would share a folder."""
-        HydraConfig.instance().set_config(config)  # which ${hydra:...} reads, and Hydra sets for runs only
+        """Hydra's hook: pass the directory and swept keys to all runs; refuse runs that share a folder."""
+        HydraConfig.instance().set_config(config)  # for ${hydra:...}; Hydra sets it only for runs
         plan = plan_of(config)
         if plan is not None:
             _refuse_shared_folders(config, plan)
         self._enter(Path(config.hydra.sweep.dir), "choose another hydra.sweep.dir")
         os.environ[SWEEP_PROCESS] = str(os.getpid())
-        # each run composes its configuration anew, and its own name must not move it to another sweep
+        # each run composes its configuration again, and its own name must not change the sweep's directory
         pinned: dict[str, str | list[str]] = {"hydra.sweep.dir": str(config.hydra.sweep.dir)}
         if plan is not None:
             pinned["hydra.callbacks.sweep_report.swept"] = list(plan.swept)
@@ -167,15 +170,15 @@ class SweepReport(Callback):
 
 
 def end_sweep(*, report: bool = True) -> bool:
-    """Build the report of the sweep that is running in this process, and say which of its runs are not done.
+    """Build the report of the sweep that is running in this process, and list the runs that are not done.
 
-    Nothing is said or built before a first run was started, nor a second time.
+    This has no effect before the first run was started, and none when called again.
 
     Args:
-        report: Whether to build it, if ``cfg.report`` asks for it.
+        report: Whether to build the report if ``cfg.report`` asks for it.
 
     Returns:
-        Whether all of its runs are done.
+        Whether all runs of the sweep are done.
     """
     config, SweepReport.running = SweepReport.running, None
     if config is None:
@@ -193,7 +196,7 @@ def end_sweep(*, report: bool = True) -> bool:
         sys.stdout.flush()
         try:
             announce(build_report([folder], RunDirectory(folder).report, states))
-        except UserError as error:  # none of the runs finished an epoch, say
+        except UserError as error:  # for instance because no run finished an epoch
             sys.stderr.write(f"no report: {error}\n")
     say_states(states, sys.stderr)
     done = all(state.state == "done" for state in states if state.asked)
@@ -205,12 +208,12 @@ def end_sweep(*, report: bool = True) -> bool:
 
 
 def sweeping() -> bool:
-    """Whether a sweep is running in this process that has not said how it ended."""
+    """Whether this process runs a sweep that has not been reported yet."""
     return SweepReport.running is not None
 
 
 def forget_sweep() -> None:
-    """Say nothing at its end, for it never began; leave Hydra's state as it was before the command."""
+    """Drop the sweep without a report, and restore Hydra's state from before the command."""
     SweepReport.running = None
     SweepReport.inside.close()
     os.environ.pop(SWEEP_PROCESS, None)
@@ -221,7 +224,7 @@ def _refuse_shared_folders(config: DictConfig, plan: Plan) -> None:
     raw = OmegaConf.to_container(config.hydra.sweep, resolve=False)
     assert isinstance(raw, dict)
     if "run_folder:" not in str(raw["subdir"]):
-        return  # named by the user
+        return  # the user chose the name
     seen: dict[tuple[str, ...], tuple[str, ...]] = {}
     for job in plan.jobs:
         other = seen.setdefault(identity(job, plan.without), job)
@@ -246,7 +249,7 @@ def _settings(cfg: DictConfig) -> dict[str, Any]:
     try:
         settings = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException:
-        return {}  # the task will say what is wrong
+        return {}  # the task will report the error
     assert isinstance(settings, dict)
     return {str(key): value for key, value in settings.items()}
 
@@ -258,11 +261,11 @@ def _run_folder(overrides: ListConfig, without: ListConfig, swept: ListConfig, s
     _, dash, digest = name.rpartition("-")
     if not dash or len(digest) != 8 or not Path(sweep_dir).is_dir():
         return name
-    # what is said before the hash depends on what is swept, which may be less this time
+    # the part before the hash depends on the swept keys, which may be fewer this time
     known = sorted(path.name for path in Path(sweep_dir).iterdir() if path.name.endswith(dash + digest))
     return known[0] if known else name
 
 
-# At import, as the resolvers of config.py: terminal.py imports this module, and so does a launcher's worker
-# when it unpickles the callback.
+# Registered at import, as those of config.py: application.py imports this module, and so does a launcher's
+# worker when it unpickles the callback.
 OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
