@@ -227,7 +227,7 @@ def moments(values: pd.DataFrame, path: object) -> pd.DataFrame:
     if not decays:
         raise RecordError(f"{path}: no learning-rate decay to compare across; train with schedule=piecewise")
     first, second = decays[0], decays[1] if len(decays) > 1 else None
-    measured = set(values.loc[values["quantity"] == f"hessian_eigenvalue{TOP}", "epoch"])
+    measured = set(values.loc[values["quantity"] == HESSIAN_EIGENVALUE + TOP, "epoch"])
     if not (min(measured) < first <= max(measured)):
         raise RecordError(
             f"{path}: measured on one side of the decay at epoch {first} only; "
