@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 from robustdyn.records import TABLES, schema
-from robustdyn.records.schema import EPOCHS, Table, table
+from robustdyn.records.columns import Table
+from robustdyn.records.schema import EPOCHS, table
 
 BELOW = {"attacks", "curvature", "data", "methods", "models", "theory"}
 

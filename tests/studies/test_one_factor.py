@@ -5,12 +5,13 @@ from scipy import stats
 
 from robustdyn.errors import RecordError
 from robustdyn.records import find_runs
-from robustdyn.studies.shared import comparing, one_factor
+from robustdyn.records.schema import ROBUST_ERROR_GAP, ROBUST_LOSS_GAP, TEST_ROBUST_ERROR
+from robustdyn.studies.shared import comparing, one_factor, wording
 from robustdyn.studies.shared.comparison_figures import Panel, figure_of_curves, figure_of_outcomes
 from tests.studies.curve_runs import decayed, write_curves
 
 BY = ["panel", "quantity", "outcome"]
-QUANTITIES = (comparing.ERROR, comparing.LOSS_GAP)
+QUANTITIES = (TEST_ROBUST_ERROR, ROBUST_LOSS_GAP)
 FALLING, TEST, TRAIN = decayed(6, 3), [0.8, 0.6, 0.5, 0.3, 0.4, 0.45], [0.8, 0.6, 0.4, 0.2, 0.1, 0.1]
 
 
@@ -31,7 +32,7 @@ def write(root, seeds=(0, 1, 2), sizes=(300, 200), shift=0.0, **options):
 def test_curves_are_means_over_seeds_with_students_interval(tmp_path):
     rows = comparing.values(write(tmp_path), QUANTITIES, by_train_size)
     table = comparing.over_epochs(rows)
-    cell = table[(table["setting"] == "300") & (table["quantity"] == comparing.ERROR)].set_index("epoch")
+    cell = table[(table["setting"] == "300") & (table["quantity"] == TEST_ROBUST_ERROR)].set_index("epoch")
     np.testing.assert_allclose(cell["mean"], np.array(TEST) + 0.01, rtol=1e-12)
     half = stats.t.ppf(0.975, 2) * 0.01 / np.sqrt(3)
     np.testing.assert_allclose(cell["high"] - cell["mean"], half, rtol=1e-9)
@@ -68,8 +69,8 @@ def test_one_seed_has_no_interval(tmp_path):
     found = one_factor.outcomes(rows)
     assert one_factor.summary(found)[["low", "high"]].isna().all(axis=None)
     assert comparing.against(found, "300", BY)[["low", "high"]].isna().all(axis=None)
-    assert comparing.intervals_said(one_factor.summary(found)) == "One seed, so no intervals."
-    assert comparing.seeds_said(comparing.over_epochs(rows)) == "1 seed"
+    assert wording.intervals_said(one_factor.summary(found)) == "One seed, so no intervals."
+    assert wording.seeds_said(comparing.over_epochs(rows)) == "1 seed"
 
 
 def test_correlation_takes_the_gap_between_evaluated_epochs(tmp_path):
@@ -86,7 +87,7 @@ def test_correlation_takes_the_gap_between_evaluated_epochs(tmp_path):
         measured=[0, 2, 4, 6, 8],
     )
     runs = find_runs(tmp_path)
-    rows = comparing.values(runs, [comparing.INDEX, comparing.LOSS_GAP, comparing.ERROR_GAP], lambda run: "")
+    rows = comparing.values(runs, [comparing.INDEX, ROBUST_LOSS_GAP, ROBUST_ERROR_GAP], lambda run: "")
     r = comparing.correlations(rows)
     # evaluated are 1, 3, 5, 7: of the measured, 0 and 8 have no gap
     assert set(r["phase"]) == {"all epochs"}  # after the decay only 4 and 6 have
@@ -100,13 +101,13 @@ def test_correlation_can_be_negative_after_the_decay_only(tmp_path):
     options = {"lr": decayed(8, 4), "train": [0.1] * 8, "norm": np.ones(8)}
     write_curves(tmp_path / "run", test=0.1 + gap, trace=trace, **options)
     rows = comparing.values(
-        find_runs(tmp_path), [comparing.INDEX, comparing.LOSS_GAP, comparing.ERROR_GAP], lambda run: ""
+        find_runs(tmp_path), [comparing.INDEX, ROBUST_LOSS_GAP, ROBUST_ERROR_GAP], lambda run: ""
     )
     found = comparing.correlations(rows).set_index(["quantity", "phase"])
     assert found["epochs"].to_list() == [8, 4, 8, 4]  # the decay's own epoch is after it
     r = found["pearson"]
-    assert r[comparing.LOSS_GAP, "after the first decay"] == pytest.approx(-1)
-    assert r[comparing.LOSS_GAP, "all epochs"] == pytest.approx(np.corrcoef(np.sqrt(trace), gap)[0, 1])
+    assert r[ROBUST_LOSS_GAP, "after the first decay"] == pytest.approx(-1)
+    assert r[ROBUST_LOSS_GAP, "all epochs"] == pytest.approx(np.corrcoef(np.sqrt(trace), gap)[0, 1])
 
 
 def test_only_some_runs_have_measured_the_wci(tmp_path):
@@ -146,10 +147,10 @@ def test_the_figure_of_curves_draws_its_table(tmp_path):
     measured = {"norm": np.ones(6), "trace": np.arange(1.0, 7.0)}
     rows = comparing.values(write(tmp_path, **measured), [*QUANTITIES, comparing.INDEX], by_train_size)
     table = comparing.over_epochs(rows)
-    shown = [Panel("robust error", comparing.ERROR), Panel("WCI", comparing.INDEX, log=True)]
+    shown = [Panel("robust error", TEST_ROBUST_ERROR), Panel("WCI", comparing.INDEX, log=True)]
     figure = figure_of_curves(table, "Title", shown)
     assert figure.get_suptitle() == "Title (mean of 3 seeds)"
-    for ax, quantity, scale in zip(figure.axes, (comparing.ERROR, comparing.INDEX), (100, 1), strict=True):
+    for ax, quantity, scale in zip(figure.axes, (TEST_ROBUST_ERROR, comparing.INDEX), (100, 1), strict=True):
         drawn = [line for line in ax.lines if len(line.get_xdata()) == 6]
         for line, setting in zip(drawn, ("300", "200"), strict=True):
             own = table[(table["quantity"] == quantity) & (table["setting"] == setting)]
@@ -185,7 +186,7 @@ def test_axes_end_where_a_quantity_does(tmp_path):
             tmp_path / str(seed), lr=[0.1] * 3, test=[error] * 3, train=[0.5] * 3, seed=seed,
             norm=[1.0] * 3, trace=[1.0 + 9 * seed] * 3,
         )  # fmt: skip
-    quantities = [comparing.ERROR, comparing.ERROR_GAP, comparing.INDEX]
+    quantities = [TEST_ROBUST_ERROR, ROBUST_ERROR_GAP, comparing.INDEX]
     rows = comparing.values(find_runs(tmp_path), quantities, lambda run: "all")
     found = one_factor.outcomes(rows)
     outcomes = figure_of_outcomes(one_factor.with_seeds(one_factor.summary(found), found), "Title")

@@ -4,8 +4,9 @@
 and finds runs, and ``labels`` names runs by the settings in which they differ.
 """
 
+from robustdyn.records.columns import Column, Table
 from robustdyn.records.reader import Run, combine, find_runs, read_table
-from robustdyn.records.schema import TABLES, Column, Table
+from robustdyn.records.schema import TABLES
 from robustdyn.records.writer import RunRecords, summarise
 
 __all__ = [

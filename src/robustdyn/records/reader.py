@@ -14,6 +14,7 @@ import pandas as pd
 
 from robustdyn.errors import RecordError
 from robustdyn.records import schema
+from robustdyn.records.columns import Column, Table
 from robustdyn.records.labels import SEED, Setup, distinguishing, format_value, labels
 from robustdyn.records.lines import parse_lines, warn_once
 from robustdyn.records.run_directory import CONFIG, RunDirectory
@@ -165,12 +166,12 @@ def _natural(path: Path) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", str(path))]
 
 
-def _columns(spec: schema.Table, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _columns(spec: Table, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The schema's columns, then those it does not know."""
     return list(dict.fromkeys([*spec.names, *(key for row in rows for key in row)]))
 
 
-def _typed(values: pd.Series, column: schema.Column, spec: schema.Table, path: Path) -> pd.Series:
+def _typed(values: pd.Series, column: Column, spec: Table, path: Path) -> pd.Series:
     """A column in the type that the schema declares; integers with gaps become floats."""
     try:
         if column.name in spec.key and values.isna().any():

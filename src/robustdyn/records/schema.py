@@ -9,89 +9,11 @@ Errors are fractions in [0, 1] in records and per cent wherever people read them
 
 from __future__ import annotations
 
-import re
-import textwrap
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal, cast, get_args
-
-Kind = Literal["int", "float", "str", "bool"]
-Direction = Literal["lower", "higher"]
-
-FRACTION, FRACTION_DIFFERENCE = "fraction", "difference of fractions"
-_SHOWN_UNITS = {FRACTION: "%", FRACTION_DIFFERENCE: "percentage points"}
-
-
-@dataclass(frozen=True)
-class Column:
-    """One column of a table.
-
-    Attributes:
-        name: The key in a record.
-        kind: Type of its values; every column except a key column may also hold null.
-        unit: Unit of the recorded number; empty for a pure number, a name or a flag.
-        label: Short label for figures and for the tables that people read.
-        meaning: One line that says what the number is.
-        better: For a metric, which direction is better; ``None`` for everything else.
-        required: Whether every row must have the key (its value may be null).
-    """
-
-    name: str
-    kind: Kind
-    unit: str
-    label: str
-    meaning: str
-    better: Direction | None = None
-    required: bool = True
-
-    @property
-    def scale(self) -> float:
-        """Factor from the recorded number to the one that people read (100 for fractions)."""
-        return 100.0 if self.unit in _SHOWN_UNITS else 1.0
-
-    @property
-    def shown_unit(self) -> str:
-        """Unit of the number that people read."""
-        return _SHOWN_UNITS.get(self.unit, self.unit)
-
-    @property
-    def shown(self) -> str:
-        """Label with the unit that people read, for an axis or a table heading."""
-        return f"{self.label} ({self.shown_unit})" if self.shown_unit else self.label
-
-
-@dataclass(frozen=True)
-class Table:
-    """One table of a run: what a row is, which columns make it unique, and its columns in order."""
-
-    name: str
-    row: str
-    key: tuple[str, ...]
-    columns: tuple[Column, ...]
-
-    def __getitem__(self, name: str) -> Column:
-        """The column called ``name``.
-
-        Raises:
-            KeyError: The table has no such column.
-        """
-        for column in self.columns:
-            if column.name == name:
-                return column
-        raise KeyError(f"table {self.name!r} has no column {name!r}")
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of all columns, in order."""
-        return tuple(column.name for column in self.columns)
-
-    @property
-    def required(self) -> tuple[str, ...]:
-        """Names of the columns that every row must have."""
-        return tuple(column.name for column in self.columns if column.required)
-
+from robustdyn.records.columns import FRACTION, Table, parse_table
 
 # The names of columns that several modules read or write.
+TRAIN_ROBUST_LOSS = "train_robust_loss"
+TRAIN_ROBUST_ERROR = "train_robust_error"
 TEST_ROBUST_LOSS = "test_robust_loss"
 TEST_ROBUST_ERROR = "test_robust_error"
 TEST_CLEAN_ERROR = "test_clean_error"
@@ -118,44 +40,6 @@ RITZ_VALUE = "ritz_value"
 POSTERIOR_VARIANCE = "posterior_variance"
 ACCURACY_SE = "accuracy_se"
 
-_SHARED = {
-    "epoch": "epoch int | epoch | epoch the row belongs to, counted from 0",
-    "step": "step int steps | step | optimiser steps taken when the row was written",
-    "seconds": "seconds float s | wall time | wall time that the row took to compute",
-}
-
-
-def _table(text: str) -> Table:
-    """Parse a table from text: ``name | row | key columns``, then one line for each column.
-
-    A column is ``name kind unit | label | meaning``, or only a name from ``_SHARED``. Flags may follow:
-    ``lower`` or ``higher`` says which is better, and ``optional`` that rows need not have it. For estimates
-    from random vectors, ``s.e.`` and ``truncation`` add a column each. A line that is indented further
-    continues the one above.
-    """
-    title, *lines = re.sub(r"\n +", " ", textwrap.dedent(text)).strip().splitlines()
-    name, row, key = title.split(" | ")
-    return Table(name, row, tuple(key.split()), tuple(column for line in lines for column in _columns(line)))
-
-
-def _columns(line: str) -> Iterator[Column]:
-    """The column that a line declares, then those for its standard error and truncation, if asked for."""
-    head, *rest = line.split(" | ")
-    head, label, meaning, *flags = [*_SHARED.get(head, head).split(" | "), *rest]
-    name, kind, *unit = head.split(maxsplit=2)
-    if kind not in get_args(Kind) or not {*flags} <= {*get_args(Direction), "optional", "s.e.", "truncation"}:
-        raise ValueError(f"not a column: {line!r}")
-    better = next((cast(Direction, flag) for flag in flags if flag in get_args(Direction)), None)
-    required = "optional" not in flags
-    yield Column(name, cast(Kind, kind), "".join(unit), label, meaning, better, required)
-    if "s.e." in flags:
-        said = f"standard error of {name} over random vectors"
-        yield Column(f"{name}_se", "float", "", f"s.e. of {label}", said)
-    if "truncation" in flags:
-        said = f"relative change of {name} if half the Lanczos steps had been taken"
-        yield Column(f"{name}_truncation", "float", "", f"truncation of {label}", said)
-
-
 _HOW = {
     "train": "running average over the epoch's training batches, each taken before its own update "
     "(as in the robust-overfitting study)",
@@ -176,7 +60,7 @@ def _metrics(split: str, flag: str = "") -> str:
     )
 
 
-EPOCHS = _table(f"""
+EPOCHS = parse_table(f"""
     epochs | one finished epoch | epoch
     epoch
     step
@@ -190,14 +74,14 @@ EPOCHS = _table(f"""
     seconds
 """)
 
-RATES = _table("""
+RATES = parse_table("""
     rates | one change of the learning rate | step
     epoch int | epoch | epoch in which the rate was first used
     step int steps | step | optimiser steps taken before the first one at this rate
     lr float | learning rate η | learning rate from this step on
 """)
 
-WCI = _table("""
+WCI = parse_table("""
     wci | one measured epoch | epoch
     epoch
     step
@@ -220,7 +104,7 @@ WCI = _table("""
     seconds
 """)
 
-LAYERS = _table("""
+LAYERS = parse_table("""
     layers | one weight matrix at one measured epoch | epoch layer
     epoch
     step | optional
@@ -234,7 +118,7 @@ LAYERS = _table("""
         1
 """)
 
-SPECTRUM = _table("""
+SPECTRUM = parse_table("""
     spectrum | one tracked direction at one measured epoch | epoch index
     epoch
     step | optional
@@ -263,7 +147,7 @@ SPECTRUM = _table("""
     log_variance_term float nats | −ln σ²_i | the direction's share of −Σ ln σ²
 """)
 
-ALIGNMENT = _table("""
+ALIGNMENT = parse_table("""
     alignment | one measured epoch | epoch
     epoch
     step | optional
@@ -293,7 +177,7 @@ ALIGNMENT = _table("""
     examples int examples | examples | adversarial examples the measurement was taken on
 """)
 
-BOUNDS = _table("""
+BOUNDS = parse_table("""
     bounds | one measured epoch | epoch
     epoch
     step
@@ -308,7 +192,7 @@ BOUNDS = _table("""
         directions only: not the bound of the whole model | lower
 """)
 
-DENSITY = _table("""
+DENSITY = parse_table("""
     density | one node of one random vector's quadrature at one measured epoch | epoch kind probe index
     epoch
     step | optional
@@ -321,7 +205,7 @@ DENSITY = _table("""
         averaged over random vectors
 """)
 
-WHOLE_SPACE = _table("""
+WHOLE_SPACE = parse_table("""
     whole_space | one measured epoch | epoch
     epoch
     step
@@ -344,7 +228,7 @@ WHOLE_SPACE = _table("""
     seconds
 """)
 
-POSTERIOR = _table("""
+POSTERIOR = parse_table("""
     posterior | one tracked direction after one epoch | epoch index
     epoch
     step
@@ -357,7 +241,7 @@ POSTERIOR = _table("""
         would settle to
 """)
 
-COSTS = _table("""
+COSTS = parse_table("""
     costs | one part of the measurement at one measured epoch | epoch part
     epoch
     step
@@ -381,7 +265,7 @@ _SHARES = "\n    ".join(
     for name, holds in TIMED.items()
 )
 
-TIMING = _table(f"""
+TIMING = parse_table(f"""
     timing | one finished epoch | epoch
     epoch
     step
@@ -391,7 +275,7 @@ TIMING = _table(f"""
     seconds
 """)
 
-OUTCOMES = _table("""
+OUTCOMES = parse_table("""
     outcomes | one example under one attack of an evaluation | evaluator index
     evaluator str | attack | name of the attack; 'clean' for the unattacked images
     index int | example | position in the evaluated split, counted from 0
@@ -405,7 +289,7 @@ OUTCOMES = _table("""
     seconds float s | wall time | wall time of the example's batch over its examples
 """)
 
-EVALUATION = _table("""
+EVALUATION = parse_table("""
     evaluation | one attack, suite of attacks or summary of an evaluation | evaluator
     evaluator str | attack | name of the attack or suite; 'clean', or 'worst_case': right under every
         attack
@@ -422,7 +306,7 @@ EVALUATION = _table("""
     seconds
 """)
 
-WARNINGS = _table("""
+WARNINGS = parse_table("""
     warnings | one sign that an evaluation may overstate robustness | check evaluator
     check str | check | name of the check
     evaluator str | attack | attack it concerns; 'model' for none

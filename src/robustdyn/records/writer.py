@@ -19,12 +19,13 @@ import pandas as pd
 
 from robustdyn.errors import RecordError
 from robustdyn.records import schema
+from robustdyn.records.columns import Column, Kind, Table
 from robustdyn.records.files import replace_file
 from robustdyn.records.lines import decode, parse_lines
 from robustdyn.records.run_directory import RunDirectory
 from robustdyn.records.schema import TEST_ROBUST_ERROR, TEST_ROBUST_LOSS
 
-_TYPES: dict[schema.Kind, tuple[type, ...]] = {
+_TYPES: dict[Kind, tuple[type, ...]] = {
     "int": (int,),
     "float": (int, float),
     "str": (str,),
@@ -220,7 +221,7 @@ def _row(frame: pd.DataFrame, position: int | None) -> dict[str, object] | None:
     }
 
 
-def _encode(spec: schema.Table, row: Mapping[str, object]) -> str:
+def _encode(spec: Table, row: Mapping[str, object]) -> str:
     """One JSON line, columns in the schema's order."""
     unknown = [name for name in row if name not in spec.names]
     missing = [name for name in spec.required if name not in row]
@@ -237,7 +238,7 @@ def _encode(spec: schema.Table, row: Mapping[str, object]) -> str:
     return json.dumps(values, ensure_ascii=False, allow_nan=False)
 
 
-def _value(spec: schema.Table, column: schema.Column, value: object) -> object:
+def _value(spec: Table, column: Column, value: object) -> object:
     """One value, checked against its column."""
     where = f"row of table {spec.name!r}, column {column.name!r}"
     try:

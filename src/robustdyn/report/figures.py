@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from robustdyn.records.columns import Column
 from robustdyn.records.schema import (
     ALIGNMENT,
     BOUNDS,
@@ -38,7 +39,6 @@ from robustdyn.records.schema import (
     WCI_SE,
     WCI_TERM,
     WEIGHT_NORM_SQ,
-    Column,
 )
 from robustdyn.report import style
 from robustdyn.report.panels import MARKER, PANEL, Curve, Draw, Panel, over_epochs

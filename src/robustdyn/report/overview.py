@@ -17,6 +17,7 @@ from urllib.parse import quote
 import pandas as pd
 
 from robustdyn.records import schema
+from robustdyn.records.columns import Column
 from robustdyn.records.command_line import at, command
 from robustdyn.records.labels import SEED
 from robustdyn.records.progress import STATES, RunState
@@ -216,7 +217,7 @@ def _row(
     )
 
 
-def _cell(facts: Mapping[Any, Any] | pd.Series | None, column: schema.Column) -> Cell:
+def _cell(facts: Mapping[Any, Any] | pd.Series | None, column: Column) -> Cell:
     """A number of one epoch; a dash where there is none."""
     if facts is None or math.isnan(facts[column.name]):
         return Cell("–")
@@ -300,7 +301,7 @@ def curves(overview: Overview, frames: Mapping[str, pd.DataFrame]) -> dict[str, 
     }
 
 
-def _panel(rows: Sequence[RunRow], frame: pd.DataFrame, column: schema.Column) -> dict[str, Any]:
+def _panel(rows: Sequence[RunRow], frame: pd.DataFrame, column: Column) -> dict[str, Any]:
     points = []
     for row in rows:
         own = frame.head(0) if row.run is None else of_run(frame, row.run.label)

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from robustdyn.records import schema
+from robustdyn.records.columns import Table
 from robustdyn.records.files import read_object
 from robustdyn.records.labels import format_value
 from robustdyn.records.lines import parse_lines
@@ -97,7 +98,7 @@ def evaluations(runs: Sequence[Run], page: Path) -> Evaluations:
     )
 
 
-def _recorded(folder: Path, table: schema.Table) -> pd.DataFrame:
+def _recorded(folder: Path, table: Table) -> pd.DataFrame:
     """A table of an evaluation, which has no epochs, without a last line that a killed process left half."""
     remedy = "evaluate again into another directory, and delete this one"
     path = RunDirectory(folder).table(table.name)

@@ -13,7 +13,8 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 
-from robustdyn.records.schema import TRACKED_DIRECTIONS, Column
+from robustdyn.records.columns import Column
+from robustdyn.records.schema import TRACKED_DIRECTIONS
 from robustdyn.report import style
 from robustdyn.report.plotting import (
     MARKED_POINTS,

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from robustdyn.records import schema
+from robustdyn.records.columns import Column
 from robustdyn.report import style
 from robustdyn.report.statistics import decay_epochs, format_number
 
@@ -124,7 +124,7 @@ def finish(ax: Axes, title: str, ylabel: str) -> None:
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, steps=[1, 2, 5, 10]))
 
 
-def leave_out_transient(ax: Axes, epochs: pd.DataFrame, columns: Sequence[schema.Column]) -> None:
+def leave_out_transient(ax: Axes, epochs: pd.DataFrame, columns: Sequence[Column]) -> None:
     """Cut the axis where the first epochs tower over the rest of the run, and say so.
 
     A barely trained network's loss can be several times that of any later epoch; drawn in full it would

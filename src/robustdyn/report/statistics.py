@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from robustdyn.records.columns import Column
 from robustdyn.records.reader import Run, combine
 from robustdyn.records.schema import (
     ROBUST_ERROR_GAP,
@@ -18,7 +19,6 @@ from robustdyn.records.schema import (
     TEST_CLEAN_ERROR,
     TEST_ROBUST_ERROR,
     TEST_ROBUST_LOSS,
-    Column,
 )
 from robustdyn.records.writer import summarise
 

@@ -9,10 +9,10 @@ from lightning.pytorch.callbacks.progress.progress_bar import ProgressBar
 from tqdm import tqdm
 
 from robustdyn.methods import AdversarialTraining
-from robustdyn.records.schema import TEST_ROBUST_LOSS
+from robustdyn.records.schema import TEST_ROBUST_LOSS, TRAIN_ROBUST_LOSS
 
 LINES_WITHOUT_TERMINAL = 10
-SHOWN = {"train robust loss": "train_robust_loss", "test robust loss": TEST_ROBUST_LOSS}
+SHOWN = {"train robust loss": TRAIN_ROBUST_LOSS, "test robust loss": TEST_ROBUST_LOSS}
 
 
 class RunProgress(ProgressBar):

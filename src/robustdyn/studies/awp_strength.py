@@ -21,15 +21,7 @@ from robustdyn.records.reader import Run
 from robustdyn.records.schema import ROBUST_ERROR_GAP, ROBUST_LOSS_GAP, TEST_ROBUST_ERROR, TEST_ROBUST_LOSS
 from robustdyn.report import style
 from robustdyn.report.plotting import End, key, label_ends
-from robustdyn.studies.shared.comparing import (
-    LEVEL,
-    RATE,
-    intervals_said,
-    pearson,
-    require_alike,
-    require_repetitions,
-    seeds_said,
-)
+from robustdyn.studies.shared.comparing import LEVEL, RATE, pearson, require_alike, require_repetitions
 from robustdyn.studies.shared.study import Answer, Picture, Study
 from robustdyn.studies.shared.tracked import (
     BEFORE,
@@ -43,6 +35,7 @@ from robustdyn.studies.shared.tracked import (
     over_epochs,
     tracked_directions,
 )
+from robustdyn.studies.shared.wording import intervals_said, seeds_said
 
 BEST = "best"  # each quantity at its own lowest epoch on the test set
 UNIT = 0.01  # slopes are per this much of γ, the authors' value

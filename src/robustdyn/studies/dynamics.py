@@ -33,13 +33,7 @@ from robustdyn.records.schema import (
 )
 from robustdyn.report import style
 from robustdyn.report.plotting import Cast, finish, key, label_ends, mark_decays
-from robustdyn.studies.shared.comparing import (
-    RATE,
-    intervals_said,
-    require_alike,
-    require_repetitions,
-    told_apart,
-)
+from robustdyn.studies.shared.comparing import RATE, require_alike, require_repetitions
 from robustdyn.studies.shared.comparison_figures import Panel, draw_panel
 from robustdyn.studies.shared.study import Answer, Picture, Study
 from robustdyn.studies.shared.tracked import (
@@ -56,6 +50,7 @@ from robustdyn.studies.shared.tracked import (
     over_epochs,
     tracked_directions,
 )
+from robustdyn.studies.shared.wording import intervals_said, told_apart
 
 MAY_DIFFER = ("objective", "perturbation", "schedule", "averaging", "attack.train", "measure.inputs")
 ABOVE_NULL = 2.0  # spreads of the null: beyond, sampling noise alone is an unlikely reason

@@ -10,38 +10,33 @@ from scipy import stats
 
 from robustdyn.records.labels import SEED
 from robustdyn.records.reader import Run
-from robustdyn.records.schema import ROBUST_LOSS_GAP, TEST_CLEAN_ERROR
+from robustdyn.records.schema import ROBUST_LOSS_GAP, TEST_CLEAN_ERROR, TEST_ROBUST_ERROR, TEST_ROBUST_LOSS
 from robustdyn.report import style
 from robustdyn.report.statistics import BEST_ON_TEST, BEST_ON_VALIDATION, final_and_best
 from robustdyn.studies.shared.comparing import (
     BEST,
     COLUMNS,
-    ERROR,
     FINAL,
     LEVEL,
-    LOSS,
     METRICS,
     MOMENT,
     RISE,
     against,
-    final_said,
     in_shown_units,
-    intervals_said,
-    lowest_said,
     mean_with_interval,
     require_complete,
     require_repetitions,
-    said,
     tidy_moments,
 )
 from robustdyn.studies.shared.comparison_figures import draw_best_and_final
 from robustdyn.studies.shared.study import Answer, Picture, Study
+from robustdyn.studies.shared.wording import final_said, intervals_said, lowest_said, said
 
 PLAIN, EARLY = "AT", "AT, early stopping"
 PANELS = {
-    ERROR: "Robust error",
+    TEST_ROBUST_ERROR: "Robust error",
     TEST_CLEAN_ERROR: "Clean error",
-    LOSS: "Robust loss",
+    TEST_ROBUST_LOSS: "Robust loss",
     ROBUST_LOSS_GAP: "Gap in loss",
 }
 
@@ -105,7 +100,10 @@ def answer_from(frame: pd.DataFrame) -> Answer:
     means = tables["methods"]
     findings = [
         lowest_said(means),
-        *(final_said(tables["against_at"], metric, PLAIN) for metric in (ERROR, LOSS)),
+        *(
+            final_said(tables["against_at"], metric, PLAIN)
+            for metric in (TEST_ROBUST_ERROR, TEST_ROBUST_LOSS)
+        ),
         intervals_said(means),
     ]
     return Answer(tables, [Picture("best_and_final", means[means["moment"] != RISE], draw_methods)], findings)

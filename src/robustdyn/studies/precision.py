@@ -17,30 +17,32 @@ from scipy import stats
 from robustdyn.errors import RecordError
 from robustdyn.records.labels import SEED
 from robustdyn.records.reader import Run
+from robustdyn.records.schema import (
+    HESSIAN_EIGENVALUE,
+    HESSIAN_TRACE,
+    TEST_ROBUST_ERROR,
+    TEST_ROBUST_LOSS,
+    TRAIN_ROBUST_LOSS,
+)
 from robustdyn.report import style
 from robustdyn.report.plotting import Cast, finish, group_legend, log_axis, mark_decays
 from robustdyn.studies.shared.comparing import (
     COLUMNS,
-    EIGENVALUE,
-    ERROR,
     INDEX,
     LEVEL,
-    LOSS,
     RATE,
-    TRACE,
-    TRAIN_LOSS,
     against,
     data_set,
-    intervals_said,
     paired,
     require_complete,
     values,
 )
 from robustdyn.studies.shared.one_factor import OUTCOME, outcomes, summary
 from robustdyn.studies.shared.study import Answer, Picture, Study
+from robustdyn.studies.shared.wording import intervals_said
 
 REFERENCE = "default"
-CURVES = (TRAIN_LOSS, LOSS)
+CURVES = (TRAIN_ROBUST_LOSS, TEST_ROBUST_LOSS)
 CURVE = ["panel", "setting", "quantity"]
 
 
@@ -86,7 +88,9 @@ def answer(runs: Sequence[Run]) -> Answer:
             raise RecordError(f"no run of {name} with execution={REFERENCE}; give its directory too")
         if len(kinds) == 1:
             raise RecordError(f"all runs of {name} have execution={REFERENCE}; give others to compare")
-    rows = values(runs, [ERROR, *CURVES], execution, optional=[INDEX, TRACE, EIGENVALUE])
+    rows = values(
+        runs, [TEST_ROBUST_ERROR, *CURVES], execution, optional=[INDEX, HESSIAN_TRACE, HESSIAN_EIGENVALUE]
+    )
     found = outcomes(rows)
     tables = {
         "outcomes": summary(found),
@@ -128,13 +132,17 @@ def draw_curves(table: pd.DataFrame) -> Figure:
                 _draw_range(ax, curve[curve["setting"] == setting], shade)
             finish(ax, f"{name}: {COLUMNS[quantity].label}", f"robust loss ({COLUMNS[quantity].unit})")
         log_axis(axes[0])  # memorisation goes on at a small loss
-        test = own[own["quantity"] == LOSS]
+        test = own[own["quantity"] == TEST_ROBUST_LOSS]
         apart = paired(test, test[test["setting"] == REFERENCE], ["epoch", SEED])
         apart["value"] -= apart["reference"]
         for setting in settings[1:]:
             _draw_range(axes[2], apart[apart["setting"] == setting], colours[setting])
         axes[2].axhline(0.0, color=style.MARK, linewidth=0.8)
-        finish(axes[2], f"{name}: test, paired by seed", f"loss − {REFERENCE}'s ({COLUMNS[LOSS].unit})")
+        finish(
+            axes[2],
+            f"{name}: test, paired by seed",
+            f"loss − {REFERENCE}'s ({COLUMNS[TEST_ROBUST_LOSS].unit})",
+        )
         _zoom(axes[2])
         rates = own[own["quantity"] == RATE].rename(columns={"value": RATE})
         mark_decays(

@@ -22,22 +22,16 @@ from robustdyn.report import style
 from robustdyn.report.plotting import finish, label_ends, log_axis
 from robustdyn.report.statistics import of_run
 from robustdyn.studies.shared.comparing import (
-    ERROR,
     METRICS,
     MOMENT,
     RATE,
     RISE,
     against,
     at_moments,
-    final_said,
-    intervals_said,
-    lowest_said,
     mean_with_interval,
     metrics_over_epochs,
     require_alike,
     require_complete,
-    seeds_said,
-    shown_table,
     values,
 )
 from robustdyn.studies.shared.comparison_figures import (
@@ -48,6 +42,7 @@ from robustdyn.studies.shared.comparison_figures import (
     setting_colours,
 )
 from robustdyn.studies.shared.study import Answer, Picture, Study
+from robustdyn.studies.shared.wording import final_said, intervals_said, lowest_said, seeds_said, shown_table
 
 NAMES = {
     "piecewise": "piecewise",
@@ -60,7 +55,7 @@ NAMES = {
 }
 WCI_RATE = "WCI-LR"
 MAY_DIFFER = ("schedule", "optimizer.lr")  # one-cycle has a higher peak
-CURVES = (ERROR, TEST_CLEAN_ERROR, RATE)
+CURVES = (TEST_ROBUST_ERROR, TEST_CLEAN_ERROR, RATE)
 TRAINING, EVALUATION, MEASUREMENT = "training", "evaluation", "measurement"
 PARTS = {name: name if name in (EVALUATION, MEASUREMENT) else TRAINING for name in TIMED}
 SETTLED = 0.4  # of the run: a barely trained network's errors would flatten the curves
@@ -149,7 +144,9 @@ def answer(runs: Sequence[Run]) -> Answer:
     require_complete(runs)
     order = list(dict.fromkeys(settings.values()))
     ordered = sorted(runs, key=lambda run: order.index(settings[run.label]))
-    rows = values(ordered, [ERROR], lambda run: settings[run.label], None, optional=[*METRICS, *CURVES])
+    rows = values(
+        ordered, [TEST_ROBUST_ERROR], lambda run: settings[run.label], None, optional=[*METRICS, *CURVES]
+    )
     found = at_moments(rows)
     means = mean_with_interval(found, MOMENT)
     reference = [name for name in order if name.startswith(WCI_RATE)][-1]
@@ -176,7 +173,7 @@ def findings_of(tables: Mapping[str, pd.DataFrame], reference: str) -> list[str]
     """Which schedule is the most robust, which differ from the WCI rate, and what that costs."""
     return [
         lowest_said(tables["schedules"]),
-        final_said(tables["against_wci"], ERROR, reference),
+        final_said(tables["against_wci"], TEST_ROBUST_ERROR, reference),
         _cost_said(tables["cost"], reference) if "cost" in tables else NO_TIMES,
         intervals_said(tables["schedules"]),
     ]

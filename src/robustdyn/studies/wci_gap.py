@@ -10,29 +10,31 @@ import pandas as pd
 
 from robustdyn.records.labels import SEED
 from robustdyn.records.reader import Run
-from robustdyn.records.schema import CAUCHY_SCHWARZ_BOUND
+from robustdyn.records.schema import (
+    CAUCHY_SCHWARZ_BOUND,
+    HESSIAN_TRACE,
+    ROBUST_ERROR_GAP,
+    ROBUST_LOSS_GAP,
+    WEIGHT_NORM_SQ,
+)
 from robustdyn.studies.shared.comparing import (
-    ERROR_GAP,
     INDEX,
-    LOSS_GAP,
-    NORM,
     RATE,
-    TRACE,
     correlations,
     data_set,
     first_decay,
-    intervals_said,
     mean_with_interval,
     over_epochs,
     values,
 )
 from robustdyn.studies.shared.comparison_figures import Panel, figure_of_curves
 from robustdyn.studies.shared.study import Answer, Picture, Study
+from robustdyn.studies.shared.wording import intervals_said
 
 CEILING = CAUCHY_SCHWARZ_BOUND
 BEFORE, AFTER = "before the first decay", "after it"
 ORDER = ("CIFAR-10", "CIFAR-100", "SVHN", "digits")
-FACTORS = {INDEX: "WCI", NORM: "‖W‖_F", TRACE: "√Tr H", "shape": "how alike layers are"}
+FACTORS = {INDEX: "WCI", WEIGHT_NORM_SQ: "‖W‖_F", HESSIAN_TRACE: "√Tr H", "shape": "how alike layers are"}
 """The WCI and what it is the product of: ln WCI = ½ ln Σ‖W_k‖² + ½ ln Σ Tr H_k + ln(WCI / ceiling)."""
 
 
@@ -53,10 +55,12 @@ def factors(rows: pd.DataFrame) -> pd.DataFrame:
     found = []
     for (panel, setting, seed), own in rows.groupby(["panel", "setting", SEED], sort=False):
         wide = own.pivot(index="epoch", columns="quantity", values="value")
-        known = wide[[INDEX, NORM, TRACE, CEILING]].dropna()
-        index, norm, trace = (np.log(known[name]) for name in (INDEX, NORM, TRACE))
+        known = wide[[INDEX, WEIGHT_NORM_SQ, HESSIAN_TRACE, CEILING]].dropna()
+        index, norm, trace = (np.log(known[name]) for name in (INDEX, WEIGHT_NORM_SQ, HESSIAN_TRACE))
         shape = index - norm / 2 - trace / 2
-        logs = pd.DataFrame({INDEX: index, NORM: norm / 2, TRACE: trace / 2, "shape": shape})
+        logs = pd.DataFrame(
+            {INDEX: index, WEIGHT_NORM_SQ: norm / 2, HESSIAN_TRACE: trace / 2, "shape": shape}
+        )
         decay = first_decay(own)
         turn = logs.index[logs.index < decay].max() if decay is not None else np.nan
         if np.isnan(turn):  # nothing measured before a decay
@@ -74,17 +78,21 @@ def answer(runs: Sequence[Run]) -> Answer:
     """See ``STUDY``."""
     names = [*ORDER, *sorted({data_set(run) for run in runs} - set(ORDER))]
     runs = sorted(runs, key=lambda run: names.index(data_set(run)))
-    rows = values(runs, [LOSS_GAP, ERROR_GAP, INDEX, NORM, TRACE, CEILING], setting=lambda run: "")
+    rows = values(
+        runs,
+        [ROBUST_LOSS_GAP, ROBUST_ERROR_GAP, INDEX, WEIGHT_NORM_SQ, HESSIAN_TRACE, CEILING],
+        setting=lambda run: "",
+    )
     curves, r, changes = over_epochs(rows), correlations(rows), factors(rows)
-    product = rows[rows["quantity"].isin([RATE, INDEX, NORM, TRACE, CEILING])]
+    product = rows[rows["quantity"].isin([RATE, INDEX, WEIGHT_NORM_SQ, HESSIAN_TRACE, CEILING])]
     gaps = [
-        Panel("robust loss gap", LOSS_GAP),
-        Panel("robust error gap", ERROR_GAP),
+        Panel("robust loss gap", ROBUST_LOSS_GAP),
+        Panel("robust error gap", ROBUST_ERROR_GAP),
         Panel("WCI", INDEX),
     ]
     apart = [
-        Panel("‖W‖²_F", NORM, log=True),
-        Panel("Tr H", TRACE, log=True),
+        Panel("‖W‖²_F", WEIGHT_NORM_SQ, log=True),
+        Panel("Tr H", HESSIAN_TRACE, log=True),
         Panel("WCI", INDEX, second=CEILING, log=True),
     ]
     pictures = [
@@ -107,7 +115,7 @@ def answer(runs: Sequence[Run]) -> Answer:
 
 def _follows(r: pd.DataFrame) -> str:
     """Pearson's r of WCI and loss gap over all epochs, by data set."""
-    own = r[(r["quantity"] == LOSS_GAP) & (r["phase"] == "all epochs")]
+    own = r[(r["quantity"] == ROBUST_LOSS_GAP) & (r["phase"] == "all epochs")]
     if own.empty:
         return (
             "WCI and gaps have fewer than three epochs in common: no correlation; let "
@@ -121,7 +129,9 @@ def _follows(r: pd.DataFrame) -> str:
 def _moving(changes: pd.DataFrame) -> list[str]:
     """Which factor moves more, by phase and data set."""
     lines = []
-    for phase, rows in changes[changes["factor"].isin([NORM, TRACE])].groupby("phase", sort=False):
+    for phase, rows in changes[changes["factor"].isin([WEIGHT_NORM_SQ, HESSIAN_TRACE])].groupby(
+        "phase", sort=False
+    ):
         strongest = rows.loc[rows["mean"].abs().groupby(rows["panel"], sort=False).idxmax()]
         pairs = zip(strongest["factor"], strongest["panel"], strict=True)
         said = ", ".join(f"{FACTORS[factor]} ({panel})" for factor, panel in pairs)

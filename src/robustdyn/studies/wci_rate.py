@@ -16,30 +16,23 @@ from scipy import stats
 
 from robustdyn.errors import RecordError
 from robustdyn.records.reader import Run, combine
-from robustdyn.records.schema import EPOCHS, WCI
+from robustdyn.records.schema import EPOCHS, ROBUST_LOSS_GAP, TEST_ROBUST_ERROR, TEST_ROBUST_LOSS, WCI
 from robustdyn.report import style
 from robustdyn.report.plotting import End, finish, label_ends, log_axis
 from robustdyn.report.statistics import of_run
 from robustdyn.studies.shared.comparing import (
-    ERROR,
     FINAL,
     INDEX,
-    LOSS,
-    LOSS_GAP,
     METRICS,
     MOMENT,
     RATE,
     RISE,
     against,
     at_moments,
-    final_said,
-    intervals_said,
     mean_with_interval,
     metrics_over_epochs,
     require_alike,
     require_complete,
-    seeds_said,
-    shown_table,
     values,
 )
 from robustdyn.studies.shared.comparison_figures import (
@@ -51,10 +44,11 @@ from robustdyn.studies.shared.comparison_figures import (
     of_seeds,
 )
 from robustdyn.studies.shared.study import Answer, Picture, Study
+from robustdyn.studies.shared.wording import final_said, intervals_said, seeds_said, shown_table
 
 STATIC = "static η₁"
-SHOWN = (ERROR, LOSS)
-TRENDS = (*SHOWN, LOSS_GAP)
+SHOWN = (TEST_ROBUST_ERROR, TEST_ROBUST_LOSS)
+TRENDS = (*SHOWN, ROBUST_LOSS_GAP)
 PER = 10  # epochs that a slope is said for
 LEAST = 3  # evaluated epochs that a line is fitted to
 UNDAMPED = 1 - 1e-6  # of η₁: not lowered
@@ -150,7 +144,9 @@ def answer(runs: Sequence[Run]) -> Answer:
     settings = settings_of(runs, damped)
     order = list(dict.fromkeys(settings.values()))
     ordered = sorted(runs, key=lambda run: order.index(settings[run.label]))
-    rows = values(ordered, [ERROR], lambda run: settings[run.label], None, optional=[*METRICS, INDEX])
+    rows = values(
+        ordered, [TEST_ROBUST_ERROR], lambda run: settings[run.label], None, optional=[*METRICS, INDEX]
+    )
     found = at_moments(rows)
     means = mean_with_interval(found, MOMENT)
     start = int(damped["epoch"].min())  # of all runs: they differ in nothing that moves it
@@ -206,7 +202,7 @@ def draw_trend(table: pd.DataFrame) -> Figure:
     colours = _colours(table)
     figure = style.new_figure(f"Trend since the decay ({seeds_said(table)}, 95 % interval)", 3.8)
     left, right = figure.subplots(1, 2, width_ratios=(1.2, 1.0))
-    column = EPOCHS[ERROR]
+    column = EPOCHS[TEST_ROBUST_ERROR]
     points, lines = table[table["kind"] == "measured"], table[table["kind"] == "line"]
     for setting, rows in points.groupby("setting", sort=False):
         left.plot(rows["epoch"], rows["mean"], "o", color=colours[str(setting)], alpha=0.55)
@@ -295,7 +291,7 @@ def _rule(damped: pd.DataFrame, settings: Mapping[str, str]) -> pd.DataFrame:
 
 def _trend_table(over_epochs: pd.DataFrame, fitted: pd.DataFrame, slopes: pd.DataFrame) -> pd.DataFrame:
     """Measured points and lines of the control and the largest other threshold; the slopes of all."""
-    metric = ERROR
+    metric = TEST_ROBUST_ERROR
     order = list(dict.fromkeys(slopes["setting"]))
     shown = [name for name in order if name != STATIC][-1:] + [name for name in order if name == STATIC]
     points = over_epochs[
@@ -322,7 +318,9 @@ def _trend_table(over_epochs: pd.DataFrame, fitted: pd.DataFrame, slopes: pd.Dat
 def findings_of(tables: Mapping[str, pd.DataFrame]) -> list[str]:
     """How much the threshold matters, and which thresholds differ from the static rate."""
     means, rule = tables["thresholds"], tables["rule"]
-    own = means[(means["metric"] == ERROR) & (means["moment"] == FINAL) & (means["setting"] != STATIC)]
+    own = means[
+        (means["metric"] == TEST_ROBUST_ERROR) & (means["moment"] == FINAL) & (means["setting"] != STATIC)
+    ]
     finals = own.set_index("setting")["mean"]
     findings = [
         f"Sensitivity to τ: the final robust error lies between {finals.min():.1f} % ({finals.idxmin()}) and "
@@ -331,7 +329,9 @@ def findings_of(tables: Mapping[str, pd.DataFrame]) -> list[str]:
     ]
     if "against_static" in tables:
         apart = tables["against_static"]
-        findings += [final_said(apart, metric, "the static rate") for metric in (ERROR, LOSS)]
+        findings += [
+            final_said(apart, metric, "the static rate") for metric in (TEST_ROBUST_ERROR, TEST_ROBUST_LOSS)
+        ]
     else:
         findings.append("No control: no run kept η₁ throughout; schedule.threshold=1e9 makes one.")
     return [*findings, intervals_said(means)]

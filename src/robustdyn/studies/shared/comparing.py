@@ -7,20 +7,19 @@ names them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
 from robustdyn.errors import RecordError
+from robustdyn.records.columns import Column
 from robustdyn.records.labels import SEED, differences, format_value
 from robustdyn.records.reader import Run, combine, read_table
 from robustdyn.records.schema import (
     EPOCHS,
     HESSIAN_EIGENVALUE,
-    HESSIAN_TRACE,
     ROBUST_ERROR_GAP,
     ROBUST_LOSS_GAP,
     SPECTRUM,
@@ -28,29 +27,21 @@ from robustdyn.records.schema import (
     TEST_ROBUST_ERROR,
     TEST_ROBUST_LOSS,
     WCI,
-    WEIGHT_NORM_SQ,
-    Column,
 )
 from robustdyn.report.statistics import decay_epochs, of_run
 
 OPERATION = ("checkpoint", "nonfinite", "resume")  # sections that change no result
 LEVEL = 0.95
-# 3 to 10 draws of an exponential, a log-normal (σ = 1) and two-peaked laws: 0.70 to 0.94
-COVERAGE = "where seeds are skewed or fall into two groups, such intervals cover 0.7 to 0.9 instead of 0.95"
 BOUNDS = ("mean", "low", "high")
 
-LOSS_GAP, ERROR_GAP, INDEX, RATE = ROBUST_LOSS_GAP, ROBUST_ERROR_GAP, "wci", "lr"
-NORM, TRACE = WEIGHT_NORM_SQ, HESSIAN_TRACE
-LOSS, ERROR = TEST_ROBUST_LOSS, TEST_ROBUST_ERROR
-TRAIN_LOSS, TRAIN_ERROR = "train_robust_loss", "train_robust_error"
-EIGENVALUE = HESSIAN_EIGENVALUE  # the largest
+INDEX, RATE = "wci", "lr"
 COLUMNS: dict[str, Column] = {
-    column.name: column for column in (SPECTRUM[EIGENVALUE], *WCI.columns, *EPOCHS.columns)
+    column.name: column for column in (SPECTRUM[HESSIAN_EIGENVALUE], *WCI.columns, *EPOCHS.columns)
 }
 DATA_SETS = {"CIFAR10": "CIFAR-10", "CIFAR100": "CIFAR-100", "SVHN": "SVHN", "Digits": "digits"}
 BEST, FINAL, RISE = "best", "final", "final − best"
 MOMENTS = (BEST, FINAL, RISE)
-METRICS = (ERROR, TEST_CLEAN_ERROR, ERROR_GAP, LOSS, LOSS_GAP)
+METRICS = (TEST_ROBUST_ERROR, TEST_CLEAN_ERROR, ROBUST_ERROR_GAP, TEST_ROBUST_LOSS, ROBUST_LOSS_GAP)
 """What is compared at the moments of a run."""
 MOMENT = ["setting", "metric", "unit", "moment"]
 
@@ -119,7 +110,7 @@ def require_complete(runs: Sequence[Run]) -> None:
     Raises:
         RecordError: Some run is not; the message names it.
     """
-    epochs = combine(runs, "epochs").dropna(subset=[ERROR])
+    epochs = combine(runs, "epochs").dropna(subset=[TEST_ROBUST_ERROR])
     for run in runs:
         wanted = int(run.config["trainer"]["max_epochs"])
         evaluated = of_run(epochs, run.label)["epoch"]
@@ -182,7 +173,7 @@ def values(
             )
         for name in dict.fromkeys([RATE, *quantities, *optional]):
             known = read_table(run.path, _table_of(name)).dropna(subset=[name])
-            known = known[known["index"] == 0] if name == EIGENVALUE else known
+            known = known[known["index"] == 0] if name == HESSIAN_EIGENVALUE else known
             if known.empty and name in quantities:
                 raise RecordError(f"{run.path}: {_lacks(name)}")
             rows = pd.DataFrame({"epoch": known["epoch"], "quantity": name, "value": known[name]})
@@ -244,7 +235,9 @@ def at_moments(rows: pd.DataFrame) -> pd.DataFrame:
     Returns:
         ``setting``, ``seed``, ``metric``, ``unit``, ``moment``, ``value``; settings in their order.
     """
-    return tidy_moments(best_and_final(in_shown_units(rows[rows["quantity"].isin(METRICS)]), ERROR))
+    return tidy_moments(
+        best_and_final(in_shown_units(rows[rows["quantity"].isin(METRICS)]), TEST_ROBUST_ERROR)
+    )
 
 
 def tidy_moments(found: pd.DataFrame) -> pd.DataFrame:
@@ -301,13 +294,15 @@ def correlations(rows: pd.DataFrame) -> pd.DataFrame:
     found = []
     for (panel, setting, seed), own in rows.groupby(["panel", "setting", SEED], sort=False):
         wide = own.pivot(index="epoch", columns="quantity", values="value")
-        wide = wide.reindex(columns=[LOSS_GAP, ERROR_GAP, INDEX])
-        wide[[LOSS_GAP, ERROR_GAP]] = wide[[LOSS_GAP, ERROR_GAP]].interpolate("index", limit_area="inside")
+        wide = wide.reindex(columns=[ROBUST_LOSS_GAP, ROBUST_ERROR_GAP, INDEX])
+        wide[[ROBUST_LOSS_GAP, ROBUST_ERROR_GAP]] = wide[[ROBUST_LOSS_GAP, ROBUST_ERROR_GAP]].interpolate(
+            "index", limit_area="inside"
+        )
         decay = first_decay(own)
         phases = {"all epochs": wide}
         if decay is not None:
             phases["after the first decay"] = wide[wide.index >= decay]
-        for gap in (LOSS_GAP, ERROR_GAP):
+        for gap in (ROBUST_LOSS_GAP, ROBUST_ERROR_GAP):
             for phase, part in phases.items():
                 pairs = part[[INDEX, gap]].dropna()
                 if len(pairs) > 2 and (pairs.nunique() > 1).all():
@@ -369,78 +364,6 @@ def metrics_over_epochs(rows: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFr
     return _ordered(over_epochs(own).rename(columns={"quantity": "metric"}))
 
 
-# ---------------------------------------------------------------------- how it is said
-
-
-def shown_table(means: pd.DataFrame) -> pd.DataFrame:
-    """Means of ``at_moments`` to read: a row per setting, "mean ± half the interval" in the cells."""
-    columns = {
-        (metric, moment): f"{COLUMNS[metric].shown}, {moment}" for metric in METRICS for moment in MOMENTS
-    }
-    cells = means.assign(
-        column=[columns[place] for place in zip(means["metric"], means["moment"], strict=True)],
-        cell=[said(row, COLUMNS[row["metric"]]) for _, row in means.iterrows()],
-    )
-    wide = cells.pivot(index="setting", columns="column", values="cell")
-    wide = wide.reindex(index=list(dict.fromkeys(means["setting"])), columns=list(columns.values()))
-    wide.insert(0, "seeds", means.groupby("setting", sort=False)["seeds"].max())
-    return wide.reset_index()
-
-
-def said(row: Mapping[Any, Any] | pd.Series, column: Column) -> str:
-    """``33.8 ± 0.9``, in the shown unit: the mean and half of its interval, which one seed does not have."""
-    digits = 1 if column.scale > 1 else 3
-    text = f"{row['mean']:.{digits}f}"
-    return text if pd.isna(row["low"]) else f"{text} ± {row['high'] - row['mean']:.{digits}f}"
-
-
-def told_apart(
-    rows: pd.DataFrame,
-    names: Sequence[str],
-    words: tuple[str, str, str] = ("higher", "lower", "no clear difference"),
-) -> str:
-    """Which intervals lie above 0, below it, or on both sides of it: ``higher: ...; lower: ...``."""
-    up, down, unclear = words
-    found: dict[str, list[str]] = {word: [] for word in words}
-    for name, low, high in zip(names, rows["low"], rows["high"], strict=True):
-        found[up if low > 0 else down if high < 0 else unclear].append(name)
-    return "; ".join(f"{word}: {', '.join(own)}" for word, own in found.items() if own)
-
-
-def lowest_said(means: pd.DataFrame) -> str:
-    """Which setting of ``at_moments`` has the lowest robust error, best and final."""
-    errors = means[means["metric"] == ERROR].set_index("moment")
-    lowest = {moment: errors.loc[[moment]].nsmallest(1, "mean").iloc[0] for moment in (BEST, FINAL)}
-    parts = [f"{moment} {row['setting']} ({said(row, EPOCHS[ERROR])} %)" for moment, row in lowest.items()]
-    return (
-        f"Lowest robust error: {', '.join(parts)}. Best is the epoch of lowest test robust error, chosen on "
-        "the test set as in the papers, so that final − best of that error is never negative."
-    )
-
-
-def final_said(differences: pd.DataFrame, metric: str, reference: str) -> str:
-    """Which settings' final metric is clearly above or below that of ``reference``, from ``against``."""
-    own = differences[(differences["metric"] == metric) & (differences["moment"] == FINAL)]
-    apart = told_apart(own, list(own["setting"]))
-    return f"Final {EPOCHS[metric].label} against {reference}, seed by seed: {apart}."
-
-
-def seeds_said(table: pd.DataFrame) -> str:
-    """``3 seeds``, or ``2–3 seeds`` where settings have different numbers."""
-    low, high = int(table["seeds"].min()), int(table["seeds"].max())
-    return f"{high} seed{'s' if high > 1 else ''}" if low == high else f"{low}–{high} seeds"
-
-
-def intervals_said(table: pd.DataFrame) -> str:
-    """What means and intervals of this table are."""
-    if table["seeds"].max() == 1:
-        return "One seed, so no intervals."
-    return (
-        f"Means over {seeds_said(table)} with Student's 95 % interval, not adjusted for the number of them; "
-        f"{COVERAGE}."
-    )
-
-
 def _ordered(frame: pd.DataFrame) -> pd.DataFrame:
     """Settings as they come, metrics and moments in their order, then by seed or epoch."""
     ranks = {
@@ -457,7 +380,7 @@ def _ordered(frame: pd.DataFrame) -> pd.DataFrame:
 def _table_of(quantity: str) -> str:
     if quantity in EPOCHS.names:
         return EPOCHS.name
-    return SPECTRUM.name if quantity == EIGENVALUE else WCI.name
+    return SPECTRUM.name if quantity == HESSIAN_EIGENVALUE else WCI.name
 
 
 def _last_epoch(run: Run) -> int:

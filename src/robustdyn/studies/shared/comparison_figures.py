@@ -12,7 +12,14 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 
 from robustdyn.records.labels import SEED
-from robustdyn.records.schema import EPOCHS, WCI
+from robustdyn.records.schema import (
+    EPOCHS,
+    ROBUST_ERROR_GAP,
+    ROBUST_LOSS_GAP,
+    TEST_ROBUST_ERROR,
+    TEST_ROBUST_LOSS,
+    WCI,
+)
 from robustdyn.report import style
 from robustdyn.report.plotting import (
     MARKED_POINTS,
@@ -25,22 +32,11 @@ from robustdyn.report.plotting import (
     log_axis,
     mark_decays,
 )
-from robustdyn.studies.shared.comparing import (
-    BEST,
-    BOUNDS,
-    COLUMNS,
-    ERROR,
-    ERROR_GAP,
-    FINAL,
-    INDEX,
-    LOSS,
-    LOSS_GAP,
-    RATE,
-    seeds_said,
-)
+from robustdyn.studies.shared.comparing import BEST, BOUNDS, COLUMNS, FINAL, INDEX, RATE
+from robustdyn.studies.shared.wording import seeds_said
 
 BANDS = 5  # more curves than this, and their intervals hide one another
-CEILINGS = {ERROR: 100.0, LOSS: np.inf, INDEX: np.inf}
+CEILINGS = {TEST_ROBUST_ERROR: 100.0, TEST_ROBUST_LOSS: np.inf, INDEX: np.inf}
 """The most that these can be as shown; the least is 0. Student's interval may reach beyond, axes do not."""
 
 
@@ -292,7 +288,11 @@ def figure_of_outcomes(table: pd.DataFrame, title: str) -> Figure:
     """
     means, single = table[table[SEED].isna()], table[table[SEED].notna()]
     panels, settings = list(dict.fromkeys(means["panel"])), list(dict.fromkeys(means["setting"]))
-    shown = [q for q in (ERROR, LOSS, ERROR_GAP, LOSS_GAP, INDEX) if (means["quantity"] == q).any()]
+    shown = [
+        q
+        for q in (TEST_ROBUST_ERROR, TEST_ROBUST_LOSS, ROBUST_ERROR_GAP, ROBUST_LOSS_GAP, INDEX)
+        if (means["quantity"] == q).any()
+    ]
     several = means["seeds"].max() > 1
     height = 1.1 + (0.8 + 0.3 * len(settings)) * len(panels)
     figure = style.new_figure(f"{title} (mean of {seeds_said(means)})", height)
@@ -323,7 +323,7 @@ def figure_of_outcomes(table: pd.DataFrame, title: str) -> Figure:
             ax.set_yticks(range(len(settings)), settings[::-1])
             ax.set_ylim(-0.6, len(settings) - 0.4)
             label = column.label.removeprefix("test ")
-            unit = "% points" if column.scale > 1 and quantity == ERROR_GAP else column.shown_unit
+            unit = "% points" if column.scale > 1 and quantity == ROBUST_ERROR_GAP else column.shown_unit
             if i == len(panels) - 1:
                 ax.set_xlabel(f"{label}\n({unit})" if unit else label)
             if len(panels) > 1 and j == 0:

@@ -9,25 +9,26 @@ import pandas as pd
 
 from robustdyn.records.labels import SEED
 from robustdyn.records.reader import Run
+from robustdyn.records.schema import (
+    HESSIAN_EIGENVALUE,
+    HESSIAN_TRACE,
+    ROBUST_ERROR_GAP,
+    ROBUST_LOSS_GAP,
+    TEST_ROBUST_ERROR,
+    TEST_ROBUST_LOSS,
+    TRAIN_ROBUST_ERROR,
+    TRAIN_ROBUST_LOSS,
+    WEIGHT_NORM_SQ,
+)
 from robustdyn.studies.shared.comparing import (
     BEST,
     COLUMNS,
-    EIGENVALUE,
-    ERROR,
-    ERROR_GAP,
     FINAL,
     INDEX,
-    LOSS,
-    LOSS_GAP,
-    NORM,
     RISE,
-    TRACE,
-    TRAIN_ERROR,
-    TRAIN_LOSS,
     against,
     best_and_final,
     correlations,
-    intervals_said,
     keys_of,
     mean_with_interval,
     over_epochs,
@@ -36,22 +37,23 @@ from robustdyn.studies.shared.comparing import (
 )
 from robustdyn.studies.shared.comparison_figures import Panel, figure_of_curves, figure_of_outcomes
 from robustdyn.studies.shared.study import Answer, Picture
+from robustdyn.studies.shared.wording import intervals_said
 
 FINAL_GAP, FINAL_INDEX = "final robust loss gap", "final WCI"
 OUTCOMES: dict[str, tuple[str, str]] = {
-    "best robust error": (ERROR, BEST),
-    "final robust error": (ERROR, FINAL),
-    "rise of the robust error": (ERROR, RISE),
-    "best robust loss": (LOSS, BEST),
-    "final robust loss": (LOSS, FINAL),
-    "rise of the robust loss": (LOSS, RISE),
-    "final robust error gap": (ERROR_GAP, FINAL),
-    FINAL_GAP: (LOSS_GAP, FINAL),
+    "best robust error": (TEST_ROBUST_ERROR, BEST),
+    "final robust error": (TEST_ROBUST_ERROR, FINAL),
+    "rise of the robust error": (TEST_ROBUST_ERROR, RISE),
+    "best robust loss": (TEST_ROBUST_LOSS, BEST),
+    "final robust loss": (TEST_ROBUST_LOSS, FINAL),
+    "rise of the robust loss": (TEST_ROBUST_LOSS, RISE),
+    "final robust error gap": (ROBUST_ERROR_GAP, FINAL),
+    FINAL_GAP: (ROBUST_LOSS_GAP, FINAL),
     FINAL_INDEX: (INDEX, FINAL),
-    "final squared weight norm": (NORM, FINAL),
-    "final Hessian trace": (TRACE, FINAL),
-    "final train robust loss": (TRAIN_LOSS, FINAL),
-    "final largest Hessian eigenvalue": (EIGENVALUE, FINAL),
+    "final squared weight norm": (WEIGHT_NORM_SQ, FINAL),
+    "final Hessian trace": (HESSIAN_TRACE, FINAL),
+    "final train robust loss": (TRAIN_ROBUST_LOSS, FINAL),
+    "final largest Hessian eigenvalue": (HESSIAN_EIGENVALUE, FINAL),
 }
 """What a run comes to: the lowest value over its epochs, the last one, and last less lowest."""
 
@@ -101,8 +103,8 @@ def compared(runs: Sequence[Run], setting: Callable[[Run], str], *, title: str, 
     Raises:
         RecordError: As ``robustdyn.studies.shared.comparing.values``.
     """
-    quantities = [TRAIN_ERROR, ERROR, LOSS, ERROR_GAP, LOSS_GAP]
-    rows = values(runs, quantities, setting, optional=[INDEX, NORM, TRACE])
+    quantities = [TRAIN_ROBUST_ERROR, TEST_ROBUST_ERROR, TEST_ROBUST_LOSS, ROBUST_ERROR_GAP, ROBUST_LOSS_GAP]
+    rows = values(runs, quantities, setting, optional=[INDEX, WEIGHT_NORM_SQ, HESSIAN_TRACE])
     found = outcomes(rows)
     table = summary(found)
     tables = {
@@ -113,8 +115,8 @@ def compared(runs: Sequence[Run], setting: Callable[[Run], str], *, title: str, 
     if measured:
         tables["correlations"] = correlations(rows)
     panels = [
-        Panel("robust error", ERROR, second=TRAIN_ERROR),
-        Panel("robust loss gap", LOSS_GAP),
+        Panel("robust error", TEST_ROBUST_ERROR, second=TRAIN_ROBUST_ERROR),
+        Panel("robust loss gap", ROBUST_LOSS_GAP),
         Panel("WCI", INDEX),
     ]
     curves = partial(figure_of_curves, title=title, panels=panels)
@@ -132,11 +134,13 @@ def compared(runs: Sequence[Run], setting: Callable[[Run], str], *, title: str, 
 def _lowest(table: pd.DataFrame) -> list[str]:
     """Which setting has the lowest robust error, at its best epoch and at the end."""
     lines = []
-    for panel, own in table[table["quantity"] == ERROR].groupby("panel", sort=False):
+    for panel, own in table[table["quantity"] == TEST_ROBUST_ERROR].groupby("panel", sort=False):
         parts = []
         for outcome in ("best robust error", "final robust error"):
             row = own[own["outcome"] == outcome].sort_values("mean", kind="stable").iloc[0]
-            parts.append(f"{outcome}: {row['setting']} ({row['mean'] * COLUMNS[ERROR].scale:.1f} %)")
+            parts.append(
+                f"{outcome}: {row['setting']} ({row['mean'] * COLUMNS[TEST_ROBUST_ERROR].scale:.1f} %)"
+            )
         lines.append(f"{panel}, lowest {'; lowest '.join(parts)}.")
     return lines
 
