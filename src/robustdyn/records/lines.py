@@ -62,7 +62,7 @@ def parse_lines(
                     broken = number
                 else:
                     rows.append(row)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
         if isinstance(error, RecordError):
