@@ -13,6 +13,12 @@ from robustdyn.run.config import config_dir, register_resolvers
 BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40))
 
 
+STEPS = range(1, 41)
+DOUBLED = [f"a{n}: ${{a{n - 1}}}${{a{n - 1}}}" for n in STEPS]
+DOUBLED_NODES = [f"a{n}: {{x: '${{..a{n - 1}}}', y: ['${{a{n - 1}}}']}}" for n in STEPS]
+DOUBLED_CHOICES = [f"a{n}: ${{oc.select:a{n - 1},''}}${{oc.select:..a{n - 1}}}" for n in STEPS]
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -23,6 +29,10 @@ BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for 
         (b"a: " + b"x" * (1 << 20), "larger than 1 MiB"),
         (b"a: !!python/object/apply:os.system [touch called]", "could not determine a constructor"),
         (b"a: [1", "while parsing a flow sequence"),
+        ("\n".join(["a0: xx", *DOUBLED]).encode(), "interpolations make it larger than 1 MiB"),
+        ("\n".join(["a0: xx", *DOUBLED_NODES]).encode(), "interpolations make it larger than 1 MiB"),
+        ("\n".join(["a0: xx", *DOUBLED_CHOICES]).encode(), "interpolations make it larger than 1 MiB"),
+        (b"a: ${oc.select:b.${c}}", "a key is computed by an interpolation"),
         (b"a: ${", "missing '}'|extraneous input|token recognition|mismatched|no viable"),
         (b"5", "Invalid loaded object type"),
     ],

@@ -6,7 +6,7 @@ time and memory are bounded by the size of the file.
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,10 @@ PURE_RESOLVERS = ("at_fractions", "first", "first_at_fraction", "oc.select", "pe
 DATA_ROOT = "oc.env:ROBUSTDYN_DATA"
 """The environment variable that a run's ``data.root`` may refer to: where this machine has its data."""
 
+_REFERENCE = re.compile(r"\$\{\s*(?:oc\.select:\s*)?(\.*)([\w.\[\]-]+)")
+"""A reference to another key: the dots that make it relative, and the key."""
+_COMPUTED = re.compile(r"oc\.select:[^,}]*\$\{")
+
 
 def read_yaml(path: Path) -> Any:
     """The content of a YAML file as plain dictionaries and lists, with interpolations left as text.
@@ -35,7 +39,9 @@ def read_yaml(path: Path) -> Any:
             raise ValueError(f"larger than {LARGEST_FILE >> 20} MiB")
         text = path.read_text(encoding="utf-8")
         _check_structure(text)
-        return OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
+        content = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
+        _check_expansion(content)
+        return content
     except OSError as error:
         raise ValueError(error.strerror or str(error)) from error
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
@@ -83,6 +89,48 @@ def _check_structure(text: str) -> None:
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > DEEPEST:
             raise ValueError(f"nested more than {DEEPEST} deep")
+
+
+def _check_expansion(content: Any) -> None:
+    """Refuse interpolations that double the content step by step, as aliases could.
+
+    Raises:
+        ValueError: The resolved content would be larger than a file may be, or a key is itself computed.
+    """
+    sizes: dict[tuple[str, ...], int] = {}
+
+    def resolved(path: tuple[str, ...], node: Any) -> int:
+        if path in sizes:
+            return sizes[path]
+        sizes[path] = 0  # while it is being computed: OmegaConf refuses what refers to itself
+        if isinstance(node, dict | list):
+            total = sum(resolved((*path, str(key)), child) for key, child in _items(node))
+        else:
+            text = str(node)
+            if _COMPUTED.search(text):
+                raise ValueError(f"a key is computed by an interpolation in {text[:80]!r}")
+            total = len(text)
+            for dots, name in _REFERENCE.findall(text):
+                target = (*path[: len(path) - len(dots)] * bool(dots), *re.findall(r"[^.\[\]]+", name))
+                total += resolved(target, _at(content, target))
+        if total > LARGEST_FILE:
+            raise ValueError(f"its interpolations make it larger than {LARGEST_FILE >> 20} MiB")
+        sizes[path] = total
+        return total
+
+    resolved((), content)
+
+
+def _items(node: dict[Any, Any] | list[Any]) -> Iterable[tuple[Any, Any]]:
+    return node.items() if isinstance(node, dict) else enumerate(node)
+
+
+def _at(content: Any, path: Sequence[str]) -> Any:
+    """The node at a path of keys and positions; an empty text if there is none."""
+    for key in path:
+        children = {str(k): child for k, child in _items(content)} if isinstance(content, dict | list) else {}
+        content = children.get(key, "")
+    return content
 
 
 def _without_foreign(content: Any, known: re.Pattern[str]) -> Any:
