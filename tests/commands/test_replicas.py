@@ -68,6 +68,7 @@ def assert_same(one, other):
             np.testing.assert_array_equal(one[name][key], other[name][key])
 
 
+@pytest.mark.slow
 def test_whole_sharded_and_grown_ensembles_are_the_same(checkpoint, tmp_path, monkeypatch, capsys):
     assert replicate(monkeypatch, checkpoint, *SMALL, "output=whole", "replicas=6") == 0
     said = capsys.readouterr().out

@@ -70,7 +70,7 @@ def assert_same_end(found, wanted):
 
 
 @pytest.mark.parametrize(
-    "variant", [pytest.param(name, marks=pytest.mark.slow if name == "at" else ()) for name in VARIANTS]
+    "variant", [pytest.param(name, marks=() if "mixup" in name else pytest.mark.slow) for name in VARIANTS]
 )
 def test_interrupted_within_and_between_epochs(variant, tmp_path, monkeypatch):
     assert command(monkeypatch, *arguments(variant, f"hydra.run.dir={tmp_path / 'alone'}")) == 0

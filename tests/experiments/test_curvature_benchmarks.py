@@ -41,6 +41,7 @@ def check_targets(targets):
         assert verdict["reached"] is within
 
 
+@pytest.mark.slow
 def test_products(benchmark, tmp_path):
     pytest.importorskip("pyhessian")
     products = benchmark("curvature_products")
@@ -88,6 +89,7 @@ def test_layer_traces(benchmark, tmp_path):
     check_targets(summary["targets"])
 
 
+@pytest.mark.slow
 def test_leading_eigenpairs(benchmark, tmp_path):
     pytest.importorskip("pyhessian")
     pairs = benchmark("leading_eigenpairs")

@@ -33,6 +33,7 @@ def result(tmp_path, name):
     return json.loads((tmp_path / f"{name}.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_step(benchmark, tmp_path, monkeypatch, capsys):
     at_step = benchmark("at_step")
     monkeypatch.setattr(at_step, "WARM", 2)
