@@ -46,7 +46,7 @@ def told_apart(
     up, down, unclear = words
     found: dict[str, list[str]] = {word: [] for word in words}
     for name, low, high in zip(names, rows["low"], rows["high"], strict=True):
-        found[up if low > 0 else down if high < 0 else unclear].append(name)
+        found[up if low > 0 else down if high < 0 else unclear].append(f"“{name}”" if "," in name else name)
     return "; ".join(f"{word}: {', '.join(own)}" for word, own in found.items() if own)
 
 
