@@ -61,12 +61,15 @@ class Execution:
                 f"execution.compile={self._compile} needs a C++ compiler and there is none; install g++, or "
                 "set execution.compile=none"
             )
-        from torch._dynamo import config as dynamo  # here, for it takes seconds
+        from torch._dynamo import config as dynamo  # here, because both take seconds
+        from torch._inductor import config as inductor
 
         # With more passes PyTorch continues uncompiled and only warns. TRADES with a validation split may
         # have its default, 8, and a run resumed at a short batch has more.
         dynamo.cache_size_limit = max(dynamo.cache_size_limit, _MOST_PASSES)  # so called from PyTorch 2.6 on
         # of a fixed size: with the batch size left open the code is slower
+        # otherwise the compiler puts the channels innermost by itself
+        inductor.layout_optimization = trains_channels_last(model)
         model.compile(mode=self._compile, dynamic=False)
 
     def images(self, images: Tensor) -> Tensor:
