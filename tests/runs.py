@@ -11,6 +11,8 @@ from omegaconf import DictConfig
 from robustdyn.records.schema import TIMING
 from robustdyn.run.config import config_dir
 
+GET_MODE = Hydra.get_mode
+
 TINY = (
     "data=digits",
     "data.train_size=80",
@@ -47,9 +49,9 @@ def invoke(entry, monkeypatch, *arguments) -> int:
     """Run a Hydra command in this process and return its exit status."""
     words = [str(argument) for argument in arguments]
     monkeypatch.setattr(sys, "argv", ["robustdyn", *words])
-    if not any(word.lstrip("+").startswith(("experiment=", "hydra.mode=")) for word in words):
-        # Hydra composes everything twice, the first time only to read hydra.mode, which nothing else sets
-        monkeypatch.setattr(Hydra, "get_mode", lambda self, config_name, overrides: None)
+    # Hydra composes everything twice, the first time only to read hydra.mode, which nothing else sets
+    sets_mode = any(word.lstrip("+").startswith(("experiment=", "hydra.mode=")) for word in words)
+    monkeypatch.setattr(Hydra, "get_mode", GET_MODE if sets_mode else lambda *_, **__: None)
     try:
         entry()
     except SystemExit as end:

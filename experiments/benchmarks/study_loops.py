@@ -1,4 +1,4 @@
-"""The loops of two studies, written anew as the baseline of the speed benchmarks; no benchmark itself.
+"""The training loops of two studies, rewritten as the baseline of the speed benchmarks.
 
 Robust overfitting (Rice et al., ICML 2020) and adversarial weight perturbation (Wu et al., NeurIPS 2020): the
 work that their public code does in a step and in an epoch, in its order, and in PyTorch's plain settings.
@@ -253,7 +253,7 @@ class CroppedAndFlipped(Dataset[tuple[NDArray[np.float32], int]]):
 
 
 class StudyBatches:
-    """A split as the study loads it: PyTorch's DataLoader, whose workers start anew in every epoch."""
+    """A split as the study loads it: PyTorch's DataLoader, whose workers start again in every epoch."""
 
     def __init__(
         self, images: Tensor, labels: Tensor, batch: int, *, train: bool, workers: int, device: torch.device
@@ -328,7 +328,7 @@ def chosen_device(name: str) -> torch.device:
 
 @contextlib.contextmanager
 def kernels(*, deterministic: bool, benchmark: bool) -> Iterator[None]:
-    """PyTorch's global choice of kernels inside the scope, which every Trainer sets anew when it is made."""
+    """PyTorch's global choice of kernels inside the scope, which every Trainer sets again when it is made."""
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = benchmark

@@ -199,7 +199,7 @@ def test_the_loss_is_expanded_on_request(checkpoint, monkeypatch, capsys):
     assert replicate(monkeypatch, checkpoint, *SMALL, *asked) == 0
     found = read_ensemble(Path("expanded"))
     assert found.lines is not None
-    assert found.anew_loss.shape == (4, 1, 2)
+    assert found.recomputed_loss.shape == (4, 1, 2)
     assert np.isfinite(found.expanded_loss).all()
     capsys.readouterr()
     assert replicate(monkeypatch, checkpoint, *SMALL, "expansion.multiples=[1,0.5]") == 1

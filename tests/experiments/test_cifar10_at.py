@@ -96,7 +96,7 @@ def test_the_planes_are_not_turned(converter, tmp_path):
     np.testing.assert_allclose(record[1:].reshape(3, 32, 32), planes, atol=6)  # rows differ by 8
 
 
-def test_what_is_there_is_left_alone_and_what_was_cut_short_is_made_anew(converter, tmp_path):
+def test_what_is_there_is_left_alone_and_what_was_cut_short_is_made_again(converter, tmp_path):
     write_copy(tmp_path / "copy")
     root = tmp_path / "cifar10_jpeg"
     (root / "cifar-10-batches-bin.part").mkdir(parents=True)

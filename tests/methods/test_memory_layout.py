@@ -61,6 +61,17 @@ def test_a_narrow_strided_convolution_keeps_the_network_contiguous(channels):
     assert not in_layout(channels < 8, [*model.parameters(), images])
 
 
+@pytest.mark.parametrize("channels", [4, 8])
+def test_nor_does_the_compiler_put_its_channels_innermost(channels, monkeypatch):
+    """It would do so by itself; the other options are those of the mode."""
+    asked = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **settings: asked.append(settings))
+    model = nn.Sequential(nn.Conv2d(8, channels, 3), nn.Conv2d(channels, 16, 1, stride=2))
+    Execution(channels_last=True, compile="reduce-overhead").prepare(model)
+    expected = {"triton.cudagraphs": True} | ({} if channels == 8 else {"layout_optimization": False})
+    assert asked == [{"options": expected, "dynamic": False}]
+
+
 @pytest.mark.parametrize("channels_last", LAYOUTS)
 def test_weights_gradients_and_momenta_stay_in_their_layout(in_both, channels_last):
     module, gradients, momentum = in_both[channels_last]

@@ -118,11 +118,11 @@ def test_the_expansion_of_a_quadratic_loss_is_the_loss():
         x = found.multiples * deviation
         expected = [float(value(theta + far * vectors[:, i])) for far in x]
         np.testing.assert_allclose(found.held[i], expected, **EXACT64)
-        np.testing.assert_allclose(found.anew[:, i], [expected, expected], **EXACT64)  # both draws
+        np.testing.assert_allclose(found.recomputed[:, i], [expected, expected], **EXACT64)  # both draws
         expanded = found.loss + found.gradient[i] * x + found.hessian[i, i] * x**2 / 2
         np.testing.assert_allclose(expanded, expected, **EXACT64)
         slopes = found.gradient[i] + found.hessian[i, i] * x
-        np.testing.assert_allclose(found.anew_gradient[i], slopes, **EXACT64)
+        np.testing.assert_allclose(found.recomputed_gradient[i], slopes, **EXACT64)
     moves = torch.randn(3, 4, generator=draws, dtype=torch.float64)
     linear, expanded = loss.expanded(moves)
     np.testing.assert_allclose(expanded, [float(value(theta + move)) for move in moves], **EXACT64)
@@ -147,12 +147,12 @@ def test_lines_are_what_dense_derivatives_and_plain_attacks_say(engine, draws):
             adversarial = attacked(model, at, problem, draws)
             np.testing.assert_allclose(found.held[i, j], value(at).item(), **EXACT64)
             each = [loss_on(model, problem, part)(at).item() for part in adversarial.chunk(draws)]
-            np.testing.assert_allclose(found.anew[:, i, j], each, **EXACT64)
+            np.testing.assert_allclose(found.recomputed[:, i, j], each, **EXACT64)
             seen.append((grad(loss_on(model, problem, adversarial))(at) @ u).numpy())
-        np.testing.assert_allclose(found.anew_gradient[i], np.stack(seen)[:, i], **EXACT64)
+        np.testing.assert_allclose(found.recomputed_gradient[i], np.stack(seen)[:, i], **EXACT64)
         (low, high) = seen[1], seen[4]  # ∓ 1 deviation
         np.testing.assert_allclose(found.slopes[:, i], (high - low) / (2 * deviation), **EXACT64)
-    assert np.abs(found.anew.mean(axis=0) - found.held).max() > 1e-4  # the attack does change
+    assert np.abs(found.recomputed.mean(axis=0) - found.held).max() > 1e-4  # the attack does change
 
 
 def test_the_held_expansion_errs_as_the_third_power_of_the_distance():
@@ -169,7 +169,7 @@ def test_the_held_expansion_errs_as_the_third_power_of_the_distance():
     np.testing.assert_allclose(even[:, 1:] / even[:, :-1], 16, rtol=0.1)
 
 
-def test_made_anew_the_loss_is_the_closed_form_of_a_linear_classifier():
+def test_recomputed_the_loss_is_the_closed_form_of_a_linear_classifier():
     """For two classes in l2, max ℓ = log(1 + exp(−y wᵀx + ε ‖w‖)), and one long step finds it for any w."""
     eps = 0.3
     problem = training(
@@ -190,7 +190,7 @@ def test_made_anew_the_loss_is_the_closed_form_of_a_linear_classifier():
     theta, u = flat(model), directions(model, 3).forces
     for i, deviation in enumerate(found.deviations):
         expected = [closed(theta + c * deviation * u[:, i]).item() for c in found.multiples]
-        np.testing.assert_allclose(found.anew[0, i], expected, **EXACT64)
+        np.testing.assert_allclose(found.recomputed[0, i], expected, **EXACT64)
     # Danskin: the slope of the maximum is that at a fixed maximiser
     np.testing.assert_allclose(found.gradient, (grad(closed)(theta) @ u).numpy(), **EXACT64)
     curved = (u.T @ hessian(closed)(theta) @ u).numpy()
@@ -199,9 +199,9 @@ def test_made_anew_the_loss_is_the_closed_form_of_a_linear_classifier():
     assert (np.diag(curved) > np.diag(found.hessian) + 1e-3).all()
 
 
-def test_without_an_attack_held_and_anew_are_the_same():
+def test_without_an_attack_held_and_recomputed_are_the_same():
     found = lines_of(network(), training(attack=attack(eps=0.0)), deviations=(0.1, 0.1))
-    np.testing.assert_allclose(found.held, found.anew[0], **EXACT64)
+    np.testing.assert_allclose(found.held, found.recomputed[0], **EXACT64)
 
 
 @pytest.mark.parametrize("engine", ["vmapped", "looped"])
@@ -233,7 +233,7 @@ def test_replicas_are_expanded_in_all_of_weight_space(engine):
         np.testing.assert_allclose(found["expanded_loss"][row, 1], expanded.item(), **EXACT64)
         adversarial = attacked(model, at, problem, 2)
         each = [loss_on(model, problem, part)(at).item() for part in adversarial.chunk(2)]
-        np.testing.assert_allclose(found["anew_loss"][row, 1], each, **EXACT64)
+        np.testing.assert_allclose(found["recomputed_loss"][row, 1], each, **EXACT64)
         np.testing.assert_allclose(found["robust_loss"][row, 1], np.mean(each), **EXACT64)
     norms = np.sqrt(found["distance"][:, 1] ** 2 - (found["position"][:, 1] ** 2).sum(axis=1))
     np.testing.assert_allclose(found["outside"][:, 1], norms, **EXACT64)
@@ -247,7 +247,7 @@ def test_replicas_are_expanded_in_all_of_weight_space(engine):
         engine=engine,
     ).run([3])
     assert "held_loss" not in without
-    np.testing.assert_allclose(without["robust_loss"][0], found["anew_loss"][0, 1:, 0], **EXACT64)
+    np.testing.assert_allclose(without["robust_loss"][0], found["recomputed_loss"][0, 1:, 0], **EXACT64)
 
 
 def torch_sgd(parameters):

@@ -255,7 +255,7 @@ def test_an_error_on_another_process_is_the_run_s(tmp_path):
     job = SlurmJob(tmp_path / "%j", "5_0", tasks=[0, 1, 2])
     leave(job.task(0), "error", "RuntimeError: connection closed by peer", when=20)
     leave(job.task(1), "error", "ValueError: the cause", when=10)
-    assert not job.done()  # the job runs; a requeued one would write the others anew
+    assert not job.done()  # the job runs; a requeued one would write the others again
     assert read_outcome(job) == Failure("ValueError: the cause", job.task(1).paths.stdout)
 
 

@@ -35,10 +35,10 @@ def lines(**changes):
         "starts": START + np.array([0.1, -0.1]),  # common to all points of a draw
         "gradient": GRADIENT,
         "hessian": np.diag(LAMBDA),
-        "anew_gradient": GRADIENT[:, None] + SLOPES[:, None] * x * (1 + QUARTIC * MULTIPLES**2),
+        "recomputed_gradient": GRADIENT[:, None] + SLOPES[:, None] * x * (1 + QUARTIC * MULTIPLES**2),
         "slopes": np.diag(SLOPES),
         "held": loss(LAMBDA),
-        "anew": loss(SLOPES) + (np.array([0.1, -0.1]) + JITTER)[:, None, None],
+        "recomputed": loss(SLOPES) + (np.array([0.1, -0.1]) + JITTER)[:, None, None],
     }
     return Lines(**(given | changes))
 
@@ -73,24 +73,24 @@ def start():
 
 
 def replicas(count, rest):
-    """At steps 0 and 9, with ``rest`` ‖Δ‖² outside and curvature 1 there; twice that curvature anew."""
+    """At steps 0 and 9, with ``rest`` ‖Δ‖² outside and curvature 1 there; twice that curvature recomputed."""
     x = np.random.default_rng(0).normal(size=(count, 2, 3)) * SIGMA
     x[:, 0] = 0
     outside = np.stack([np.zeros(count), np.full(count, rest**0.5)], axis=1)
     linear = START + x @ GRADIENT
     inside = (x**2 * LAMBDA).sum(axis=2) / 2
     expanded = linear + inside + outside**2 / 2
-    anew = linear + (x**2 * SLOPES).sum(axis=2) / 2 + outside**2
+    recomputed = linear + (x**2 * SLOPES).sum(axis=2) / 2 + outside**2
     each = np.zeros((count, 2))
     draws = (np.array([0.1, -0.1]) + JITTER) * (np.arange(2) > 0)[:, None]
     return {
-        "anew_loss": anew[:, :, None] + draws,
+        "recomputed_loss": recomputed[:, :, None] + draws,
         "position": x,
         "buffer": x,
         "gradient": x,
         "distance": np.sqrt((x**2).sum(axis=2) + outside**2),
         "batch_loss": each,
-        "robust_loss": anew,
+        "robust_loss": recomputed,
         "robust_error": each,
         "mean_move": np.zeros((1, 0, 3), dtype=np.float32),
         "held_loss": expanded,
@@ -132,8 +132,8 @@ def test_rises_and_errors_along_lines(tmp_path):
     assert row["error"] == pytest.approx(-2 * CUBIC + 4 * QUARTIC)
     assert row["error_se"] == 0
     assert row["rise"] == pytest.approx(0.08 + second * (1 - 2 * CUBIC + 4 * QUARTIC))
-    anew = only(table, direction=0, kind="eigenvector", attack="anew", distance=0.5, side=1)
-    errors = anew.set_index("curvature")
+    recomputed = only(table, direction=0, kind="eigenvector", attack="recomputed", distance=0.5, side=1)
+    errors = recomputed.set_index("curvature")
     by_slopes = errors.loc["J", "error"]
     assert by_slopes == pytest.approx(0.5 * CUBIC + 0.25 * QUARTIC)
     assert errors.loc["H", "error"] == pytest.approx(2 * (1 + by_slopes) - 1)  # J = 2 H
@@ -152,7 +152,7 @@ def test_limits_are_where_the_error_crosses_a_fifth(tmp_path):
     assert (held["bound"] == "").all()
     assert held["limit_of_mean"].tolist() == [4.0] * 3
     assert (held["bound_of_mean"] == "at least").all()
-    by_hessian = only(limits, attack="anew", curvature="H").set_index("direction")
+    by_hessian = only(limits, attack="recomputed", curvature="H").set_index("direction")
     # standard errors 0.003 / (λ σ² c² / 2) are a tenth or less from 1 deviation on, the last from 0.5 on
     assert by_hessian["limit"].tolist()[:2] == [1.0, 1.0]
     assert by_hessian["bound"].tolist() == ["at most", "at most", ""]  # the random direction has J = H
@@ -164,19 +164,19 @@ def test_means_pool_directions_and_sides(tmp_path):
     rows = only(means, kind="eigenvector", distance=2.0).set_index(["attack", "curvature"])
     energy = (LAMBDA[:2] * SIGMA[:2] ** 2).mean() * 4 / 2
     sloped = (SLOPES[:2] * SIGMA[:2] ** 2).mean() * 4 / 2
-    held, anew = rows.loc[("held", "H")], rows.loc[("anew", "H")]
+    held, recomputed = rows.loc[("held", "H")], rows.loc[("recomputed", "H")]
     assert held["second_order"] == pytest.approx(energy)
     assert held["error"] == pytest.approx(4 * QUARTIC)
     assert held["error_se"] == 0
     assert held["points"] == 4
-    assert anew["beyond"] == pytest.approx(sloped * (1 + 4 * QUARTIC))
-    assert anew["error"] == pytest.approx(sloped * (1 + 4 * QUARTIC) / energy - 1)
-    assert anew["error_se"] == pytest.approx(0.003 / energy)  # draws err alike at all points
-    assert anew["slope_ratio"] == pytest.approx(sloped / energy * (1 + 4 * QUARTIC))
+    assert recomputed["beyond"] == pytest.approx(sloped * (1 + 4 * QUARTIC))
+    assert recomputed["error"] == pytest.approx(sloped * (1 + 4 * QUARTIC) / energy - 1)
+    assert recomputed["error_se"] == pytest.approx(0.003 / energy)  # draws err alike at all points
+    assert recomputed["slope_ratio"] == pytest.approx(sloped / energy * (1 + 4 * QUARTIC))
     odd = (SLOPES * SIGMA**3 * GRADIENT)[:2].sum() * CUBIC * 4 / 2 / (SIGMA**2 * GRADIENT**2)[:2].sum()
-    assert anew["gradient_ratio"] == pytest.approx(1 + odd)
-    assert anew["gradient_ratio_se"] == pytest.approx(0, abs=1e-12)  # both sides err alike
-    assert rows.loc[("anew", "J"), "error"] == pytest.approx(4 * QUARTIC)
+    assert recomputed["gradient_ratio"] == pytest.approx(1 + odd)
+    assert recomputed["gradient_ratio_se"] == pytest.approx(0, abs=1e-12)  # both sides err alike
+    assert rows.loc[("recomputed", "J"), "error"] == pytest.approx(4 * QUARTIC)
 
 
 def test_replicas_know_the_slopes_along_the_directions_only(tmp_path):
@@ -188,10 +188,10 @@ def test_replicas_know_the_slopes_along_the_directions_only(tmp_path):
     more = (x**2 * (SLOPES - LAMBDA)).sum(axis=1) / 2
     np.testing.assert_allclose(table.loc[("held", "H"), "error"], 0, atol=1e-12)
     whole = inside.mean() + rest / 2
-    by_hessian = table.loc[("anew", "H")]
+    by_hessian = table.loc[("recomputed", "H")]
     assert by_hessian["error"] == pytest.approx((more.mean() + rest / 2) / whole)
     assert by_hessian["error_se"] == pytest.approx(0.003 / whole)
-    by_slopes = table.loc[("anew", "J")]
+    by_slopes = table.loc[("recomputed", "J")]
     assert by_slopes["second_order"] == pytest.approx(whole + more.mean())
     assert by_slopes["error"] == pytest.approx(rest / 2 / (whole + more.mean()))
     assert by_slopes["distance"] == pytest.approx(np.sqrt(((x / SIGMA)[:, :2] ** 2).mean(axis=1)).mean())
@@ -220,7 +220,7 @@ def test_what_rounding_hides_has_no_error(tmp_path):
 
 
 def test_ensembles_without_replicas_points_or_lines(tmp_path):
-    names = ("anew_loss", "held_loss", "linear_loss", "expanded_loss", "outside")
+    names = ("recomputed_loss", "held_loss", "linear_loss", "expanded_loss", "outside")
     tables = expansion_tables({"AT": ensemble(tmp_path / "a", drop=names)})
     assert set(tables["expansion"]["kind"]) == {"eigenvector", "random"}
     assert len(draw_expansion(tables["expansion_means"]).axes) == 2
@@ -232,23 +232,23 @@ def test_ensembles_without_replicas_points_or_lines(tmp_path):
 
 def test_one_draw_has_no_standard_error(tmp_path):
     two = lines()
-    one = {"starts": two.starts[:1], "anew": two.anew[:1]}
+    one = {"starts": two.starts[:1], "recomputed": two.recomputed[:1]}
     recorded = ensemble(
-        tmp_path, drop=("anew_loss", "held_loss", "linear_loss", "expanded_loss", "outside"), **one
+        tmp_path, drop=("recomputed_loss", "held_loss", "linear_loss", "expanded_loss", "outside"), **one
     )
     tables = expansion_tables({"AT": recorded})
-    anew = only(tables["expansion"], attack="anew")
-    assert anew["error_se"].isna().all()
-    assert only(tables["expansion_limits"], attack="anew")["limit"].isna().all()
-    assert set(only(tables["expansion_breaks"], attack="anew")["bound"]) == {"not known"}
+    recomputed = only(tables["expansion"], attack="recomputed")
+    assert recomputed["error_se"].isna().all()
+    assert only(tables["expansion_limits"], attack="recomputed")["limit"].isna().all()
+    assert set(only(tables["expansion_breaks"], attack="recomputed")["bound"]) == {"not known"}
 
 
 def test_where_each_expansion_breaks(tmp_path):
     breaks = expansion_tables({"AT": ensemble(tmp_path, rest=0.3)})["expansion_breaks"]
     rows = breaks.set_index(["kind", "attack", "curvature"])
     assert rows.loc["eigenvector", "held", "H"]["limit"] == pytest.approx(2.5, abs=0.05)
-    anew = rows.loc["eigenvector", "anew", "H"]
-    assert (anew["bound"], anew["limit"]) == ("at most", pytest.approx(1, abs=0.05))
+    recomputed = rows.loc["eigenvector", "recomputed", "H"]
+    assert (recomputed["bound"], recomputed["limit"]) == ("at most", pytest.approx(1, abs=0.05))
     assert rows.loc["random", "held", "H"]["limit"] == pytest.approx(2.5, abs=0.05)
 
 

@@ -62,15 +62,16 @@ class Execution:
                 "set execution.compile=none"
             )
         from torch._dynamo import config as dynamo  # here, because both take seconds
-        from torch._inductor import config as inductor
+        from torch._inductor import list_mode_options
 
         # With more passes PyTorch continues uncompiled and only warns. TRADES with a validation split may
         # have its default, 8, and a run resumed at a short batch has more.
         dynamo.cache_size_limit = max(dynamo.cache_size_limit, _MOST_PASSES)  # so called from PyTorch 2.6 on
         # of a fixed size: with the batch size left open the code is slower
-        # otherwise the compiler puts the channels innermost by itself
-        inductor.layout_optimization = trains_channels_last(model)
-        model.compile(mode=self._compile, dynamic=False)
+        options = dict(list_mode_options(self._compile))
+        if not trains_channels_last(model):  # the compiler would put the channels innermost by itself
+            options["layout_optimization"] = False
+        model.compile(options=options, dynamic=False)
 
     def images(self, images: Tensor) -> Tensor:
         """``images`` (B, C, H, W) in this layout; inputs of another number of dimensions as they are."""

@@ -27,7 +27,7 @@ from robustdyn.replicas.updates import Update
 
 Arrays = dict[str, NDArray[np.floating[Any]]]
 
-EXPANDED = ("anew_loss", "held_loss", "linear_loss", "expanded_loss", "outside")
+EXPANDED = ("recomputed_loss", "held_loss", "linear_loss", "expanded_loss", "outside")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -193,7 +193,7 @@ class Ensemble:
             (R, T), cross-entropy of each adversarial batch in nats, where its gradient was taken;
             ``robust_loss`` and ``robust_error`` (R, L) over the loss examples at the L loss steps, attacked
             again; ``mean_move`` (1, M, P) float32, mean over these R replicas of θ − θ_0 at the M mean steps.
-            With an expansion also ``anew_loss`` (R, L, A), robust loss of each of A draws, and, (R, L) each:
+            With an expansion also ``recomputed_loss`` (R, L, A), robust loss of each draw, and, (R, L) each:
             ``held_loss``, robust loss on the adversarial examples of θ_0; ``linear_loss``, its expansion
             L_0 + g·Δ with Δ = θ − θ_0; ``expanded_loss``, L_0 + g·Δ + Δᵀ H Δ / 2; ``outside``, norm of the
             part of Δ outside the span of the directions. If BatchNorm is in train mode, the losses use a
@@ -242,14 +242,14 @@ class Ensemble:
         if step not in self.recorded.loss_steps:
             return
         column = self.recorded.loss_steps.index(step)
-        losses, errors = self.loss.anew(theta, statistics)
+        losses, errors = self.loss.recomputed(theta, statistics)
         record.losses["robust_loss"][:, column] = losses.mean(dim=1).cpu().numpy()
         record.losses["robust_error"][:, column] = errors.cpu().numpy()
         if not self.recorded.expansion:
             return
         moves = theta - self.start
         linear, expanded = self.loss.expanded(moves)
-        record.losses["anew_loss"][:, column] = losses.cpu().numpy()
+        record.losses["recomputed_loss"][:, column] = losses.cpu().numpy()
         held, _ = self.loss.held(theta, statistics)
         record.losses["held_loss"][:, column] = held.mean(dim=1).cpu().numpy()
         record.losses["linear_loss"][:, column] = linear
@@ -272,7 +272,7 @@ class _Record:
         names = ("robust_loss", "robust_error", *(EXPANDED if recorded.expansion else ()))
         self.losses = {name: np.full((replicas, len(recorded.loss_steps)), np.nan) for name in names}
         if recorded.expansion:
-            self.losses["anew_loss"] = np.full(
+            self.losses["recomputed_loss"] = np.full(
                 (*self.losses["robust_loss"].shape, recorded.loss_draws), np.nan
             )
         self.mean_rows = {step: row for row, step in enumerate(recorded.mean_steps)}

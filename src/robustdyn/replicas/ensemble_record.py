@@ -170,7 +170,7 @@ class RecordedEnsemble:
         robust_error: (R, L).
         mean_steps: (M,).
         mean_move: (M, P) float32, mean of θ − θ_0 over the replicas.
-        anew_loss: (R, L, A), robust loss of each draw. This and the next four are None without an expansion.
+        recomputed_loss: (R, L, A), robust loss of each draw; without an expansion None, as the next four.
         held_loss: (R, L), on the adversarial examples of θ_0.
         linear_loss: (R, L), its expansion to first order.
         expanded_loss: (R, L), to second order.
@@ -195,7 +195,7 @@ class RecordedEnsemble:
     robust_error: NDArray[np.float64]
     mean_steps: NDArray[np.int64]
     mean_move: NDArray[np.float32]
-    anew_loss: NDArray[np.float64] | None = None
+    recomputed_loss: NDArray[np.float64] | None = None
     held_loss: NDArray[np.float64] | None = None
     linear_loss: NDArray[np.float64] | None = None
     expanded_loss: NDArray[np.float64] | None = None

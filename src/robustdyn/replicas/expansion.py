@@ -2,8 +2,8 @@
 
 The loss is a mean over fixed training examples, with running statistics. Weight decay and weight
 perturbations are not part of it. Its adversarial examples are either *held* fixed as they were made at θ_0,
-or made again at every point from the same random starts (``anew``). H is the Hessian of the held loss. Both
-losses have the same slopes at θ_0 if the attack finds a maximum (Danskin's theorem). Whether PGD finds it is
+or *recomputed* at every point from the same random starts. H is the Hessian of the held loss. Both losses
+have the same slopes at θ_0 if the attack finds a maximum (Danskin's theorem). Whether PGD finds it is
 measured.
 
 PGD of a few steps is chaotic: from one draw of its starts to another, the loss with attacks made again jumps
@@ -104,7 +104,7 @@ class RobustLoss:
         losses, errors = torch.cat(found, dim=2)
         return losses.unflatten(1, (self.draws, -1)).mean(dim=2), errors.mean(dim=1)
 
-    def anew(self, theta: Tensor, statistics: Statistics) -> tuple[Tensor, Tensor]:
+    def recomputed(self, theta: Tensor, statistics: Statistics) -> tuple[Tensor, Tensor]:
         """``losses`` with adversarial examples made at θ (R, P)."""
         return self.losses(theta, statistics, self.attacked(theta, statistics))
 
@@ -196,11 +196,11 @@ class Lines:
         gradient: g (k,), along the directions, mean over draws.
         hessian: H (k, k) between the directions, of the held loss, mean over draws.
         held: (k, 2M), loss with the adversarial examples of θ_0, mean over draws.
-        anew: (A, k, 2M), loss with adversarial examples made at each point, of each draw.
-        anew_gradient: (k, 2M), slope along the line with adversarial examples made at the point itself and
-            then fixed. For an attack that finds the maximum it is the derivative of ``anew``.
+        recomputed: (A, k, 2M), loss with adversarial examples made at each point, of each draw.
+        recomputed_gradient: (k, 2M), slope along the line with adversarial examples made at the point and
+            then fixed. For an attack that finds the maximum it is the derivative of ``recomputed``.
         slopes: J (k, k), ∂g_i/∂x_j of that gradient, by central differences between the two points next to
-            one deviation. For an attack that finds the maximum it is the Hessian of ``anew``.
+            one deviation. For an attack that finds the maximum it is the Hessian of ``recomputed``.
     """
 
     deviations: Array
@@ -210,8 +210,8 @@ class Lines:
     gradient: Array
     hessian: Array
     held: Array
-    anew: Array
-    anew_gradient: Array
+    recomputed: Array
+    recomputed_gradient: Array
     slopes: Array
 
     @property
@@ -253,7 +253,7 @@ def measure_lines(
         raise ValueError(f"deviations must be {k} positive numbers, got {deviations}")
     distances = np.array([-c for c in reversed(given)] + given)
     unit = min(given, key=lambda c: abs(math.log(c)))
-    held, anew = np.empty((k, len(distances))), np.empty((loss.draws, k, len(distances)))
+    held, recomputed = np.empty((k, len(distances))), np.empty((loss.draws, k, len(distances)))
     along, ends = np.empty((k, len(distances), k)), np.abs(distances) == unit
     todo = [(i, j) for i in range(k) for j in range(len(distances))]
     theta = loss.network.theta()
@@ -264,7 +264,7 @@ def measure_lines(
         made = loss.attacked(points, statistics)
         rows, columns = np.array(some).T
         held[rows, columns] = loss.held(points, statistics)[0].mean(dim=1).cpu().numpy()
-        anew[:, rows, columns] = loss.losses(points, statistics, made)[0].T.cpu().numpy()
+        recomputed[:, rows, columns] = loss.losses(points, statistics, made)[0].T.cpu().numpy()
         along[rows, columns] = project(loss.gradients(points, statistics, made), vectors)
     hessian = project(loss.curved(vectors.T), vectors)
     low, high = along[:, ends].transpose(1, 0, 2)
@@ -276,8 +276,8 @@ def measure_lines(
         gradient=project(loss.gradient[None], vectors)[0],
         hessian=(hessian + hessian.T) / 2,
         held=held,
-        anew=anew,
-        anew_gradient=np.einsum("ici->ic", along),
+        recomputed=recomputed,
+        recomputed_gradient=np.einsum("ici->ic", along),
         slopes=((high - low) / (2 * unit * deviations[:, None])).T,
     )
 

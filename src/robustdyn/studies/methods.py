@@ -105,6 +105,7 @@ def answer_from(frame: pd.DataFrame) -> Answer:
             for metric in (TEST_ROBUST_ERROR, TEST_ROBUST_LOSS)
         ),
         intervals_said(means),
+        "In `methods_shown`, ± is one standard error; in the sentences above it is half of the interval.",
     ]
     return Answer(tables, [Picture("best_and_final", means[means["moment"] != RISE], draw_methods)], findings)
 

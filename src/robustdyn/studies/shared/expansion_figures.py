@@ -29,7 +29,7 @@ from robustdyn.report.plotting import key, log_axis
 Array = NDArray[np.float64]
 
 EIGENVECTOR, RANDOM, REPLICA = "eigenvector", "random", "replica"
-HELD, ANEW = "held", "anew"
+HELD, RECOMPUTED = "held", "recomputed"
 BREAKS = 0.2  # of the second-order term; ours: a fifth of the curvature
 RESOLVED = BREAKS / 2  # ours: the largest standard error with which an error counts for where it breaks
 FLOOR = 1e-6  # of L_0: a second-order term below is lost in the rounding of float32 losses
@@ -45,7 +45,7 @@ class _Case:
     curvature: str
 
 
-CASES = (_Case(HELD, "H"), _Case(ANEW, "J"), _Case(ANEW, "H"))
+CASES = (_Case(HELD, "H"), _Case(RECOMPUTED, "J"), _Case(RECOMPUTED, "H"))
 
 
 def expansion_tables(ensembles: Mapping[str, RecordedEnsemble]) -> dict[str, pd.DataFrame]:
@@ -56,7 +56,7 @@ def expansion_tables(ensembles: Mapping[str, RecordedEnsemble]) -> dict[str, pd.
 
     Returns:
         ``expansion``, a row for each point, loss and curvature: ``ensemble``; ``kind``, of the direction, or
-        ``replica``; ``attack``, held or anew; ``curvature``, H or J; ``direction``, its number, or the
+        ``replica``; ``attack``, held or recomputed; ``curvature``, H or J; ``direction``, its number, or the
         replica's; ``step`` (replicas); ``distance`` in the lines' units, predicted deviations
         σ (along random directions √P σ; ``robustdyn.replicas.line_units``), of a replica
         √(mean (x_i/σ_i)²) over the eigenvectors; ``side``, −1 or 1 (0: a replica); ``rise``, L − L_0 in
@@ -198,8 +198,8 @@ def _parts(label: str, ensemble: RecordedEnsemble) -> Iterator[_Part]:
     for kind, which in ((EIGENVECTOR, ~random), (RANDOM, random)):
         if which.any():
             yield from _along_lines(lines, kind, np.flatnonzero(which))
-    if ensemble.anew_loss is not None:
-        of_replicas = ensemble.settings["record.loss_examples"], ensemble.anew_loss.shape[2]
+    if ensemble.recomputed_loss is not None:
+        of_replicas = ensemble.settings["record.loss_examples"], ensemble.recomputed_loss.shape[2]
         if of_replicas != (lines.examples, len(lines.starts)):
             raise RecordError(
                 f"{label}: lines and replicas have losses over other examples or draws "
@@ -217,13 +217,14 @@ def _along_lines(lines: Lines, kind: str, which: NDArray[np.intp]) -> Iterator[_
     for j in range(far, 2 * far):
         low, high = 2 * far - 1 - j, j
         x = deviations[:, None] * lines.multiples[[low, high]]
-        rises = lines.anew[:, which][:, :, [low, high]] - lines.starts[:, None, None]
+        rises = lines.recomputed[:, which][:, :, [low, high]] - lines.starts[:, None, None]
         by_draw = rises.reshape(len(rises), -1)
         weights = deviations**2
-        between = (lines.anew_gradient[which, high] - lines.anew_gradient[which, low]) / (x[:, 1] - x[:, 0])
+        gradient = lines.recomputed_gradient[which]
+        between = (gradient[:, high] - gradient[:, low]) / (x[:, 1] - x[:, 0])
         own = (rises[:, :, 1] - rises[:, :, 0]) / (x[:, 1] - x[:, 0])
         ratio = own @ (weights * slope) / (weights @ slope**2)
-        of_anew = {
+        of_recomputed = {
             "slope_ratio": float(weights @ between / (weights @ curved)),
             "gradient_ratio": float(ratio.mean()),
             "gradient_ratio_se": float(_standard_error(ratio[:, None])[0]),
@@ -231,7 +232,7 @@ def _along_lines(lines: Lines, kind: str, which: NDArray[np.intp]) -> Iterator[_
         for case in CASES:
             curvature = curved if case.curvature == "H" else np.diag(lines.slopes)[which]
             held = lines.held[which][:, [low, high]].ravel() - lines.loss
-            anew = case.attack == ANEW
+            recomputed = case.attack == RECOMPUTED
             yield _Part(
                 kind=kind,
                 case=case,
@@ -239,20 +240,20 @@ def _along_lines(lines: Lines, kind: str, which: NDArray[np.intp]) -> Iterator[_
                 direction=np.repeat(which, 2).astype(np.int64),
                 distance=np.full(2 * len(which), lines.multiples[high]),
                 side=np.tile(np.array([-1, 1], dtype=np.int64), len(which)),
-                rise=by_draw.mean(axis=0) if anew else held,
-                by_draw=by_draw if anew else None,
+                rise=by_draw.mean(axis=0) if recomputed else held,
+                by_draw=by_draw if recomputed else None,
                 first=(slope[:, None] * x).ravel(),
                 second=(curvature[:, None] * x**2 / 2).ravel(),
                 floor=FLOOR * lines.loss,
-                more=of_anew if anew else {},
+                more=of_recomputed if recomputed else {},
             )
 
 
 def _at_replicas(ensemble: RecordedEnsemble, lines: Lines) -> Iterator[_Part]:
     """Along the tracked directions J, elsewhere H: what J is there is not known."""
-    anew, held, linear = ensemble.anew_loss, ensemble.held_loss, ensemble.linear_loss
+    recomputed, held, linear = ensemble.recomputed_loss, ensemble.held_loss, ensemble.linear_loss
     expanded, outside = ensemble.expanded_loss, ensemble.outside
-    assert anew is not None
+    assert recomputed is not None
     assert held is not None
     assert linear is not None
     assert expanded is not None
@@ -264,7 +265,7 @@ def _at_replicas(ensemble: RecordedEnsemble, lines: Lines) -> Iterator[_Part]:
         x, total = ensemble.position[:, steps.index(step)], ensemble.distance[:, steps.index(step)]
         share = float((outside[:, column] ** 2).sum() / (total**2).sum())
         extra = np.einsum("ri,ij,rj->r", x, lines.slopes - lines.hessian, x) / 2
-        by_draw = anew[:, column].T - lines.starts[:, None]
+        by_draw = recomputed[:, column].T - lines.starts[:, None]
         for case in CASES:
             yield _Part(
                 kind=REPLICA,
@@ -273,8 +274,8 @@ def _at_replicas(ensemble: RecordedEnsemble, lines: Lines) -> Iterator[_Part]:
                 direction=ensemble.replicas,
                 distance=np.sqrt(((x / lines.deviations)[:, known] ** 2).mean(axis=1)),
                 side=np.zeros(len(x), dtype=np.int64),
-                rise=by_draw.mean(axis=0) if case.attack == ANEW else held[:, column] - lines.loss,
-                by_draw=by_draw if case.attack == ANEW else None,
+                rise=by_draw.mean(axis=0) if case.attack == RECOMPUTED else held[:, column] - lines.loss,
+                by_draw=by_draw if case.attack == RECOMPUTED else None,
                 first=linear[:, column] - lines.loss,
                 second=expanded[:, column] - linear[:, column] + (case.curvature == "J") * extra,
                 floor=FLOOR * lines.loss,
@@ -325,9 +326,8 @@ _UNITS = {
     RANDOM: "distance (predicted norm √P σ)",
     REPLICA: "r.m.s. distance (σ)",
 }
-_COLOURS = {HELD: style.PALETTE[0], ANEW: style.PALETTE[1]}
-_EXAMPLES = {HELD: "held", ANEW: "recomputed"}
-_OWN = {HELD: "H", ANEW: "J"}
+_COLOURS = {HELD: style.PALETTE[0], RECOMPUTED: style.PALETTE[1]}
+_OWN = {HELD: "H", RECOMPUTED: "J"}
 
 
 @style.styled
@@ -352,7 +352,7 @@ def draw_expansion(data: pd.DataFrame) -> Figure:
             ax.set_title(f"{label}\n{title}" if len(labels) > 1 and ax is row[0] else title)
             ax.set_xlabel(_UNITS[kind])
         row[0].set_ylabel("rise beyond first order (nats)")
-    handles = [key(f"examples {_EXAMPLES[attack]}", "", "o", colour) for attack, colour in _COLOURS.items()]
+    handles = [key(f"examples {attack}", "", "o", colour) for attack, colour in _COLOURS.items()]
     handles += [key(f"expansion with {name}", "--", "", _COLOURS[attack]) for attack, name in _OWN.items()]
     bars = key("error bars: standard errors; open: the loss falls", "", "o", fillstyle="none")
     figure.legend(handles=[*handles, bars], loc="outside lower center", ncols=3)
