@@ -23,6 +23,7 @@ from robustdyn.curvature import (
     lanczos,
     projected_covariance,
 )
+from robustdyn.defaults import default
 from robustdyn.methods import OptimizerState
 
 Array = NDArray[np.float64]
@@ -44,11 +45,11 @@ class Eigenpairs:
         ValueError: A setting outside its range.
     """
 
-    directions: int
-    tolerance: float
-    max_products: int
-    extra_vectors: int
-    warm_start: bool
+    directions: int = default("measure/default", "eigenpairs.directions")
+    tolerance: float = default("measure/default", "eigenpairs.tolerance")
+    max_products: int = default("measure/default", "eigenpairs.max_products")
+    extra_vectors: int = default("measure/default", "eigenpairs.extra_vectors")
+    warm_start: bool = default("measure/default", "eigenpairs.warm_start")
 
     def __post_init__(self) -> None:
         if self.directions < 1:
