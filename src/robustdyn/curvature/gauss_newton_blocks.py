@@ -240,8 +240,8 @@ def _structural_obstacle(risk: EmpiricalRisk, names: tuple[str, ...]) -> str | N
         return "BatchNorm uses batch statistics"
     if not risk.independent:
         return _MIXED
-    if not risk.inputs.is_floating_point():
-        return "the inputs are not floating-point numbers"
+    if not isinstance(risk.inputs, Tensor) or not risk.inputs.is_floating_point():
+        return "the inputs are not one tensor of floating-point numbers"
     if not risk.separable:
         return "the loss of an example depends on the outputs of others"
     return _module_obstacle(risk.model) or _sharing_obstacle(risk.model) or _owner_obstacle(risk.model, names)
@@ -291,7 +291,7 @@ def _layer_formula_obstacle(
 
     Finds batches that mix examples, and guards our formulas.
     """
-    ends = slice(0, len(risk.inputs), max(1, len(risk.inputs) - 1))  # the first and the last
+    ends = slice(0, risk.held, max(1, risk.held - 1))  # the first and the last
     with risk.guard(), SquaredGradientNorms(_modules(risk), names, 1) as norms:
         inputs, logits, leaves = _inspect(risk, names, norms, risk.subset(ends)[0])
         seed = torch.zeros_like(logits)

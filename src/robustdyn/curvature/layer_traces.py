@@ -272,7 +272,7 @@ class _Deflation:
 
 def _chunk_generators(risk: EmpiricalRisk, generator: torch.Generator) -> list[torch.Generator]:
     """One for each of this process's chunks, different from all other chunks' everywhere."""
-    chunks = risk.shards.each(len(range(0, len(risk.inputs), risk.chunk_size)))
+    chunks = risk.shards.each(len(range(0, risk.held, risk.chunk_size)))
     everybody = [child(generator) for _ in range(sum(chunks))]
     first = sum(chunks[: risk.shards.rank])
     return everybody[first : first + chunks[risk.shards.rank]]
