@@ -87,8 +87,10 @@ def test_terms_and_robustness_are_correlated_over_runs(answered):
 
 
 def test_findings_name_the_strength_each_would_choose(answered):
-    (line,) = (text for text in answered.findings if text.startswith("Lowest mean, late"))
-    of_gamma = dict(part.split(": ") for part in line.removeprefix("Lowest mean, late: ").split("; "))
+    late, end = answered.findings
+    assert end.startswith("At the end, the mean is lowest at γ = ")
+    parts = late.removeprefix("Late, the mean is lowest ").split("; ")
+    of_gamma = dict(part.removeprefix("at ").split(" for ") for part in parts)
     assert "−Σ ln σ² (nats)" in of_gamma["γ = 0.02"]
     assert "test robust loss (nats)" in of_gamma["γ = 0.01"]
 

@@ -135,19 +135,19 @@ def test_an_epoch_that_one_seed_lacks_is_left_out_of_the_curve(tmp_path):
     (terms,) = (picture.data for picture in found.pictures if picture.name == "bound_terms")
     epochs = terms[terms["quantity"] == "dominant_terms_stationary"]["epoch"]
     assert list(epochs) == [0, 4, 7, 8, 11]
-    assert any("AT: 1 of 12" in text for text in found.findings)
+    lacking = found.tables["no_stationary_law"]
+    assert lacking.to_dict("records") == [{"method": "AT", "lacking": 1, "measurements": 12}]
     assert "against_at" not in found.tables
 
 
 def test_findings_say_what_rises_and_what_falls(answered):
-    at, awp, against, about, seeds = answered.findings
-    rises, falls = at.removeprefix("AT, before → late: rises: ").split("; falls: ")
+    across, against = answered.findings
+    at, awp = across.removeprefix("From before the first decay to late: ").split("; ")
+    rises, falls = at.removeprefix("AT rises (").split("), falls (")
     assert rises.startswith("leading λ, leading noise eigenvalue")
     assert falls.startswith("σ², ")
-    assert awp.startswith("AWP, before → late: rises: ")
-    assert against.startswith("AWP against AT, seed by seed, late: lower: leading λ")
-    assert f"{K} tracked directions" in about
-    assert seeds.startswith("Means over 3 seeds")
+    assert awp.startswith("AWP rises (")
+    assert against.startswith("Late, compared with AT seed by seed: AWP lower (leading λ")
 
 
 def test_what_is_drawn_is_the_table(answered):

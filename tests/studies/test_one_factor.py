@@ -69,7 +69,6 @@ def test_one_seed_has_no_interval(tmp_path):
     found = one_factor.outcomes(rows)
     assert one_factor.summary(found)[["low", "high"]].isna().all(axis=None)
     assert comparing.against(found, "300", BY)[["low", "high"]].isna().all(axis=None)
-    assert wording.intervals_said(one_factor.summary(found)) == "One seed, so no intervals."
     assert wording.seeds_said(comparing.over_epochs(rows)) == "1 seed"
 
 

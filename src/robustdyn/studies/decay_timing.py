@@ -35,8 +35,4 @@ def answer(runs: Sequence[Run]) -> Answer:
     return compared(ordered, setting, title=title, baseline=setting(ordered[-1]))
 
 
-STUDY = Study(
-    question="Does it matter to robust overfitting when the learning rate first decays?",
-    source="WCI paper, figure 2 a",
-    answer=answer,
-)
+STUDY = Study("Does it matter to robust overfitting when the learning rate first decays?", answer)

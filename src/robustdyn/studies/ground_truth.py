@@ -372,8 +372,4 @@ def _slug(name: str) -> str:
     )
 
 
-STUDY = Study(
-    question="Do replicas reach the distribution of weights that curvature and noise predict?",
-    source="beyond the papers: arXiv 2410.07719 predicts posterior variances and does not measure them",
-    answer=answer,
-)
+STUDY = Study("Do replicas reach the distribution of weights that curvature and noise predict?", answer)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -30,7 +30,7 @@ from robustdyn.studies.shared.comparing import (
 )
 from robustdyn.studies.shared.comparison_figures import draw_best_and_final
 from robustdyn.studies.shared.study import Answer, Picture, Study
-from robustdyn.studies.shared.wording import final_said, intervals_said, lowest_said, said
+from robustdyn.studies.shared.wording import final_said, lowest_said, said, sentence
 
 PLAIN, EARLY = "AT", "AT, early stopping"
 PANELS = {
@@ -98,16 +98,16 @@ def answer_from(frame: pd.DataFrame) -> Answer:
     """The answer from what ``selected`` returns."""
     tables = tables_of(frame)
     means = tables["methods"]
-    findings = [
-        lowest_said(means),
-        *(
-            final_said(tables["against_at"], metric, PLAIN)
-            for metric in (TEST_ROBUST_ERROR, TEST_ROBUST_LOSS)
-        ),
-        intervals_said(means),
-        "In `methods_shown`, ± is one standard error; in the sentences above it is half of the interval.",
-    ]
-    return Answer(tables, [Picture("best_and_final", means[means["moment"] != RISE], draw_methods)], findings)
+    pictures = [Picture("best_and_final", means[means["moment"] != RISE], draw_methods)]
+    return Answer(tables, pictures, findings_of(tables))
+
+
+def findings_of(tables: Mapping[str, pd.DataFrame]) -> list[str]:
+    """Which method has the lowest robust error, and which methods differ from plain adversarial training."""
+    means = tables["methods"]
+    lowest = lowest_said(means[means["metric"] == TEST_ROBUST_ERROR])
+    apart = final_said(tables["against_at"], (TEST_ROBUST_ERROR, TEST_ROBUST_LOSS), PLAIN)
+    return [sentence(lowest), sentence(apart)]
 
 
 def answer(runs: Sequence[Run]) -> Answer:
@@ -124,8 +124,7 @@ def draw_methods(means: pd.DataFrame) -> Figure:
 
 
 STUDY = Study(
-    question="How do AT, AWP, the WCI learning rate and early stopping compare, best and final, where plain "
-    "AT overfits?",
-    source="WCI paper, table 1",
-    answer=answer,
+    "How do AT, AWP, the WCI learning rate and early stopping compare, best and final, where plain AT "
+    "overfits?",
+    answer,
 )

@@ -41,7 +41,5 @@ def answer(runs: Sequence[Run]) -> Answer:
 
 
 STUDY = Study(
-    question="Which initial learning rate and which decay leave the network most robust, best and final?",
-    source="WCI paper, figure 2 b",
-    answer=answer,
+    "Which initial learning rate and which decay leave the network most robust, best and final?", answer
 )

@@ -33,8 +33,4 @@ def answer(runs: Sequence[Run]) -> Answer:
     return compared(ordered, setting, title=title, baseline=NONE)
 
 
-STUDY = Study(
-    question="Do cutout, mixup and weight decay hold the WCI down, and the robust gap with it?",
-    source="WCI paper, figure 7",
-    answer=answer,
-)
+STUDY = Study("Do cutout, mixup and weight decay hold the WCI down, and the robust gap with it?", answer)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -29,7 +29,6 @@ from robustdyn.studies.shared.comparing import (
 )
 from robustdyn.studies.shared.comparison_figures import Panel, figure_of_curves
 from robustdyn.studies.shared.study import Answer, Picture, Study
-from robustdyn.studies.shared.wording import intervals_said
 
 CEILING = CAUCHY_SCHWARZ_BOUND
 BEFORE, AFTER = "before the first decay", "after it"
@@ -110,37 +109,28 @@ def answer(runs: Sequence[Run]) -> Answer:
         ),
     ]
     tables = {"curves": curves, "correlations": r, "factors": changes}
-    return Answer(tables, pictures, [_follows(r), *_moving(changes), intervals_said(curves)])
+    return Answer(tables, pictures, findings_of(tables))
 
 
-def _follows(r: pd.DataFrame) -> str:
-    """Pearson's r of WCI and loss gap over all epochs, by data set."""
+def findings_of(tables: Mapping[str, pd.DataFrame]) -> list[str]:
+    """Pearson's r of WCI and loss gap over all epochs by data set, and which factor moves more when."""
+    r, changes = tables["correlations"], tables["factors"]
     own = r[(r["quantity"] == ROBUST_LOSS_GAP) & (r["phase"] == "all epochs")]
-    if own.empty:
-        return (
-            "WCI and gaps have fewer than three epochs in common: no correlation; let "
-            "measure.epochs name evaluated epochs."
-        )
     means = own.groupby("panel", sort=False)["pearson"].mean()
-    said = ", ".join(f"{panel} {mean:.2f}" for panel, mean in means.items())
-    return f"Pearson correlation of WCI and robust loss gap over all epochs, mean over seeds: {said}."
-
-
-def _moving(changes: pd.DataFrame) -> list[str]:
-    """Which factor moves more, by phase and data set."""
-    lines = []
-    for phase, rows in changes[changes["factor"].isin([WEIGHT_NORM_SQ, HESSIAN_TRACE])].groupby(
-        "phase", sort=False
-    ):
+    follows = ", ".join(f"{mean:.2f} on {panel}" for panel, mean in means.items())
+    moving = []
+    either = changes[changes["factor"].isin([WEIGHT_NORM_SQ, HESSIAN_TRACE])]
+    for phase, rows in either.groupby("phase", sort=False):
         strongest = rows.loc[rows["mean"].abs().groupby(rows["panel"], sort=False).idxmax()]
         pairs = zip(strongest["factor"], strongest["panel"], strict=True)
-        said = ", ".join(f"{FACTORS[factor]} ({panel})" for factor, panel in pairs)
-        lines.append(f"The factor of the WCI that moves more {phase}: {said}.")
-    return lines
+        moving.append(f"{phase} {', '.join(f'{FACTORS[factor]} ({panel})' for factor, panel in pairs)}")
+    return [
+        "The Pearson correlation of WCI and robust loss gap over all epochs, mean over seeds, is "
+        f"{follows or 'not known: fewer than three measured epochs are evaluated (measure.epochs)'}.",
+        f"The factor of the WCI that moves more is {'; '.join(moving) or 'not known before a decay'}.",
+    ]
 
 
 STUDY = Study(
-    question="Does the WCI follow the robust gap over the epochs, and which of its factors drives it when?",
-    source="WCI paper, figures 1 and 4",
-    answer=answer,
+    "Does the WCI follow the robust gap over the epochs, and which of its factors drives it when?", answer
 )

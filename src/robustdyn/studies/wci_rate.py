@@ -1,4 +1,4 @@
-"""Does a learning rate that follows the WCI prevent robust overfitting, and does its threshold matter?
+"""A learning rate that follows the WCI, at several thresholds (WCI paper, section 4, figures 3, 8 and 9 a).
 
 η = η₁ · min(1, τ / WCI) from the first decay on. The runs of the largest threshold are the control
 where their rate was never lowered: η₁ throughout, everything else the same.
@@ -44,7 +44,7 @@ from robustdyn.studies.shared.comparison_figures import (
     of_seeds,
 )
 from robustdyn.studies.shared.study import Answer, Picture, Study
-from robustdyn.studies.shared.wording import final_said, intervals_said, seeds_said, shown_table
+from robustdyn.studies.shared.wording import final_said, seeds_said, sentence, shown_table
 
 STATIC = "static η₁"
 SHOWN = (TEST_ROBUST_ERROR, TEST_ROBUST_LOSS)
@@ -316,30 +316,26 @@ def _trend_table(over_epochs: pd.DataFrame, fitted: pd.DataFrame, slopes: pd.Dat
 
 
 def findings_of(tables: Mapping[str, pd.DataFrame]) -> list[str]:
-    """How much the threshold matters, and which thresholds differ from the static rate."""
+    """Which thresholds differ from the static rate, and how much the threshold matters."""
     means, rule = tables["thresholds"], tables["rule"]
     own = means[
         (means["metric"] == TEST_ROBUST_ERROR) & (means["moment"] == FINAL) & (means["setting"] != STATIC)
     ]
     finals = own.set_index("setting")["mean"]
-    findings = [
-        f"Sensitivity to τ: the final robust error lies between {finals.min():.1f} % ({finals.idxmin()}) and "
-        f"{finals.max():.1f} % ({finals.idxmax()}). τ is in units of this network's index, which was at most "
-        f"{rule[rule['quantity'] == 'highest WCI']['mean'].max():.3g}."
+    apart = (
+        final_said(tables["against_static"], SHOWN, "the static rate")
+        if "against_static" in tables
+        else "there is no control: no run kept η₁ throughout; schedule.threshold=1e9 makes one"
+    )
+    return [
+        sentence(apart),
+        f"The final robust error lies between {finals.min():.1f} % ({finals.idxmin()}) and "
+        f"{finals.max():.1f} % ({finals.idxmax()}), with τ in units of an index that was at most "
+        f"{rule[rule['quantity'] == 'highest WCI']['mean'].max():.3g}.",
     ]
-    if "against_static" in tables:
-        apart = tables["against_static"]
-        findings += [
-            final_said(apart, metric, "the static rate") for metric in (TEST_ROBUST_ERROR, TEST_ROBUST_LOSS)
-        ]
-    else:
-        findings.append("No control: no run kept η₁ throughout; schedule.threshold=1e9 makes one.")
-    return [*findings, intervals_said(means)]
 
 
 STUDY = Study(
-    question="Does a learning rate that follows the WCI prevent robust overfitting, and does its threshold "
-    "matter?",
-    source="WCI paper, section 4, figures 3, 8 and 9 a",
-    answer=answer,
+    "Does a learning rate that follows the WCI prevent robust overfitting, and does its threshold matter?",
+    answer,
 )

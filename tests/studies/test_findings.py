@@ -1,0 +1,59 @@
+"""``findings.md``: the question, the answer in two sentences, the tables, the figures."""
+
+import importlib
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from robustdyn.studies.shared.study import findings_page, load
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+STORED = (
+    "awp_strength",
+    "correlation",
+    "dynamics",
+    "methods",
+    "precision",
+    "schedules",
+    "wci_gap",
+    "wci_rate",
+)
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_the_stored_findings_are_those_of_the_stored_tables(name):
+    results = EXPERIMENTS / name / "results"
+    page = (results / "findings.md").read_text(encoding="utf-8")
+    tables = {
+        stem: pd.read_csv(results / "tables" / f"{stem}.csv") for stem in re.findall(r"tables/(\w+)", page)
+    }
+    findings = importlib.import_module(f"robustdyn.studies.{name}").findings_of(tables)
+    assert 1 <= len(findings) <= 2
+    assert page.startswith(f"{load(name).question}\n\n{' '.join(findings)}\n\n`tables/")
+
+
+def test_a_page_says_what_a_table_of_means_holds():
+    means = pd.DataFrame({"mean": [1.0, 2.0], "low": [0.5, np.nan], "high": [1.5, np.nan], "seeds": [3, 1]})
+    long = pd.DataFrame({"value": range(41)})
+    page = findings_page("Why?", ["First.", "Second."], {"means": means, "long": long}, ["curve"])
+    assert page.splitlines() == [
+        "Why?",
+        "",
+        "First. Second.",
+        "",
+        "`tables/means.csv`, 2 rows: means over 1–3 seeds with Student's 95 % interval",
+        "",
+        "| mean | low | high | seeds |",
+        "| --- | --- | --- | --- |",
+        "| 1 | 0.5 | 1.5 | 3 |",
+        "| 2 |  |  | 1 |",
+        "",
+        "`tables/long.csv`, 41 rows",
+        "",
+        "![curve](figures/curve.png)",
+    ]
+    one_seed = findings_page("Why?", ["So."], {"means": means.assign(seeds=1)}, [])
+    assert "`tables/means.csv`, 2 rows: means over 1 seed\n" in one_seed
