@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import pandas as pd
 
+from robustdyn.errors import RecordError
 from robustdyn.records.labels import SEED
-from robustdyn.records.reader import Run
+from robustdyn.records.reader import Run, read_table
 from robustdyn.records.schema import (
     HESSIAN_EIGENVALUE,
     HESSIAN_TRACE,
@@ -20,12 +22,14 @@ from robustdyn.records.schema import (
     TRAIN_ROBUST_LOSS,
     WEIGHT_NORM_SQ,
 )
+from robustdyn.report.statistics import decay_epochs
 from robustdyn.studies.shared.comparing import (
     BEST,
     BOUNDS,
     COLUMNS,
     FINAL,
     INDEX,
+    RATE,
     RISE,
     against,
     best_and_final,
@@ -59,6 +63,28 @@ OUTCOMES: dict[str, tuple[str, str]] = {
 """What a run comes to: the lowest value over its epochs, the last one, and last less lowest."""
 
 OUTCOME = ["panel", "quantity", "outcome"]
+
+
+class Decay(NamedTuple):
+    """The first decay of a run: the first epoch at the lower rate, the initial rate, and the lower one."""
+
+    epoch: int
+    before: float
+    after: float
+
+
+def first_decay(run: Run) -> Decay:
+    """When the rate first fell, and from which to which.
+
+    Raises:
+        RecordError: It never did.
+    """
+    epochs = read_table(run.path, "epochs")
+    decays = decay_epochs(epochs)
+    if not decays:
+        raise RecordError(f"{run.path}: its learning rate never decays; leave the run out")
+    rate = epochs.set_index("epoch")[RATE]
+    return Decay(decays[0], float(rate.iloc[0]), float(rate.loc[decays[0]]))
 
 
 def outcomes(rows: pd.DataFrame) -> pd.DataFrame:
