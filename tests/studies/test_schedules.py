@@ -9,7 +9,6 @@ from robustdyn.studies.schedules import (
     cost,
     draw_cost,
     draw_curves,
-    draw_settings,
     of_training,
 )
 from robustdyn.studies.shared import study
@@ -103,7 +102,7 @@ def test_figures_show_their_tables_and_nothing_else(answer):
     assert list(pictures) == ["best_and_final", "learning_curves", "cost"]
 
     table = pictures["best_and_final"].data
-    figure = draw_settings(table)
+    figure = pictures["best_and_final"].draw(table)
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ORDER[::-1]
     for ax, metric in zip(
         figure.axes,

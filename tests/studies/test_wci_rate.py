@@ -9,7 +9,6 @@ from robustdyn.studies.wci_rate import (
     STUDY,
     damping,
     draw_rate_and_wci,
-    draw_settings,
     draw_thresholds,
     draw_trend,
     trends,
@@ -120,7 +119,7 @@ def test_figures_show_their_tables_and_nothing_else(answer):
 
     table = pictures["best_and_final"].data
     for ax, metric in zip(
-        draw_settings(table).axes,
+        pictures["best_and_final"].draw(table).axes,
         ("test_robust_error", "test_robust_loss", "robust_loss_gap"),
         strict=True,
     ):

@@ -32,8 +32,8 @@ from robustdyn.studies.shared.tracked import (
     label,
     mean,
     moments,
-    over_epochs,
     tracked_directions,
+    tracked_quantities,
 )
 from robustdyn.studies.shared.wording import seeds_said, sentence
 
@@ -97,7 +97,7 @@ def gamma_of(run: Run) -> float:
 
 def _points(run: Run) -> pd.DataFrame:
     """Quantities of a run at the moments about the decay, and the lowest error and loss on the test set."""
-    values = over_epochs(run)
+    values = tracked_quantities(run)
     rows = moments(values, run.path)
     best = []
     for name in (TEST_ROBUST_ERROR, TEST_ROBUST_LOSS):

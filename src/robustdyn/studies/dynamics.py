@@ -47,8 +47,8 @@ from robustdyn.studies.shared.tracked import (
     label,
     mean,
     moments,
-    over_epochs,
     tracked_directions,
+    tracked_quantities,
 )
 from robustdyn.studies.shared.wording import told_apart
 
@@ -82,7 +82,7 @@ def answer(runs: Sequence[Run]) -> Answer:
     k = tracked_directions(runs)
     every, at = [], []
     for run in runs:
-        values = over_epochs(run)
+        values = tracked_quantities(run)
         names = {"method": method_of(run), SEED: run.config.get(SEED)}
         every.append(values.assign(**names))
         at.append(moments(values, run.path).assign(**names))
@@ -90,16 +90,14 @@ def answer(runs: Sequence[Run]) -> Answer:
     methods = list(dict.fromkeys(values["method"]))
     reference = "AT" if "AT" in methods else methods[0]
     curves = _curves(values)
-    at_moments, changes = _at_moments(points), _changes(points)
+    at_moments = _ordered(mean(points[points["quantity"] != RATE], ["method", "moment"]))
+    changes = _changes(points)
     against = _against(points, methods, reference)
-    tables = {
-        "moments": _labelled(at_moments, k),
-        "changes": _labelled(changes, k),
-        "alignment": _above_null(values),
-        "runs": points,
-    }
+    tables = {"moments": at_moments, "changes": changes, "alignment": _above_null(values), "runs": points}
     if not against.empty:
-        tables[f"against_{reference.lower()}"] = _labelled(against, k)
+        tables[f"against_{reference.lower()}"] = against
+    for name in tables.keys() - {"alignment", "runs"}:
+        tables[name] = tables[name].assign(label=tables[name]["quantity"].map(partial(label, k=k)))
     if (lacking := _lacking(values))["lacking"].any():
         tables["no_stationary_law"] = lacking
     return Answer(tables, list(_pictures(curves, k)), findings_of(tables))
@@ -119,11 +117,6 @@ def _curves(values: pd.DataFrame) -> pd.DataFrame:
     found = mean(values, ["method", "epoch"])
     seeds = values.groupby("method")["seed"].nunique()
     return found[found["seeds"] == found["method"].map(seeds)].reset_index(drop=True)
-
-
-def _at_moments(points: pd.DataFrame) -> pd.DataFrame:
-    rows = mean(points[points["quantity"] != RATE], ["method", "moment"])
-    return _ordered(rows)
 
 
 def _changes(points: pd.DataFrame) -> pd.DataFrame:
@@ -162,10 +155,6 @@ def _ordered(rows: pd.DataFrame) -> pd.DataFrame:
         .sort_values(by, key=lambda column: column.map(order) if column.name != "method" else column)
         .reset_index(drop=True)
     )
-
-
-def _labelled(rows: pd.DataFrame, k: int) -> pd.DataFrame:
-    return rows.assign(label=rows["quantity"].map(lambda name: label(name, k)))
 
 
 def _above_null(values: pd.DataFrame) -> pd.DataFrame:

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
-from matplotlib.figure import Figure
 from scipy import stats
 
 from robustdyn.records.labels import SEED
 from robustdyn.records.reader import Run
 from robustdyn.records.schema import ROBUST_LOSS_GAP, TEST_CLEAN_ERROR, TEST_ROBUST_ERROR, TEST_ROBUST_LOSS
-from robustdyn.report import style
 from robustdyn.report.statistics import BEST_ON_TEST, BEST_ON_VALIDATION, final_and_best
 from robustdyn.studies.shared.comparing import (
     BEST,
@@ -28,8 +26,8 @@ from robustdyn.studies.shared.comparing import (
     require_repetitions,
     tidy_moments,
 )
-from robustdyn.studies.shared.comparison_figures import draw_best_and_final
-from robustdyn.studies.shared.study import Answer, Picture, Study
+from robustdyn.studies.shared.comparison_figures import best_and_final
+from robustdyn.studies.shared.study import Answer, Study
 from robustdyn.studies.shared.wording import final_said, lowest_said, said, sentence
 
 PLAIN, EARLY = "AT", "AT, early stopping"
@@ -98,7 +96,7 @@ def answer_from(frame: pd.DataFrame) -> Answer:
     """The answer from what ``selected`` returns."""
     tables = tables_of(frame)
     means = tables["methods"]
-    pictures = [Picture("best_and_final", means[means["moment"] != RISE], draw_methods)]
+    pictures = [best_and_final(means, "Best and final epoch of each method", PANELS)]
     return Answer(tables, pictures, findings_of(tables))
 
 
@@ -115,12 +113,6 @@ def answer(runs: Sequence[Run]) -> Answer:
     require_repetitions(runs, method)
     require_complete(runs)
     return answer_from(selected(runs))
-
-
-@style.styled
-def draw_methods(means: pd.DataFrame) -> Figure:
-    """The paper's table 1 as rows of points."""
-    return draw_best_and_final("Best and final epoch of each method", means, PANELS)
 
 
 STUDY = Study(

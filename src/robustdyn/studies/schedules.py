@@ -25,7 +25,6 @@ from robustdyn.studies.shared.comparing import (
     METRICS,
     MOMENT,
     RATE,
-    RISE,
     against,
     at_moments,
     mean_with_interval,
@@ -36,7 +35,7 @@ from robustdyn.studies.shared.comparing import (
 )
 from robustdyn.studies.shared.comparison_figures import (
     BANDS,
-    draw_best_and_final,
+    best_and_final,
     draw_over_epochs,
     of_seeds,
     setting_colours,
@@ -56,13 +55,19 @@ NAMES = {
 WCI_RATE = "WCI-LR"
 MAY_DIFFER = ("schedule", "optimizer.lr")  # one-cycle has a higher peak
 CURVES = (TEST_ROBUST_ERROR, TEST_CLEAN_ERROR, RATE)
+PANELS = {
+    TEST_ROBUST_ERROR: "Robust error",
+    TEST_CLEAN_ERROR: "Clean error",
+    ROBUST_ERROR_GAP: "Gap in error",
+    ROBUST_LOSS_GAP: "Gap in loss",
+}
 TRAINING, EVALUATION, MEASUREMENT = "training", "evaluation", "measurement"
 PARTS = {name: name if name in (EVALUATION, MEASUREMENT) else TRAINING for name in TIMED}
 SETTLED = 0.4  # of the run: a barely trained network's errors would flatten the curves
 NEGLIGIBLE = 1e-3  # of the highest rate: curves of lower ones are cut
 
 
-def settings_of(runs: Sequence[Run]) -> dict[str, str]:
+def schedule_names(runs: Sequence[Run]) -> dict[str, str]:
     """Label of each run -> name of its schedule, in the order of the paper's table, the WCI rate last.
 
     Raises:
@@ -139,7 +144,7 @@ def cost(times: pd.DataFrame, order: Sequence[str], unit: str = "s") -> pd.DataF
 
 def answer(runs: Sequence[Run]) -> Answer:
     """Best and final of each schedule, learning curves, and times."""
-    settings = settings_of(runs)
+    settings = schedule_names(runs)
     require_complete(runs)
     order = list(dict.fromkeys(settings.values()))
     ordered = sorted(runs, key=lambda run: order.index(settings[run.label]))
@@ -157,7 +162,7 @@ def answer(runs: Sequence[Run]) -> Answer:
         "runs": found,
     }
     pictures = [
-        Picture("best_and_final", means[means["moment"] != RISE], draw_settings),
+        best_and_final(means, "Best and final epoch of each schedule", PANELS),
         Picture("learning_curves", metrics_over_epochs(rows, CURVES), draw_curves),
     ]
     times = seconds(runs, settings)
@@ -181,19 +186,6 @@ def findings_of(tables: Mapping[str, pd.DataFrame]) -> list[str]:
             f"measuring takes {mean[reference, 'measurement_share']:.0f} %."
         )
     return [sentence(f"{lowest}; {final_said(apart, [TEST_ROBUST_ERROR], reference)}"), cost_said]
-
-
-@style.styled
-def draw_settings(means: pd.DataFrame) -> Figure:
-    """The paper's table 1 as rows of points."""
-    panels = {
-        TEST_ROBUST_ERROR: "Robust error",
-        TEST_CLEAN_ERROR: "Clean error",
-        ROBUST_ERROR_GAP: "Gap in error",
-        ROBUST_LOSS_GAP: "Gap in loss",
-    }
-    title = "Best and final epoch of each schedule"
-    return draw_best_and_final(title, means, panels)
 
 
 @style.styled

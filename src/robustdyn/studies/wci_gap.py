@@ -22,9 +22,9 @@ from robustdyn.studies.shared.comparing import (
     RATE,
     correlations,
     data_set,
-    first_decay,
+    decay_epoch,
+    mean_curves,
     mean_with_interval,
-    over_epochs,
     values,
 )
 from robustdyn.studies.shared.comparison_figures import Panel, figure_of_curves
@@ -60,7 +60,7 @@ def factors(rows: pd.DataFrame) -> pd.DataFrame:
         logs = pd.DataFrame(
             {INDEX: index, WEIGHT_NORM_SQ: norm / 2, HESSIAN_TRACE: trace / 2, "shape": shape}
         )
-        decay = first_decay(own)
+        decay = decay_epoch(own)
         turn = logs.index[logs.index < decay].max() if decay is not None else np.nan
         if np.isnan(turn):  # nothing measured before a decay
             continue
@@ -82,7 +82,7 @@ def answer(runs: Sequence[Run]) -> Answer:
         [ROBUST_LOSS_GAP, ROBUST_ERROR_GAP, INDEX, WEIGHT_NORM_SQ, HESSIAN_TRACE, CEILING],
         setting=lambda run: "",
     )
-    curves, r, changes = over_epochs(rows), correlations(rows), factors(rows)
+    curves, r, changes = mean_curves(rows), correlations(rows), factors(rows)
     product = rows[rows["quantity"].isin([RATE, INDEX, WEIGHT_NORM_SQ, HESSIAN_TRACE, CEILING])]
     gaps = [
         Panel("robust loss gap", ROBUST_LOSS_GAP),
@@ -102,7 +102,7 @@ def answer(runs: Sequence[Run]) -> Answer:
         ),
         Picture(
             "norm_and_trace",
-            over_epochs(product, geometric=True),
+            mean_curves(product, geometric=True),
             partial(
                 figure_of_curves, title="The two factors of the WCI", panels=apart, mean="geometric mean"
             ),

@@ -26,7 +26,6 @@ from robustdyn.studies.shared.comparing import (
     METRICS,
     MOMENT,
     RATE,
-    RISE,
     against,
     at_moments,
     mean_with_interval,
@@ -37,7 +36,7 @@ from robustdyn.studies.shared.comparing import (
 )
 from robustdyn.studies.shared.comparison_figures import (
     BANDS,
-    draw_best_and_final,
+    best_and_final,
     draw_over_epochs,
     draw_points,
     name_rows,
@@ -95,7 +94,7 @@ def damping(runs: Sequence[Run]) -> pd.DataFrame:
     return together[columns]
 
 
-def settings_of(runs: Sequence[Run], damped: pd.DataFrame) -> dict[str, str]:
+def threshold_names(runs: Sequence[Run], damped: pd.DataFrame) -> dict[str, str]:
     """Label of each run -> ``τ = 10``, ascending; ``static η₁`` for the largest if never lowered."""
     thresholds = {run.label: float(run.config["schedule"]["threshold"]) for run in runs}
     largest = max(thresholds.values())
@@ -141,7 +140,7 @@ def answer(runs: Sequence[Run]) -> Answer:
     require_alike(runs, ["schedule.threshold"])
     damped = damping(runs)
     require_complete(runs)
-    settings = settings_of(runs, damped)
+    settings = threshold_names(runs, damped)
     order = list(dict.fromkeys(settings.values()))
     ordered = sorted(runs, key=lambda run: order.index(settings[run.label]))
     rows = values(
@@ -165,9 +164,10 @@ def answer(runs: Sequence[Run]) -> Answer:
     if STATIC in order:
         tables["against_static"] = against(found, STATIC, MOMENT[1:]).assign(minus=STATIC)
     rate_and_index = pd.concat([over_epochs[over_epochs["metric"] == name] for name in RATE_AND_INDEX])
+    panels = {name: EPOCHS[name].label.capitalize() for name in TRENDS}
     pictures = [
         Picture("thresholds", over_epochs[over_epochs["metric"].isin(SHOWN)], draw_thresholds),
-        Picture("best_and_final", means[means["moment"] != RISE], draw_settings),
+        best_and_final(means, "Best and final epoch at each threshold τ", panels, _colours(means)),
         Picture("trend", _trend_table(over_epochs, fitted, slopes), draw_trend),
         Picture("rate_and_wci", rate_and_index.reset_index(drop=True), draw_rate_and_wci),
     ]
@@ -187,13 +187,6 @@ def draw_thresholds(over_epochs: pd.DataFrame) -> Figure:
         _mark_decay(ax, over_epochs)
         label_ends(ax, ends)
     return figure
-
-
-@style.styled
-def draw_settings(means: pd.DataFrame) -> Figure:
-    """Best and final of each threshold: how sensitive the result is to it."""
-    panels = {name: EPOCHS[name].label.capitalize() for name in TRENDS}
-    return draw_best_and_final("Best and final epoch at each threshold τ", means, panels, _colours(means))
 
 
 @style.styled

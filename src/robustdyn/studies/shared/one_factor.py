@@ -35,8 +35,8 @@ from robustdyn.studies.shared.comparing import (
     best_and_final,
     correlations,
     keys_of,
+    mean_curves,
     mean_with_interval,
-    over_epochs,
     pearson,
     values,
 )
@@ -150,7 +150,7 @@ def compared(runs: Sequence[Run], setting: Callable[[Run], str], *, title: str, 
     return Answer(
         tables=tables,
         pictures=[
-            Picture("learning_curves", over_epochs(rows), curves),
+            Picture("learning_curves", mean_curves(rows), curves),
             Picture("outcomes", with_seeds(table, found), partial(figure_of_outcomes, title=title)),
         ],
         findings=findings_of(table, found),
