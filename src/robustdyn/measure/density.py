@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from robustdyn.curvature import GradientCovariance, Hessian, SpectralDensity, spectral_density
-from robustdyn.measure.callback import TableRow
+from robustdyn.defaults import default
+from robustdyn.measure.plan import TableRow
 from robustdyn.measure.snapshot import Snapshot
 from robustdyn.methods import OptimizerState
 from robustdyn.records.schema import HESSIAN_TRACE, RITZ_VALUE, WHOLE_SPACE
-from robustdyn.theory import MomentumDynamics, curvature_term_per_noise, minibatch_noise_factor
+from robustdyn.theory import MomentumDynamics, curvature_term_per_noise
 
 
 class Density:
@@ -29,7 +30,13 @@ class Density:
 
     tables: ClassVar[tuple[str, ...]] = ("density", "whole_space")
 
-    def __init__(self, *, probes: int, steps: int, noise_probes: int) -> None:
+    def __init__(
+        self,
+        *,
+        probes: int = default("measure/full", "measurements.density.probes"),
+        steps: int = default("measure/full", "measurements.density.steps"),
+        noise_probes: int = default("measure/full", "measurements.density.noise_probes"),
+    ) -> None:
         for name, value in (("probes", probes), ("noise_probes", noise_probes)):
             if value < 2:
                 raise ValueError(f"{name} must be at least 2, to have standard errors, got {value}")
@@ -53,8 +60,7 @@ class Density:
         )
         # draws have the denominator m, an unbiased C₁ has m − 1
         examples = snapshot.risk.examples
-        factor = minibatch_noise_factor(snapshot.train_examples, snapshot.batch_size, replacement=False)
-        factor *= examples / (examples - 1)
+        factor = snapshot.noise_factor * examples / (examples - 1)
         yield from _nodes(snapshot, "hessian", plain, 1.0)
         yield from _nodes(snapshot, "noise", noise, factor)
         yield (

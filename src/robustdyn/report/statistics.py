@@ -191,6 +191,8 @@ def headlines(runs: Sequence[Run]) -> list[Headline]:
     start = "before the first decay"
     if None in anchors.values():
         start, anchors = "at the lowest test robust loss", lowest
+    if all(anchor is None for anchor in anchors.values()):  # as of a model that was only measured
+        start, anchors = "at the first epoch", {label: int(own[label]["epoch"].min()) for label in anchors}
     found = []
     for name, begin, frame, column, since, missing in (
         ("test robust loss", "minimum", epochs, TEST_ROBUST_LOSS, lowest, "not recorded"),
