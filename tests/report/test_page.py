@@ -144,6 +144,15 @@ def test_figures_lie_beside_the_page(report):
     assert all(path.is_file() and path.parent.name == "figures" for path in report.figures)
 
 
+@pytest.mark.parametrize("runs", ["one", pytest.param("methods", marks=pytest.mark.slow)])
+def test_every_figure_is_rendered(runs, rendered, request, tmp_path):
+    report = build_report([request.getfixturevalue(runs)], tmp_path)
+    starts = {".png": b"\x89PNG", ".pdf": b"%PDF-"}
+    assert all(path.read_bytes().startswith(starts[path.suffix]) for path in report.figures)
+    assert all(path.stat().st_size > 10_000 for path in report.figures)
+    assert not report.skipped
+
+
 def test_the_report_of_another_time_is_replaced(tmp_path):
     run = write_run(tmp_path / "run", epochs=2, measured=(), experiment_name="<b>first & last</b>")
     for folder, name in (("figures", "wci_and_gap.png"), ("tables", "wci.csv")):

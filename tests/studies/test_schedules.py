@@ -4,14 +4,7 @@ import pytest
 
 from robustdyn.errors import RecordError
 from robustdyn.records import find_runs
-from robustdyn.studies.schedules import (
-    STUDY,
-    cost,
-    draw_cost,
-    draw_curves,
-    draw_settings,
-    of_training,
-)
+from robustdyn.studies.schedules import STUDY, cost, draw_cost, draw_curves, draw_settings, of_training
 from robustdyn.studies.shared import study
 from tests.runs import compose
 from tests.studies.rates import error, interval, write_fixed_rate, write_wci_rate

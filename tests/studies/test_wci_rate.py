@@ -120,9 +120,7 @@ def test_figures_show_their_tables_and_nothing_else(answer):
 
     table = pictures["best_and_final"].data
     for ax, metric in zip(
-        draw_settings(table).axes,
-        ("test_robust_error", "test_robust_loss", "robust_loss_gap"),
-        strict=True,
+        draw_settings(table).axes, ("test_robust_error", "test_robust_loss", "robust_loss_gap"), strict=True
     ):
         own = table[table["metric"] == metric]
         assert {x for x, _ in drawn(ax)} == set(own["mean"]) | set(own["low"]) | set(own["high"])
