@@ -119,13 +119,14 @@ def test_what_the_run_says_can_be_changed(checkpoint, tmp_path, monkeypatch):
         "schedule.milestones=[4]",
     )
     more = ("+run.optimizer.weight_decay=0.01", "start.random_directions=1", "initial_state=checkpoint")
-    assert replicate(monkeypatch, checkpoint, *SMALL, *changes, *more, "output=changed") == 0
+    two = ("replicas=2", "output=changed")
+    assert replicate(monkeypatch, checkpoint, *SMALL, *changes, *more, *two) == 0
     stored = json.loads((tmp_path / "changed" / "settings.json").read_text())["ensemble"]
     assert stored["perturbation"]["gamma"] == 0.01
     assert stored["optimizer"]["weight_decay"] == 0.01
     np.testing.assert_allclose(stored["learning_rate"], [0.01] * 4 + [0.001] * 2)
     found = read_ensemble(tmp_path / "changed")
-    assert found.position.shape == (4, 3, 4)
+    assert found.position.shape == (2, 3, 4)
     assert (np.abs(found.buffer[:, 0]) > 0).all()  # the checkpoint's momentum
     state = torch.load(checkpoint.partition("=")[2], weights_only=True)["optimizer_states"][0]["state"]
     held = torch.cat([state[i]["momentum_buffer"].contiguous().reshape(-1) for i in range(len(state))])

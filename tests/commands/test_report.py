@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shutil
 import sys
 from contextlib import suppress
 
@@ -13,9 +14,15 @@ from robustdyn.report import page as analysis
 from tests.records.synthetic import write_run
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    path = tmp_path_factory.mktemp("written") / "run"
+    return write_run(path, epochs=25, measured=(18, 24), trainer__max_epochs=25)
+
+
 @pytest.fixture
-def run(tmp_path):
-    return write_run(tmp_path / "run", epochs=25, measured=(18, 24), trainer__max_epochs=25)
+def run(written, tmp_path):
+    return shutil.copytree(written, tmp_path / "run")
 
 
 def test_one_path_gets_its_report_inside(without_figures, run, capsys):

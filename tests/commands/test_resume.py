@@ -30,6 +30,7 @@ VARIANTS = {
         "perturbation.warmup_epochs=1",
         "data.mixup=0.7",
         "averaging=ema",
+        "measure.eigenpairs.directions=1",
     ),
     "float64": ("trainer.precision=64-true", "averaging=ema"),
     "wci_lr": ("method=wci_lr", "schedule.start_epoch=1", "schedule.threshold=1e-6", "schedule.interval=1"),

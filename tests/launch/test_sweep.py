@@ -15,15 +15,18 @@ from robustdyn.records.progress import RunStatus
 from robustdyn.run.progress_lines import RunProgress
 from tests.runs import command, rows, tiny_but, weights
 
+SMALLER = ("model.blocks=[1]", "model.strides=[2]")
 QUICK = (
-    *tiny_but("schedule.", "trainer.max_epochs", "measure."),
+    *tiny_but("schedule.", "trainer.max_epochs", "measure.", "model.blocks", "model.strides"),
+    *SMALLER,
     "attack.steps=1",
     "trainer.max_epochs=2",
     "measure=none",
     "report=false",
 )
 MEASURED = (
-    *tiny_but("trainer.max_epochs", "schedule.", "measure.epochs"),
+    *tiny_but("trainer.max_epochs", "schedule.", "measure.epochs", "model.blocks", "model.strides"),
+    *SMALLER,
     "trainer.max_epochs=2",
     "schedule.milestones=[1]",
     "measure.epochs=[0]",

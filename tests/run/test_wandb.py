@@ -410,7 +410,7 @@ def test_several_loggers_at_once_in_a_sweep_of_one_process(tmp_path, monkeypatch
     sweep_dir = tmp_path / "sweep"
     overrides = (
         "logger=[wandb_offline,csv]", "trainer.max_epochs=1", "measure.epochs=[0]", "report=false",
-        "data.validation_size=40", "logger.wandb.checkpoints=last",
+        "data.validation_size=40", "logger.wandb.checkpoints=last", "model.blocks=[1]", "model.strides=[2]",
     )  # fmt: skip
     assert command(monkeypatch, *TINY, *overrides, "-m", "seed=0,1", f"hydra.sweep.dir={sweep_dir}") == 0
     jobs = sorted(path.parent for path in sweep_dir.glob("*/records"))
