@@ -158,6 +158,10 @@ def test_layers_are_rows_in_network_order(methods_frames):
         methods_frames["layers"].query("epoch == 39 and method == 'at'").groupby("layer")["wci_term"].mean()
     )
     np.testing.assert_allclose(filled[0].get_xdata(), last[list(LAYERS)])
+    layers = methods_frames["layers"]
+    late = draw("layer_terms", methods_frames, layers=layers[layers["epoch"] >= DECAYS[0]])
+    # of lines with data: nothing was measured before a decay
+    assert {line.get_fillstyle() for line in late.axes[0].lines if len(line.get_xdata())} == {"full"}
 
 
 def test_alignment_is_drawn_when_measured(one_frames):
