@@ -31,7 +31,7 @@ def snapshot():
     ).double()
     model(torch.randn(64, 1, 4, 4, dtype=torch.float64))  # running statistics that are not 0 and 1
     inputs, targets = torch.randn(EXAMPLES, 1, 4, 4, dtype=torch.float64), torch.randint(0, 3, (EXAMPLES,))
-    risk = EmpiricalRisk(model.eval(), inputs, targets, chunk_size=7)
+    risk = EmpiricalRisk(model.eval(), inputs, targets, chunk_size=7, memory=2**26)
     moved = inputs[:SECOND] + 0.1 * torch.randn(SECOND, 1, 4, 4, dtype=torch.float64)
     again = EmpiricalRisk(model, moved, targets[:SECOND], chunk_size=5)
     return Snapshot(

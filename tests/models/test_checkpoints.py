@@ -81,10 +81,7 @@ def same(model, before):
 
 @pytest.mark.parametrize(
     ("build", "state", "logits"),
-    [
-        (preact, public_preact, preact_resnet_logits),
-        (wide, public_wide, wide_resnet_logits),
-    ],
+    [(preact, public_preact, preact_resnet_logits), (wide, public_wide, wide_resnet_logits)],
     ids=["preact_resnet", "wide_resnet"],
 )
 @pytest.mark.parametrize(

@@ -2,12 +2,15 @@ import re
 
 import pytest
 import torch
+from hydra._internal import config_loader_impl
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from omegaconf import OmegaConf
 
 from robustdyn.attacks import PGD
 from robustdyn.errors import ConfigError
 from robustdyn.run.combinations import check_combinations
 from robustdyn.run.config import RULES, build, check, config_dir
+from tests.compositions import COMPOSE, CREATE
 from tests.runs import compose
 
 
@@ -47,6 +50,16 @@ def test_every_option_composes_and_passes_its_checks(choice):
     cfg = compose(choice)
     check(cfg)
     check_combinations(cfg)
+
+
+@pytest.mark.parametrize("overrides", [(), ("data=cifar10", "method=awp", "optimizer.lr=1", "~logger")])
+def test_tests_compose_as_hydra_does(overrides, monkeypatch):
+    """They keep what they composed before."""
+    for _ in range(2):
+        kept = OmegaConf.to_yaml(compose(*overrides))
+    monkeypatch.setattr(config_loader_impl, "create_defaults_list", CREATE)
+    monkeypatch.setattr(ConfigLoaderImpl, "_compose_config_from_defaults_list", COMPOSE)
+    assert OmegaConf.to_yaml(compose(*overrides)) == kept
 
 
 CHOICES = ((), ("method=trades_awp",), ("perturbation=sam",), ("schedule=wci",), ("stopping=early",))

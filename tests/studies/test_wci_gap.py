@@ -56,10 +56,7 @@ def test_changes_of_the_wci_split_into_those_of_its_factors(answered):
 def test_figures_draw_their_tables(answered):
     for picture, quantities in zip(
         answered.pictures,
-        (
-            ["robust_loss_gap", "robust_error_gap", "wci"],
-            ["weight_norm_sq", "hessian_trace", "wci"],
-        ),
+        (["robust_loss_gap", "robust_error_gap", "wci"], ["weight_norm_sq", "hessian_trace", "wci"]),
         strict=True,
     ):
         figure = picture.draw(picture.data)
