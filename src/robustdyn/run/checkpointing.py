@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 
 from robustdyn.errors import CheckpointError, ConfigError
-from robustdyn.models.checkpoints import why_not_loaded
+from robustdyn.models.weight_files import why_not_loaded
 from robustdyn.records.command_line import at, command
 from robustdyn.records.labels import change
 from robustdyn.records.progress import is_of
