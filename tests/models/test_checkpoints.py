@@ -358,6 +358,28 @@ def test_what_is_no_epoch(epoch, tmp_path):
     assert read_weight_file(saved({"net": preact().state_dict(), "epoch": epoch}, tmp_path)).epoch is None
 
 
+class Normalising(nn.Module):
+    """A user's wrapper around a network that was trained on normalised images."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+        self.register_buffer("mean", torch.full((3, 1, 1), 0.5))
+
+    def forward(self, x):
+        return self.network(x - self.mean)
+
+
+@pytest.mark.parametrize("wrap", [dict, parallel])
+def test_a_wrapper_takes_the_file_of_its_network(wrap, tmp_path):
+    for theirs in (public_preact(), randomised(preact()).state_dict()):
+        model, plain = Normalising(preact()), preact()
+        load_weights(plain, saved(theirs, tmp_path), layout="auto")
+        load_weights(model, saved(wrap(theirs), tmp_path), layout="auto")
+        assert same(model.network, plain.state_dict())
+        assert torch.equal(model.mean, torch.full((3, 1, 1), 0.5))
+
+
 # ---------------------------------------------------------------------- errors
 
 

@@ -55,8 +55,9 @@ def load_weights(model: nn.Module, path: Path, *, layout: Layout) -> str:
     The files of RobustBench have the names of one of these. The weights may be an entry of a dictionary
     (``state_dict``, ``model_state_dict``, ``model``, ``net``, ``network``, ``weights`` or ``ema``, else the
     only one that holds tensors), and their names may have the prefixes of wrappers (``module.``,
-    ``_orig_mod.``, ``model.``, ``net.``, ``1.``), one inside the other, with other tensors beside them. The
-    file may be one of safetensors.
+    ``_orig_mod.``, ``model.``, ``net.``, ``1.``), one inside the other, with other tensors beside them.
+    ``model`` may itself be a wrapper, for example one that normalises the pixels, of a network that is in the
+    file without it. The file may be one of safetensors.
 
     The repositories normalise outside the network, and their files do not contain how. Except for ``trades``
     and ``mart``, ``model`` must have been built with the mean and standard deviation with which the file was
@@ -86,6 +87,8 @@ def load_weights(model: nn.Module, path: Path, *, layout: Layout) -> str:
             f"{path}: it has the state of an optimiser and no weights; give the network's file"
         )
     weights, normalisation = _without_normalisation(whole, own, model)
+    network = _network(model, weights)
+    own = network.state_dict()
     weights = _unwrapped(weights, own, path)
     _check_none_left(whole, weights, normalisation, path)
     found = _recognise(weights, own)
@@ -103,7 +106,7 @@ def load_weights(model: nn.Module, path: Path, *, layout: Layout) -> str:
         )
     if used in _PUBLIC:
         weights = _renamed(weights)
-    _check(weights, own, model, path)
+    _check(weights, own, network, path)
     for name, value in normalisation.items():
         if not bool(value.isfinite().all()) or (name == "std" and not bool((value > 0).all())):
             raise DataFileError(f"{path}: its {name} of the pixels is {value.tolist()}; get the file again")
@@ -112,7 +115,7 @@ def load_weights(model: nn.Module, path: Path, *, layout: Layout) -> str:
     for name, value in normalisation.items():
         buffer = model.get_buffer(name)
         buffer.copy_(value.reshape(-1, 1, 1).expand_as(buffer))
-    model.load_state_dict(weights, strict=False)  # checked above; only BatchNorm's counters may be missing
+    network.load_state_dict(weights, strict=False)  # checked above; only BatchNorm's counters may be missing
     return used
 
 
@@ -146,6 +149,18 @@ def _renamed(weights: Weights) -> Weights:
         ours = beginnings.get(theirs, "") + name.removeprefix(theirs)
         renamed[ours.replace(".convShortcut.", ".shortcut.0.")] = value
     return renamed
+
+
+def _network(model: nn.Module, weights: Weights) -> nn.Module:
+    """The module that the file is of: the model, or what it is a wrapper of."""
+    plain = {name.replace("_orig_mod.", ""): value for name, value in weights.items()}
+    inner, numbers = model, len(list(model.parameters()))
+    while not any(_parts(plain, inner.state_dict())):
+        children = [child for child in inner.children() if len(list(child.parameters())) == numbers]
+        if not children or numbers == 0:
+            return model
+        inner = children[0]
+    return inner
 
 
 def _unwrapped(weights: Weights, own: Weights, path: Path) -> Weights:
