@@ -3,7 +3,7 @@
 import difflib
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ from robustdyn.run.of_checkpoint import (
     type_name,
 )
 from robustdyn.run.status import say
+from robustdyn.run.targets import allowed, targets_in
 
 NAME = "evaluate"
 OF_THE_RUN = ("data", "model", "attack")
@@ -75,16 +76,16 @@ def evaluate_checkpoint(typed: DictConfig) -> None:
     """
     checkpoint = checkpoint_of(typed)
     run_dir = run_of(checkpoint)
-    cfg = _of_run(checkpoint, run_dir)
+    cfg, allow = _of_run(checkpoint, run_dir)
     _check(cfg)
     device = device_of(cfg.device)
 
     evaluators = {name: build(cfg, f"evaluation.attacks.{name}") for name in cfg.evaluation.attacks}
     sanity = build(cfg, "evaluation.sanity")
     ball = Ball(cfg.attack.norm, cfg.attack.eps_255 / 255)
-    model: nn.Module = build(cfg, "model", from_file=run_dir is not None)
+    model: nn.Module = build(cfg, "model", allow=allow)
     layout = load_weights(model, checkpoint, layout=cfg.layout)
-    split = _split(cfg, from_file=run_dir is not None)
+    split = _split(cfg, allow)
     data = split.take(torch.arange(cfg.evaluation.examples or len(split))).to(device)
     default = RunDirectory(run_dir or checkpoint.parent).evaluations / checkpoint.stem
     output = Path(cfg.output) if cfg.output else default
@@ -177,8 +178,11 @@ def _typed() -> _Typed:
     return _Typed(settings, tuple(others), frozenset(groups))
 
 
-def _of_run(checkpoint: Path, run_dir: Path | None) -> DictConfig:
+def _of_run(checkpoint: Path, run_dir: Path | None) -> tuple[DictConfig, Collection[str] | None]:
     """The command's configuration with data, model and attack of the run, and the typed overrides.
+
+    Returns:
+        The configuration, and what it may name as in ``build``: what the user allows or has typed himself.
 
     Raises:
         ConfigError: A checkpoint outside a run directory without data and model, or an unknown typed key.
@@ -191,7 +195,7 @@ def _of_run(checkpoint: Path, run_dir: Path | None) -> DictConfig:
                 f"checkpoint={checkpoint} is not in a run directory (no {CONFIG} there): give "
                 "its data set and network with data=... model=..."
             )
-        return _composed([], typed)
+        return _composed([], typed), None
     run = load_run(run_dir)
     kept = [group for group in OF_THE_RUN if group not in typed.groups and group in run]
     for group in kept:
@@ -204,6 +208,9 @@ def _of_run(checkpoint: Path, run_dir: Path | None) -> DictConfig:
         [f"{group}={choice}" for group, choice in _choices(run_dir).items() if group in kept], typed
     )
     values = {key: OmegaConf.select(cfg, key) for key in typed.settings}
+    own = [OmegaConf.to_container(cfg[group], resolve=True) for group in typed.groups]
+    own += [{leaf: value} for key, value in values.items() if (leaf := key.rpartition(".")[2]) == "_target_"]
+    allow = {*allowed(cfg), *targets_in(own)}
     for group in kept:
         if cfg[group].get("_target_") == run[group].get("_target_"):
             cfg[group] = OmegaConf.merge(cfg[group], run[group])  # what a run of an older version lacks
@@ -211,7 +218,7 @@ def _of_run(checkpoint: Path, run_dir: Path | None) -> DictConfig:
             cfg[group] = run[group]
     for key, value in values.items():
         OmegaConf.update(cfg, key, value)
-    return cfg
+    return cfg, allow
 
 
 def _composed(choices: Sequence[str], typed: _Typed) -> DictConfig:
@@ -282,14 +289,14 @@ def _check(cfg: DictConfig) -> None:
 # ---------------------------------------------------------------------- what is evaluated
 
 
-def _split(cfg: DictConfig, *, from_file: bool) -> ImageTensors:
+def _split(cfg: DictConfig, allow: Collection[str] | None) -> ImageTensors:
     """All images of the split, in its order.
 
     Raises:
         ConfigError: There is no such split, or it has fewer images than are to be evaluated.
         DataFileError: A file is missing or has the wrong content.
     """
-    module: ImageDataModule = build(cfg, "data", from_file=from_file)
+    module: ImageDataModule = build(cfg, "data", allow=allow)
     module.prepare_data()
     module.setup("test")
     split, wanted = module.split(cfg.evaluation.split), cfg.evaluation.examples

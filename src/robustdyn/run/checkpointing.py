@@ -41,9 +41,11 @@ _PARTS = {
 """The entries that a checkpoint must have for training to resume."""
 
 CHANGEABLE = (
+    "allow",
     "checkpoint",
     "data.download",
     "data.eval_batch_size",
+    "data.path",
     "data.root",
     "decay_epochs",  # the settings that depend on it are compared
     "decay_fractions",
