@@ -1,0 +1,160 @@
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from robustdyn.commands.measure import main
+from robustdyn.commands.report import main as report
+from robustdyn.records import RunRecords, read_table
+from robustdyn.run.checkpointing import LastCheckpoint
+from tests.runs import TINY, command, invoke, rows
+
+OWN_NETWORK = """
+from torch import nn
+from robustdyn.models import PreActResNet
+
+class Net(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        sizes = dict(num_classes=10, in_channels=1, width=width, blocks=(1, 1), strides=(1, 2))
+        self.inner = PreActResNet(**sizes, mean=(0.0,), std=(1.0,))
+
+    def forward(self, x):
+        return self.inner((x - 0.3053) / 0.3759)
+"""
+MEASURED = ("wci", "layers", "spectrum", "alignment", "bounds")
+
+
+def measure(monkeypatch, *arguments):
+    """Run ``robustdyn-measure`` in this process and return its exit status."""
+    return invoke(main, monkeypatch, "device=cpu", *arguments)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished run on digits that kept its checkpoint of every epoch."""
+    run_dir = tmp_path_factory.mktemp("runs") / "digits"
+    save = LastCheckpoint._save
+
+    def save_and_keep(self, trainer):
+        save(self, trainer)
+        shutil.copy(self._path, self._path.with_name(f"epoch={trainer.current_epoch}.ckpt"))
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(LastCheckpoint, "_save", save_and_keep)
+        arguments = (
+            *TINY,
+            "measure.eigenpairs.warm_start=false",
+            "attack.eps_255=20",
+            "report=false",
+            "seed=3",
+        )
+        assert command(monkeypatch, *arguments, f"hydra.run.dir={run_dir}") == 0
+    for path in (run_dir / "checkpoints").glob("*t.ckpt"):
+        path.unlink()
+    (run_dir / "checkpoints" / "epoch=1.ckpt").unlink()
+    return run_dir
+
+
+@pytest.fixture
+def run_dir(trained, tmp_path, monkeypatch):
+    """A copy of the run of which nothing was measured; the working directory is beside it."""
+    copy = tmp_path / "run"
+    shutil.copytree(trained, copy)
+    monkeypatch.chdir(tmp_path)
+    return copy
+
+
+def assert_same(found, expected, tables):
+    """Equal up to rounding, with the same starting vectors; the time is another one."""
+    for table in tables:
+        here, there = (
+            read_table(path, table).drop(columns="seconds", errors="ignore") for path in (found, expected)
+        )
+        assert len(there)
+        pd.testing.assert_frame_equal(here, there, rtol=1e-4)
+
+
+def test_the_checkpoints_of_a_run_give_its_own_records(run_dir, monkeypatch, capsys):
+    assert measure(monkeypatch, "checkpoint=run") == 0
+    found = run_dir / "measured" / "checkpoints"
+    assert_same(found, run_dir, (*MEASURED, "posterior", "epochs", "rates"))
+    assert (found / "report" / "index.html").is_file()
+    said = capsys.readouterr().out
+    assert "checkpoints 2 (epoch 0 to 2)" in said
+    assert "24 of the 80 training images of Digits" in said
+    assert sorted(path.name for path in run_dir.parent.iterdir()) == ["run"]  # no other files were written
+
+
+def test_a_killed_measurement_goes_on(run_dir, monkeypatch, capsys):
+    warm = ("measure.eigenpairs.warm_start=true", "report=false")
+    assert measure(monkeypatch, "checkpoint=run", *warm, "output=whole") == 0
+    extend, calls = RunRecords.extend, []
+
+    def kill(self, table, rows):
+        calls.append(table)
+        if calls.count("layers") == 2:
+            raise KeyboardInterrupt
+        extend(self, table, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunRecords, "extend", kill)
+        assert measure(monkeypatch, "checkpoint=run", *warm, "output=killed") == 130
+    assert {row["epoch"] for row in rows(Path("killed"), "spectrum")} == {0, 2}
+    assert {row["epoch"] for row in rows(Path("killed"), "costs")} == {0}
+    capsys.readouterr()
+    assert measure(monkeypatch, "checkpoint=run", *warm, "output=killed") == 0
+    said = capsys.readouterr().out
+    assert "checkpoints 2 (epoch 0 to 2), 1 of them measured already" in said
+    assert "epoch 0:" not in said
+    for table in (*MEASURED, "costs", "posterior"):
+        assert rows(Path("killed"), table) == rows(Path("whole"), table)
+
+
+def foreign(run_dir, folder):
+    """The run's weights as another code saves them, with its optimiser's state in other files."""
+    folder.mkdir()
+    for epoch, rate in ((0, 0.1), (2, 0.01)):
+        state = torch.load(run_dir / "checkpoints" / f"epoch={epoch}.ckpt", weights_only=True)["state_dict"]
+        network = {
+            f"module.{k.removeprefix('model.')}": v for k, v in state.items() if k.startswith("model.")
+        }
+        torch.save(network, folder / f"model_{epoch}.pth")
+        parameters = [torch.nn.Parameter(torch.ones(2))]
+        optimiser = torch.optim.SGD(parameters, lr=rate, momentum=0.9, weight_decay=5e-4)
+        torch.save(optimiser.state_dict(), folder / f"opt_{epoch}.pth")
+    return folder
+
+
+TYPED = tuple(
+    o for o in TINY if o.startswith(("data", "model.", "attack.", "measure.ei", "measure.m", "measure.exa"))
+)
+OF_RUN = ("attack.eps_255=20", "measure.eigenpairs.warm_start=false", "seed=3", "report=false")
+
+
+def test_files_of_another_code_give_the_same(run_dir, tmp_path, monkeypatch, capsys):
+    folder = foreign(run_dir, tmp_path / "theirs")
+    assert measure(monkeypatch, "checkpoint=theirs", *TYPED, *OF_RUN) == 0
+    found = folder / "measured" / "theirs"
+    assert_same(found, run_dir, MEASURED)
+    assert not (found / "records" / "posterior.jsonl").exists()
+    assert "the rates between the checkpoints are not known" in capsys.readouterr().out
+    rates = "learning_rate={0: 0.1, 2: 0.01}"
+    assert measure(monkeypatch, "checkpoint=theirs", *TYPED, *OF_RUN, rates, "output=typed") == 0
+    assert_same(Path("typed"), run_dir, (*MEASURED, "posterior"))
+    assert report(["theirs/measured/theirs"]) == 0
+    capsys.readouterr()
+    assert report(["typed", "theirs/measured/theirs", "run"]) == 0
+
+
+def test_a_network_of_ones_own_in_a_file_beside(run_dir, tmp_path, monkeypatch):
+    folder = foreign(run_dir, tmp_path / "theirs")
+    Path("net.py").write_text(OWN_NETWORK)
+    own = ("model._target_=net.Net", "model.width=4")
+    typed = [o for o in TYPED if not o.startswith("model.")]
+    assert measure(monkeypatch, "checkpoint=theirs/model_2.pth", *typed, *OF_RUN, *own) == 0
+    (row,) = rows(folder / "measured" / "model_2", "wci")
+    (own_row,) = (r for r in rows(run_dir, "wci") if r["epoch"] == 2)
+    assert row["wci"] == pytest.approx(own_row["wci"], rel=1e-4)
