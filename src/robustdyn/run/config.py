@@ -15,10 +15,10 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from robustdyn.defaults import config_dir as config_dir
 from robustdyn.errors import ConfigError, UserError
 from robustdyn.records.labels import flatten
 from robustdyn.run.targets import check_targets
-from robustdyn.run.targets import config_dir as config_dir  # where the configuration lives
 
 
 def register_resolvers() -> None:

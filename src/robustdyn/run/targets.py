@@ -19,16 +19,10 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from robustdyn.defaults import config_dir
 from robustdyn.errors import ConfigError
 
 _NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
-
-
-def config_dir() -> Path:
-    """The folder of default configurations: inside an installed wheel, or at the top of the checkout."""
-    package = Path(__file__).resolve().parents[1]
-    installed = package / "conf"
-    return installed if installed.is_dir() else package.parents[1] / "conf"
 
 
 def allowed(cfg: DictConfig) -> tuple[str, ...]:
