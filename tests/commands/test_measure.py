@@ -158,3 +158,53 @@ def test_a_network_of_ones_own_in_a_file_beside(run_dir, tmp_path, monkeypatch):
     (row,) = rows(folder / "measured" / "model_2", "wci")
     (own_row,) = (r for r in rows(run_dir, "wci") if r["epoch"] == 2)
     assert row["wci"] == pytest.approx(own_row["wci"], rel=1e-4)
+
+
+def refused(monkeypatch, capsys, *arguments):
+    """The one line that a refused command prints."""
+    capsys.readouterr()
+    assert measure(monkeypatch, *arguments) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def test_what_was_measured_stays_what_it_is(run_dir, tmp_path, monkeypatch, capsys):
+    """Rows of other settings, or of another network, never get into the same record."""
+    foreign(run_dir, tmp_path / "theirs")
+    index = (*TYPED, *OF_RUN, "measure=index", "output=there")
+    typed = [o for o in index if not o.startswith(("measure.ei", "measure.measurements.al"))]
+    assert measure(monkeypatch, "checkpoint=theirs", *typed, "measure.epochs=2") == 0
+    assert [row["epoch"] for row in rows(Path("there"), "wci")] == [2]
+    said = refused(monkeypatch, capsys, "checkpoint=theirs", *typed, "measure.examples=30")
+    assert "there: holds measurements with measure.examples=24 (now 30); choose another output=DIR" in said
+    assert measure(monkeypatch, "checkpoint=theirs/model_0.pth", *typed) == 0  # one more epoch
+    assert [row["epoch"] for row in rows(Path("there"), "wci")] == [0, 2]
+    shutil.copy("theirs/model_2.pth", "theirs/model_0.pth")
+    said = refused(monkeypatch, capsys, "checkpoint=theirs/model_0.pth", *typed)
+    assert "there: epoch 0 was measured from another file than theirs/model_0.pth" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        ((), "checkpoint is not given"),
+        (("checkpoint=theirs",), "is not in a run directory"),
+        (("checkpoint=theirs", *TYPED, "measure.epochs=[1]"), "there are 0, 2"),
+        (("checkpoint=theirs", *TYPED, "learning_rate={1: 0.1}"), "begins after epoch 0, of model_0.pth"),
+        (("checkpoint=theirs", *TYPED, "learning_rate={0: -0.1}"), "must be a positive number"),
+        (("checkpoint=theirs", *TYPED, "measure.examples=81"), "measure.examples=81 must be between 1 and"),
+        (("checkpoint=theirs", *TYPED, "model.width=8"), "model.width=8 does not fit"),
+        (("checkpoint=theirs", *TYPED, "batch_size=0"), "batch_size=0 must be a whole number of at least 1"),
+        (
+            ("checkpoint=theirs/kept.pth", *TYPED, "momentum=0.9"),
+            "does not say the learning_rate and weight_decay",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(arguments, found, run_dir, tmp_path, monkeypatch, capsys):
+    foreign(run_dir, tmp_path / "theirs")
+    shutil.copytree("theirs", "kept")
+    shutil.move("kept/model_2.pth", "kept/kept.pth")
+    arguments = [a.replace("theirs/kept.pth", "kept/kept.pth") for a in arguments]
+    assert found in refused(monkeypatch, capsys, *arguments)

@@ -25,10 +25,10 @@ from robustdyn.records.labels import flatten
 from robustdyn.records.progress import RunStatus, mark_done
 from robustdyn.records.run_directory import RunDirectory
 from robustdyn.report.page import build_report
+from robustdyn.run.checkpoint_measurement import CheckpointMeasurement
 from robustdyn.run.checkpoint_series import Checkpoint, find_checkpoints
 from robustdyn.run.config import COUNT, SEED, SWITCH, build, check, check_rules
 from robustdyn.run.measured_series import MeasuredSeries
-from robustdyn.run.measurements import UNKNOWN, Measurements
 from robustdyn.run.of_checkpoint import device_of, run_of, type_name
 from robustdyn.run.status import say
 from robustdyn.run.training_facts import Training
@@ -79,7 +79,7 @@ def measure_checkpoints(given: DictConfig) -> None:
     train = data.split("train")
     training = Training.of(chosen, cfg, run_dir, -(-len(train) // cfg.batch_size))
     optimizers = {file.epoch: training.optimizer(file) for file in chosen}
-    measurement = Measurements(cfg, allow, data, device)
+    measurement = CheckpointMeasurement(cfg, allow, data, device)
 
     output = Path(cfg.output) if cfg.output else _output(given, found, run_dir)
     settings = _settings(cfg, train)
@@ -100,7 +100,7 @@ def measure_checkpoints(given: DictConfig) -> None:
                 model.to(device),
                 epoch=file.epoch,
                 step=training.step(file),
-                optimizer=optimizers[file.epoch] or UNKNOWN,
+                optimizer=optimizers[file.epoch],
                 starts=starts,
             )
             series.add(file.epoch, digests[file.epoch], rows, starts, after)

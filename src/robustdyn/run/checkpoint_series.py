@@ -72,17 +72,17 @@ def find_checkpoints(given: str, say: Callable[[str], object]) -> list[Checkpoin
                 f"{path}: neither the file nor its name says its epoch; leave it out with a pattern, such as "
                 f"checkpoint='{path.parent}/*_[0-9]*{path.suffix}'"
             )
-        file = Checkpoint(path, epoch or 0, step, groups)
-        other = chosen.setdefault(file.epoch, file)
-        if other is not file and (step is None or other.step != step):  # of one step: the last is the best
+        here = Checkpoint(path, epoch or 0, step, groups)
+        other = chosen.setdefault(here.epoch, here)
+        if other is not here and (step is None or other.step != step):  # of one step: the last is the best
             raise ConfigError(
                 f"{other.path} and {path.name} are both of epoch {epoch}; leave one out with a pattern, such "
                 f"as checkpoint='{path.parent}/NAME_*{path.suffix}'"
             )
     beside = _optimisers({(path.parent, epoch) for path, epoch, _, groups in found if not groups})
     return [
-        replace(file, groups=beside.get((file.path.parent, file.epoch), file.groups))
-        for _, file in sorted(chosen.items())
+        replace(one, groups=beside.get((one.path.parent, one.epoch), one.groups))
+        for _, one in sorted(chosen.items())
     ]
 
 

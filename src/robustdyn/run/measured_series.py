@@ -133,7 +133,8 @@ class MeasuredSeries:
             path = self._records.path(name)
             if path.is_file() and name not in _OF_THE_RUN:
                 rows = [row for row in parse_lines(path, warn=False) if row["epoch"] in epochs]
-                self._records.replace(name, sorted(rows, key=lambda row: row["epoch"]))
+                rows.sort(key=lambda row: int(row["epoch"]))
+                self._records.replace(name, rows)
 
     def _store(self, files: Mapping[str, str]) -> None:
         content = {"measured": self._settings, "checkpoints": files}

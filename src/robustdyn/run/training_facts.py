@@ -81,17 +81,15 @@ class Training:
             "momentum": _first(self.typed["momentum"], group.get("momentum"), 0.0 if "lr" in group else None),
             "weight_decay": _first(self.typed["weight_decay"], group.get("weight_decay")),
         }
-        missing = [name for name, value in known.items() if value is None]
-        if len(missing) == len(known):
+        values = {name: value for name, value in known.items() if value is not None}
+        if not values:
             return None
-        if missing:
+        if missing := [name for name in known if name not in values]:
             raise ConfigError(
                 f"{checkpoint.path} does not say the {' and '.join(missing)} of its training: give "
                 + " ".join(f"{name}=..." for name in missing)
             )
-        return OptimizerState(
-            **{k: float(v) for k, v in known.items()}, plain=_plain_momentum(checkpoint.groups)
-        )  # type: ignore[arg-type]
+        return OptimizerState(**values, plain=_plain_momentum(checkpoint.groups))
 
     def history(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Rows of the tables ``epochs`` and ``rates``, the latter only if every step's rate is known.
