@@ -23,6 +23,7 @@ from robustdyn.evaluation import Ball, EvaluationRecord, Result, evaluate
 from robustdyn.launch.application import run_app
 from robustdyn.launch.paths import load_run
 from robustdyn.models import load_weights
+from robustdyn.records.command_line import hydra_quoted
 from robustdyn.records.files import file_digest
 from robustdyn.records.labels import flatten
 from robustdyn.records.run_directory import CONFIG, RunDirectory
@@ -249,8 +250,15 @@ def _composed(choices: Sequence[str], typed: _Typed) -> DictConfig:
 def _compose(overrides: Sequence[str]) -> DictConfig:
     if GlobalHydra.instance().is_initialized():
         return hydra.compose(NAME, list(overrides))
-    with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):  # in a launcher's worker
-        return hydra.compose(NAME, list(overrides))
+    # in a launcher's worker, which does not know the user's own folders
+    sources = HydraConfig.get().runtime.config_sources
+    own = [
+        hydra_quoted(f"{source.schema}://{source.path}")
+        for source in sources
+        if source.provider == "command-line" or source.provider.startswith("hydra.searchpath")
+    ]
+    with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
+        return hydra.compose(NAME, [*overrides, f"hydra.searchpath=[{','.join(own)}]"])
 
 
 def _has(cfg: DictConfig, key: str) -> bool:
