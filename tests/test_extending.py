@@ -135,3 +135,22 @@ def test_every_command_runs_from_an_installed_wheel(site, folder):  # noqa: F811
             words += QUICK_MEASURE if "measure=" in line else ["measure=none"]
         done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, (line, done.stderr)
+
+
+def test_a_worker_of_a_launcher_finds_the_user_s_own_folder_of_settings(folder, monkeypatch):
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.hydra_config import HydraConfig
+
+    from robustdyn.commands import evaluate
+
+    seen = []
+
+    def as_in_a_worker(cfg):
+        GlobalHydra.instance().clear()
+        seen.append(evaluate._compose(["model=small_cnn"]).model._target_)
+
+    monkeypatch.setattr(evaluate, "evaluate_checkpoint", as_in_a_worker)
+    assert invoke(evaluate.main, monkeypatch, "--config-dir", "conf", "checkpoint=x") == 0
+    assert invoke(evaluate.main, monkeypatch, f"hydra.searchpath=[file://{folder}/conf]") == 0
+    assert seen == ["mypackage.model.SmallCNN"] * 2
+    HydraConfig.instance().cfg = None

@@ -272,9 +272,15 @@ def test_what_was_not_allowed_is_neither_called_nor_imported(mypkg, target, allo
 def test_a_refusal_says_what_to_allow(mypkg):
     with pytest.raises(ConfigError, match=r"with allow=\[mypkg\] on the command line"):
         built("mypkg.Net")
-    with pytest.raises(ConfigError) as refusal:
-        built("robustdyn.records.files.replace_file")
-    assert "allow=" not in str(refusal.value)
+    for target in ("robustdyn.records.files.replace_file", "subprocess.run", "torch.load"):
+        with pytest.raises(ConfigError) as refusal:
+            built(target)
+        assert "allow=" not in str(refusal.value)  # following that advice would let it run anything
+
+
+def test_replicas_schedules_are_those_of_the_group():
+    cfg = compose("ensemble=default", "schedule@ensemble.schedule=constant")
+    assert build(cfg, "ensemble.schedule", allow=()).factor(0) == 1
 
 
 @pytest.mark.parametrize(

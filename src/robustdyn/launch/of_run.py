@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from robustdyn.errors import ConfigError, RecordError
 from robustdyn.launch.paths import load_run
+from robustdyn.records.command_line import hydra_quoted
 from robustdyn.records.labels import flatten
 from robustdyn.records.run_directory import CONFIG, RunDirectory
 from robustdyn.run.config import config_dir
@@ -165,8 +166,15 @@ def _composed(
 def _compose(command: str, overrides: Sequence[str]) -> DictConfig:
     if GlobalHydra.instance().is_initialized():
         return hydra.compose(command, list(overrides))
-    with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):  # in a launcher's worker
-        return hydra.compose(command, list(overrides))
+    # in a launcher's worker, which does not know the user's own folders
+    sources = HydraConfig.get().runtime.config_sources
+    own = [
+        hydra_quoted(f"{source.schema}://{source.path}")
+        for source in sources
+        if source.provider == "command-line" or source.provider.startswith("hydra.searchpath")
+    ]
+    with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
+        return hydra.compose(command, [*overrides, f"hydra.searchpath=[{','.join(own)}]"])
 
 
 def _has(cfg: DictConfig, key: str) -> bool:

@@ -17,7 +17,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from robustdyn.defaults import config_dir as config_dir
 from robustdyn.errors import ConfigError, UserError
-from robustdyn.records.labels import flatten
 from robustdyn.run.targets import check_targets
 
 
@@ -172,6 +171,8 @@ def build(cfg: Any, key: str, *, allow: Collection[str] | None = None, **extra: 
         raise ConfigError(f"{key} is missing from the configuration")
     if not node:
         return None  # the choice "none" of a group
+    from robustdyn.records.labels import flatten  # loads pandas, which --help does not need
+
     for name, value in flatten({key: OmegaConf.to_container(node, resolve=False)}).items():
         if value == "???":
             raise ConfigError(f"{name} is not given; give {name}=...")

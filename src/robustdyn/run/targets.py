@@ -22,6 +22,11 @@ from omegaconf import DictConfig, OmegaConf
 from robustdyn.defaults import config_dir
 from robustdyn.errors import ConfigError
 
+BORROWED = {"ensemble": "schedule"}
+"""Sections of the configuration that also take the choices of another group."""
+UNSAFE = ("hydra", "lightning", "numpy", "omegaconf", "robustdyn", "torch")
+"""Packages with functions that can do anything, which no message advises to allow as a whole."""
+
 _NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
@@ -123,7 +128,8 @@ def _check_target(target: str, key: str, allow: Collection[str] | None) -> None:
     packages = [name for name in allow if target == name or target.startswith(f"{name}.")]
     if not packages:
         top = target.partition(".")[0]
-        remedy = f"allow=[{top}]" if _NAME.fullmatch(top) and top != "robustdyn" else ""
+        unsafe = top in UNSAFE or top in sys.stdlib_module_names or not _NAME.fullmatch(top)
+        remedy = "" if unsafe else f"allow=[{top}]"
         raise ConfigError(
             f"{key}._target_={target} is not allowed in a configuration that is read from a run directory; "
             f"allowed are {', '.join(sorted(known))}"
@@ -149,9 +155,10 @@ def named_in_conf(group: str) -> frozenset[str]:
     They are full names: the prefix ``torch.`` would also allow ``torch.os.system``.
     """
     found: set[str] = set()
+    groups = {group, BORROWED.get(group, group)}
     for file in config_dir().rglob("*.yaml"):
         text = file.read_text(encoding="utf-8")
         package = re.match(r"# @package (\w+)", text)
-        if file.relative_to(config_dir()).parts[0] == group or (package and package[1] == group):
+        if file.relative_to(config_dir()).parts[0] in groups or (package and package[1] in groups):
             found |= set(re.findall(r"_target_: *(\S+)", text))
     return frozenset(found)

@@ -30,7 +30,7 @@ from robustdyn.records.schema import (
 )
 from robustdyn.report.statistics import decay_epochs, of_run
 
-OPERATION = ("allow", "checkpoint", "nonfinite", "resume")  # sections that change no result
+OPERATION = ("checkpoint", "nonfinite", "resume")  # sections that change no result
 LEVEL = 0.95
 BOUNDS = ("mean", "low", "high")
 
