@@ -1,28 +1,29 @@
+import re
+import shlex
 import shutil
 from pathlib import Path
 
+import hydra
 import pandas as pd
 import pytest
 import torch
 
 from robustdyn.commands.measure import main
 from robustdyn.commands.report import main as report
+from robustdyn.defaults import config_dir
+from robustdyn.launch.of_run import deferred
+from robustdyn.launch.paths import quoted_paths
 from robustdyn.records import RunRecords, read_table
 from robustdyn.run.checkpointing import LastCheckpoint
 from tests.runs import TINY, command, invoke, rows
 
+PAGE = (Path(__file__).parents[2] / "docs" / "measuring_checkpoints.md").read_text()
 OWN_NETWORK = """
-from torch import nn
 from robustdyn.models import PreActResNet
 
-class Net(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        sizes = dict(num_classes=10, in_channels=1, width=width, blocks=(1, 1), strides=(1, 2))
-        self.inner = PreActResNet(**sizes, mean=(0.0,), std=(1.0,))
-
-    def forward(self, x):
-        return self.inner((x - 0.3053) / 0.3759)
+def Classifier(width):
+    sizes = dict(num_classes=10, in_channels=1, width=width, blocks=(1, 1), strides=(1, 2))
+    return PreActResNet(**sizes, mean=(0.0,), std=(1.0,))
 """
 MEASURED = ("wci", "layers", "spectrum", "alignment", "bounds")
 
@@ -149,15 +150,32 @@ def test_files_of_another_code_give_the_same(run_dir, tmp_path, monkeypatch, cap
     assert report(["typed", "theirs/measured/theirs", "run"]) == 0
 
 
-def test_a_network_of_ones_own_in_a_file_beside(run_dir, tmp_path, monkeypatch):
+def test_the_page_s_network_in_a_file_beside(run_dir, tmp_path, monkeypatch):
     folder = foreign(run_dir, tmp_path / "theirs")
-    Path("net.py").write_text(OWN_NETWORK)
+    (wrapper,) = re.findall(r'```python title="net.py"\n(.*?)```', PAGE, re.S)
+    for theirs, here in (
+        ("0.4914, 0.4822, 0.4465", "0.3053"),
+        ("0.2471, 0.2435, 0.2616", "0.3759"),
+        ("3, 1, 1", "1, 1, 1"),
+    ):
+        assert theirs in wrapper
+        wrapper = wrapper.replace(theirs, here)
+    Path("net.py").write_text(wrapper)
+    Path("mypackage.py").write_text(OWN_NETWORK)
     own = ("model._target_=net.Net", "model.width=4")
     typed = [o for o in TYPED if not o.startswith("model.")]
     assert measure(monkeypatch, "checkpoint=theirs/model_2.pth", *typed, *OF_RUN, *own) == 0
     (row,) = rows(folder / "measured" / "model_2", "wci")
     (own_row,) = (r for r in rows(run_dir, "wci") if r["epoch"] == 2)
     assert row["wci"] == pytest.approx(own_row["wci"], rel=1e-4)
+
+
+@pytest.mark.parametrize("line", re.findall(r"^robustdyn-measure (?:.*\\\n)*.*", PAGE, re.M))
+def test_the_page_s_commands_compose(line):
+    words = shlex.split(line.partition(" #")[0].replace("\\\n", " "))[1:]
+    with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
+        cfg = hydra.compose("measure", deferred(quoted_paths(words), ("model",)))
+    assert cfg.checkpoint
 
 
 def refused(monkeypatch, capsys, *arguments):
