@@ -130,7 +130,8 @@ MISTAKES = [
     ("measure.epochs=often", "measure.epochs=often cannot be read; use 'every N'"),
     ("data=cifar11", "Available options in 'data'"),
     ("attack.eps_255=[", "cannot read the override attack.eps_255=["),
-    ("optimizer._target_=torch.optim.SGDD", "optimizer: Error loading 'torch.optim.SGDD'"),
+    ("optimizer._target_=torch.optim.SGDD", "did you mean torch.optim.SGD?"),
+    ("optimizer._target_=mypackage.SGD", "there is no module mypackage on Python's path or in"),
     (
         "stopping=early",
         "stopping=early watches held-out training images, but data.validation_size=0; choose a size",

@@ -292,7 +292,7 @@ def test_a_refusal_says_what_to_allow(mypkg):
 
 
 def test_replicas_schedules_are_those_of_the_group():
-    cfg = compose("ensemble=default", "schedule@ensemble.schedule=constant")
+    cfg = OmegaConf.create({"ensemble": {"schedule": {"_target_": "robustdyn.methods.Constant"}}})
     assert build(cfg, "ensemble.schedule", allow=()).factor(0) == 1
 
 
