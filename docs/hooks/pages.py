@@ -82,11 +82,11 @@ def configuration_page() -> str:
     """Every file of conf/ as it is, group by group, with the choice that a command makes by default."""
     page = [
         "# Configuration\n",
-        "Every setting has its default in one file of `conf/`, and this page shows all of these files. A file is"
-        " an option of the group in whose folder it stands: `data=cifar10` chooses `data/cifar10.yaml`. A key of a"
-        " file is set by its group and its name, as in `data.batch_size=64`. Files that begin with"
-        " `# @package _global_` set keys of other groups. `robustdyn-train --cfg job` prints the settings of a run"
-        " without starting it.\n",
+        "Every setting has its default in one file of `conf/`, and this page shows all of these files. A"
+        " file is an option of the group in whose folder it stands: `data=cifar10` chooses"
+        " `data/cifar10.yaml`. A key of a file is set by its group and its name, as in"
+        " `data.batch_size=64`. Files that begin with `# @package _global_` set keys of other groups."
+        " `robustdyn-train --cfg job` prints the settings of a run without starting it.\n",
         "## Commands\n",
     ]
     page += [_yaml_file(path, opened=path.stem == "train") for path in sorted(CONF.glob("*.yaml"))]
