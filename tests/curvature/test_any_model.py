@@ -197,14 +197,59 @@ def test_modules_with_two_names():
         assert_close(kind(risk) @ random(risk.numel), DENSE[name](same) @ random(risk.numel), **EXACT64)
 
 
-def test_models_with_several_outputs_are_refused():
-    def loss(outputs: tuple[Tensor, Tensor], targets: Tensor) -> Tensor:
-        return sum(F.cross_entropy(z, targets, reduction="none") for z in outputs)
+class Pair(nn.Module):
+    """Two inputs, and two outputs of different shapes."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.body, self.aside = nn.Linear(4, 3), nn.Linear(3, 4)
+
+    def forward(self, x: Tensor, scale: Tensor) -> dict[str, object]:
+        hidden = self.body(x).tanh()
+        return {"logits": hidden * scale, "rest": (self.aside(hidden).view(-1, 2, 2),)}
+
+
+def test_several_inputs_outputs_and_targets():
+    """The same as a model with one tensor of each."""
+
+    def loss(outputs: dict[str, object], targets: tuple[Tensor, Tensor]) -> Tensor:
+        apart = F.cross_entropy(outputs["logits"], targets[0], reduction="none")
+        return apart + (outputs["rest"][0] - targets[1]).square().sum(dim=(1, 2))
+
+    def flat(self: Made, z: Tensor) -> Tensor:
+        outputs = self.pair(z[:, :4], z[:, 4:])
+        return torch.cat([outputs["logits"], outputs["rest"][0].flatten(1)], dim=1)
+
+    def one_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        logits, rest = outputs[:, :3], outputs[:, 3:]
+        return F.cross_entropy(logits, labels_of(targets), reduction="none") + (
+            rest - targets[:, 1:]
+        ).square().sum(dim=1)
+
+    def labels_of(targets: Tensor) -> Tensor:
+        return targets[:, 0].long()
+
+    model, x, scale, image = Pair().double(), random(7, 4), random(7, 1, seed=1), random(7, 2, 2, seed=2)
+    joined = Made(flat, pair=model)
+    packed = torch.cat([LABELS[:, None].double(), image.flatten(1)], dim=1)
+    expected = risk_on(joined, torch.cat([x, scale], dim=1), packed, loss=one_loss)
+    for inputs in ((x, scale), {"scale": scale.numpy(), "x": x}, [x.numpy(), scale.numpy()]):
+        risk = risk_on(model, inputs, (LABELS, image), loss=loss)
+        assert risk.value() == pytest.approx(expected.value(), rel=1e-12)
+        assert_close(risk.gradient(), expected.gradient(), **EXACT64)
+        for kind in OPERATORS.values():
+            vector = random(risk.numel)
+            assert_close(kind(risk) @ vector, kind(expected) @ vector, **EXACT64)
+
+
+def test_outputs_that_cannot_be_packed_are_refused():
     parts = {"body": mlp(3), "aside": nn.Linear(4, 3).double()}
-    risk = risk_on(Made(lambda self, x: (self.body(x), self.aside(x)), **parts), loss=loss)
-    with pytest.raises(ValueError, match="returns a tuple, but products need one tensor"):
-        _ = Hessian(risk) @ random(risk.numel)
+    model = Made(lambda self, x: (self.body(x), self.aside(x).sum()), **parts)
+    with pytest.raises(ValueError, match="one of them is no floating-point tensor with the 7 examples first"):
+        risk_on(
+            model, loss=lambda outputs, y: F.cross_entropy(outputs[0], y, reduction="none"), chunk_size=None
+        )
 
 
 @pytest.mark.parametrize("length", [4, 7])

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
+from torch.utils.data import DataLoader, TensorDataset
 
 from robustdyn.curvature import (
     EmpiricalRisk,
@@ -228,8 +229,8 @@ def test_messages_name_the_argument_and_the_remedy():
     for settings in ({"memory": "1GB"}, {"memory": 1e9}, {"chunk_size": 2.5}):
         with pytest.raises(TypeError, match=f"{next(iter(settings))} must be a whole number"):
             EmpiricalRisk(model, inputs, targets, **settings)
-    for wrong in ((inputs, inputs), inputs.numpy(), {"x": inputs}):
-        with pytest.raises(TypeError, match="inputs must be one tensor, not a"):
+    for wrong in ("inputs", [], [inputs, None], DataLoader(TensorDataset(inputs, targets))):
+        with pytest.raises(TypeError, match="must be a tensor, a NumPy array, or a tuple or dictionary"):
             EmpiricalRisk(model, wrong, targets)
 
 

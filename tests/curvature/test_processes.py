@@ -125,8 +125,8 @@ def test_both_ranks_fail_together(everybody):
 @pytest.mark.parametrize(
     ("name", "obstacle"),
     [
-        ("negative target", "rank 1: some targets are negative"),
-        ("probabilities", "rank 1: the target probabilities do not sum to one"),
+        ("hook", "rank 1: Linear 'linear' has forward hooks"),
+        ("loss", "rank 1: the loss is not convex in the model's outputs"),
     ],
 )
 def test_an_obstacle_on_one_rank_is_everybodys(everybody, name, obstacle):

@@ -24,6 +24,7 @@ from robustdyn.curvature import (
     Hessian,
     LayerTraces,
     alignment,
+    cross_entropy,
     gradient_projections,
     hutchinson_trace,
     lanczos,
@@ -277,17 +278,24 @@ def obstacles(group: dist.ProcessGroup) -> Results:
     spread, rank = SPREADS[0], dist.get_rank(group)
     model, inputs, targets = spread.problem()
     own = spread.own(rank)
-    ignored = targets[own].clone()
-    probabilities = torch.nn.functional.one_hot(targets[own], 3).double()
+    hooked = copy.deepcopy(model)
+    losses = {"hook": cross_entropy, "loss": cross_entropy}
     if rank == 1:
-        ignored[0] = -100
-        probabilities *= 2.0
+        layer = next(module for module in hooked.modules() if isinstance(module, torch.nn.Linear))
+        layer.register_forward_hook(lambda module, inputs, output: None)
+        losses["loss"] = not_convex
     found: Results = {}
-    for name, labels in (("negative target", ignored), ("probabilities", probabilities)):
-        risk = EmpiricalRisk(model, inputs[own], labels, group=group, chunk_size=2)
+    for name, measured in (("hook", hooked), ("loss", model)):
+        loss = losses[name]
+        risk = EmpiricalRisk(measured, inputs[own], targets[own], loss=loss, group=group, chunk_size=2)
         found[name] = traces(risk)
         found[f"{name}, demanded"] = outcome(lambda risk=risk: traces(risk, method="gauss_newton"))
     return found
+
+
+def not_convex(logits: Tensor, targets: Tensor) -> Tensor:
+    """One minus the probability of the target."""
+    return 1 - logits.softmax(dim=1).gather(1, targets[:, None])[:, 0]
 
 
 def broken(group: dist.ProcessGroup) -> Results:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from robustdyn.defaults import default
 from robustdyn.models.modes import frozen_parameters, mode
 
 AttackLoss = Callable[[Tensor, Tensor], Tensor]
@@ -51,13 +52,13 @@ class PGD:
         ValueError: A setting outside its range, or an l∞ ball wider than ``valid_range``.
     """
 
-    norm: Literal["linf", "l2"]
-    eps: float
-    step_size: float
-    steps: int
-    random_start: Literal["uniform", "gaussian", "none"]
-    start_std: float
-    batchnorm: Literal["train", "eval"]
+    norm: Literal["linf", "l2"] = default("attack/linf", "norm")
+    eps: float = default("attack/linf", "eps_255") / 255
+    step_size: float = default("attack/linf", "step_255") / 255
+    steps: int = default("attack/linf", "steps")
+    random_start: Literal["uniform", "gaussian", "none"] = default("attack/linf", "evaluation.random_start")
+    start_std: float = default("attack/linf", "evaluation.start_std")
+    batchnorm: Literal["train", "eval"] = default("attack/linf", "evaluation.batchnorm")
     valid_range: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:

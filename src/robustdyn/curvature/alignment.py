@@ -16,7 +16,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from robustdyn.curvature.probes import rademacher
+from robustdyn.curvature.probes import rademacher, source
+from robustdyn.defaults import default
 
 _SLAB_ROWS = 2**16  # P-long blocks are turned into float64 this many rows at a time
 
@@ -92,9 +93,9 @@ def alignment(
     noise_eigenvalues: Tensor | None = None,
     noise_eigenvectors: Tensor | None = None,
     *,
-    groups: int,
-    randomisations: int,
-    generator: torch.Generator,
+    groups: int = default("measure/default", "measurements.alignment.groups"),
+    randomisations: int = default("measure/default", "measurements.alignment.randomisations"),
+    generator: torch.Generator | None = None,
 ) -> AlignmentEstimate:
     """How much H and C share directions, with standard errors and what sampling noise alone would give.
 
@@ -108,7 +109,7 @@ def alignment(
         noise_eigenvectors: v (P, l), orthonormal columns.
         groups: Groups of the jackknife, between 2 and m.
         randomisations: Random sets of signs, at least 2.
-        generator: Source of the signs.
+        generator: Source of the signs; None gives the same numbers at every call.
 
     Raises:
         ValueError: If shapes do not fit each other, or the numbers of groups or randomisations cannot work.
@@ -138,7 +139,10 @@ def alignment(
         statistics, projections, groups
     ).tolist()
     null = torch.stack(
-        [statistics(flipped) for flipped in sign_flipped_covariances(projections, randomisations, generator)]
+        [
+            statistics(flipped)
+            for flipped in sign_flipped_covariances(projections, randomisations, source(generator))
+        ]
     )
     commutator_null, _, share_null = null.mean(dim=0).tolist()
     commutator_spread, _, share_spread = null.std(dim=0).tolist()

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from robustdyn.curvature.examples import Structure, check_lengths, leaves, length, mapped, structure
 from robustdyn.curvature.kernels import Precision
 from robustdyn.curvature.risk_checks import PROBED_EXAMPLES, check_types, complaint
 from robustdyn.curvature.risk_function import (
@@ -51,6 +52,7 @@ class EmpiricalRisk(RiskFunction):
             DistributedDataParallel.
         inputs: (m_r, ...), this process's fixed examples, wherever the caller keeps them.
         targets: (m_r, ...).
+        held: m_r, how many these are.
         loss: The per-example loss.
         names: Names of the measured tensors, in the order of θ.
         blocks: For each name its slice of θ.
@@ -70,8 +72,8 @@ class EmpiricalRisk(RiskFunction):
     def __init__(
         self,
         model: nn.Module,
-        inputs: Tensor,
-        targets: Tensor,
+        inputs: Structure,
+        targets: Structure,
         *,
         loss: PerExampleLoss = cross_entropy,
         chunk_size: int | None = None,
@@ -84,9 +86,11 @@ class EmpiricalRisk(RiskFunction):
         """Fix the examples, choose the parameters and refuse what cannot be measured.
 
         Args:
-            model: Any module that maps a batch of inputs to what ``loss`` takes.
-            inputs: (m, ...), kept fixed: the dependence of an attack on θ is not differentiated.
-            targets: (m, ...), first dimension as ``inputs``.
+            model: Any module that maps a batch of inputs to what ``loss`` takes: one tensor, or several in a
+                tuple or dictionary.
+            inputs: (m, ...), kept fixed: the dependence of an attack on θ is not differentiated. A tensor or
+                NumPy array, or a tuple of the model's positional or a dictionary of its keyword arguments.
+            targets: (m, ...), first dimension as ``inputs``; may be a tuple or dictionary, too.
             loss: ``(outputs, targets) -> (B,)``.
             chunk_size: Examples per forward and backward pass; None follows ``memory``, or takes all at once.
             memory: Bytes that the graphs of passes may use. What a chunk does not need is used to keep graphs
@@ -106,17 +110,18 @@ class EmpiricalRisk(RiskFunction):
                 about the risk is then collective and returns the same bits everywhere.
 
         Raises:
-            TypeError: If inputs or targets are not tensors, or chunk_size or memory not whole numbers.
+            TypeError: If inputs or targets are not tensors or structures of these, or chunk_size or memory
+                not whole numbers.
             ValueError: If sizes disagree, numbers are not finite, no parameter is chosen, precision or device
                 are mixed or too low, BatchNorm does not support the requested mode, processes hold different
                 weights, two passes over the same inputs disagree, a pass changes the weights, examples that
                 depend on each other would be divided into chunks, or PyTorch's second derivatives are not
                 symmetric. All processes raise together.
         """
-        check_types(inputs, targets, chunk_size, memory)
+        check_types(chunk_size, memory)
         self.model = model = _unwrapped(model)
         self.loss = loss
-        self.inputs, self.targets = plain(inputs), plain(targets)
+        self._several = None
         self.batchnorm, self.precision = batchnorm, precision
         self.point = None
         self._kept: dict[int, Tape] = {}
@@ -133,7 +138,9 @@ class EmpiricalRisk(RiskFunction):
         self.numel = ends[-1]
         self.dtype, self.device = _common_type(chosen)
 
-        self.shards = Shards(len(inputs) if inputs.dim() else 0, self.device, group)
+        self.inputs, self.targets = self._examples(inputs, targets)
+        self.held = length(self.inputs)
+        self.shards = Shards(self.held, self.device, group)
         self.examples = self.shards.total
         own = self.shards.counts[self.shards.rank]
         self.chunk_size = max(1, own if chunk_size is None else min(chunk_size, own))
@@ -165,21 +172,32 @@ class EmpiricalRisk(RiskFunction):
         moved._kept = {}
         return moved
 
-    def over(self, inputs: Tensor, targets: Tensor) -> "EmpiricalRisk":
+    def over(self, inputs: Structure, targets: Structure) -> "EmpiricalRisk":
         """The same risk over other examples, without the cost of checking them; collective.
 
         Raises:
             ValueError: If there are not as many targets as inputs.
         """
-        if len(inputs) != len(targets):
-            raise ValueError(f"inputs has {len(inputs)} examples and targets {len(targets)}")
         other = copy.copy(self)
-        other.inputs, other.targets, other._kept = plain(inputs), plain(targets), {}
-        other.shards = Shards(len(inputs), self.device, self.shards.group)
+        other.inputs, other.targets = self._examples(inputs, targets)
+        check_lengths(other.inputs, other.targets)
+        other.held, other._kept = length(other.inputs), {}
+        other.shards = Shards(other.held, self.device, self.shards.group)
         other.examples = other.shards.total
         if not self.independent:
-            other.chunk_size = max(1, len(inputs))
+            other.chunk_size = max(1, other.held)
         return other
+
+    def _examples(self, inputs: object, targets: object) -> tuple[Structure, Structure]:
+        """Plain tensors; arrays of floating-point numbers in the precision of θ."""
+
+        def converted(values: object, name: str) -> Structure:
+            tensors = mapped(plain, structure(values, name))
+            if isinstance(values, Tensor):
+                return tensors
+            return mapped(lambda t: t.to(self.dtype) if t.is_floating_point() else t, tensors)
+
+        return converted(inputs, "inputs"), converted(targets, "targets")
 
     # ------------------------------------------------------------------ the function
 
@@ -275,7 +293,12 @@ class EmpiricalRisk(RiskFunction):
 
     def state(self) -> object:
         """Unequal to an earlier one once weights, running statistics or examples have changed."""
-        tensors = [*self.model.parameters(), *self.model.buffers(), self.inputs, self.targets]
+        tensors = [
+            *self.model.parameters(),
+            *self.model.buffers(),
+            *leaves(self.inputs),
+            *leaves(self.targets),
+        ]
         places = [(id(tensor), tensor._version, tensor.data_ptr()) for tensor in tensors]
         return _State(tensors, places, checksum(tensors))
 
@@ -286,14 +309,14 @@ class EmpiricalRisk(RiskFunction):
         with self.guard():
             outputs = self.outputs(self.parameters(), inputs).requires_grad_()
             (slopes,) = gradients(self.losses_of(outputs, targets)[0], (outputs,))
-        return len(slopes) == len(inputs) and not bool(slopes[1:].any())
+        return len(slopes) == length(inputs) and not bool(slopes[1:].any())
 
     # ------------------------------------------------------------------ memory
 
     def _fit(self, memory: int, chunk_size: int | None) -> None:
         """Choose the chunk and how many graphs are kept, from the memory that a few examples need."""
         whole = not self.independent
-        probed = len(self.inputs) if whole else min(PROBED_EXAMPLES, len(self.inputs))
+        probed = self.held if whole else min(PROBED_EXAMPLES, self.held)
         with self.guard(products=True), count_saved_bytes() as counted:
             self.tape(*self.subset(slice(0, probed)))
         needed = max(1, counted[0] // probed)
@@ -306,7 +329,7 @@ class EmpiricalRisk(RiskFunction):
         gradient = self.numel * self.dtype.itemsize
         if chunk_size is None and not whole:
             free = memory - 2 * gradient
-            self.chunk_size = max(1, min(len(self.inputs), free // (_WORKING_SHARE * needed)))
+            self.chunk_size = max(1, min(self.held, free // (_WORKING_SHARE * needed)))
         graph = needed * self.chunk_size
         self._most_kept = max(0, (memory - 2 * gradient - graph) // (graph + gradient))
 

@@ -1,15 +1,16 @@
 """Diagonal Hessian blocks of piecewise linear networks through the Gauss-Newton identity.
 
-If the logits are piecewise linear in one weight tensor while the others are held (ReLU, BatchNorm on running
-statistics, no sharing), and the loss is cross-entropy, then the Hessian block of that tensor has no
-second-derivative-of-the-network term: H_kk = J_kᵀ Λ J_k with Λ = diag(p) − p pᵀ for each example. With
-Λ = L Lᵀ, L = diag(√p) − p √pᵀ,
+If the outputs are piecewise linear in one weight tensor while the others are held (ReLU, BatchNorm on running
+statistics, no sharing), then the Hessian block of that tensor has no second-derivative-of-the-network term:
+H_kk = J_kᵀ Λ J_k, with Λ the second derivative of an example's loss by its K outputs. With Λ = L Lᵀ,
 
     Tr(H_kk) = (1/m) Σ_x Σ_c ‖J_{k,x}ᵀ L_x e_c‖²
 
-needs reverse passes only, one for each class, or unbiased with random signs ξ in place of the e_c.
+needs reverse passes only, one for each output, or unbiased with random signs ξ in place of the e_c. For
+cross-entropy Λ = diag(p) − p pᵀ and L = diag(√p) − p √pᵀ. For any other loss that is convex in the outputs
+(squared error, smoothed labels, ...) autograd gives Λ, and its eigenvectors give L.
 
-Shapes: m examples, b examples in a chunk, K classes, L measured tensors.
+Shapes: m examples, b examples in a chunk, K outputs of an example, L measured tensors.
 """
 
 from collections.abc import Iterator
@@ -23,11 +24,11 @@ from robustdyn.curvature.linearity import (
     GradientAccess,
     Overwrites,
     nonlinearity,
-    plain_cross_entropy,
     stray_use,
 )
 from robustdyn.curvature.probes import child, gaussian, rademacher
 from robustdyn.curvature.risk_function import cross_entropy
+from robustdyn.curvature.tape import gradients
 
 _BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 _LAYERS = (nn.Conv2d, nn.Linear, *_BATCHNORMS)  # those that may own measured parameters
@@ -72,19 +73,16 @@ def exact_squared_norms(risk: EmpiricalRisk, names: tuple[str, ...]) -> tuple[Te
     Raises:
         UnsupportedPassError: On some chunk the identity does not hold.
     """
-    classes = number_of_classes(risk)
+    classes = number_of_outputs(risk)
 
     def rows() -> Iterator[Tensor]:
         with risk.guard(), SquaredGradientNorms(_modules(risk), names, classes) as norms:
             for inputs, targets in risk.chunks():
-                _inspect(risk, names, norms, inputs, targets)
-                inputs, logits = _forward(risk, norms, inputs)
-                p = logits.detach().softmax(dim=1)
-                for c in range(classes):
-                    # L e_c = √p_c (e_c − p)
-                    cotangent = -p * p[:, c : c + 1].sqrt()
-                    cotangent[:, c] += p[:, c].sqrt()
-                    _reverse(inputs, logits, cotangent, last=c == classes - 1)
+                _inspect(risk, names, norms, inputs)
+                inputs, outputs = _forward(risk, norms, inputs)
+                columns = _loss_factor(risk, outputs, targets).unbind(dim=2)
+                for c, column in enumerate(columns):
+                    _reverse(inputs, outputs, column, last=c == classes - 1)
                 yield norms.totals.cpu()
 
     return _gathered(risk, rows()), classes
@@ -101,7 +99,7 @@ def sampled_squared_norms(
     Raises:
         UnsupportedPassError: On some chunk the identity does not hold.
     """
-    classes = number_of_classes(risk)
+    classes = number_of_outputs(risk)
     # Drawn for all examples at once, so that the numbers depend neither on chunk_size nor on the shards.
     everybody = rademacher((probes, risk.examples, classes), generator, risk.dtype, torch.device("cpu"))
     signs = risk.rows_of_chunks(everybody[:, risk.shards.own], dim=1)
@@ -109,14 +107,11 @@ def sampled_squared_norms(
     def rows() -> Iterator[Tensor]:
         with risk.guard(), SquaredGradientNorms(_modules(risk), names, probes) as norms:
             for chunk, (inputs, targets) in zip(signs, risk.chunks(), strict=True):
-                _inspect(risk, names, norms, inputs, targets)
-                inputs, logits = _forward(risk, norms, inputs)
-                p = logits.detach().softmax(dim=1)
+                _inspect(risk, names, norms, inputs)
+                inputs, outputs = _forward(risk, norms, inputs)
+                factor = _loss_factor(risk, outputs, targets)
                 for probe, xi in enumerate(chunk.to(risk.device)):
-                    # L ξ = √p ∘ ξ − p (√pᵀ ξ)
-                    scaled = p.sqrt() * xi
-                    cotangent = scaled - p * scaled.sum(dim=1, keepdim=True)
-                    _reverse(inputs, logits, cotangent, last=probe == probes - 1)
+                    _reverse(inputs, outputs, (factor @ xi[:, :, None])[:, :, 0], last=probe == probes - 1)
                 yield norms.totals.cpu() / probes
 
     return _gathered(risk, rows()), probes
@@ -139,11 +134,44 @@ def _gathered(risk: EmpiricalRisk, rows: Iterator[Tensor]) -> Tensor:
     return risk.shards.rows(own)
 
 
-def number_of_classes(risk: EmpiricalRisk) -> int:
-    """K, from one example's logits."""
+def number_of_outputs(risk: EmpiricalRisk) -> int:
+    """K, from one example's outputs."""
     inputs, _ = risk.subset(slice(0, 1))
     with risk.guard(), torch.no_grad():
-        return risk.outputs(risk.parameters(), inputs).shape[-1]
+        return risk.outputs(risk.parameters(), inputs)[0].numel()
+
+
+def _loss_factor(risk: EmpiricalRisk, outputs: Tensor, targets: Tensor) -> Tensor:
+    """L (b, K, K) with L Lᵀ = Λ, the second derivative of each example's loss by its outputs (b, K) or (b,).
+
+    Raises:
+        UnsupportedPassError: Λ has a negative eigenvalue, so that there is no L.
+    """
+    outputs = outputs.detach()
+    if risk.loss is cross_entropy and outputs.dim() == 2 and _sum_to_one(targets):
+        p = outputs.softmax(dim=1)
+        return torch.diag_embed(p.sqrt()) - p[:, :, None] * p.sqrt()[:, None, :]
+    outputs.requires_grad_()
+    (slopes,) = gradients(risk.losses_of(outputs, targets).sum(), (outputs,), differentiable=True)
+    rows = [
+        gradients(slope, (outputs,), differentiable=True)[0].detach().reshape(len(outputs), -1)
+        if slope.requires_grad
+        else outputs.new_zeros(len(outputs), outputs[0].numel())  # the loss is linear in the outputs
+        for slope in slopes.reshape(len(outputs), -1).sum(dim=0)
+    ]
+    values, vectors = torch.linalg.eigh(torch.stack(rows, dim=2).double())
+    rounding = torch.finfo(risk.dtype).eps ** 0.5 * values.abs().amax(dim=1, keepdim=True)
+    if bool((values < -rounding).any()):
+        raise UnsupportedPassError("the loss is not convex in the model's outputs")
+    factor: Tensor = vectors * values.clamp(min=0.0).sqrt()[:, None, :]
+    return factor.to(risk.dtype)
+
+
+def _sum_to_one(targets: Tensor) -> bool:
+    """Whether every target has the weight one: classes, or probabilities that sum to one."""
+    if targets.is_floating_point():
+        return bool(torch.allclose(targets.sum(dim=-1), targets.new_ones(())))
+    return not bool((targets < 0).any())
 
 
 def _modules(risk: EmpiricalRisk) -> dict[str, nn.Module]:
@@ -164,7 +192,6 @@ def _inspect(
     names: tuple[str, ...],
     norms: SquaredGradientNorms,
     inputs: Tensor,
-    targets: Tensor,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Check on the graph that the identity holds for these examples; inputs, logits and weights are on it.
 
@@ -183,9 +210,11 @@ def _inspect(
     with GradientAccess() as access, Overwrites() as overwrites:
         logits = risk.outputs(leaves, inputs)
     norms.check_used_once()
-    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(inputs):
+    if not isinstance(logits, Tensor) or logits.dim() not in (1, 2) or len(logits) != len(inputs):
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise UnsupportedPassError(f"the model's output is {shape}, not (examples, classes)")
+        raise UnsupportedPassError(
+            f"the model's output is {shape}, neither (examples, outputs) nor (examples,)"
+        )
     # NaN passes here: values that are not finite are reported with the traces
     away = (alone - logits[half]).detach().abs().max()
     if bool(away > torch.finfo(risk.dtype).eps ** 0.5 * logits.detach().abs().max()):
@@ -194,20 +223,13 @@ def _inspect(
     problem = nonlinearity(logits, measured, overwrites) or stray_use(logits, measured, norms.nodes())
     if access.found:
         problem = f"the forward pass uses a tensor's {access.found}, so that a hook may change its gradient"
-    if problem is None and risk.loss is not cross_entropy:
-        outputs = logits.detach().requires_grad_()
-        if not plain_cross_entropy(risk.losses_of(outputs, targets), outputs):
-            problem = (
-                "the loss is not recognised as cross-entropy: pass loss=robustdyn.curvature.cross_entropy, "
-                "and smoothed labels as probabilities"
-            )
     if problem is not None:
         raise UnsupportedPassError(problem)
     return inputs, logits, measured
 
 
 def _reverse(inputs: Tensor, logits: Tensor, cotangent: Tensor, *, last: bool) -> None:
-    torch.autograd.grad(logits, inputs, grad_outputs=cotangent, retain_graph=not last)
+    torch.autograd.grad(logits, inputs, cotangent.view_as(logits), retain_graph=not last)
 
 
 # ---------------------------------------------------------------------- structure
@@ -218,13 +240,10 @@ def _structural_obstacle(risk: EmpiricalRisk, names: tuple[str, ...]) -> str | N
         return "BatchNorm uses batch statistics"
     if not risk.independent:
         return _MIXED
-    inputs, targets = risk.inputs, risk.targets
-    if not inputs.is_floating_point():
-        return "the inputs are not floating-point numbers"
-    if targets.is_floating_point() and not torch.allclose(targets.sum(dim=-1), targets.new_ones(())):
-        return "the target probabilities do not sum to one"
-    if not targets.is_floating_point() and bool((targets < 0).any()):
-        return "some targets are negative, which cross-entropy ignores"
+    if not isinstance(risk.inputs, Tensor) or not risk.inputs.is_floating_point():
+        return "the inputs are not one tensor of floating-point numbers"
+    if not risk.separable:
+        return "the loss of an example depends on the outputs of others"
     return _module_obstacle(risk.model) or _sharing_obstacle(risk.model) or _owner_obstacle(risk.model, names)
 
 
@@ -272,11 +291,11 @@ def _layer_formula_obstacle(
 
     Finds batches that mix examples, and guards our formulas.
     """
-    ends = slice(0, len(risk.inputs), max(1, len(risk.inputs) - 1))  # the first and the last
+    ends = slice(0, risk.held, max(1, risk.held - 1))  # the first and the last
     with risk.guard(), SquaredGradientNorms(_modules(risk), names, 1) as norms:
-        inputs, logits, leaves = _inspect(risk, names, norms, *risk.subset(ends))
+        inputs, logits, leaves = _inspect(risk, names, norms, risk.subset(ends)[0])
         seed = torch.zeros_like(logits)
-        seed[0] = gaussian((logits.shape[1],), generator, risk.dtype, risk.device)
+        seed[0] = gaussian(tuple(logits.shape[1:]), generator, risk.dtype, risk.device)
         wanted = [inputs, *leaves.values()]
         found = torch.autograd.grad(logits, wanted, seed, allow_unused=True, materialize_grads=True)[1:]
     truth = torch.stack([g.double().square().sum() for g in found])

@@ -83,7 +83,7 @@ def gradient_projections(risk: EmpiricalRisk, directions: Tensor) -> Tensor:
         raise ValueError(f"directions must be ({risk.numel}, k), got {tuple(directions.shape)}")
     parts = [tuple(risk.split(plain(column)).values()) for column in directions.unbind(dim=1)]
     with risk.guard(products=True):
-        own = torch.zeros(len(risk.inputs), len(parts), dtype=risk.dtype, device=risk.device)
+        own = torch.zeros(risk.held, len(parts), dtype=risk.dtype, device=risk.device)
         for (tape, _), rows in zip(risk.tapes(), risk.rows_of_chunks(own), strict=True):
             for index, part in enumerate(parts):
                 rows[:, index] = tape.projections(part)

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from robustdyn.curvature.operators import LinearOperator
-from robustdyn.curvature.probes import gaussian
+from robustdyn.curvature.probes import gaussian, source
 from robustdyn.curvature.vectors import norm, project_off
+from robustdyn.defaults import default
 
 Which = Literal["largest", "magnitude"]
 
@@ -76,12 +77,12 @@ class EigenResult:
 
 def lanczos(
     operator: LinearOperator,
-    k: int,
+    k: int = default("measure/default", "eigenpairs.directions"),
     *,
-    which: Which,
-    tol: float,
-    max_products: int,
-    generator: torch.Generator,
+    which: Which = "largest",
+    tol: float = default("measure/default", "eigenpairs.tolerance"),
+    max_products: int = default("measure/default", "eigenpairs.max_products"),
+    generator: torch.Generator | None = None,
     start: Tensor | None = None,
     max_basis: int | None = None,
     verify: bool = False,
@@ -111,7 +112,8 @@ def lanczos(
             eigenvalue.
         tol: Residual tolerance relative to the largest |λ|.
         max_products: Budget of products.
-        generator: Source of all randomness; it is used for the starting vector and after a closed space.
+        generator: Source of all randomness; it is used for the starting vector and after a closed space. None
+            gives the same numbers at every call.
         start: (P,) starting vector, for instance an earlier result's ``warm_start``; None draws one.
         max_basis: Most basis vectors held at a time, at least k + 2; None holds them all. The basis is the
             only large object: memory is max_basis · P numbers plus a few vectors.
@@ -123,7 +125,7 @@ def lanczos(
     """
     began = time.perf_counter()
     _check_arguments(operator, k, which, max_products, max_basis)
-    krylov = _Krylov(operator, k, which, tol, generator, max_basis)
+    krylov = _Krylov(operator, k, which, tol, source(generator), max_basis)
     krylov.begin(start)
     finished = False
     while krylov.products < max_products and not finished:

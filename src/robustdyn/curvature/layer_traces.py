@@ -14,12 +14,13 @@ from robustdyn.curvature.example_gradients import UnsupportedPassError
 from robustdyn.curvature.gauss_newton_blocks import (
     exact_squared_norms,
     identity_obstacle,
-    number_of_classes,
+    number_of_outputs,
     sampled_squared_norms,
 )
 from robustdyn.curvature.lanczos import EigenResult
-from robustdyn.curvature.probes import child, rademacher
+from robustdyn.curvature.probes import child, rademacher, source
 from robustdyn.curvature.risk_function import BatchNormMode
+from robustdyn.defaults import default
 
 _FEWEST_CONTROLLED = 6  # with fewer probes the best multiple is too uncertain to help
 
@@ -74,11 +75,13 @@ class LayerTraces:
 def layer_traces(
     risk: EmpiricalRisk,
     *,
-    method: TraceMethod,
-    probes: int,
-    exact_classes_up_to: int,
-    generator: torch.Generator,
-    weights_only: bool,
+    method: TraceMethod = "auto",
+    probes: int = default("measure/default", "measurements.weight_curvature.probes"),
+    exact_classes_up_to: int = default(
+        "measure/default", "measurements.weight_curvature.exact_classes_up_to"
+    ),
+    generator: torch.Generator | None = None,
+    weights_only: bool = True,
     known: EigenResult | None = None,
 ) -> LayerTraces:
     """The trace of every diagonal block of the Hessian, by the best estimator that is valid.
@@ -96,7 +99,7 @@ def layer_traces(
         probes: Random vectors for the sampled and Hutchinson estimators (at least two for Hutchinson).
         exact_classes_up_to: With at most this many classes the Gauss-Newton route is exact, one reverse pass
             for each class; with more it is sampled.
-        generator: Source of all randomness.
+        generator: Source of all randomness; None gives the same numbers at every call.
         weights_only: Measure tensors with two or more dimensions only: convolution kernels and linear
             weights.
         known: Leading eigenpairs of the risk's Hessian, if they are available. They remove their part of the
@@ -108,6 +111,7 @@ def layer_traces(
         FloatingPointError: If a trace is not finite.
     """
     began = time.perf_counter()
+    generator = source(generator)
     if method not in ("auto", "gauss_newton", "hutchinson"):
         raise ValueError(f"method must be 'auto', 'gauss_newton' or 'hutchinson', not {method!r}")
     names = tuple(n for n in risk.names if len(risk.shapes[n]) >= 2 or not weights_only)
@@ -150,7 +154,7 @@ def _gauss_newton(
     generator: torch.Generator,
     began: float,
 ) -> LayerTraces:
-    classes = number_of_classes(risk)
+    classes = number_of_outputs(risk)
     estimator: Estimator
     if classes <= exact_classes_up_to:
         estimator = "gauss_newton_exact"
@@ -268,7 +272,7 @@ class _Deflation:
 
 def _chunk_generators(risk: EmpiricalRisk, generator: torch.Generator) -> list[torch.Generator]:
     """One for each of this process's chunks, different from all other chunks' everywhere."""
-    chunks = risk.shards.each(len(range(0, len(risk.inputs), risk.chunk_size)))
+    chunks = risk.shards.each(len(range(0, risk.held, risk.chunk_size)))
     everybody = [child(generator) for _ in range(sum(chunks))]
     first = sum(chunks[: risk.shards.rank])
     return everybody[first : first + chunks[risk.shards.rank]]

@@ -250,24 +250,6 @@ def stray_use(outputs: Tensor, weights: Mapping[str, Tensor], layers: Mapping[st
     return None
 
 
-def plain_cross_entropy(losses: Tensor, outputs: Tensor) -> bool:
-    """Whether losses (B,) are −log softmax(outputs)_y of each example, by their graph alone.
-
-    That is ``torch.nn.functional.cross_entropy(outputs, classes, reduction="none")``, however it was called.
-    """
-    picked: Any = losses.grad_fn
-    if picked is None or _kind(picked) != "NllLoss" or picked._saved_weight is not None:
-        return False
-    if bool((picked._saved_target == _signed(picked._saved_ignore_index)).any()):
-        return False
-    logarithm: Any
-    ((logarithm, _),) = [edge for edge in picked.next_functions if edge[0] is not None]
-    if logarithm is None or _kind(logarithm) != "LogSoftmax" or outputs.dim() != 2:
-        return False
-    ((source, _),) = logarithm.next_functions
-    return _signed(logarithm._saved_dim) in (1, -1) and getattr(source, "variable", None) is outputs
-
-
 def _leaves_first(root: Any) -> Iterator[Any]:
     """Every node of a graph once, after all that it depends on."""
     seen: set[Any] = set()
@@ -285,11 +267,6 @@ def _leaves_first(root: Any) -> Iterator[Any]:
 def _kind(node: Any) -> str:
     # autograd numbers its own nodes; without a number it is a custom function, whatever its name
     return re.sub(r"^torch::autograd::|Backward\d+$", "", node.name())
-
-
-def _signed(number: int) -> int:
-    """Negative numbers that a node has saved come back as unsigned ones."""
-    return number - 2**64 if number >= 2**63 else number
 
 
 def _union(masks: Sequence[int]) -> int:

@@ -34,6 +34,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from robustdyn.curvature.empirical_risk import EmpiricalRisk, ParameterFilter
+from robustdyn.curvature.examples import Structure, check_lengths, length, structure, take
 from robustdyn.curvature.lanczos import EigenResult, eigen_residuals
 from robustdyn.curvature.operators import LinearOperator
 from robustdyn.curvature.risk_function import BatchNormMode, PerExampleLoss, cross_entropy, plain
@@ -107,8 +108,8 @@ class MinibatchCovariance(LinearOperator):
     def __init__(
         self,
         model: nn.Module,
-        inputs: Tensor,
-        targets: Tensor,
+        inputs: Structure,
+        targets: Structure,
         *,
         batch_size: int,
         batchnorm: BatchNormMode,
@@ -123,7 +124,7 @@ class MinibatchCovariance(LinearOperator):
 
         Args:
             model: As for ``EmpiricalRisk``, and left as it was found in the same way.
-            inputs: (m_r, ...), this process's fixed examples.
+            inputs: (m_r, ...), this process's fixed examples, as for ``EmpiricalRisk``.
             targets: (m_r, ...).
             batch_size: B, examples in one batch, each batch on one process.
             batchnorm: ``"train"`` normalises each batch by its own statistics, ``"eval"`` all by the running
@@ -145,12 +146,13 @@ class MinibatchCovariance(LinearOperator):
             FloatingPointError: If the gradient of a batch is not finite.
         """
         self.batch_size, self.batchnorm = batch_size, batchnorm
+        inputs, targets = structure(inputs, "inputs"), structure(targets, "targets")
         risk, complaint = None, None
         try:
             order = _order(inputs, targets, batch_size, train_examples, generator)
             risk = EmpiricalRisk(
                 model,
-                *_pick(inputs, targets, order[0]),
+                *take((inputs, targets), order[0]),
                 loss=loss,
                 chunk_size=chunk_size,
                 parameters=parameters,
@@ -167,7 +169,7 @@ class MinibatchCovariance(LinearOperator):
             raise ValueError(complaint)
         if self.batches < 2:
             raise ValueError(
-                f"a covariance needs at least two batches; {len(inputs)} examples make one of {batch_size}"
+                f"a covariance needs at least two batches; {length(inputs)} examples make one of {batch_size}"
             )
         _check_same_weights(model, batchnorm, self.shards)
         super().__init__(risk.numel, risk.dtype, risk.device)
@@ -176,7 +178,7 @@ class MinibatchCovariance(LinearOperator):
         self._rows = torch.empty(len(order), risk.numel, dtype=risk.dtype, device=risk.device)
         for row, which in zip(self._rows, order, strict=True):
             try:
-                row.copy_(risk.over(*_pick(inputs, targets, which)).gradient())
+                row.copy_(risk.over(*take((inputs, targets), which)).gradient())
             except FloatingPointError:
                 row.fill_(float("nan"))  # all processes refuse together, below
         self.mean = self.shards.sum(self._rows.sum(dim=0)).div_(self.batches)
@@ -328,34 +330,25 @@ class MinibatchCovariance(LinearOperator):
 
 
 def _order(
-    inputs: Tensor,
-    targets: Tensor,
+    inputs: Structure,
+    targets: Structure,
     batch_size: int,
     train_examples: int | None,
     generator: torch.Generator | None,
 ) -> Tensor:
     """The places of this process's examples, one row for each batch."""
-    if inputs.dim() == 0 or targets.dim() == 0 or len(inputs) != len(targets):
-        raise ValueError(
-            f"inputs and targets must agree in their first dimension, got {tuple(inputs.shape)} and "
-            f"{tuple(targets.shape)}"
-        )
-    if not 1 <= batch_size <= len(inputs):
-        raise ValueError(
-            f"batch_size must be between 1 and the {len(inputs)} examples here, not {batch_size}"
-        )
+    check_lengths(inputs, targets)
+    examples = length(inputs)
+    if not 1 <= batch_size <= examples:
+        raise ValueError(f"batch_size must be between 1 and the {examples} examples here, not {batch_size}")
     if train_examples is not None and train_examples < batch_size:
         raise ValueError(f"train_examples={train_examples} do not make a batch of {batch_size}")
     if generator is None:
-        order = torch.arange(len(inputs))
+        order = torch.arange(examples)
     else:
-        order = torch.randperm(len(inputs), generator=generator, device=generator.device)
-    batches = len(inputs) // batch_size
+        order = torch.randperm(examples, generator=generator, device=generator.device)
+    batches = examples // batch_size
     return order[: batches * batch_size].view(batches, batch_size)
-
-
-def _pick(inputs: Tensor, targets: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
-    return inputs[which.to(inputs.device)], targets[which.to(targets.device)]
 
 
 def _check_same_weights(model: nn.Module, batchnorm: BatchNormMode, shards: Shards) -> None:

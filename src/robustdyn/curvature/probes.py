@@ -27,6 +27,11 @@ def rademacher(
     return (2 * bits - 1).to(device=to, dtype=like)
 
 
+def source(generator: torch.Generator | None) -> torch.Generator:
+    """The caller's generator, or without one a new generator on the CPU that is always seeded with 0."""
+    return torch.Generator().manual_seed(0) if generator is None else generator
+
+
 def child(generator: torch.Generator) -> torch.Generator:
     """A new generator on the same device, seeded by one draw."""
     seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))

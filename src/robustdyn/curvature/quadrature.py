@@ -22,7 +22,8 @@ from torch import Tensor
 
 from robustdyn.curvature.lanczos import _Basis
 from robustdyn.curvature.operators import LinearOperator
-from robustdyn.curvature.probes import rademacher
+from robustdyn.curvature.probes import rademacher, source
+from robustdyn.defaults import default
 
 # A chain ends when β falls below the rounding of a product, about 4 eps ‖A‖ on float32 networks; a much lower
 # bar than that of ``robustdyn.curvature.lanczos``. Steps taken in rounding do no harm, since T stays a
@@ -212,9 +213,9 @@ class SpectralDensity:
 def spectral_density(
     operator: LinearOperator,
     *,
-    probes: int,
-    steps: int,
-    generator: torch.Generator,
+    probes: int = default("measure/full", "measurements.density.probes"),
+    steps: int = default("measure/full", "measurements.density.steps"),
+    generator: torch.Generator | None = None,
     draw: Callable[[torch.Generator], Tensor] | None = None,
 ) -> SpectralDensity:
     """The spectrum of a symmetric operator, each eigenvalue weighted by the noise along its eigenvector.
@@ -230,7 +231,7 @@ def spectral_density(
         probes: Random vectors n, at least 2 to have standard errors.
         steps: Lanczos steps k for each. A chain whose Krylov space closes earlier, or that has spanned all
             of R^P, ends there and is exact.
-        generator: Source of all randomness.
+        generator: Source of all randomness; None gives the same numbers at every call.
         draw: Returns a random z (P,) with E[zzᵀ] = C, independent at every call, drawing from the generator
             it is given; for instance (m − 1)^−½ Σ_i ε_i (g_i − ḡ) with random signs ε_i, for the covariance
             of m per-example gradients. None takes random signs, for which C is the identity.
@@ -244,6 +245,7 @@ def spectral_density(
         raise ValueError(f"probes must be at least 1, and 2 to have standard errors, not {probes}")
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
+    generator = source(generator)
     size = operator.shape[0]
     recursion = torch.zeros(probes, 2, steps, dtype=torch.float64)
     masses = torch.empty(probes, dtype=torch.float64)

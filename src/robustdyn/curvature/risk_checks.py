@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from robustdyn.curvature.examples import Structure, check_lengths, leaves, length, mapped, take
 from robustdyn.curvature.kernels import Precision
 from robustdyn.curvature.memory_layout import curves_channels_last
 from robustdyn.curvature.risk_function import BatchNormMode, RiskFunction, rows_not_finite
@@ -22,18 +23,12 @@ _GROUPS = 3  # parts in which the checked examples pass once more; neighbours an
 _SYMMETRY_TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-6}
 
 
-def check_types(inputs: object, targets: object, chunk_size: object, memory: object) -> None:
+def check_types(chunk_size: object, memory: object) -> None:
     """Refuse arguments of another type.
 
     Raises:
-        TypeError: Inputs or targets are not tensors, or chunk_size or memory not whole numbers.
+        TypeError: chunk_size or memory are not whole numbers.
     """
-    for name, value in (("inputs", inputs), ("targets", targets)):
-        if not isinstance(value, Tensor):
-            raise TypeError(
-                f"{name} must be one tensor, not a {type(value).__name__}: convert it (torch.as_tensor), or "
-                "wrap the model so that it takes one tensor"
-            )
     for name, value in (("chunk_size", chunk_size), ("memory", memory)):
         if value is not None and not isinstance(value, Integral):
             unit = " of bytes, such as 2**30" if name == "memory" else ""
@@ -60,20 +55,18 @@ def complaint(risk: RiskFunction, chunk_size: int | None, memory: int | None) ->
     return None
 
 
-def _check_examples(inputs: Tensor, targets: Tensor, chunk_size: int | None, memory: int | None) -> None:
-    if inputs.dim() == 0 or targets.dim() == 0 or len(inputs) != len(targets):
-        raise ValueError(
-            f"inputs and targets must agree in their first dimension, got {tuple(inputs.shape)} and "
-            f"{tuple(targets.shape)}"
-        )
-    if len(inputs) == 0:
+def _check_examples(
+    inputs: Structure, targets: Structure, chunk_size: int | None, memory: int | None
+) -> None:
+    check_lengths(inputs, targets)
+    if length(inputs) == 0:
         raise ValueError("inputs is empty: the mean loss needs at least one example")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be positive or None, not {chunk_size}")
     if memory is not None and memory < 0:
         raise ValueError(f"memory must be a number of bytes or None, not {memory}")
     for name, numbers in (("inputs", inputs), ("targets", targets)):
-        bad = rows_not_finite(numbers)
+        bad = [row for leaf in leaves(numbers) for row in rows_not_finite(leaf)]
         if bad:
             raise ValueError(f"{name} has numbers that are not finite, first in example {bad[0]}")
 
@@ -151,7 +144,7 @@ def _check_passes(risk: RiskFunction) -> None:
         )
     if risk.independent:
         risk.independent = _independent(risk, parameters, outputs, first, few)
-        chunks = risk.chunk_size < len(risk.inputs) or risk.shards.processes > 1
+        chunks = risk.chunk_size < risk.held or risk.shards.processes > 1
         if not risk.independent and chunks:
             raise ValueError(
                 "the losses of examples depend on which others pass through the model with them (a "
@@ -165,21 +158,20 @@ def _independent(
 ) -> bool:
     """Whether outputs and losses of a few examples are the same when these pass in smaller groups."""
     inputs, targets = risk.subset(few)
-    groups = min(_GROUPS, len(targets))
+    groups = min(_GROUPS, length(targets))
     tolerance = torch.finfo(risk.dtype).eps ** 0.5
-    single = isinstance(outputs, Tensor)
     # the rounding of a loss is that of its outputs
-    scale = max(_largest(outputs) if single else 0.0, _largest(losses))
+    scale = max(_largest(outputs), _largest(losses))
     with risk.guard(), torch.no_grad():
         for start in range(groups):
             part = slice(start, None, groups)
             try:
-                alone = risk.outputs(parameters, inputs[part].contiguous())
-                theirs = risk.losses_of(alone, targets[part].contiguous())
+                alone = risk.outputs(parameters, mapped(Tensor.contiguous, take(inputs, part)))
+                theirs = risk.losses_of(alone, mapped(Tensor.contiguous, take(targets, part)))
             except (RuntimeError, ValueError):  # such as batch statistics of one example
                 return False
             same = _largest(theirs - losses[part]) <= tolerance * scale
-            if single and alone.shape == outputs[part].shape:  # the examples come first
+            if alone.shape == outputs[part].shape:  # the examples come first
                 same &= _largest(alone - outputs[part]) <= tolerance * _largest(outputs)
             if not same:
                 return False
@@ -210,10 +202,12 @@ def _check_symmetry(risk: RiskFunction) -> None:
 
 
 def _takes_channels_last(
-    risk: RiskFunction, parameters: Mapping[str, Tensor], inputs: Tensor, targets: Tensor
+    risk: RiskFunction, parameters: Mapping[str, Tensor], inputs: Structure, targets: Structure
 ) -> bool:
     """Images in this layout are faster on a CPU, but a model that flattens by ``view`` refuses them."""
-    if inputs.device.type != "cpu" or inputs.dim() != 4 or not curves_channels_last(risk.model):
+    if not isinstance(inputs, Tensor) or inputs.dim() != 4:
+        return False
+    if inputs.device.type != "cpu" or not curves_channels_last(risk.model):
         return False
     try:
         risk.losses(parameters, inputs.contiguous(memory_format=torch.channels_last), targets)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import chain
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,12 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from robustdyn.curvature.examples import Structure, leaves, length, mapped, rebuilt, shapes, structure
 from robustdyn.curvature.kernels import Precision
 from robustdyn.curvature.sharding import Shards
 from robustdyn.curvature.tape import Tape
 
-PerExampleLoss = Callable[[Tensor, Tensor], Tensor]
+PerExampleLoss = Callable[[Any, Any], Tensor]
 BatchNormMode = Literal["eval", "train"]
 
 
@@ -53,8 +54,9 @@ class RiskFunction:
     """ℓ of fixed examples as a function of θ; the attributes are those of ``EmpiricalRisk``."""
 
     model: nn.Module
-    inputs: Tensor
-    targets: Tensor
+    inputs: Structure
+    targets: Structure
+    held: int
     loss: PerExampleLoss
     names: tuple[str, ...]
     blocks: dict[str, slice]
@@ -70,6 +72,7 @@ class RiskFunction:
     device: torch.device
     channels_last: bool  # whether 4-d inputs may come in that layout
     point: Tensor | None  # θ, if it is not the model's
+    _several: Structure  # the last outputs, if they are not one tensor: how they are packed
 
     # ------------------------------------------------------------------ θ as one vector and as tensors
 
@@ -107,9 +110,9 @@ class RiskFunction:
 
     # ------------------------------------------------------------------ the examples
 
-    def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def chunks(self) -> Iterator[tuple[Structure, Structure]]:
         """This process's examples in order, ``chunk_size`` at a time, on the parameters' device."""
-        for start in range(0, len(self.inputs), self.chunk_size):
+        for start in range(0, self.held, self.chunk_size):
             yield self.subset(slice(start, start + self.chunk_size))
 
     def rows_of_chunks(self, values: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
@@ -117,20 +120,23 @@ class RiskFunction:
 
         Empty, as ``tapes`` and ``chunks`` are, where this process has no examples.
         """
-        return values.split(self.chunk_size, dim) if len(self.inputs) else ()
+        return values.split(self.chunk_size, dim) if self.held else ()
 
-    def subset(self, which: slice) -> tuple[Tensor, Tensor]:
+    def subset(self, which: slice) -> tuple[Structure, Structure]:
         """Copies of some of this process's inputs and targets, on the parameters' device.
 
         Copies, because a model may normalise its inputs in place.
         """
+
+        def copied(tensor: Tensor) -> Tensor:
+            return tensor[which].to(self.device, copy=True)
+
         with torch.inference_mode(False):
-            inputs = self.inputs[which].to(self.device, copy=True)
-            return inputs, self.targets[which].to(self.device, copy=True)
+            return mapped(copied, self.inputs), mapped(copied, self.targets)
 
     def few(self, count: int) -> slice:
         """At most so many of this process's examples, spread over all of them."""
-        step = max(1, len(self.inputs) // count)
+        step = max(1, self.held // count)
         return slice(0, step * count, step)
 
     # ------------------------------------------------------------------ passes
@@ -166,7 +172,7 @@ class RiskFunction:
                 for module, training in flags:
                     module.training = training
 
-    def tape(self, inputs: Tensor, targets: Tensor) -> Tape:
+    def tape(self, inputs: Structure, targets: Structure) -> Tape:
         """A chunk's passes, recorded; inside ``guard``.
 
         Args:
@@ -181,26 +187,33 @@ class RiskFunction:
             tuple(leaves.values()),
             lambda: self.outputs(leaves, inputs),
             lambda outputs: self.losses_of(outputs, targets),
-            examples=len(inputs),
+            examples=length(inputs),
             precision=self.precision,
         )
 
-    def outputs(self, parameters: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
+    def outputs(self, parameters: Mapping[str, Tensor], inputs: Structure) -> Tensor:
         """f(x; θ) as a pure function; call it inside ``guard``.
+
+        Several outputs are packed into one tensor, from which ``losses_of`` takes them again.
 
         Args:
             parameters: A tensor for each of ``names``, or for more of the model's parameters.
             inputs: (B, ...).
 
         Returns:
-            The model's output, usually (B, K) logits.
+            The model's output, usually (B, K) logits; of several, (B, numbers of an example).
+
+        Raises:
+            ValueError: One of several outputs has not the examples first.
         """
         everything = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
         everything.update(parameters)
         buffers = {name: buffer.detach().clone() for name, buffer in self.model.named_buffers()}
-        return call_with(self.model, {**everything, **buffers}, inputs)
+        outputs = call_with(self.model, {**everything, **buffers}, inputs)
+        self._several = None if isinstance(outputs, Tensor) else structure(outputs, "the model's output")
+        return outputs if self._several is None else _packed(self._several, length(inputs))
 
-    def losses(self, parameters: Mapping[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
+    def losses(self, parameters: Mapping[str, Tensor], inputs: Structure, targets: Structure) -> Tensor:
         """ℓ of each example, shape (B,), as a pure function of the parameters.
 
         Raises:
@@ -208,10 +221,11 @@ class RiskFunction:
         """
         return self.losses_of(self.outputs(parameters, inputs), targets)
 
-    def losses_of(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def losses_of(self, outputs: Tensor, targets: Structure) -> Tensor:
         """As ``losses``, of outputs."""
-        losses = self.loss(outputs, targets)
-        count = len(targets)
+        taken = outputs if self._several is None else _unpacked(outputs, self._several)
+        losses = self.loss(taken, targets)
+        count = length(targets)
         if losses.shape != (count,):
             if losses.dim() == 0:
                 remedy = "use reduction='none'"
@@ -222,11 +236,10 @@ class RiskFunction:
                     "average over all dimensions but the first; where outputs and targets differ in shape, "
                     "PyTorch has broadcast them"
                 )
-            given = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
             raise ValueError(
-                f"loss must return one number per example: for {count} of the {len(self.inputs)} examples, "
-                f"outputs {given} and targets {tuple(targets.shape)}, it returned {tuple(losses.shape)}, not "
-                f"({count},): {remedy}"
+                f"loss must return one number per example: for {count} of the {self.held} examples, "
+                f"outputs {shapes(taken)} and targets {shapes(targets)}, it returned {tuple(losses.shape)}, "
+                f"not ({count},): {remedy}"
             )
         return losses
 
@@ -236,7 +249,27 @@ class RiskFunction:
         return any(isinstance(module, _BatchNorm) for module in self.model.modules())
 
 
-def call_with(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
+def _packed(outputs: Structure, examples: int) -> Tensor:
+    """Several outputs (B, ...) as one tensor, (B, numbers of an example)."""
+    for leaf in leaves(outputs):
+        if leaf.dim() == 0 or len(leaf) != examples or not leaf.is_floating_point():
+            raise ValueError(
+                f"the model returns several outputs, {shapes(outputs)}, and one of them is no floating-point "
+                f"tensor with the {examples} examples first: wrap the model so that it returns those that "
+                "the loss takes"
+            )
+    return torch.cat([leaf.reshape(examples, -1) for leaf in leaves(outputs)], dim=1)
+
+
+def _unpacked(packed: Tensor, like: Structure) -> Structure:
+    """The inverse of ``_packed``; ``like`` may have another number of examples."""
+    wholes = [leaf.shape[1:] for leaf in leaves(like)]
+    parts = packed.split([whole.numel() for whole in wholes], dim=1)
+    views = [part.reshape(len(packed), *whole) for part, whole in zip(parts, wholes, strict=True)]
+    return rebuilt(views, like)
+
+
+def call_with(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Structure) -> Any:
     """The model's output with other tensors in place of its parameters and buffers.
 
     ``functional_call`` finds out by itself which names share a tensor, but then leaves the model changed
@@ -245,7 +278,7 @@ def call_with(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Tensor) -
     Args:
         model: Left as it is.
         tensors: By their names in ``named_parameters()`` and ``named_buffers()``.
-        inputs: (B, ...).
+        inputs: (B, ...); a tuple holds the positional arguments, and a dictionary the keyword arguments.
     """
     present = chain(model.named_parameters(), model.named_buffers())
     replacement = {id(tensor): tensors[name] for name, tensor in present if name in tensors}
@@ -255,8 +288,9 @@ def call_with(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Tensor) -
         for key, tensor in chain(module._parameters.items(), module._buffers.items())
         if id(tensor) in replacement
     }
-    outputs: Tensor = functional_call(model, everywhere, (inputs,), tie_weights=False)
-    return outputs
+    named = inputs if isinstance(inputs, dict) else {}
+    positional = () if named else inputs if isinstance(inputs, tuple) else (inputs,)
+    return functional_call(model, everywhere, positional, named, tie_weights=False)
 
 
 def plain(tensor: Tensor) -> Tensor:

@@ -47,11 +47,6 @@ class Tape:
         self._kernels = TwiceDifferentiable(precision)
         with self._kernels:
             self._outputs = outputs()
-        if not isinstance(self._outputs, Tensor):
-            raise ValueError(
-                f"the model returns a {type(self._outputs).__name__}, but products need one tensor of "
-                "outputs: wrap the model so that it returns the one the loss takes"
-            )
         (slopes,) = gradients(losses(self._outputs).sum(), (self._outputs,), differentiable=True)
         # a loss linear in the outputs has constant slopes; J's products differentiate with respect to them
         self.slopes = slopes if slopes.requires_grad else slopes.requires_grad_()

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from robustdyn.curvature.operators import LinearOperator
-from robustdyn.curvature.probes import gaussian, rademacher
+from robustdyn.curvature.probes import gaussian, rademacher, source
 from robustdyn.curvature.vectors import inner, norm, project_off
+from robustdyn.defaults import default
 
 TraceEstimator = Literal["hutchinson", "hutch++", "xtrace"]
 
@@ -56,8 +57,8 @@ class TraceResult:
 
 def hutchinson_trace(
     operator: LinearOperator,
-    probes: int,
-    generator: torch.Generator,
+    probes: int = default("measure/full", "measurements.density.probes"),
+    generator: torch.Generator | None = None,
     *,
     eigenvalues: Tensor | None = None,
     eigenvectors: Tensor | None = None,
@@ -72,7 +73,7 @@ def hutchinson_trace(
     Args:
         operator: Symmetric A.
         probes: Number of random vectors, at least two; with ``tol`` the most that are used.
-        generator: Source of all randomness.
+        generator: Source of all randomness; None gives the same numbers at every call.
         eigenvalues: (k,) known eigenvalues, together with ``eigenvectors``.
         eigenvectors: (P, k), on the operator's device.
         tol: Stop as soon as, with at least four probes, standard error ≤ tol · |estimate|. Small spreads by
@@ -84,6 +85,7 @@ def hutchinson_trace(
         FloatingPointError: If a product is not finite.
     """
     began = time.perf_counter()
+    generator = source(generator)
     if probes < 2:
         raise ValueError(f"probes must be at least 2 to have a standard error, not {probes}")
     if tol is not None and not 0.0 < tol < float("inf"):

@@ -7,6 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from robustdyn.curvature import alignment, covariance_jackknife, sign_flipped_covariances
+from robustdyn.defaults import default
 from robustdyn.measure.callback import TableRow
 from robustdyn.measure.snapshot import Snapshot
 from robustdyn.measure.spectrum import stationary
@@ -33,7 +34,12 @@ class Alignment:
 
     tables: ClassVar[tuple[str, ...]] = ("alignment",)
 
-    def __init__(self, *, groups: int, randomisations: int) -> None:
+    def __init__(
+        self,
+        *,
+        groups: int = default("measure/default", "measurements.alignment.groups"),
+        randomisations: int = default("measure/default", "measurements.alignment.randomisations"),
+    ) -> None:
         if groups < 2:
             raise ValueError(f"groups must be at least 2, got {groups}")
         if randomisations < 2:

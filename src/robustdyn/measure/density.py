@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from robustdyn.curvature import GradientCovariance, Hessian, SpectralDensity, spectral_density
+from robustdyn.defaults import default
 from robustdyn.measure.callback import TableRow
 from robustdyn.measure.snapshot import Snapshot
 from robustdyn.methods import OptimizerState
@@ -29,7 +30,13 @@ class Density:
 
     tables: ClassVar[tuple[str, ...]] = ("density", "whole_space")
 
-    def __init__(self, *, probes: int, steps: int, noise_probes: int) -> None:
+    def __init__(
+        self,
+        *,
+        probes: int = default("measure/full", "measurements.density.probes"),
+        steps: int = default("measure/full", "measurements.density.steps"),
+        noise_probes: int = default("measure/full", "measurements.density.noise_probes"),
+    ) -> None:
         for name, value in (("probes", probes), ("noise_probes", noise_probes)):
             if value < 2:
                 raise ValueError(f"{name} must be at least 2, to have standard errors, got {value}")

@@ -23,6 +23,8 @@ from robustdyn.curvature import (
     lanczos,
     projected_covariance,
 )
+from robustdyn.curvature.examples import take
+from robustdyn.defaults import default
 from robustdyn.methods import OptimizerState
 
 Array = NDArray[np.float64]
@@ -44,11 +46,11 @@ class Eigenpairs:
         ValueError: A setting outside its range.
     """
 
-    directions: int
-    tolerance: float
-    max_products: int
-    extra_vectors: int
-    warm_start: bool
+    directions: int = default("measure/default", "eigenpairs.directions")
+    tolerance: float = default("measure/default", "eigenpairs.tolerance")
+    max_products: int = default("measure/default", "eigenpairs.max_products")
+    extra_vectors: int = default("measure/default", "eigenpairs.extra_vectors")
+    warm_start: bool = default("measure/default", "eigenpairs.warm_start")
 
     def __post_init__(self) -> None:
         if self.directions < 1:
@@ -190,13 +192,13 @@ class Snapshot:
 def _first(risk: EmpiricalRisk, count: int) -> EmpiricalRisk:
     """The risk over the first ``count`` examples of all processes."""
     own = slice(max(0, count - risk.shards.own.start))
-    return risk.over(risk.inputs[own], risk.targets[own])
+    return risk.over(take(risk.inputs, own), take(risk.targets, own))
 
 
 def _of_examples(risk: EmpiricalRisk, directions: Tensor) -> tuple[Array, Array]:
     """g_iᵀ u_j and u_jᵀ G_i u_j of every example of all processes, (m, k) each."""
     parts = [tuple(risk.split(column).values()) for column in directions.unbind(dim=1)]
-    own = torch.zeros(len(risk.inputs), 2, len(parts), dtype=risk.dtype, device=risk.device)
+    own = torch.zeros(risk.held, 2, len(parts), dtype=risk.dtype, device=risk.device)
     with risk.guard(products=True):
         for (tape, _), rows in zip(risk.tapes(), risk.rows_of_chunks(own), strict=True):
             for index, part in enumerate(parts):

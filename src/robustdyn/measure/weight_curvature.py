@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 from robustdyn.curvature import layer_traces
+from robustdyn.defaults import default
 from robustdyn.measure.callback import TableRow
 from robustdyn.measure.snapshot import Snapshot
 from robustdyn.records.schema import CAUCHY_SCHWARZ_BOUND, HESSIAN_TRACE, WCI_SE, WCI_TERM, WEIGHT_NORM_SQ
@@ -22,7 +23,14 @@ class WeightCurvature:
 
     tables: ClassVar[tuple[str, ...]] = ("wci", "layers")
 
-    def __init__(self, *, probes: int, exact_classes_up_to: int) -> None:
+    def __init__(
+        self,
+        *,
+        probes: int = default("measure/default", "measurements.weight_curvature.probes"),
+        exact_classes_up_to: int = default(
+            "measure/default", "measurements.weight_curvature.exact_classes_up_to"
+        ),
+    ) -> None:
         self._probes = probes
         self._exact_classes_up_to = exact_classes_up_to
 

@@ -121,7 +121,8 @@ class StackedNetwork(nn.Module):
 
     def _one(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], inputs: Tensor) -> Tensor:
         everything = {**self._fixed, **parameters}
-        return call_with(self.base, {**everything, **buffers}, inputs)
+        outputs: Tensor = call_with(self.base, {**everything, **buffers}, inputs)
+        return outputs
 
 
 def project(rows: Tensor, directions: Tensor) -> NDArray[np.float64]:

@@ -8,7 +8,6 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from hydra.errors import InstantiationException
@@ -16,17 +15,11 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from robustdyn.defaults import config_dir as config_dir
 from robustdyn.errors import ConfigError, UserError
 
 ALLOWED_TARGETS = ("robustdyn.", "torch.", "lightning.")
 """Prefixes of the targets that a command line may name; see ``build``."""
-
-
-def config_dir() -> Path:
-    """The folder of default configurations: inside an installed wheel, or at the top of the checkout."""
-    package = Path(__file__).resolve().parents[1]
-    installed = package / "conf"
-    return installed if installed.is_dir() else package.parents[1] / "conf"
 
 
 def register_resolvers() -> None:
