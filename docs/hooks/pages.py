@@ -14,7 +14,8 @@ DOCSTRING_ONLY = """::: {}
       show_root_toc_entry: false
 """
 LINK = re.compile(r"\]\(([a-z][^):#]*)\)")
-EXPERIMENT = re.compile(r"(?<![\[(/])`?experiments/([a-z0-9_]+)(?:/README\.md)?/?`?(?![\w/`])")
+FENCED = re.compile(r"(?ms)(^ *```.*?^ *```$)")
+EXPERIMENT = re.compile(r"(?<!\]\()(?<![\[/`\w])(`?)experiments/([a-z0-9_]+)(?:/README\.md)?/?\1(?![\w/`])")
 
 
 def on_files(files: Any, *, config: Any) -> Any:
@@ -38,7 +39,9 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
         return markdown.replace("](../../docs/", "](../../")
     up = "../" * page.file.src_uri.count("/")
     markdown = markdown.replace(f"]({up}../experiments/", f"]({up}experiments/")
-    return EXPERIMENT.sub(lambda found: _link(found, up), markdown)
+    parts = FENCED.split(markdown)
+    parts[::2] = [EXPERIMENT.sub(lambda found: _link(found, up), text) for text in parts[::2]]
+    return "".join(parts)
 
 
 def public_names() -> dict[str, dict[str, str]]:
@@ -113,6 +116,6 @@ def _yaml_file(path: Path, *, opened: bool) -> str:
 
 
 def _link(found: re.Match[str], up: str) -> str:
-    name = found[1]
+    name = found[2]
     known = (ROOT / "experiments" / name / "README.md").is_file()
     return f"[`experiments/{name}`]({up}experiments/{name}/README.md)" if known else found[0]
