@@ -15,3 +15,14 @@ P parameters, k tracked directions, K classes, L layers):
 """
 
 __version__ = "0.1.0"
+
+_MEASURE = ("Recorder", "measure_model")
+
+
+def __getattr__(name: str) -> object:
+    """Import what measures a model when it is first asked for, because it takes seconds."""
+    if name in _MEASURE:
+        from robustdyn import measure
+
+        return getattr(measure, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,7 +11,7 @@ from robustdyn.measure import Measure
 from robustdyn.methods import OptimizerState
 from robustdyn.records import RunRecords
 from robustdyn.run.config import build
-from robustdyn.run.parts import build_module
+from robustdyn.run.parts import build_module, measurement_plan
 from tests.runs import TINY, compose, rows
 
 
@@ -19,19 +19,11 @@ def parts(cfg, records):
     lightning.seed_everything(cfg.seed, verbose=False)
     data = build(cfg, "data")
     data.prepare_data()
-    measurements = {name: build(cfg, f"measure.measurements.{name}") for name in cfg.measure.measurements}
+    plan = measurement_plan(cfg)
     measure = Measure(
-        epochs=0,
-        examples=cfg.measure.examples,
-        second_attack=cfg.measure.second_attack,
-        memory_mib=cfg.measure.memory_mib,
-        precision="full",
-        inputs="adversarial",
-        eigenpairs=build(cfg, "measure.eigenpairs"),
-        measurements=measurements,
-        records=records,
+        epochs=0, examples=cfg.measure.examples, inputs="adversarial", plan=plan, records=records
     )
-    return data, measure, measurements
+    return data, measure, plan.measurements
 
 
 @pytest.mark.slow  # starts two processes

@@ -8,7 +8,7 @@ from robustdyn.errors import ConfigError
 from robustdyn.measure import Measure, WeightCurvature
 from robustdyn.records import RunRecords, schema
 from robustdyn.run.config import build
-from robustdyn.run.parts import build_module
+from robustdyn.run.parts import build_module, measurement_plan
 from tests.runs import TINY, command, compose, rows
 
 EPOCHS, START, THRESHOLD = 6, 2, 3.0
@@ -43,12 +43,8 @@ def due(*overrides):
     measure = Measure(
         epochs=list(cfg.measure.epochs),
         examples=cfg.measure.examples,
-        second_attack=cfg.measure.second_attack,
         inputs="adversarial",
-        memory_mib=64,
-        precision="full",
-        eigenpairs=build(cfg, "measure.eigenpairs"),
-        measurements={n: build(cfg, f"measure.measurements.{n}") for n in cfg.measure.measurements},
+        plan=measurement_plan(cfg),
         records=RunRecords("nowhere"),
     )
     optimizer = build(cfg, "optimizer")(module.parameters())

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from robustdyn.attacks import PGD
-from robustdyn.measure import Eigenpairs, Measure, Spectrum
+from robustdyn.measure import Eigenpairs, Measure, MeasurementPlan, Spectrum
 from robustdyn.records import RunRecords
 from robustdyn.run.config import build
 from robustdyn.run.parts import build_module
@@ -45,12 +45,8 @@ def test_the_recorded_noise_is_that_of_the_large_batch(tmp_path):
         measure = Measure(
             epochs=[1],
             examples=24,
-            second_attack=24,
             inputs="clean",
-            memory_mib=64,
-            precision="full",
-            eigenpairs=PAIRS,
-            measurements={"spectrum": Spectrum()},
+            plan=MeasurementPlan(measurements={"spectrum": Spectrum()}, eigenpairs=PAIRS, second_attack=24),
             records=records,
         )
         trained(tmp_path, "trainer.max_epochs=2", *settings, callbacks=[measure])

@@ -10,7 +10,7 @@ from robustdyn.measure import Measure
 from robustdyn.methods import AdversarialTraining, WCIRate
 from robustdyn.records import RunRecords
 from robustdyn.run.config import build
-from robustdyn.run.parts import build_module
+from robustdyn.run.parts import build_module, measurement_plan
 from tests.runs import TINY, command, compose, rows
 
 
@@ -236,12 +236,8 @@ def test_two_ranks_step_at_the_same_rate(tmp_path):
     measure = Measure(
         epochs=[],
         examples=cfg.measure.examples,
-        second_attack=cfg.measure.second_attack,
         inputs=cfg.measure.inputs,
-        memory_mib=cfg.measure.memory_mib,
-        precision="full",
-        eigenpairs=build(cfg, "measure.eigenpairs"),
-        measurements={"weight_curvature": build(cfg, "measure.measurements.weight_curvature")},
+        plan=measurement_plan(cfg),
         records=RunRecords(tmp_path),
     )
     trainer = build(

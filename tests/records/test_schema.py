@@ -26,6 +26,9 @@ DESIGN = {
     "costs": "epoch step part products converged warm seconds",
     "timing": "epoch step images_per_second attack_share step_share data_share evaluation_share "
     "measurement_share seconds",
+    "catoni": "epoch step empirical_loss empirical_loss_se curvature kl_mean kl_trace kl_log_determinant "
+    "kl_total_correlation kl kl_over_beta confidence complexity total total_se beta prior_variance "
+    "loss_range alpha directions parameters",
     "density": "epoch kind probe index ritz_value mass",
     "whole_space": "epoch step hessian_trace hessian_trace_se hessian_squared_norm hessian_squared_norm_se "
     "hessian_negative_trace hessian_negative_trace_truncation negative_share negative_share_se "
@@ -68,7 +71,9 @@ def test_metrics_say_which_direction_is_better():
 
 def test_truncations_say_so():
     sums = [c for c in TABLES["bounds"].columns if c.kind == "float"]
-    assert all(c.name.endswith("_top_k") and "top k" in c.meaning for c in sums)
+    assert all(c.name.removesuffix("_se").endswith("_top_k") for c in sums)
+    assert all("top k" in c.meaning for c in sums if not c.name.endswith("_se"))
+    assert "tracked directions" in TABLES["catoni"]["total"].meaning
 
 
 def test_an_unknown_table_names_the_known_ones():

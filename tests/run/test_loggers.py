@@ -18,8 +18,9 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from omegaconf import OmegaConf
 
 from robustdyn.records import TABLES, RunRecords, summarise
+from robustdyn.records.points import points
 from robustdyn.records.reader import read_table
-from robustdyn.run.publishing import Publisher, points
+from robustdyn.run.publishing import Publisher
 from robustdyn.run.wandb_run import WandbRecords
 from tests.run.wandb_server import RunFile, WandbServer, numbers
 from tests.runs import TINY, command, compose

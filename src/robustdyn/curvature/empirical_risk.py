@@ -119,7 +119,7 @@ class EmpiricalRisk(RiskFunction):
                 symmetric. All processes raise together.
         """
         check_types(chunk_size, memory)
-        self.model = model = _unwrapped(model)
+        self.model = model = unwrapped(model)
         self.loss = loss
         self._several = None
         self.batchnorm, self.precision = batchnorm, precision
@@ -347,7 +347,7 @@ class _State:
     content: tuple[int, ...]
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside the wrappers of torch.compile and of data parallelism."""
     while True:
         if "_orig_mod" in model._modules:

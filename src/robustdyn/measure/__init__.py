@@ -1,10 +1,14 @@
 """Measures a network in training: Lightning callbacks that call curvature/ and theory/ and write records."""
 
 from robustdyn.measure.alignment import Alignment
-from robustdyn.measure.callback import Measure, Measurement
+from robustdyn.measure.bound import CatoniTerms
+from robustdyn.measure.callback import Measure
 from robustdyn.measure.density import Density
 from robustdyn.measure.epochs import RecordEpochs
+from robustdyn.measure.model_measurement import ModelMeasurement, measure_model, standard_measurements
+from robustdyn.measure.plan import Measurement, MeasurementPlan
 from robustdyn.measure.posterior import RecordPosterior, posterior_rows
+from robustdyn.measure.recorder import Recorder
 from robustdyn.measure.snapshot import Eigenpairs, Snapshot
 from robustdyn.measure.spectrum import Spectrum
 from robustdyn.measure.timing import RecordTiming
@@ -14,17 +18,23 @@ from robustdyn.measure.when import measured_epochs
 
 __all__ = [
     "Alignment",
+    "CatoniTerms",
     "Density",
     "Eigenpairs",
     "Measure",
     "Measurement",
+    "MeasurementPlan",
+    "ModelMeasurement",
     "RecordEpochs",
     "RecordPosterior",
     "RecordTiming",
+    "Recorder",
     "Snapshot",
     "Spectrum",
     "StopOnNonFinite",
     "WeightCurvature",
+    "measure_model",
     "measured_epochs",
     "posterior_rows",
+    "standard_measurements",
 ]

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from robustdyn.curvature import alignment, covariance_jackknife, sign_flipped_covariances
 from robustdyn.defaults import default
-from robustdyn.measure.callback import TableRow
+from robustdyn.measure.plan import TableRow
 from robustdyn.measure.snapshot import Snapshot
-from robustdyn.measure.spectrum import stationary
+from robustdyn.measure.spectrum import StationaryLaw
 from robustdyn.records.schema import (
     CAPTURED_NOISE,
     COMMUTATOR_NULL,
@@ -19,7 +19,7 @@ from robustdyn.records.schema import (
     TOTAL_CORRELATION_NULL,
     TRACKED_DIRECTIONS,
 )
-from robustdyn.theory import minibatch_noise_factor, stationary_covariance, total_correlation
+from robustdyn.theory import stationary_covariance, total_correlation
 
 
 class Alignment:
@@ -92,8 +92,8 @@ def _total_correlation(snapshot: Snapshot) -> Callable[[Tensor], float]:
     """The stationary posterior's total correlation as a function of C₁ (k, k); NaN if it does not exist."""
     eta, mu, omega, _ = snapshot.optimizer
     eigenvalues = snapshot.hessian.eigenvalues.numpy()
-    factor = minibatch_noise_factor(snapshot.train_examples, snapshot.batch_size, replacement=False)
-    stable, _ = stationary(snapshot, eigenvalues, factor * snapshot.projected.variances.numpy())
+    factor = snapshot.noise_factor
+    stable = StationaryLaw.of(snapshot, eigenvalues, factor * snapshot.projected.variances.numpy()).stable
 
     def of(covariance: Tensor) -> float:
         if not stable.all():

@@ -2,41 +2,26 @@
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, ClassVar, Literal, Protocol
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import lightning
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor, nn
+from torch import Tensor
 
 from robustdyn import streams
-from robustdyn.curvature import EmpiricalRisk, Precision, shard
+from robustdyn.curvature import shard
 from robustdyn.data import ImageDataModule
 from robustdyn.errors import ConfigError, TrainingError, UserError
-from robustdyn.measure.snapshot import Eigenpairs, Snapshot
+from robustdyn.measure.plan import Measurement, MeasurementPlan, deployed
+from robustdyn.measure.snapshot import Snapshot
 from robustdyn.measure.when import EpochSpec, measured_epochs
 from robustdyn.methods import AdversarialTraining
-from robustdyn.models.modes import mode
-from robustdyn.models.sync_batchnorm import desynchronized
 from robustdyn.records import RunRecords
 
 _log = logging.getLogger(__name__)
-
-TableRow = tuple[str, Mapping[str, Any]]
-"""(table, columns) of one record."""
-
-
-class Measurement(Protocol):
-    """A measurement, which turns a snapshot of the training into rows of the record."""
-
-    tables: ClassVar[tuple[str, ...]]
-    """The tables that its rows belong to."""
-
-    def measure(self, snapshot: Snapshot) -> Iterable[TableRow]:
-        """Rows for the record, computed from the snapshot alone."""
 
 
 class Measure(Callback):
@@ -57,12 +42,8 @@ class Measure(Callback):
     Args:
         epochs: When to measure; see ``robustdyn.measure.when.measured_epochs``.
         examples: Size of the measurement set, over all ranks.
-        second_attack: How many of these examples, or all, are attacked a second time, over all ranks.
         inputs: ``"adversarial"``, or ``"clean"`` for the loss of the unperturbed examples.
-        memory_mib: Memory on each rank for one pass and for the graphs that are kept for the next product.
-        precision: Precision of the products; see ``robustdyn.curvature.EmpiricalRisk``.
-        eigenpairs: How leading eigenpairs are found.
-        measurements: The measurements by name, in the order in which they run.
+        plan: What is measured and how.
         records: The run's record; only the first rank writes.
     """
 
@@ -71,22 +52,14 @@ class Measure(Callback):
         *,
         epochs: EpochSpec,
         examples: int,
-        second_attack: int,
         inputs: Literal["adversarial", "clean"],
-        memory_mib: int,
-        precision: Precision,
-        eigenpairs: Eigenpairs,
-        measurements: Mapping[str, Measurement],
+        plan: MeasurementPlan,
         records: RunRecords,
     ) -> None:
         self._spec = epochs
-        self._examples = examples
-        self._second_attack = min(second_attack, examples)
+        self._counts = examples, min(plan.second_attack, examples)
         self._inputs = inputs
-        self._memory = memory_mib * 2**20
-        self._precision: Precision = precision
-        self._eigenpairs = eigenpairs
-        self._measurements = measurements
+        self._plan = plan
         self._records = records
         self._epochs: frozenset[int] = frozenset()
         self._rule_epochs: frozenset[int] = frozenset()
@@ -109,17 +82,15 @@ class Measure(Callback):
         self._rule_epochs = frozenset(pl_module.schedule.reading_epochs(max_epochs))
         if self._epochs | self._rule_epochs:
             data = _data(trainer)
-            data.measurement_subset(self._examples, pl_module.seed)
-            for name, count in (("examples", self._examples), ("second_attack", self._second_attack)):
+            data.measurement_subset(self._counts[0], pl_module.seed)
+            for name, count in zip(("examples", "second_attack"), self._counts, strict=True):
                 if count < trainer.world_size:
                     raise ConfigError(
                         f"measure.{name}={count} cannot be spread over {trainer.world_size} devices; "
                         "choose at least one for each"
                     )
-            if self._second_attack < 2:
-                raise ConfigError(
-                    f"measure.second_attack={self._second_attack} examples have no spread; choose at least 2"
-                )
+            if min(self._counts) < 2:
+                raise ConfigError("measure.examples=1 has no spread; choose at least 2")
         if self._epochs and trainer.is_global_zero and not pl_module.plain_momentum:
             _log.warning(
                 "the stationary laws recorded are those of momentum SGD without Nesterov, dampening, several "
@@ -140,18 +111,15 @@ class Measure(Callback):
         with (
             pl_module.stopwatch.section("measurement"),
             pl_module.execution.eager(),
-            _first_rank_buffers(pl_module.model, trainer.world_size),
-            mode(pl_module.model, training=False),  # the network as deployed: no dropout, running statistics
-            desynchronized(pl_module.model),  # which makes no difference in this mode
+            deployed(pl_module.model, _group(trainer)),
         ):
             began = time.perf_counter()
             try:
                 snapshot = self._snapshot(trainer, pl_module)
-                for measurement in measurements:
-                    for table, row in measurement.measure(snapshot):
-                        if trainer.is_global_zero:
-                            self._records.append(table, row)
-                        _observe(pl_module, table, row)
+                for table, row in self._plan.rows(snapshot, began, measurements):
+                    if trainer.is_global_zero:
+                        self._records.append(table, row)
+                    _observe(pl_module, table, row)
             except UserError:
                 raise
             except (FloatingPointError, ValueError) as error:
@@ -159,35 +127,30 @@ class Measure(Callback):
                     f"the network cannot be measured after epoch {trainer.current_epoch}: {error}; if "
                     "training diverged, a lower optimizer.lr may help"
                 ) from error
-            seconds = time.perf_counter() - began
-        if trainer.is_global_zero:
-            self._records.extend("costs", list(_costs(snapshot, seconds)))
-        # float32 takes half the memory, and a starting vector needs no more digits
-        self._starts |= {
-            name: pairs.warm_start.bfloat16().cpu()
-            for name, pairs in snapshot.solved.items()
-            if self._eigenpairs.warm_start
-        }
+        self._starts |= self._plan.next_starts(snapshot)
 
     def _due(self, epoch: int, read: str | None) -> list[Measurement]:
         """What to measure after ``epoch``: everything, what the rule reads, or nothing."""
+        measurements = list(self._plan.measurements.values())
         if epoch in self._epochs:
-            return list(self._measurements.values())
+            return measurements
         if epoch in self._rule_epochs:
-            return [m for m in self._measurements.values() if read in m.tables]
+            return [m for m in measurements if read in m.tables]
         return []
 
     def _snapshot(self, trainer: lightning.Trainer, module: AdversarialTraining) -> Snapshot:
         assert module.last_step is not None
         data = _data(trainer)
 
-        def attacked(count: int, *draw: int) -> tuple[Tensor, Tensor]:
-            subset = data.measurement_subset(count, module.seed)
+        def examples(draw: int) -> tuple[Tensor, Tensor]:
+            subset = data.measurement_subset(self._counts[draw], module.seed)
             attack = module.evaluation_attack
             # random starts are drawn for all examples, so that they do not depend on the number of ranks
             starts = attack.start(
                 subset.images,
-                streams.generator(module.seed, "measure-attack", *draw, device=module.device),
+                streams.generator(
+                    module.seed, "measure-attack", *([draw] if draw else []), device=module.device
+                ),
             )
             precision = module.dtype  # the weights' own, to which Lightning also converts training images
             images, labels, starts = shard(
@@ -203,25 +166,17 @@ class Measure(Callback):
                 images = torch.cat([attack.climb(module.model, *batch) for batch in batches])
             return images, labels
 
-        risk = EmpiricalRisk(
+        return self._plan.snapshot(
             module.model,
-            *attacked(self._examples),
-            memory=self._memory,
-            precision=self._precision,
-            batchnorm="eval",
-            group=dist.group.WORLD if trainer.world_size > 1 else None,
-        )
-        return Snapshot(
+            examples,
             epoch=trainer.current_epoch,
             step=trainer.global_step,
-            risk=risk,
-            again=lambda: risk.over(*attacked(self._second_attack, 1)),
             optimizer=module.last_step,
             train_examples=len(data.split("train").labels),
             batch_size=data.batch_size * trainer.accumulate_grad_batches,
             seed=module.seed,
-            eigenpairs=self._eigenpairs,
             starts=self._starts,
+            group=_group(trainer),
         )
 
 
@@ -239,35 +194,8 @@ def _observe(module: AdversarialTraining, table: str, row: Mapping[str, Any]) ->
         ) from error
 
 
-def _costs(snapshot: Snapshot, seconds: float) -> Iterator[dict[str, Any]]:
-    """Rows of the ``costs`` table: one for each eigenproblem solved, and one for the whole measurement."""
-    when = {"epoch": snapshot.epoch, "step": snapshot.step}
-    for name, pairs in snapshot.solved.items():
-        yield {
-            **when,
-            "part": f"{name} eigenpairs",
-            "products": pairs.products,
-            "converged": pairs.all_converged,
-            "warm": snapshot.eigenpairs.warm_start and name in snapshot.starts,
-            "seconds": pairs.seconds,
-        }
-    yield {**when, "part": "all", "products": None, "converged": None, "warm": None, "seconds": seconds}
-
-
-@contextmanager
-def _first_rank_buffers(model: nn.Module, world_size: int) -> Iterator[None]:
-    """Use the running statistics of rank 0, because ranks may differ until DDP's next forward pass."""
-    if world_size == 1:
-        yield
-        return
-    own = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    for buffer, _ in own:
-        dist.broadcast(buffer, src=0)
-    try:
-        yield
-    finally:
-        for buffer, value in own:
-            buffer.copy_(value)
+def _group(trainer: lightning.Trainer) -> dist.ProcessGroup | None:
+    return dist.group.WORLD if trainer.world_size > 1 else None
 
 
 def _data(trainer: lightning.Trainer) -> ImageDataModule:

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from robustdyn.curvature import GradientCovariance, Hessian, SpectralDensity, spectral_density
 from robustdyn.defaults import default
-from robustdyn.measure.callback import TableRow
+from robustdyn.measure.plan import TableRow
 from robustdyn.measure.snapshot import Snapshot
 from robustdyn.methods import OptimizerState
 from robustdyn.records.schema import HESSIAN_TRACE, RITZ_VALUE, WHOLE_SPACE
-from robustdyn.theory import MomentumDynamics, curvature_term_per_noise, minibatch_noise_factor
+from robustdyn.theory import MomentumDynamics, curvature_term_per_noise
 
 
 class Density:
@@ -60,8 +60,7 @@ class Density:
         )
         # draws have the denominator m, an unbiased C₁ has m − 1
         examples = snapshot.risk.examples
-        factor = minibatch_noise_factor(snapshot.train_examples, snapshot.batch_size, replacement=False)
-        factor *= examples / (examples - 1)
+        factor = snapshot.noise_factor * examples / (examples - 1)
         yield from _nodes(snapshot, "hessian", plain, 1.0)
         yield from _nodes(snapshot, "noise", noise, factor)
         yield (

@@ -3,6 +3,7 @@
 Results that several measurements need are computed once, when the first of them requests them.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,6 +27,7 @@ from robustdyn.curvature import (
 from robustdyn.curvature.examples import take
 from robustdyn.defaults import default
 from robustdyn.methods import OptimizerState
+from robustdyn.theory import minibatch_noise_factor
 
 Array = NDArray[np.float64]
 
@@ -97,6 +99,10 @@ class AlongEigenvectors:
             the second attack's mean square to the first's.
         variance_standard_errors: (k,), over examples.
         attack_shares: (k,), one minus the correlation of the two attacks' gradients over examples.
+        curvature_samples: For each of the s examples what a second attack changes, and the value under it,
+            (2, s, k).
+        variance_samples: The same for the variances.
+        examples: m.
     """
 
     curvature: Array
@@ -104,6 +110,27 @@ class AlongEigenvectors:
     variances: Array
     variance_standard_errors: Array
     attack_shares: Array
+    curvature_samples: Array
+    variance_samples: Array
+    examples: int
+
+    def standard_error(self, by_curvature: Array, by_variance: Array) -> float:
+        """Standard error of a function of curvature and variances, to first order.
+
+        The errors of all directions come from the same examples, and the result contains their correlation.
+
+        Args:
+            by_curvature: (k,), the function's derivatives by the curvature.
+            by_variance: (k,), by the variances.
+        """
+        samples = self.curvature_samples @ by_curvature + self.variance_samples @ by_variance
+        return float(_double_sampling_error(samples[:, :, None], self.examples)[0])
+
+
+def _double_sampling_error(samples: Array, examples: int) -> Array:
+    """Standard errors (k,) under double sampling: s differences and values (2, s, k), m examples."""
+    spread, whole = samples.var(axis=1, ddof=1)
+    return np.asarray(np.sqrt(spread / samples.shape[1] + (whole - spread).clip(min=0.0) / examples))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +144,8 @@ class Snapshot:
         again: The same over the first few of these examples, attacked from other random starts.
         optimizer: Settings of the last optimiser step.
         train_examples: n, size of the training set.
-        batch_size: B, examples that one optimiser step averages over, on all ranks together.
+        batch_size: B, examples that one optimiser step averages over, on all ranks together. None if it is
+            not known; the noise of a mini-batch is NaN then.
         seed: The run's seed.
         eigenpairs: How leading eigenpairs are found.
         starts: Starting vectors (P,) for ``"hessian"`` and ``"noise"``, where there are any.
@@ -129,10 +157,22 @@ class Snapshot:
     again: Callable[[], EmpiricalRisk]
     optimizer: OptimizerState
     train_examples: int
-    batch_size: int
+    batch_size: int | None
     seed: int
     eigenpairs: Eigenpairs
     starts: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def batch(self) -> float:
+        """B; NaN if it is not known."""
+        return math.nan if self.batch_size is None else self.batch_size
+
+    @property
+    def noise_factor(self) -> float:
+        """What C₁ is multiplied with to give the covariance of a mini-batch gradient; NaN without B."""
+        if self.batch_size is None:
+            return math.nan
+        return minibatch_noise_factor(self.train_examples, self.batch_size, replacement=False)
 
     def generator(self, stream: str) -> torch.Generator:
         """Random stream of one estimator, a function of (seed, stream, epoch)."""
@@ -169,18 +209,18 @@ class Snapshot:
         ratio = (second**2).sum(axis=0) / (first**2).sum(axis=0)
         apart = curved_again - curved
 
-        def error(differences: Array, values: Array) -> Array:
-            """Standard error under double sampling, from s differences and m values."""
-            spread, whole = (v.var(axis=0, ddof=1) for v in (differences, values))
-            return np.asarray(np.sqrt(spread / s + (whole - spread).clip(min=0.0) / m))
-
+        of_curvature = np.stack([apart, curved_again])
+        of_variance = np.stack([second**2 - ratio * first**2, second**2])
         same = (first * second).sum(axis=0) / np.sqrt((first**2).sum(axis=0) * (second**2).sum(axis=0))
         return AlongEigenvectors(
             curvature=self.hessian.eigenvalues.numpy() + apart.mean(axis=0),
-            curvature_standard_errors=error(apart, curved_again),
+            curvature_standard_errors=_double_sampling_error(of_curvature, m),
             variances=self.projected.variances.numpy() * ratio,
-            variance_standard_errors=error(second**2 - ratio * first**2, second**2),
+            variance_standard_errors=_double_sampling_error(of_variance, m),
             attack_shares=1 - same.clip(min=0.0),
+            curvature_samples=of_curvature,
+            variance_samples=of_variance,
+            examples=m,
         )
 
     @property

@@ -1,12 +1,13 @@
 """Measures the leading Hessian directions, the gradient noise along them and the posterior they imply."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from robustdyn.measure.callback import TableRow
+from robustdyn.measure.plan import TableRow
 from robustdyn.measure.snapshot import Snapshot
 from robustdyn.records.schema import (
     CURVATURE_TERM,
@@ -17,7 +18,7 @@ from robustdyn.records.schema import (
     POSTERIOR_VARIANCE_STATIONARY,
     TRACKED_DIRECTIONS,
 )
-from robustdyn.theory import dominant_terms, is_stable, minibatch_noise_factor, stationary_variance
+from robustdyn.theory import is_stable, stationary_variance
 
 Array = NDArray[np.float64]
 
@@ -36,15 +37,21 @@ class Spectrum:
     def measure(self, snapshot: Snapshot) -> Iterator[TableRow]:
         """First k ``spectrum`` rows, then one ``bounds`` row."""
         hessian, noise = snapshot.hessian, snapshot.noise
-        along, n, size = snapshot.along, snapshot.train_examples, snapshot.batch_size
-        factor = minibatch_noise_factor(n, size, replacement=False)
+        along, size = snapshot.along, snapshot.batch
         # the solver's C₁ has the measured examples' denominator m
         examples = snapshot.risk.examples
-        own = factor * examples / (examples - 1)
-        attack = along.attack_shares * along.variances
-        gamma, attack = factor * (along.variances - attack) + attack / size, attack / size
-        stable, variances = stationary(snapshot, along.curvature, gamma)
-        curvature, log_variance = _terms(along.curvature, variances, stable)
+        own = snapshot.noise_factor * examples / (examples - 1)
+        gamma, attack = minibatch_noise(snapshot)
+        law = StationaryLaw.of(snapshot, along.curvature, gamma)
+        curvature, log_variance = law.curvature_terms(), law.log_variance_terms()
+        stable, plain = law.stable, snapshot.optimizer.plain
+
+        def error(*terms: Term) -> float:
+            """Standard error of the sum of some terms, to first order."""
+            by_curvature, by_noise = np.sum([(term.by_curvature, term.by_noise) for term in terms], axis=0)
+            # as if all noise came from the attack, which overstates it by a share of at most B / n
+            return along.standard_error(by_curvature, by_noise / size)
+
         for index in range(len(gamma)):
             yield (
                 "spectrum",
@@ -62,10 +69,13 @@ class Spectrum:
                     "attack_noise": attack[index],
                     NOISE_EIGENVALUE: own * float(noise.eigenvalues[index]),
                     "noise_residual": own * float(noise.residuals[index]),
-                    POSTERIOR_VARIANCE_STATIONARY: variances[index],
-                    "stable": bool(stable[index]) if snapshot.optimizer.plain else None,
-                    CURVATURE_TERM: curvature[index],
-                    LOG_VARIANCE_TERM: log_variance[index],
+                    POSTERIOR_VARIANCE_STATIONARY: law.variances[index],
+                    "posterior_variance_stationary_se": error(law.variance_terms().only(index)),
+                    "stable": bool(stable[index]) if plain else None,
+                    CURVATURE_TERM: curvature.values[index],
+                    "curvature_term_se": error(curvature.only(index)),
+                    LOG_VARIANCE_TERM: log_variance.values[index],
+                    "log_variance_term_se": error(log_variance.only(index)),
                 },
             )
         yield (
@@ -73,37 +83,93 @@ class Spectrum:
             {
                 "epoch": snapshot.epoch,
                 "step": snapshot.step,
-                "train_examples": n,
-                "batch_size": size,
+                "train_examples": snapshot.train_examples,
+                "batch_size": snapshot.batch_size,
                 TRACKED_DIRECTIONS: len(gamma),
-                "unstable_directions": int((~stable).sum()) if snapshot.optimizer.plain else None,
+                "unstable_directions": int((~stable).sum()) if plain else None,
                 # NaN, recorded as null, as soon as one direction has no variance: a sum over fewer directions
                 # would be another quantity, and its curve would jump without any change of the network
-                "curvature_term_top_k": float(curvature.sum()),
-                "log_variance_term_top_k": float(log_variance.sum()),
-                "dominant_terms_top_k": float(curvature.sum() + log_variance.sum()),
+                "curvature_term_top_k": float(curvature.values.sum()),
+                "curvature_term_top_k_se": error(curvature),
+                "log_variance_term_top_k": float(log_variance.values.sum()),
+                "log_variance_term_top_k_se": error(log_variance),
+                "dominant_terms_top_k": float(curvature.values.sum() + log_variance.values.sum()),
+                "dominant_terms_top_k_se": error(curvature, log_variance),
             },
         )
 
 
-def stationary(snapshot: Snapshot, eigenvalues: Array, gamma: Array) -> tuple[NDArray[np.bool_], Array]:
-    """Which directions (k,) have a known stationary law, and its variance (k,), NaN elsewhere."""
-    eta, mu, omega, plain = snapshot.optimizer
-    variances = np.full(eigenvalues.shape, np.nan)
-    if not plain:
-        return np.zeros(eigenvalues.shape, dtype=bool), variances
-    stable = is_stable(eigenvalues, eta, mu, omega) & (gamma > 0)
-    if stable.any():
-        variances[stable] = stationary_variance(
-            eigenvalues[stable], gamma[stable], learning_rate=eta, momentum=mu, weight_decay=omega
-        )
-    return stable, variances
+def minibatch_noise(snapshot: Snapshot) -> tuple[Array, Array]:
+    """γ (k,) along the tracked directions, and the part (k,) that the attack's random start makes."""
+    along = snapshot.along
+    attack = along.attack_shares * along.variances
+    size = snapshot.batch
+    return snapshot.noise_factor * (along.variances - attack) + attack / size, attack / size
 
 
-def _terms(eigenvalues: Array, variances: Array, stable: NDArray[np.bool_]) -> tuple[Array, Array]:
-    """λσ² (k,) and −ln σ² (k,), NaN where there is no variance."""
-    curvature, log_variance = np.full_like(variances, np.nan), np.full_like(variances, np.nan)
-    if stable.any():
-        terms = dominant_terms(eigenvalues[stable], variances[stable])
-        curvature[stable], log_variance[stable] = terms.curvature, terms.log_variance
-    return curvature, log_variance
+@dataclass(frozen=True, eq=False)
+class Term:
+    """A number for each direction, and its derivatives.
+
+    Attributes:
+        values: (k,), NaN where the direction has no stationary law.
+        by_curvature: (k,), the derivative by the direction's λ.
+        by_noise: (k,), the derivative by its γ.
+    """
+
+    values: Array
+    by_curvature: Array
+    by_noise: Array
+
+    def only(self, index: int) -> "Term":
+        """The term of one direction; derivatives by the others are 0."""
+        chosen = np.arange(len(self.values)) == index
+        return Term(self.values, *(np.where(chosen, d, 0.0) for d in (self.by_curvature, self.by_noise)))
+
+
+@dataclass(frozen=True, eq=False)
+class StationaryLaw:
+    """The variance along each direction that momentum SGD settles to, and the bound terms that it gives.
+
+    Attributes:
+        eigenvalues: λ (k,).
+        noise: γ (k,); NaN where there is no law.
+        stable: (k,), whether a stationary law is known along the direction.
+        variances: σ² (k,), equation (10) of docs/theory.md; NaN where there is no law.
+        by_curvature: (k,), ∂ ln σ² / ∂λ.
+    """
+
+    eigenvalues: Array
+    noise: Array
+    stable: NDArray[np.bool_]
+    variances: Array
+    by_curvature: Array
+
+    @classmethod
+    def of(cls, snapshot: Snapshot, eigenvalues: Array, gamma: Array) -> "StationaryLaw":
+        """The law of the snapshot's optimiser; nowhere one, if it is not momentum SGD or γ is NaN."""
+        eta, mu, omega, plain = snapshot.optimizer
+        variances = np.full(eigenvalues.shape, np.nan)
+        if not plain:
+            return cls(eigenvalues, variances, np.zeros(eigenvalues.shape, dtype=bool), variances, variances)
+        stable = is_stable(eigenvalues, eta, mu, omega) & (gamma > 0)
+        if stable.any():
+            variances[stable] = stationary_variance(
+                eigenvalues[stable], gamma[stable], learning_rate=eta, momentum=mu, weight_decay=omega
+            )
+        slope = np.where(stable, eigenvalues + omega, np.nan)
+        noise = np.where(stable, gamma, np.nan)
+        return cls(eigenvalues, noise, stable, variances, eta / (2 * (1 + mu) - eta * slope) - 1 / slope)
+
+    def variance_terms(self) -> Term:
+        """σ²."""
+        return Term(self.variances, self.variances * self.by_curvature, self.variances / self.noise)
+
+    def curvature_terms(self) -> Term:
+        """λσ²."""
+        values = self.eigenvalues * self.variances
+        return Term(values, self.variances + values * self.by_curvature, values / self.noise)
+
+    def log_variance_terms(self) -> Term:
+        """−ln σ²."""
+        return Term(-np.log(self.variances), -self.by_curvature, -1 / self.noise)

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from robustdyn.curvature import layer_traces
 from robustdyn.defaults import default
-from robustdyn.measure.callback import TableRow
+from robustdyn.measure.plan import TableRow
 from robustdyn.measure.snapshot import Snapshot
 from robustdyn.records.schema import CAUCHY_SCHWARZ_BOUND, HESSIAN_TRACE, WCI_SE, WCI_TERM, WEIGHT_NORM_SQ
 from robustdyn.theory import weight_curvature_index

@@ -1,6 +1,11 @@
 """Training methods as combinations of an objective, a weight perturbation and a learning-rate rule."""
 
-from robustdyn.methods.adversarial_training import AdversarialTraining, OptimizerState, is_plain_momentum
+from robustdyn.methods.adversarial_training import (
+    AdversarialTraining,
+    OptimizerState,
+    is_plain_momentum,
+    optimizer_state,
+)
 from robustdyn.methods.averaging import EpochAveraging
 from robustdyn.methods.execution import Execution
 from robustdyn.methods.objectives import MART, TRADES, AdversarialCrossEntropy, CrossEntropy
@@ -28,4 +33,5 @@ __all__ = [
     "Regularizer",
     "WCIRate",
     "is_plain_momentum",
+    "optimizer_state",
 ]

@@ -68,6 +68,18 @@ def is_plain_momentum(optimizer: torch.optim.Optimizer) -> bool:
     )
 
 
+def optimizer_state(optimizer: torch.optim.Optimizer) -> OptimizerState:
+    """The optimiser's present settings; an optimiser without momentum or weight decay has 0 there."""
+    group = optimizer.param_groups[0]
+    one_rate = all(other["lr"] == group["lr"] for other in optimizer.param_groups)
+    return OptimizerState(
+        float(group["lr"]),
+        float(group.get("momentum", 0.0)),
+        float(group.get("weight_decay", 0.0)),
+        is_plain_momentum(optimizer) and one_rate,
+    )
+
+
 class AdversarialTraining(lightning.LightningModule):
     """Trains ``model`` on adversarial images and evaluates it on clean and adversarial ones.
 
@@ -421,8 +433,5 @@ class AdversarialTraining(lightning.LightningModule):
     def _note_optimizer(self) -> None:
         # The scheduler advances before any end-of-epoch hook runs, so the rate of the step is known only
         # here.
-        optimizer = self.trainer.optimizers[0]
-        group = optimizer.param_groups[0]
-        self.last_step = OptimizerState(
-            group["lr"], group.get("momentum", 0.0), group["weight_decay"], self.plain_momentum
-        )
+        state = optimizer_state(self.trainer.optimizers[0])
+        self.last_step = state._replace(plain=self.plain_momentum)

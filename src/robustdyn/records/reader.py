@@ -55,14 +55,30 @@ def read_table(run_dir: str | os.PathLike[str], table: str) -> pd.DataFrame:
     """
     spec = schema.table(table)
     path = RunDirectory(run_dir).table(table)
-    rows = parse_lines(path)
-    frame = pd.DataFrame(rows, columns=_columns(spec, rows))
-    for column in spec.columns:
-        frame[column.name] = _typed(frame[column.name], column, spec, path)
+    frame = typed_frame(table, parse_lines(path), str(path))
     repeated = frame.duplicated(list(spec.key), keep="last")
     if repeated.any():
         warn_once(f"{path}: {int(repeated.sum())} rows written twice, the last one counts")
         frame = frame[~repeated].reset_index(drop=True)
+    return frame
+
+
+def typed_frame(table: str, rows: Sequence[Mapping[str, Any]], source: str = "rows") -> pd.DataFrame:
+    """Rows as a data frame with the columns and types of the schema; null where a row has no value.
+
+    Args:
+        table: Name of a table of ``records.schema``.
+        rows: Rows as they were written or read.
+        source: Where they come from, for error messages.
+
+    Raises:
+        RecordError: A value is not of its column's type.
+        ValueError: There is no such table.
+    """
+    spec = schema.table(table)
+    frame = pd.DataFrame([*rows], columns=_columns(spec, rows))
+    for column in spec.columns:
+        frame[column.name] = _typed(frame[column.name], column, spec, source)
     return frame
 
 
@@ -171,7 +187,7 @@ def _columns(spec: Table, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys([*spec.names, *(key for row in rows for key in row)]))
 
 
-def _typed(values: pd.Series, column: Column, spec: Table, path: Path) -> pd.Series:
+def _typed(values: pd.Series, column: Column, spec: Table, source: str) -> pd.Series:
     """A column in the type that the schema declares; integers with gaps become floats."""
     try:
         if column.name in spec.key and values.isna().any():
@@ -190,7 +206,7 @@ def _typed(values: pd.Series, column: Column, spec: Table, path: Path) -> pd.Ser
         return values.astype("boolean" if column.kind == "bool" else "object")
     except (TypeError, ValueError) as error:
         raise RecordError(
-            f"{path}: column {column.name}: {error}; is the file from another program?"
+            f"{source}: column {column.name}: {error}; is the file from another program?"
         ) from error
 
 

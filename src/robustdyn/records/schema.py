@@ -142,9 +142,15 @@ SPECTRUM = parse_table("""
         eigenvalue of the measured C is at most this
     posterior_variance_stationary float | stationary σ²_i | variance along u_i that momentum SGD settles to
         at the present learning rate
+    posterior_variance_stationary_se float | s.e. of stationary σ²_i | standard error of
+        posterior_variance_stationary over examples, to first order | optional
     stable bool | stable | whether a stationary law exists along u_i: 0 < ηλ < 2(1 + μ)
     curvature_term float | λ_i σ²_i | the direction's share of Σ λσ²
+    curvature_term_se float | s.e. of λ_i σ²_i | standard error of curvature_term over examples, to first
+        order | optional
     log_variance_term float nats | −ln σ²_i | the direction's share of −Σ ln σ²
+    log_variance_term_se float nats | s.e. of −ln σ²_i | standard error of log_variance_term over examples,
+        to first order | optional
 """)
 
 ALIGNMENT = parse_table("""
@@ -187,9 +193,41 @@ BOUNDS = parse_table("""
     unstable_directions int directions | unstable directions | tracked directions without a stationary law;
         with any, the sums have no value
     curvature_term_top_k float | Σ λσ² | Σ λ_i σ²_i over the tracked top k directions only | lower
+    curvature_term_top_k_se float | s.e. of Σ λσ² | standard error of curvature_term_top_k over examples, to
+        first order | optional
     log_variance_term_top_k float nats | −Σ ln σ² | −Σ ln σ²_i over the tracked top k directions only | lower
+    log_variance_term_top_k_se float nats | s.e. of −Σ ln σ² | standard error of log_variance_term_top_k over
+        examples, to first order | optional
     dominant_terms_top_k float | Σ λσ² − Σ ln σ² | sum of the two dominant terms over the tracked top k
         directions only: not the bound of the whole model | lower
+    dominant_terms_top_k_se float | s.e. of the sum | standard error of dominant_terms_top_k over examples, to
+        first order | optional
+""")
+
+CATONI = parse_table("""
+    catoni | one measured epoch | epoch
+    epoch
+    step
+    empirical_loss float nats | L_S | mean loss of the measured examples, on the training set | lower
+    empirical_loss_se float nats | s.e. of L_S | standard error of empirical_loss over the measured examples
+    curvature float | ½ Σ λσ² | expected rise of the loss over the posterior, tracked directions only | lower
+    kl_mean float nats | KL, mean | ‖μ − θ_P‖² / (2σ_P²) in the tracked directions | lower
+    kl_trace float nats | KL, trace | ½ Σ (σ²/σ_P² − 1) over the tracked directions
+    kl_log_determinant float nats | KL, log determinant | −½ Σ ln(σ²/σ_P²) over the tracked directions
+    kl_total_correlation float nats | KL, total correlation | what correlated directions cost | lower
+    kl float nats | KL(Q‖P) | sum of its four parts | lower
+    kl_over_beta float nats | KL / β | the part of the bound that the distance from the prior makes | lower
+    confidence float nats | confidence | ln(grid points / α) / β
+    complexity float nats | complexity | β c² / (8n)
+    total float nats | Catoni bound | bound on the expected loss, clipped at c, over the tracked directions
+        only: not the bound of the whole model | lower
+    total_se float nats | s.e. of the bound | standard error of total over examples, to first order
+    beta float | β | the β of the grid with the lowest bound
+    prior_variance float | σ_P² | the prior variance of the grid with the lowest KL
+    loss_range float nats | c | where the loss is clipped
+    alpha float | α | the bound may fail with this probability
+    directions int directions | tracked directions | number of directions summed over
+    parameters int parameters | parameters | number of parameters of the model
 """)
 
 DENSITY = parse_table("""
@@ -323,6 +361,7 @@ TABLES: dict[str, Table] = {
         SPECTRUM,
         ALIGNMENT,
         BOUNDS,
+        CATONI,
         DENSITY,
         WHOLE_SPACE,
         POSTERIOR,

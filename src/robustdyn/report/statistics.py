@@ -198,6 +198,9 @@ def headlines(runs: Sequence[Run]) -> list[Headline]:
     if not all(anchor is not None for anchor in anchors.values()):
         start = "at the lowest test robust loss"
         anchors = {run.label: _lowest_loss(of_run(epochs, run.label)) for run in finished}
+    if not any(anchor is not None for anchor in anchors.values()):  # as of a model that was only measured
+        start = "at the first epoch"
+        anchors = {run.label: int(of_run(epochs, run.label)["epoch"].min()) for run in finished}
 
     def since_anchor(
         frame: pd.DataFrame, column: str

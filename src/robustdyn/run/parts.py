@@ -8,7 +8,15 @@ from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from robustdyn.data import ImageDataModule
-from robustdyn.measure import Measure, RecordEpochs, RecordPosterior, RecordTiming, StopOnNonFinite
+from robustdyn.errors import ConfigError
+from robustdyn.measure import (
+    Measure,
+    MeasurementPlan,
+    RecordEpochs,
+    RecordPosterior,
+    RecordTiming,
+    StopOnNonFinite,
+)
 from robustdyn.methods import AdversarialTraining
 from robustdyn.records import RunRecords
 from robustdyn.records.run_directory import RunDirectory
@@ -35,6 +43,28 @@ def build_module(cfg: DictConfig, data: ImageDataModule) -> AdversarialTraining:
     )
 
 
+def measurement_plan(cfg: DictConfig) -> MeasurementPlan:
+    """Build what ``measure`` says to measure.
+
+    Raises:
+        ConfigError: A setting outside its range.
+    """
+    try:
+        return MeasurementPlan(
+            measurements={
+                str(name): build(cfg, f"measure.measurements.{name}")
+                for name, chosen in cfg.measure.measurements.items()
+                if chosen is not None
+            },
+            eigenpairs=build(cfg, "measure.eigenpairs"),
+            second_attack=cfg.measure.second_attack,
+            memory_mib=cfg.measure.memory_mib,
+            precision=cfg.measure.precision,
+        )
+    except ValueError as error:
+        raise ConfigError(f"measure: {error}") from error
+
+
 def build_callbacks(
     cfg: DictConfig, data: ImageDataModule, records: RunRecords, run_dir: Path
 ) -> list[Callback]:
@@ -44,16 +74,8 @@ def build_callbacks(
     measure = Measure(
         epochs=settings["epochs"],
         examples=settings["examples"],
-        second_attack=settings["second_attack"],
         inputs=settings["inputs"],
-        memory_mib=settings["memory_mib"],
-        precision=settings["precision"],
-        eigenpairs=build(cfg, "measure.eigenpairs"),
-        measurements={
-            name: build(cfg, f"measure.measurements.{name}")
-            for name, chosen in cfg.measure.measurements.items()
-            if chosen is not None
-        },
+        plan=measurement_plan(cfg),
         records=records,
     )
     posterior = RecordPosterior(records, interpolation=settings["interpolation"])
