@@ -17,6 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 import robustdyn
 from robustdyn.commands.replicas import main as replicate
+from robustdyn.commands.report import main as report
 from robustdyn.run.config import check, config_dir
 from robustdyn.studies import names
 from tests.runs import TINY, command, compose, invoke
@@ -83,7 +84,13 @@ def given(run):
     }
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks("python", page)])
+def pages_with_python():
+    slow = ("docs/tutorials/measure_your_model.md", "docs/tutorials/your_own_loop.md")
+    marks = {page: [pytest.mark.slow] for page in slow}
+    return [pytest.param(page, marks=marks.get(page, ())) for page in PAGES if blocks("python", page)]
+
+
+@pytest.mark.parametrize("page", pages_with_python())
 def test_snippets_run_and_print_what_the_page_says(page, given, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for code, output in re.findall(r"```python\n(.*?)```(?:\s+```text\n(.*?)```)?", PAGES[page], re.DOTALL):
@@ -91,6 +98,9 @@ def test_snippets_run_and_print_what_the_page_says(page, given, monkeypatch, tmp
         with contextlib.redirect_stdout(printed):
             exec(compile(code, page, "exec"), given)
         assert printed.getvalue() == output or not output
+    for line in console_lines(page):
+        if line.startswith("robustdyn-report ") and Path(line.split()[1]).is_dir():
+            assert report(line.split()[1:]) == 0
 
 
 def test_the_stationary_variance_of_the_curvature_page(given):
