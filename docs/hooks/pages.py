@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 ROOT = Path(__file__).parents[2]
 SOURCE, CONF = ROOT / "src" / "robustdyn", ROOT / "conf"
 DOCSTRING_ONLY = """::: {}
@@ -13,6 +15,12 @@ DOCSTRING_ONLY = """::: {}
       show_root_heading: false
       show_root_toc_entry: false
 """
+IN_TABLE = re.compile(r"<autoref[^>]*>default</autoref>\(&#39;([\w/]+)&#39;, &#39;([\w.]+)&#39;\)")
+SIGNATURE = re.compile(r'<div class="[^"]*doc-signature[^"]*">.*?</div>', re.DOTALL)
+IN_SIGNATURE = re.compile(
+    r'<span class="n">default</span><span class="p">\(</span><span class="s2">"([\w/]+)"</span>'
+    r'<span class="p">,</span> <span class="s2">"([\w.]+)"</span><span class="p">\)(,?)</span>'
+)
 LINK = re.compile(r"\]\(([a-z][^):#]*)\)")
 FENCED = re.compile(r"(?ms)(^ *```.*?^ *```$)")
 EXPERIMENT = re.compile(r"(?<!\]\()(?<![\[/`\w])(`?)experiments/([a-z0-9_]+)(?:/README\.md)?/?\1(?![\w/`])")
@@ -42,6 +50,17 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     parts = FENCED.split(markdown)
     parts[::2] = [EXPERIMENT.sub(lambda found: _link(found, up), text) for text in parts[::2]]
     return "".join(parts)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Defaults that are read from ``conf/``, in tables of parameters and in signatures, as their values."""
+    html = IN_TABLE.sub(lambda found: str(_default(found[1], found[2])), html)
+    return SIGNATURE.sub(
+        lambda found: IN_SIGNATURE.sub(
+            lambda call: f'{_default(call[1], call[2])}<span class="p">{call[3]}</span>', found[0]
+        ),
+        html,
+    )
 
 
 def public_names() -> dict[str, dict[str, str]]:
@@ -106,6 +125,13 @@ def configuration_page() -> str:
         chosen = defaults.get(group)
         page += [_yaml_file(path, opened=path.stem == chosen) for path in sorted(folder.glob("*.yaml"))]
     return "\n".join(page)
+
+
+def _default(option: str, key: str) -> Any:
+    value = yaml.safe_load((CONF / f"{option}.yaml").read_text())
+    for name in key.split("."):
+        value = value[name]
+    return repr(value)
 
 
 def _yaml_file(path: Path, *, opened: bool) -> str:
