@@ -30,7 +30,7 @@ from robustdyn.methods import OptimizerState, optimizer_state
 from robustdyn.records import RunRecords, read_table, summarise
 from robustdyn.records.progress import RunStatus
 from robustdyn.records.run_directory import RunDirectory
-from robustdyn.records.schema import EPOCHS, TEST_ROBUST_LOSS, TRAIN_ROBUST_LOSS
+from robustdyn.records.schema import EPOCHS, ROBUST_LOSS_GAP, TEST_ROBUST_LOSS, TRAIN_ROBUST_LOSS
 from robustdyn.theory.trajectory import Interpolation
 
 
@@ -208,7 +208,7 @@ class Recorder:
                 "call step(optimizer) after every step, and end_epoch(epoch) at the end of every epoch"
             )
         if {TRAIN_ROBUST_LOSS, TEST_ROBUST_LOSS} <= set(metrics):
-            metrics.setdefault("robust_loss_gap", metrics[TEST_ROBUST_LOSS] - metrics[TRAIN_ROBUST_LOSS])
+            metrics.setdefault(ROBUST_LOSS_GAP, metrics[TEST_ROBUST_LOSS] - metrics[TRAIN_ROBUST_LOSS])
         now = time.perf_counter()
         for number in range(self._epochs, epoch + 1):
             self._ended_at += steps // missing

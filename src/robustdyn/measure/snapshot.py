@@ -169,10 +169,15 @@ class Snapshot:
 
     @property
     def noise_factor(self) -> float:
-        """What C₁ is multiplied with to give the covariance of a mini-batch gradient; NaN without B."""
+        """What an unbiased C₁ is multiplied with to give the covariance of a mini-batch gradient.
+
+        NaN without B. A sample of the training set estimates without bias the covariance with denominator
+        n − 1 (Cochran, Sampling Techniques, 1977, chapter 2), and the factor is for the one with n.
+        """
         if self.batch_size is None:
             return math.nan
-        return minibatch_noise_factor(self.train_examples, self.batch_size, replacement=False)
+        n = self.train_examples
+        return minibatch_noise_factor(n, self.batch_size, replacement=False) * (n - 1) / n
 
     def generator(self, stream: str) -> torch.Generator:
         """Random stream of one estimator, a function of (seed, stream, epoch)."""
