@@ -54,9 +54,9 @@ format: $(READY) ## Correct format and style
 types: $(READY) ## Check types
 	@$(BIN)/mypy
 
-docs: $(READY) ## Build the documentation into site/
+docs: $(READY) ## Build the documentation into site/; a warning is an error
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
-	@$(BIN)/mkdocs build --strict
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(READY) ## Run the benchmarks; results land in experiments/benchmarks/results/
 	@for script in $(filter-out %/common.py %/curvature_problem.py %/study_loops.py %/gpu_correctness.py %/gpu_passes.py %/measurement_versions.py,$(wildcard experiments/benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script; done

@@ -168,7 +168,7 @@ def test_the_experiment_is_the_papers_protocol():
 
 def commands(program: str) -> list[list[str]]:
     """Arguments of every such command of the README's blocks, lines that end in a backslash joined."""
-    blocks = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
     lines = "".join(blocks).replace("\\\n", "").splitlines()
     words = [shlex.split(line, comments=True) for line in lines]
     return [line[line.index(program) + 1 :] for line in words if program in line]
