@@ -3,13 +3,40 @@ import logging
 import pytest
 import torch
 
-from robustdyn.report import style
+from robustdyn.report import page, style
+from tests.compositions import keep_compositions
+from tests.runs import PIXEL
 
 # Tiny networks gain nothing from threads, and lose much when another process wants the same cores.
 torch.set_num_threads(1)
 
-# Cutting TrueType fonts down to the glyphs in use takes a third of a report's time, and no test reads them.
-style._RC["pdf.fonttype"] = 3
+# Composing takes a third of the time of a run as short as those here.
+keep_compositions()
+
+SAVE = style.save
+
+
+def save_unrendered(figure, stem):
+    """Stand in for ``style.save``: rendering takes most of a report's time, and few tests read the files."""
+    files = [stem.with_suffix(".png"), stem.with_suffix(".pdf")]
+    for file in files:
+        file.write_bytes(PIXEL)
+    return files
+
+
+style.save = save_unrendered
+
+
+@pytest.fixture
+def without_figures(monkeypatch):
+    """Reports draw no figures."""
+    monkeypatch.setattr(page, "FIGURES", ())
+
+
+@pytest.fixture
+def rendered(monkeypatch):
+    """Figures are rendered, as the program does it."""
+    monkeypatch.setattr(style, "save", SAVE)
 
 
 @pytest.fixture(autouse=True)

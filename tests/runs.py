@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import hydra
+import torch
 from hydra._internal.hydra import Hydra
 from omegaconf import DictConfig
 
@@ -12,6 +13,11 @@ from robustdyn.records.schema import TIMING
 from robustdyn.run.config import config_dir
 
 GET_MODE = Hydra.get_mode
+
+PIXEL = bytes.fromhex(  # the smallest PNG: one grey pixel
+    "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b55"
+    "0000000a49444154789c63600000000200015e2d12c30000000049454e44ae426082"
+)
 
 TINY = (
     "data=digits",
@@ -30,6 +36,14 @@ TINY = (
     "measure.measurements.alignment.randomisations=5",
     "name=tiny",
 )
+
+
+def tiny_but(*keys: str) -> tuple[str, ...]:
+    """The overrides of ``TINY`` without those that start with ``keys``."""
+    return tuple(override for override in TINY if not override.startswith(keys))
+
+
+UNMEASURED = (*tiny_but("measure."), "measure=none", "report=false")
 
 
 def compose(*overrides: str) -> DictConfig:
@@ -64,3 +78,9 @@ def rows(run_dir: Path, table: str) -> list[dict]:
     lines = (run_dir / "records" / f"{table}.jsonl").read_text().splitlines()
     timed = TIMING.names[2:]
     return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    """The network's weights in the last checkpoint, under its own names."""
+    state = torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    return {name.removeprefix("model."): v for name, v in state.items() if name.startswith("model.")}

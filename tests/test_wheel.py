@@ -58,7 +58,7 @@ def test_help_lists_groups_and_settings(site, tmp_path):
     ended = run(site, tmp_path, "robustdyn.commands.train", "--help")
     assert ended.returncode == 0
     for part in (
-        "data: cifar10, cifar100, digits, svhn",
+        "data: cifar10, cifar100, dataset, digits, image_folder, npz, svhn",
         "eps_255: 51",
         "robustdyn-report",
         "hydra.run.dir=DIR",

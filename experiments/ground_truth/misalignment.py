@@ -33,7 +33,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from misalignment_problems import FAMILIES, NetworkSettings, Problem, digits_network, quadratic
-from misalignment_tables import ANY, TERMS, Tables, compare
+from misalignment_tables import TERMS, Tables, compare
 
 from robustdyn.report import style
 from robustdyn.run.environment import processor
@@ -44,23 +44,39 @@ FEWEST = 5  # replicas for each direction; fewer, and a bootstrap resample may b
 
 
 def findings(tables: Tables) -> list[str]:
-    """Sentences with the numbers, a list item each."""
-    lines = []
+    """How often the closed form is right, and how far what the commuting form leaves out is 2 TC."""
+    right, missed = [], []
     for problem, terms in tables.terms.groupby("problem", sort=False):
         variances = tables.variances[tables.variances["problem"] == problem]
         pairs = tables.pairs[tables.pairs["problem"] == problem]
-        ratio = np.exp(np.log(variances["measured"] / variances["predicted"]).mean())
-        lines.append(
-            f"{problem}: geometric mean of measured / predicted variance {ratio:.3f}; the closed form is "
-            f"within the 95 % interval of {inside(variances)} variances, {inside(pairs)} correlations and "
-            f"{inside(turned(terms), 'change_')} changes of terms (all angles share random numbers)."
+        changes = inside(terms[terms["angle_deg"] != 0], "change_")
+        right.append(
+            f"of {inside(variances)} variances, {inside(pairs)} correlations and {changes} changes of terms "
+            f"in the {problem} problem"
         )
-        lines += [
-            family_line(str(problem), str(name), rows) for name, rows in terms.groupby("family", sort=False)
-        ]
-        lines.append(commuting_line(str(problem), terms))
-        lines.append(reference_line(str(problem), tables.references))
-    return lines
+        wide = terms.pivot_table(
+            index=["family", "angle_deg"], columns="term", values=["measured", "predicted"]
+        )
+        left_out = wide["measured"]["log_determinant"] - wide["measured"]["log_variance"]
+        twice = wide["predicted"]["twice_total_correlation"]
+        missed.append(
+            f"{(left_out - twice).abs().max():.3f} nats in the {problem} problem, where 2 TC goes up to "
+            f"{twice.max():.2f}"
+        )
+    return [
+        f"The closed form lies within the 95 % interval {', and '.join(right)}.",
+        "What the commuting form leaves out, measured −ln det Σ less measured −Σ ln σ², differs from the "
+        f"closed form's 2 TC by at most {', and by at most '.join(missed)}.",
+    ]
+
+
+def findings_page(question: str, tables: Tables) -> str:
+    """The question, the answer in two sentences, the tables and the figure."""
+    listed = (f"`{name}.csv`, {len(getattr(tables, name))} rows" for name in Tables.__annotations__)
+    return (
+        "\n\n".join([question, " ".join(findings(tables)), *listed, "![misalignment](misalignment.png)"])
+        + "\n"
+    )
 
 
 def inside(rows: pd.DataFrame, prefix: str = "") -> str:
@@ -70,52 +86,6 @@ def inside(rows: pd.DataFrame, prefix: str = "") -> str:
     slack = 1e-9
     within = (rows[f"{prefix}low"] - slack <= expected) & (expected <= rows[f"{prefix}high"] + slack)
     return f"{int(within.sum())} of {len(rows)}"
-
-
-def turned(terms: pd.DataFrame) -> pd.DataFrame:
-    return terms[terms["angle_deg"] != 0]
-
-
-def family_line(problem: str, family: str, rows: pd.DataFrame) -> str:
-    """Change of every term at the angle where −ln det Σ is furthest from its start."""
-    moved = rows[rows["term"] == "log_determinant"].set_index("angle_deg")["predicted_change"]
-    angle = float(moved.index[np.abs(moved.to_numpy()).argmax()])
-    at = rows[rows["angle_deg"] == angle].set_index("term")
-    start = rows[rows["angle_deg"] == 0].set_index("term")["predicted"]
-    parts = []
-    for name, shown in TERMS.items():
-        row = at.loc[name]
-        scale, unit = (100 / start[name], " %") if name == "curvature" else (1.0, "")
-        parts.append(
-            f"{shown} {scale * row['predicted_change']:+.3g}{unit}, "
-            f"measured {scale * row['measured_change']:+.3g} "
-            f"[{scale * row['change_low']:+.3g}, {scale * row['change_high']:+.3g}]"
-        )
-    return f"{problem}, {family}, φ = {angle:g}° against 0° (nats): {'; '.join(parts)}."
-
-
-def commuting_line(problem: str, terms: pd.DataFrame) -> str:
-    """Is what the commuting approximation misses 2 TC?"""
-    wide = terms.pivot_table(index=["family", "angle_deg"], columns="term", values=["measured", "predicted"])
-    missed = wide["measured"]["log_determinant"] - wide["measured"]["log_variance"]
-    error = missed - wide["predicted"]["twice_total_correlation"]
-    return (
-        f"{problem}: measured −ln det Σ less measured −Σ ln σ², what the commuting form leaves out, differs "
-        f"from the closed form's 2 TC by at most {error.abs().max():.3f} nats (root mean square "
-        f"{np.sqrt((error**2).mean()):.3f}); 2 TC goes up to "
-        f"{wide['predicted']['twice_total_correlation'].max():.2f}."
-    )
-
-
-def reference_line(problem: str, table: pd.DataFrame) -> str:
-    own = table[table["problem"] == problem]
-    parts = [
-        f"{row['noise']}: −ln det Σ {row['log_determinant']:.2f}, 2 TC {row['twice_total_correlation']:.3f}"
-        for _, row in own.dropna().iterrows()
-    ]
-    limit = own.loc[own["noise"] == ANY, "twice_total_correlation"].item()
-    parts.append(f"2 TC of any noise at most {limit:.1f}")
-    return f"{problem}, closed form for other orientations: {'; '.join(parts)}."
 
 
 # ---------------------------------------------------------------------- the figure
@@ -251,10 +221,8 @@ def write(args: argparse.Namespace, tables: Tables, labels: dict[str, str], fact
     for name in Tables.__annotations__:
         getattr(tables, name).to_csv(args.output / f"{name}.csv", index=False, float_format="%.6g")
     style.save(draw(tables.terms, tables.curves, labels), args.output / "misalignment")
-    lines = findings(tables)
-    (args.output / "findings.md").write_text(
-        "\n".join([question, "", *(f"- {line}" for line in lines)]) + "\n", encoding="utf-8"
-    )
+    page = findings_page(question, tables)
+    (args.output / "findings.md").write_text(page, encoding="utf-8")
     settings = {name: value for name, value in vars(args).items() if name != "output"}
     record = {
         "question": question,
@@ -267,7 +235,7 @@ def write(args: argparse.Namespace, tables: Tables, labels: dict[str, str], fact
     (args.output / "settings.json").write_text(
         json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
     )
-    print("\n".join(lines))
+    print(page)
     print(f"written to {args.output}")
 
 

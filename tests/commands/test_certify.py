@@ -13,14 +13,10 @@ from robustdyn.commands.certify import _difference, main
 from robustdyn.commands.replicas import main as replicas
 from robustdyn.replicas import read_ensemble
 from robustdyn.run.config import build
-from tests.runs import TINY, command, compose, invoke
+from tests.runs import command, compose, invoke, tiny_but
 
 ARGUMENTS = (
-    *(
-        o
-        for o in TINY
-        if not o.startswith(("measure.", "schedule.", "trainer.max_epochs", "data.train_size"))
-    ),
+    *tiny_but("measure.", "schedule.", "trainer.max_epochs", "data.train_size"),
     "trainer.max_epochs=2",
     "measure=none",
     "report=false",

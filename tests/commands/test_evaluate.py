@@ -1,7 +1,6 @@
 import json
 import os
 import shutil
-import sys
 
 import pytest
 import torch
@@ -10,21 +9,15 @@ from omegaconf import OmegaConf
 from robustdyn.commands.evaluate import main
 from robustdyn.run.config import config_dir
 from tests.data.official import write_cifar10
-from tests.runs import TINY, command, rows
+from tests.runs import command, invoke, rows, tiny_but
 
 SHORT = ("trainer.max_epochs=2", "measure=none", "report=false", "schedule=constant")
-TRAINED = [o for o in TINY if not o.startswith(("measure.", "schedule.", "trainer.max_epochs"))]
+TRAINED = tiny_but("measure.", "schedule.", "trainer.max_epochs")
 QUICK = ("evaluation=quick", "evaluation.attacks.pgd20.steps=2", "device=cpu")
 
 
 def evaluate(monkeypatch, *arguments):
-    """Run ``robustdyn-evaluate`` in this process and return its exit status."""
-    monkeypatch.setattr(sys, "argv", ["robustdyn-evaluate", *map(str, arguments)])
-    try:
-        main()
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
+    return invoke(main, monkeypatch, *arguments)
 
 
 def accuracies(directory):

@@ -17,9 +17,9 @@ from robustdyn.measure import Measure
 from robustdyn.methods import AdversarialTraining
 from robustdyn.records.files import sole_process
 from robustdyn.run.config import build
-from tests.runs import TINY, command, compose, rows
+from tests.runs import TINY, UNMEASURED, command, compose, rows, tiny_but
 
-RUN = (*TINY, "report=false")
+MEASURED = (*TINY, "report=false")
 
 
 def last_line(capsys):
@@ -34,7 +34,7 @@ def test_a_loss_that_is_no_number_stops_the_run(method, tmp_path, monkeypatch, c
         loss = step(self, batch, batch_idx)
         return loss * torch.nan if self.global_step == 4 else loss
 
-    run = (*RUN, f"method={method}", f"hydra.run.dir={tmp_path}")
+    run = (*UNMEASURED, f"method={method}", f"hydra.run.dir={tmp_path}")
     monkeypatch.setattr(AdversarialTraining, "training_step", training_step)
     assert command(monkeypatch, *run) == 1
     message = last_line(capsys)
@@ -43,7 +43,7 @@ def test_a_loss_that_is_no_number_stops_the_run(method, tmp_path, monkeypatch, c
 
     snapshot = torch.load(tmp_path / "nonfinite" / "step_4.pt", weights_only=True)
     assert (snapshot["step"], snapshot["epoch"]) == (4, 1)
-    cfg = compose(*RUN, f"method={method}")
+    cfg = compose(*UNMEASURED, f"method={method}")
     data = build(cfg, "data")
     data.prepare_data()
     data.setup("fit")
@@ -74,7 +74,7 @@ def test_out_of_memory_says_what_to_lower(where, owner, name, remedy, tmp_path, 
         raise OUT
 
     monkeypatch.setattr(owner, name, full)
-    assert command(monkeypatch, *RUN, f"hydra.run.dir={tmp_path}") == 1
+    assert command(monkeypatch, *MEASURED, f"hydra.run.dir={tmp_path}") == 1
     message = last_line(capsys)
     assert message.startswith(
         f"error: out of memory in the {where}: CUDA out of memory. Tried to allocate 2.00"
@@ -84,7 +84,7 @@ def test_out_of_memory_says_what_to_lower(where, owner, name, remedy, tmp_path, 
 
 
 def test_the_log_is_one_object_a_line(tmp_path, monkeypatch):
-    assert command(monkeypatch, *RUN, f"hydra.run.dir={tmp_path}") == 0
+    assert command(monkeypatch, *UNMEASURED, f"hydra.run.dir={tmp_path}") == 0
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert all({"time", "level", "logger", "message"} <= line.keys() for line in lines)
     assert lines[0]["message"] == "training starts"
@@ -101,7 +101,7 @@ def test_an_unexpected_error_is_in_the_log_with_its_traceback(tmp_path, monkeypa
 
     monkeypatch.setattr(AdversarialTraining, "training_step", broken)
     with pytest.raises(ZeroDivisionError):
-        command(monkeypatch, *RUN, f"hydra.run.dir={tmp_path}")
+        command(monkeypatch, *UNMEASURED, f"hydra.run.dir={tmp_path}")
     *_, last = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert last["level"] == "ERROR"
     assert "that was zero" in last["traceback"]
@@ -110,7 +110,7 @@ def test_an_unexpected_error_is_in_the_log_with_its_traceback(tmp_path, monkeypa
 
 def test_a_full_disk_under_the_records_is_one_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "records").write_text("a file where the folder should be")
-    assert command(monkeypatch, *RUN, f"hydra.run.dir={tmp_path}") == 1
+    assert command(monkeypatch, *UNMEASURED, f"hydra.run.dir={tmp_path}") == 1
     message = last_line(capsys)
     assert message.startswith("error: ")
     assert "records" in message
@@ -119,7 +119,7 @@ def test_a_full_disk_under_the_records_is_one_line(tmp_path, monkeypatch, capsys
 
 def test_a_run_directory_that_cannot_be_made_is_one_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
-    assert command(monkeypatch, *RUN, f"hydra.run.dir={tmp_path}/file/run") == 1
+    assert command(monkeypatch, *UNMEASURED, f"hydra.run.dir={tmp_path}/file/run") == 1
     line = last_line(capsys)
     assert line.startswith(f"error: {tmp_path}/file/run: cannot write (")
     assert str(tmp_path / "file") in line
@@ -136,7 +136,7 @@ def test_a_run_directory_that_is_removed_meanwhile_is_one_line(tmp_path, monkeyp
         return step(self, batch, batch_idx)
 
     monkeypatch.setattr(AdversarialTraining, "training_step", training_step)
-    assert command(monkeypatch, *RUN, f"hydra.run.dir={run_dir}") == 1
+    assert command(monkeypatch, *UNMEASURED, f"hydra.run.dir={run_dir}") == 1
     assert "was removed while the run was going on" in last_line(capsys)
 
 
@@ -146,7 +146,8 @@ def test_what_a_killed_process_was_writing_does_not_stay(tmp_path, monkeypatch):
     for path in left:
         path.parent.mkdir(exist_ok=True)
         path.touch()
-    assert command(monkeypatch, *RUN, "seed=-1", f"hydra.run.dir={tmp_path}") == 1  # before anything is read
+    # before anything is read
+    assert command(monkeypatch, *UNMEASURED, "seed=-1", f"hydra.run.dir={tmp_path}") == 1
     assert not any(path.exists() for path in left)
 
 
@@ -160,13 +161,19 @@ def test_a_notebook_s_backend_that_is_not_here_does_not_matter(backend):
 @pytest.mark.parametrize("typed", ["hydra/launcher=parallel", "hydra.launcher.n_jobs=2", "hydra.sweep.dir=x"])
 def test_what_is_of_sweeps_is_refused_for_a_run(typed, tmp_path, monkeypatch, capsys):
     also = ["hydra/launcher=parallel"] if typed == "hydra.launcher.n_jobs=2" else []
-    assert command(monkeypatch, *RUN, typed, *also, f"hydra.run.dir={tmp_path / 'run'}") == 1
+    assert command(monkeypatch, *UNMEASURED, typed, *also, f"hydra.run.dir={tmp_path / 'run'}") == 1
     assert f"error: {typed.partition('=')[0]} takes effect with -m only" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
-LONG = [o for o in RUN if not o.startswith(("trainer.max_epochs", "measure.", "schedule."))]
-LONG += ["measure=none", "trainer.max_epochs=2000", "data.test_size=10", "attack.steps=1"]
+LONG = (
+    *tiny_but("trainer.max_epochs", "measure.", "schedule."),
+    "measure=none",
+    "report=false",
+    "trainer.max_epochs=2000",
+    "data.test_size=10",
+    "attack.steps=1",
+)
 
 
 def started(*arguments, **streams):
@@ -191,9 +198,9 @@ def state(run_dir):
 @pytest.mark.parametrize("sweep", [False, True], ids=["run", "sweep"])
 def test_a_directory_takes_one_process_at_a_time(sweep, tmp_path, monkeypatch, capsys):
     arguments = (
-        ["-m", *RUN, "seed=0,1", f"hydra.sweep.dir={tmp_path}"]
+        ["-m", *UNMEASURED, "seed=0,1", f"hydra.sweep.dir={tmp_path}"]
         if sweep
-        else [*RUN, f"hydra.run.dir={tmp_path}"]
+        else [*UNMEASURED, f"hydra.run.dir={tmp_path}"]
     )
     with sole_process(tmp_path, "unused"):
         before = sorted(tmp_path.iterdir())
@@ -219,8 +226,7 @@ def test_a_lock_goes_with_its_process_however_it_ends(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "sweep",
-    [pytest.param(False, id="run"), pytest.param(True, id="serial sweep", marks=pytest.mark.slow)],
+    "sweep", [pytest.param(False, id="run"), pytest.param(True, id="serial sweep", marks=pytest.mark.slow)]
 )
 def test_sigterm_interrupts_as_ctrl_c_does(sweep, tmp_path):
     where = ["-m", "seed=0,1", f"hydra.sweep.dir={tmp_path}", "hydra.sweep.subdir='${hydra.job.num}'"]
@@ -236,7 +242,7 @@ def test_sigterm_interrupts_as_ctrl_c_does(sweep, tmp_path):
 
 
 def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path):
-    process = started(*RUN, f"hydra.run.dir={tmp_path}", stdout=subprocess.PIPE)
+    process = started(*UNMEASURED, f"hydra.run.dir={tmp_path}", stdout=subprocess.PIPE)
     process.stdout.close()
     process.stderr.close()
     assert process.wait(timeout=120) == 0
@@ -245,7 +251,7 @@ def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path):
 
 def test_a_terminal_that_lacks_characters_does_not_end_the_run(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
-    process = started(*RUN, "name='\u00fcn\u00ef \u2192'", f"hydra.run.dir={tmp_path}")
+    process = started(*UNMEASURED, "name='\u00fcn\u00ef \u2192'", f"hydra.run.dir={tmp_path}")
     _, said = process.communicate(timeout=120)
     assert process.returncode == 0
     assert b"\\xfcn\\xef \\u2192 seed=0" in said
@@ -277,7 +283,7 @@ def test_a_diverged_network_that_is_measured_is_one_line(weight, tmp_path, monke
         measure(self, trainer, module)
 
     monkeypatch.setattr(Measure, "on_train_epoch_end", diverged)
-    assert command(monkeypatch, *RUN, f"hydra.run.dir={tmp_path}") == 1
+    assert command(monkeypatch, *MEASURED, f"hydra.run.dir={tmp_path}") == 1
     message = last_line(capsys)
     assert message.startswith("error: the network cannot be measured after epoch 0: ")
     assert "a lower optimizer.lr may help" in message
@@ -285,7 +291,7 @@ def test_a_diverged_network_that_is_measured_is_one_line(weight, tmp_path, monke
 
 def test_an_image_alone_in_the_last_batch_is_refused_before_training(tmp_path, monkeypatch, capsys):
     small = ("data.train_size=33", "data.batch_size=32", "model.blocks=[1,1,1,1]", "model.strides=[1,2,2,2]")
-    assert command(monkeypatch, *RUN, *small, f"hydra.run.dir={tmp_path}") == 1
+    assert command(monkeypatch, *UNMEASURED, *small, f"hydra.run.dir={tmp_path}") == 1
     assert last_line(capsys).startswith(
         "error: data.batch_size=32 leaves one of 33 training images for the last"
     )

@@ -9,7 +9,7 @@ from robustdyn.methods import AdversarialTraining
 from robustdyn.run.combinations import check_combinations
 from robustdyn.run.config import build, check, config_dir
 from robustdyn.run.parts import build_module
-from tests.runs import TINY, command, compose, rows
+from tests.runs import command, compose, rows, tiny_but
 
 
 def options(group):
@@ -139,7 +139,7 @@ def test_an_experiment_can_choose_a_preset(experiment):
 
 
 QUICK = (
-    *(o for o in TINY if not o.startswith(("schedule.", "trainer.max_epochs", "measure.epochs"))),
+    *tiny_but("schedule.", "trainer.max_epochs", "measure.epochs"),
     "attack.steps=1",
     "data.test_size=20",
     "trainer.max_epochs=2",
@@ -151,10 +151,7 @@ QUICK = (
 @pytest.mark.slow  # two runs each
 @pytest.mark.parametrize(
     ("sweep", "expected"),
-    [
-        (("method=wci_lr", "schedule.threshold=1,2"), 2),
-        (("method=at,awp", "seed=0,1"), 4),
-    ],
+    [(("method=wci_lr", "schedule.threshold=1,2"), 2), (("method=at,awp", "seed=0,1"), 4)],
 )
 def test_sweeps(sweep, expected, tmp_path, monkeypatch):
     assert command(monkeypatch, *QUICK, "-m", *sweep, f"hydra.sweep.dir={tmp_path}") == 0

@@ -5,19 +5,15 @@ from operator import itemgetter
 
 import pytest
 
-from tests.runs import TINY, command
+from tests.runs import UNMEASURED, command
 
-UNMEASURED = (
-    *(o for o in TINY if not o.startswith("measure.")),
-    "model.blocks=[1]",
-    "model.strides=[2]",
-)
+SMALL = ("model.blocks=[1]", "model.strides=[2]")
 
 
 def profiled(monkeypatch, run_dir, profiler, *overrides):
     """The files of a run, by name."""
-    arguments = (f"profiler={profiler}", "measure=none", f"hydra.run.dir={run_dir}", "report=false")
-    assert command(monkeypatch, *UNMEASURED, *arguments, *overrides) == 0
+    arguments = (f"profiler={profiler}", f"hydra.run.dir={run_dir}")
+    assert command(monkeypatch, *UNMEASURED, *SMALL, *arguments, *overrides) == 0
     return {path.name: path.read_text() for path in (run_dir / "profile").iterdir()}
 
 

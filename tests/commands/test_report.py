@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shutil
 import sys
 from contextlib import suppress
 
@@ -13,18 +14,18 @@ from robustdyn.report import page as analysis
 from tests.records.synthetic import write_run
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    """Make reports without figures, which have their own tests."""
-    monkeypatch.setattr(analysis, "FIGURES", ())
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    path = tmp_path_factory.mktemp("written") / "run"
+    return write_run(path, epochs=25, measured=(18, 24), trainer__max_epochs=25)
 
 
 @pytest.fixture
-def run(tmp_path):
-    return write_run(tmp_path / "run", epochs=25, measured=(18, 24), trainer__max_epochs=25)
+def run(written, tmp_path):
+    return shutil.copytree(written, tmp_path / "run")
 
 
-def test_one_path_gets_its_report_inside(quick, run, capsys):
+def test_one_path_gets_its_report_inside(without_figures, run, capsys):
     assert main([str(run)]) == 0
     *numbers, last = capsys.readouterr().out.splitlines()
     assert last == f"report: {run / 'report' / 'index.html'}"
@@ -32,7 +33,7 @@ def test_one_path_gets_its_report_inside(quick, run, capsys):
     assert [line.partition(":")[0] for line in numbers] == ["test robust loss", "robust loss gap", "WCI"]
 
 
-def test_several_paths_report_here(quick, run, tmp_path, monkeypatch, capsys):
+def test_several_paths_report_here(without_figures, run, tmp_path, monkeypatch, capsys):
     other = write_run(tmp_path / "other", seed=1, epochs=25, measured=(), trainer__max_epochs=25)
     monkeypatch.chdir(tmp_path)
     assert main([str(run), str(other)]) == 0
@@ -40,7 +41,7 @@ def test_several_paths_report_here(quick, run, tmp_path, monkeypatch, capsys):
     assert "mean of 2 seeds" in capsys.readouterr().out
 
 
-def test_output_goes_where_it_is_told(quick, run, tmp_path):
+def test_output_goes_where_it_is_told(without_figures, run, tmp_path):
     assert main([str(run), "--output", str(tmp_path / "elsewhere")]) == 0
     assert (tmp_path / "elsewhere" / "index.html").is_file()
     assert not (run / "report").exists()
@@ -85,12 +86,12 @@ def test_a_sweep_s_file_that_is_none_is_one_line(run, capsys, content, message):
 
 
 @pytest.mark.parametrize("hydra", ["5", "{sweeper: 5, overrides: 3}", "{sweeper: [], overrides: {task: 1}}"])
-def test_a_sweep_s_file_without_a_plan_is_passed_over(quick, run, hydra):
+def test_a_sweep_s_file_without_a_plan_is_passed_over(without_figures, run, hydra):
     (run.parent / "multirun.yaml").write_text(f"hydra: {hydra}\n")
     assert main([str(run.parent)]) == 0
 
 
-def test_nothing_of_this_machine_stands_on_the_page(quick, run, monkeypatch):
+def test_nothing_of_this_machine_stands_on_the_page(without_figures, run, monkeypatch):
     monkeypatch.setenv("SECRET_TOKEN", "a secret of this machine")
     config = run / ".hydra" / "config.yaml"
     config.write_text(OmegaConf.to_yaml(OmegaConf.load(config)) + "leak: ${oc.env:SECRET_TOKEN}\n")
@@ -118,7 +119,7 @@ def test_help_shows_examples_and_outputs(capsys):
     assert stop.value.code == 2
 
 
-def test_settings_that_follow_from_others_are_shown_resolved(quick, run, tmp_path):
+def test_settings_that_follow_from_others_are_shown_resolved(without_figures, run, tmp_path):
     other = write_run(tmp_path / "b", seed=1, epochs=25, measured=(), trainer__max_epochs=25)
     for path in (run, other):
         settings = json.loads((path / ".hydra/config.yaml").read_text())
@@ -131,7 +132,7 @@ def test_settings_that_follow_from_others_are_shown_resolved(quick, run, tmp_pat
 
 
 @pytest.mark.parametrize("change", [{"test_robust_loss": 1e308, "train_robust_loss": 1e308}, {"lr": 0.0}])
-def test_a_figure_that_cannot_be_drawn_costs_no_report(run, tmp_path, monkeypatch, change):
+def test_a_figure_that_cannot_be_drawn_costs_no_report(rendered, run, tmp_path, monkeypatch, change):
     drawn = ("robust_loss", "learning_rate")
     monkeypatch.setattr(analysis, "FIGURES", [spec for spec in analysis.FIGURES if spec.name in drawn])
     path = run / "records" / "epochs.jsonl"
@@ -143,7 +144,7 @@ def test_a_figure_that_cannot_be_drawn_costs_no_report(run, tmp_path, monkeypatc
     json.loads(data, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
 
-def test_a_reader_that_has_gone_ends_nothing(quick, run, monkeypatch):
+def test_a_reader_that_has_gone_ends_nothing(without_figures, run, monkeypatch):
     reading, writing = os.pipe()
     os.close(reading)
     stream = os.fdopen(writing, "w")

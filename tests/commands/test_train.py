@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from robustdyn.commands.posterior import main as posterior_command
-from tests.runs import TINY, command, rows
+from tests.runs import TINY, UNMEASURED, command, rows, tiny_but, weights
 
 
 def run(monkeypatch, run_dir, *overrides):
@@ -20,11 +20,6 @@ def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as monkeypatch:
         assert command(monkeypatch, *TINY, f"hydra.run.dir={run_dir}", "data.validation_size=40") == 0
     return run_dir
-
-
-def weights(run_dir, name="last"):
-    checkpoint = torch.load(run_dir / "checkpoints" / f"{name}.ckpt", weights_only=True)
-    return {k: v for k, v in checkpoint["state_dict"].items() if k.startswith("model.")}
 
 
 def test_leaves_the_unit_of_truth_behind(finished):
@@ -86,15 +81,8 @@ def test_the_posterior_can_be_computed_again(finished, tmp_path, capsys):
 
 
 def test_measuring_moves_nothing(finished, tmp_path, monkeypatch):
-    unmeasured = [o for o in TINY if not o.startswith("measure.")]
-    arguments = [
-        *unmeasured,
-        "measure=none",
-        "data.validation_size=40",
-        f"hydra.run.dir={tmp_path}",
-        "report=false",
-    ]
-    assert command(monkeypatch, *arguments) == 0
+    arguments = ("data.validation_size=40", f"hydra.run.dir={tmp_path}")
+    assert command(monkeypatch, *UNMEASURED, *arguments) == 0
     assert rows(tmp_path, "epochs") == rows(finished, "epochs")
     assert all(torch.equal(value, weights(finished)[name]) for name, value in weights(tmp_path).items())
 
@@ -117,26 +105,17 @@ def test_goes_on_where_it_stopped(finished, tmp_path, monkeypatch):
 
 def test_seeds_differ_and_zero_is_one(tmp_path, monkeypatch):
     for name, seed in (("a", 0), ("b", 0), ("c", 1), ("d", 2**32), ("e", 2**63 - 1)):
-        arguments = (f"seed={seed}", "trainer.max_epochs=1", "measure.epochs=[]")
-        assert run(monkeypatch, tmp_path / name, *arguments) == 0
+        arguments = (f"seed={seed}", "trainer.max_epochs=1", f"hydra.run.dir={tmp_path / name}")
+        assert command(monkeypatch, *UNMEASURED, *arguments) == 0
     a, b, *others = (rows(tmp_path / name, "epochs") for name in "abcde")
     assert a == b
     assert all(one != other for one, other in itertools.combinations([a, *others], 2))
 
 
 def test_a_sweep_ends_in_one_report(tmp_path, monkeypatch, capsys):
-    arguments = (
-        *TINY,
-        "-m",
-        "seed=0,1",
-        f"hydra.sweep.dir={tmp_path}",
-        "trainer.max_epochs=1",
-        "measure.epochs=0",
-    )
-    assert (
-        command(monkeypatch, *(a for a in arguments if not a.startswith("schedule.")), "schedule=constant")
-        == 0
-    )
+    short = tiny_but("trainer.max_epochs", "schedule.", "measure.")
+    arguments = ("-m", "seed=0,1", "trainer.max_epochs=1", "measure=none", f"hydra.sweep.dir={tmp_path}")
+    assert command(monkeypatch, *short, *arguments) == 0
     page = (tmp_path / "report" / "index.html").read_text()
     assert "seed=0" in page
     assert "seed=1" in page
@@ -151,7 +130,8 @@ MISTAKES = [
     ("measure.epochs=often", "measure.epochs=often cannot be read; use 'every N'"),
     ("data=cifar11", "Available options in 'data'"),
     ("attack.eps_255=[", "cannot read the override attack.eps_255=["),
-    ("optimizer._target_=torch.optim.SGDD", "optimizer: Error loading 'torch.optim.SGDD'"),
+    ("optimizer._target_=torch.optim.SGDD", "did you mean torch.optim.SGD?"),
+    ("optimizer._target_=mypackage.SGD", "there is no module mypackage on Python's path or in"),
     (
         "stopping=early",
         "stopping=early watches held-out training images, but data.validation_size=0; choose a size",
@@ -172,7 +152,7 @@ def test_a_mistake_is_one_clear_line(override, message, tmp_path, monkeypatch, c
 
 
 def test_missing_files_are_named_and_the_way_out_too(tmp_path, monkeypatch, capsys):
-    overrides = [o for o in TINY if not o.startswith("data")]
+    overrides = tiny_but("data")
     arguments = ("data=cifar10", f"data.root={tmp_path / 'nothing'}", "data.download=false", "report=false")
     assert command(monkeypatch, *overrides, *arguments, f"hydra.run.dir={tmp_path / 'run'}") == 1
     error = capsys.readouterr().err

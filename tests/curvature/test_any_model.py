@@ -145,10 +145,7 @@ PROBLEMS: dict[str, tuple[Callable[..., EmpiricalRisk], str]] = {  # and the ope
         "",
     ),
     "tied weights": (lambda **s: risk_on(tied(), **s), ""),
-    "flattened by view": (
-        lambda **s: risk_on(viewing(), *CASES["conv"].problem()[1:], **s),
-        "",
-    ),
+    "flattened by view": (lambda **s: risk_on(viewing(), *CASES["conv"].problem()[1:], **s), ""),
 }
 
 

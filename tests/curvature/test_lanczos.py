@@ -39,13 +39,7 @@ SPECTRA = {name: values.double() for name, values in SPECTRA.items()}
 def test_prescribed_spectra(spectrum, max_basis, which):
     operator, k = with_spectrum(SPECTRA[spectrum]), 6
     result = lanczos(
-        operator,
-        k,
-        which=which,
-        tol=1e-9,
-        max_products=2000,
-        generator=generator(),
-        max_basis=max_basis,
+        operator, k, which=which, tol=1e-9, max_products=2000, generator=generator(), max_basis=max_basis
     )
     wanted = leading(SPECTRA[spectrum], k, which)
     # By the residual bound |λ − θ| ≤ residual ≤ 1e-9 · 30; signs of ±equal magnitudes may swap places.

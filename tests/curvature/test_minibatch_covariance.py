@@ -1,12 +1,9 @@
 import copy
 import itertools
-import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -410,75 +407,3 @@ def test_a_risk_over_other_examples():
     assert risk.over(inputs, targets).value() == whole.value()
     with pytest.raises(ValueError, match="must agree in their first dimension"):
         risk.over(inputs[4:], targets[5:])
-
-
-# ---------------------------------------------------------------------- several processes
-
-_SHARES = (slice(0, 14), slice(14, 24))  # three batches of four and two over; two and two over
-
-
-def _on_rank(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    model, inputs, targets = problem("preact", 24)
-    own, group = _SHARES[rank], dist.group.WORLD
-    model.bn.running_mean += rank  # not used with batch statistics, so not compared
-    operator = covariance(model, inputs[own], targets[own], 4, "train", group=group)
-    results = _everything(operator)
-    refusals = []
-    for change in ("examples", "statistics", "weights"):
-        examples = inputs[own][: 3 if change == "examples" and rank == 1 else 14]
-        batchnorm = "train" if change == "weights" else "eval"
-        if change == "weights" and rank == 1:
-            model.linear.bias.data += 1.0
-        try:
-            covariance(model, examples, targets[own][: len(examples)], 4, batchnorm, group=group)
-        except ValueError as error:
-            refusals.append(str(error))
-    torch.save({"results": results, "refusals": refusals}, folder / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
-def _everything(operator: MinibatchCovariance) -> dict[str, Tensor]:
-    directions = random(operator.shape[0], 2)
-    top, projected, trace = operator.eigenpairs(4), operator.variances(directions), operator.trace()
-    return {
-        "counts": torch.tensor([operator.batches, operator.examples]),
-        "product": operator @ directions,
-        "mean": operator.mean,
-        "gram": operator.gram(),
-        "eigenvalues": top.eigenvalues,
-        "projectors": torch.einsum("ik,jk->kij", top.eigenvectors, top.eigenvectors),
-        "residuals": top.residuals,
-        "trace": torch.tensor([trace.estimate, trace.standard_error], dtype=torch.float64),
-        "variances": projected.covariance,
-        "errors": projected.standard_errors,
-        "projections": projected.projections,
-    }
-
-
-def test_two_processes_are_one(tmp_path):
-    context = torch.multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_on_rank, args=(rank, tmp_path), daemon=True) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    deadline = time.monotonic() + 120.0
-    for worker in workers:
-        worker.join(max(0.0, deadline - time.monotonic()))
-    for worker in workers:
-        if worker.is_alive():
-            worker.kill()
-    assert [worker.exitcode for worker in workers] == [0, 0]
-
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    model, inputs, targets = problem("preact", 24)
-    used = torch.cat([torch.arange(24)[share][: len(range(24)[share]) // 4 * 4] for share in _SHARES])
-    one = _everything(covariance(model, inputs[used], targets[used], 4, "train"))
-    for name, expected in one.items():
-        assert torch.equal(ranks[0]["results"][name], ranks[1]["results"][name])
-        assert_close(ranks[0]["results"][name], expected, **EXACT64)
-    for rank in ranks:
-        few, statistics, weights = rank["refusals"]
-        assert few == "rank 1: batch_size must be between 1 and the 3 examples here, not 4"
-        assert "different weights" in statistics
-        assert "different weights" in weights

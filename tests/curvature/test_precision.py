@@ -268,10 +268,7 @@ def test_the_guard_touches_no_flag_on_a_cpu(precision, allowed):
 
 @pytest.mark.usefixtures("_settings")
 @pytest.mark.parametrize("wanted", [True, False])
-@pytest.mark.parametrize(
-    "before",
-    ["highest", "high", "medium"],
-)
+@pytest.mark.parametrize("before", ["highest", "high", "medium"])
 def test_tf32_is_put_back(before, wanted):
     """The guard matters on a GPU, for which Lightning recommends "medium"."""
     torch.set_float32_matmul_precision(before)

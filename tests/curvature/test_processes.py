@@ -13,12 +13,14 @@ from torch.testing import assert_close
 from robustdyn.curvature import shard
 from tests.curvature import workers
 from tests.curvature.reference import random
-from tests.curvature.workers import PROCESSES, SPREADS, Results
+from tests.curvature.test_minibatch_covariance import covariance
+from tests.curvature.test_minibatch_covariance import problem as examples
+from tests.curvature.workers import MINIBATCHES, PROCESSES, SPREADS, Results
 from tests.processes import run_processes
 from tests.tolerances import EXACT64
 
 ROOT = Path(__file__).parents[2]
-LIMIT = 60  # seconds for both processes; they need ten
+LIMIT = 120  # seconds for both processes; they need fifteen
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +140,20 @@ def test_an_obstacle_on_one_rank_is_everybodys(everybody, name, obstacle):
     for found in (first, second):
         assert obstacle in found[f"{name}, demanded"]
         assert found[f"{name}, demanded"].startswith("ValueError: method='gauss_newton' is not exact here")
+
+
+def test_minibatches_of_both_ranks_are_those_of_one_process(everybody):
+    first, second = (found["minibatches"] for found in everybody)
+    model, inputs, targets = examples("preact", 24)
+    used = torch.cat([torch.arange(24)[own][: len(range(24)[own]) // 4 * 4] for own in MINIBATCHES])
+    one = workers.of_minibatches(covariance(model, inputs[used], targets[used], 4, "train"))
+    for name, expected in one.items():
+        assert torch.equal(first[name], second[name])
+        assert_close(first[name], expected, **EXACT64)
+    for few, statistics, weights in (first["refusals"], second["refusals"]):
+        assert few == "ValueError: rank 1: batch_size must be between 1 and the 3 examples here, not 4"
+        assert "different weights" in statistics
+        assert "different weights" in weights
 
 
 # ---------------------------------------------------------------------- shards

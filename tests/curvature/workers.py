@@ -33,8 +33,11 @@ from robustdyn.curvature import (
     spectral_density,
     xtrace,
 )
+from robustdyn.curvature.minibatch_covariance import MinibatchCovariance
 from tests.cases import CASES
 from tests.curvature.reference import generator, random
+from tests.curvature.test_minibatch_covariance import covariance
+from tests.curvature.test_minibatch_covariance import problem as examples
 
 PROCESSES = 2
 PATIENCE = 20  # seconds that a process waits for the other one
@@ -298,6 +301,50 @@ def not_convex(logits: Tensor, targets: Tensor) -> Tensor:
     return 1 - logits.softmax(dim=1).gather(1, targets[:, None])[:, 0]
 
 
+# ---------------------------------------------------------------------- minibatches
+
+
+MINIBATCHES = (slice(0, 14), slice(14, 24))  # three batches of four and two over; two and two over
+
+
+def minibatches(group: dist.ProcessGroup) -> Results:
+    """The covariance of minibatches, each within a process, and what is refused on both."""
+    rank = dist.get_rank(group)
+    model, inputs, targets = examples("preact", 24)
+    own = MINIBATCHES[rank]
+    model.bn.running_mean += rank  # not used with batch statistics, so not compared
+    found = of_minibatches(covariance(model, inputs[own], targets[own], 4, "train", group=group))
+    refusals = []
+    for change in ("examples", "statistics", "weights"):
+        count = 3 if change == "examples" and rank == 1 else 14
+        batchnorm = "train" if change == "weights" else "eval"
+        if change == "weights" and rank == 1:
+            model.linear.bias.data += 1.0
+        few, labels = inputs[own][:count], targets[own][:count]
+        refusals.append(
+            outcome(lambda x=few, y=labels, b=batchnorm: covariance(model, x, y, 4, b, group=group))
+        )
+    return found | {"refusals": refusals}
+
+
+def of_minibatches(operator: MinibatchCovariance) -> Results:
+    directions = random(operator.shape[0], 2)
+    top, projected, trace = operator.eigenpairs(4), operator.variances(directions), operator.trace()
+    return {
+        "counts": torch.tensor([operator.batches, operator.examples]),
+        "product": operator @ directions,
+        "mean": operator.mean,
+        "gram": operator.gram(),
+        "eigenvalues": top.eigenvalues,
+        "projectors": torch.einsum("ik,jk->kij", top.eigenvectors, top.eigenvectors),
+        "residuals": top.residuals,
+        "trace": torch.tensor([trace.estimate, trace.standard_error], dtype=torch.float64),
+        "variances": projected.covariance,
+        "errors": projected.standard_errors,
+        "projections": projected.projections,
+    }
+
+
 def broken(group: dist.ProcessGroup) -> Results:
     """Use a class that the model does not have, on rank 1 only; the group may lose its connection."""
     spread, rank = SPREADS[0], dist.get_rank(group)
@@ -325,6 +372,7 @@ def main(rank: int, store: str, out: Path) -> None:
     found["communication"] = communication(group)
     found["refusals"] = refusals(group)
     found["obstacles"] = obstacles(group)
+    found["minibatches"] = minibatches(group)
     torch.save(found, out / f"{rank}.pt")
     found["broken"] = broken(group)
     torch.save(found, out / f"{rank}.pt")

@@ -44,6 +44,13 @@ def test_keys_are_the_parameters(name):
     assert set(load(name)) == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "own"), [("npz", {"path"}), ("image_folder", {"root"}), ("dataset", {"train", "test"})]
+)
+def test_keys_of_own_images_are_the_parameters(name, own):
+    assert set(load(name)) == {"_target_", *own, *parameters(ImageDataModule)}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_setting_is_instantiable(name, monkeypatch):
     monkeypatch.setenv("ROBUSTDYN_DATA", "somewhere")

@@ -288,11 +288,7 @@ def test_the_data_module_downloads_in_prepare_data_only_if_told_to(tmp_path, ser
 
 
 def test_official_sources():
-    items = [
-        CIFAR10_FILES.archive,
-        CIFAR100_FILES.archive,
-        *SVHN_FILES.files.values(),
-    ]
+    items = [CIFAR10_FILES.archive, CIFAR100_FILES.archive, *SVHN_FILES.files.values()]
     assert [item.name for item in items] == [
         "cifar-10-binary.tar.gz",
         "cifar-100-binary.tar.gz",

@@ -5,24 +5,13 @@ import pytest
 import torch
 
 from robustdyn.run.config import build
-from tests.runs import TINY, command, compose, rows
+from tests.runs import UNMEASURED, command, compose, rows, weights
 
-MIXED = (
-    *(override for override in TINY if not override.startswith("measure.")),
-    "measure=none",
-    "report=false",
-    "data.mixup=0.4",
-    "data.augment.cutout=3",
-)
+MIXED = (*UNMEASURED, "data.mixup=0.4", "data.augment.cutout=3")
 
 
 def run(monkeypatch, run_dir, *overrides):
     return command(monkeypatch, *MIXED, f"hydra.run.dir={run_dir}", *overrides)
-
-
-def weights(run_dir):
-    checkpoint = torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
-    return {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items() if "model." in k}
 
 
 def test_goes_on_where_it_stopped(tmp_path, monkeypatch):

@@ -199,10 +199,7 @@ TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "LOCAL_RANK": "0"}
         ({}, ()),
         ({"SLURM_STEP_NUM_TASKS": "1"}, ()),
         ({"SLURM_STEP_NUM_TASKS": "2"}, ("trainer=ddp_cpu",)),
-        (
-            TORCHRUN | {"WORLD_SIZE": "2"},
-            ("trainer=ddp_cpu",),
-        ),
+        (TORCHRUN | {"WORLD_SIZE": "2"}, ("trainer=ddp_cpu",)),
         ({"LOCAL_RANK": "0"}, ("trainer=ddp_cpu",)),
     ],
 )

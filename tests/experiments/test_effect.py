@@ -20,7 +20,7 @@ from robustdyn.evaluation import Ball
 from robustdyn.records import find_runs
 from robustdyn.run.config import build, check, config_dir
 from tests.records.synthetic import config, write_hydra
-from tests.runs import TINY, command, compose
+from tests.runs import command, compose, tiny_but
 from tests.tolerances import EXACT64
 
 EXPERIMENT = Path(__file__).parents[2] / "experiments" / "precision"
@@ -68,7 +68,7 @@ def test_agreement_of_known_gradients(script):
 
 # long enough, and a ball small enough, that some examples withstand the attack and some do not
 SETTINGS = (
-    *(text for text in TINY if not text.startswith(("measure.", "schedule.", "trainer.max_epochs"))),
+    *tiny_but("measure.", "schedule.", "trainer.max_epochs"),
     "data.eval_batch_size=25",
     "attack.eps_255=12.75",
     "trainer.max_epochs=12",

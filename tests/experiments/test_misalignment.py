@@ -82,7 +82,13 @@ def test_it_writes_what_it_promises(written):
     aligned = terms[terms["angle_deg"] == 0]
     assert (aligned[["predicted_change", "measured_change", "change_low", "change_high"]] == 0).all(axis=None)
     findings = (written / "findings.md").read_text(encoding="utf-8")
-    assert findings.count("\n- ") == 2 * 6
+    _, answer, *files = findings.strip().split("\n\n")
+    assert answer.startswith("The closed form lies within the 95 % interval of ")
+    assert answer.count(" problem") == 2 * 2  # two sentences, two problems
+    assert files == [
+        *(f"`{name}.csv`, {len(pd.read_csv(written / f'{name}.csv'))} rows" for name in tables),
+        "![misalignment](misalignment.png)",
+    ]
 
 
 def test_replicas_of_the_quadratic_problem_agree_with_the_closed_form(written):

@@ -3,13 +3,14 @@ import re
 import pytest
 from omegaconf import OmegaConf
 
-from robustdyn.commands import certify, evaluate, replicas, train
+from robustdyn.commands import certify, evaluate, measure, replicas, train
 from robustdyn.run.config import config_dir
 from tests.runs import invoke
 
 GROUPS = {
     "train": {"data", "method", "logger", "ensemble/settings"},
     "evaluate": {"attack", "ball", "data", "evaluation", "evaluation/attack", "model", "setting"},
+    "measure": {"attack", "ball", "data", "measure", "model", "size"},
     "replicas": set(),
     "certify": set(),
 }
@@ -17,7 +18,13 @@ GROUPS = {
 
 @pytest.mark.parametrize(
     ("name", "command"),
-    [("train", train), ("evaluate", evaluate), ("replicas", replicas), ("certify", certify)],
+    [
+        ("train", train),
+        ("evaluate", evaluate),
+        ("measure", measure),
+        ("replicas", replicas),
+        ("certify", certify),
+    ],
 )
 def test_help_lists_the_groups_in_use_and_every_comment_of_the_settings(name, command, monkeypatch, capsys):
     assert invoke(command.main, monkeypatch, "--help") == 0

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from robustdyn.launch.paths import anchor, load_run, quoted_paths
 from robustdyn.records.command_line import at
-from robustdyn.report import page as analysis
+from robustdyn.report.page import build_report
 from robustdyn.run.config import config_dir
 from tests.records.synthetic import write_hydra, write_run
 from tests.report.test_page import Page
@@ -84,8 +84,7 @@ def pasted(line, folder):
 
 
 @pytest.mark.parametrize("name", ["seed=0 (1) é", "it's ${x} `date` $HOME", "~", 'a"b;c&d|e,f=[0]'])
-def test_the_commands_of_a_page_run_when_they_are_pasted(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(analysis, "FIGURES", ())
+def test_the_commands_of_a_page_run_when_they_are_pasted(name, without_figures, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sweep = tmp_path / name
     run = write_run(sweep / "method=at,seed=0", epochs=2, measured=())
@@ -95,7 +94,7 @@ def test_the_commands_of_a_page_run_when_they_are_pasted(name, tmp_path, monkeyp
         json.dumps({"hydra": {"overrides": {"task": ["method=at", "seed=0,1"], "hydra": []}}})
     )
     (run / "status.json").write_text('{"state": "failed", "error": "x", "settings": {}}')
-    text = analysis.build_report([sweep.relative_to(tmp_path)], tmp_path / "report").html.read_text()
+    text = build_report([sweep.relative_to(tmp_path)], tmp_path / "report").html.read_text()
     codes = re.findall(r"<code>(robustdyn-train .*?)</code>", text, re.S)
     (tmp_path / "elsewhere").mkdir()
     commands = [Page(f"<p>{code}</p>").words for code in codes]

@@ -18,7 +18,7 @@ from tests.tolerances import MC_SIGMAS
 snapshot, dense = small.snapshot, small.dense  # fixtures
 PROBES = 24
 ROUNDING = 1e-12  # of eigenvalues of order one
-FACTOR = (N - B) / (B * (N - 1))
+FACTOR = (N - B) / (B * N)  # of an unbiased covariance (Cochran, Sampling Techniques, theorem 2.2)
 
 
 def measured(snapshot, **settings):

@@ -31,7 +31,7 @@ def snapshot():
     ).double()
     model(torch.randn(64, 1, 4, 4, dtype=torch.float64))  # running statistics that are not 0 and 1
     inputs, targets = torch.randn(EXAMPLES, 1, 4, 4, dtype=torch.float64), torch.randint(0, 3, (EXAMPLES,))
-    risk = EmpiricalRisk(model.eval(), inputs, targets, chunk_size=7)
+    risk = EmpiricalRisk(model.eval(), inputs, targets, chunk_size=7, memory=2**26)
     moved = inputs[:SECOND] + 0.1 * torch.randn(SECOND, 1, 4, 4, dtype=torch.float64)
     again = EmpiricalRisk(model, moved, targets[:SECOND], chunk_size=5)
     return Snapshot(
@@ -133,7 +133,7 @@ def test_values_along_them_are_those_of_the_second_attack(snapshot, spectrum, de
     attack = single * (1 - np.maximum((first * second).sum(axis=0) / np.sqrt(square * again), 0))
     np.testing.assert_allclose(column(rows, "attack_noise"), attack / B, rtol=VECTORS["rtol"])
     # of the examples' part, a mini-batch's share without replacement
-    truth = (single - attack) * (N - B) / (B * (N - 1)) + attack / B
+    truth = (single - attack) * (N - B) / (B * N) + attack / B
     np.testing.assert_allclose(column(rows, "gradient_noise"), truth, rtol=VECTORS["rtol"])
 
 
@@ -170,7 +170,7 @@ def test_values_along_eigenvectors_have_neither_bias_nor_wrong_errors(snapshot):
 
 
 def test_noise_eigenvalues(spectrum, dense):
-    covariance = torch.cov(dense[1].T, correction=1) * (N - B) / (B * (N - 1))
+    covariance = torch.cov(dense[1].T, correction=1) * (N - B) / (B * N)
     truth = torch.linalg.eigvalsh(covariance).flip(0)[:K]
     np.testing.assert_allclose(column(spectrum["spectrum"], "noise_eigenvalue"), truth, rtol=1e-8)
     assert (column(spectrum["spectrum"], "noise_residual") <= 2e-9 * float(truth[0])).all()

@@ -9,11 +9,11 @@ from robustdyn.measure import Measure, WeightCurvature
 from robustdyn.records import RunRecords, schema
 from robustdyn.run.config import build
 from robustdyn.run.parts import build_module, measurement_plan
-from tests.runs import TINY, command, compose, rows
+from tests.runs import command, compose, rows, tiny_but
 
 EPOCHS, START, THRESHOLD = 6, 2, 3.0
 WCI = (
-    *(o for o in TINY if not o.startswith(("schedule.", "measure.epochs", "trainer.max_epochs"))),
+    *tiny_but("schedule.", "measure.epochs", "trainer.max_epochs"),
     "method=wci_lr",
     f"trainer.max_epochs={EPOCHS}",
     f"schedule.start_epoch={START}",

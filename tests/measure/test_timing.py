@@ -14,6 +14,7 @@ from robustdyn.records import RunRecords
 from robustdyn.records.schema import TIMED, TIMING
 from robustdyn.run.config import build
 from robustdyn.run.parts import build_module
+from tests.methods.fits import SaveWithin
 from tests.runs import TINY, command, compose
 
 MEASURED = [0, 2]
@@ -152,17 +153,6 @@ def test_resumed_runs_have_one_row_per_epoch(clock, tmp_path, monkeypatch):
     assert found[:1] == first
     assert [row["epoch"] for row in found] == [0, 1, 2]
     assert [seconds_of(row) for row in found] == [taken()] * 3
-
-
-class SaveWithin(lightning.Callback):
-    """Saves a checkpoint after the second of three batches."""
-
-    def __init__(self, path):
-        self._path = path
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if trainer.global_step == 2:
-            trainer.save_checkpoint(self._path)
 
 
 def test_a_run_that_resumes_within_an_epoch_times_what_is_left_of_it(clock, tmp_path):

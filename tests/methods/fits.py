@@ -5,12 +5,23 @@ import torch
 
 from robustdyn.run.config import build
 from robustdyn.run.parts import build_module
-from tests.runs import TINY, compose
+from tests.runs import UNMEASURED, compose
 
 SMALLER = ("model.blocks=[1]", "model.strides=[2]")
 # wide enough for the channels-last layout
-UNMEASURED = (*(o for o in TINY if not o.startswith("measure.")), "model.width=8")
+WIDE = (*UNMEASURED, "model.width=8")
 EXACTLY = {"rtol": 0.0, "atol": 0.0}
+
+
+class SaveWithin(lightning.Callback):
+    """Saves a checkpoint after the second of three batches of the first epoch."""
+
+    def __init__(self, path):
+        self._path = path
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == 2:
+            trainer.save_checkpoint(self._path)
 
 
 def values(module):
@@ -19,7 +30,7 @@ def values(module):
 
 
 def prepared(*overrides):
-    cfg = compose(*UNMEASURED, *overrides)
+    cfg = compose(*WIDE, *overrides)
     lightning.seed_everything(cfg.seed, verbose=False)
     data = build(cfg, "data")
     data.prepare_data()

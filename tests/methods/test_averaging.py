@@ -11,12 +11,12 @@ from robustdyn.commands import train as train_module
 from robustdyn.methods import AdversarialTraining, EpochAveraging
 from robustdyn.methods.averaging import ExponentialAveraging
 from robustdyn.run.config import build
-from tests.runs import TINY, command, compose, rows
+from tests.runs import command, compose, rows, tiny_but
 from tests.tolerances import EXACT32
 
 EPOCHS, STEPS, DECAY = 4, 3, 0.8
 SHORT = (
-    *(o for o in TINY if not o.startswith(("schedule.", "measure.epochs", "trainer.max_epochs"))),
+    *tiny_but("schedule.", "measure.epochs", "trainer.max_epochs"),
     "schedule=wci",
     "schedule.start_epoch=2",
     "schedule.threshold=3",
@@ -223,7 +223,7 @@ def test_refuses_a_negative_start():
 
 PATIENCE = 2
 STOPPING = (
-    *(o for o in TINY if not o.startswith(("schedule.", "measure.epochs", "trainer.max_epochs"))),
+    *tiny_but("schedule.", "measure.epochs", "trainer.max_epochs"),
     "schedule=constant",
     "optimizer.lr=1e-12",  # nothing is learned: only BatchNorm's statistics settle
     "measure.epochs=[0]",

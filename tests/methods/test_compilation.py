@@ -7,7 +7,6 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import lightning
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,7 +16,7 @@ from torch.testing import assert_close
 
 from robustdyn.errors import ConfigError
 from robustdyn.methods import AdversarialTraining, Execution
-from tests.methods.fits import EXACTLY, SMALLER, deviation, fit, prepared, values
+from tests.methods.fits import EXACTLY, SMALLER, SaveWithin, deviation, fit, prepared, values
 from tests.processes import run_processes
 from tests.runs import TINY, command, compose, rows
 
@@ -116,17 +115,6 @@ def test_averages_of_compiled_runs(averaging, graphs):
     assert Counter(graphs) == PASSES  # the average is evaluated by the same code
     assert_close(values(found), values(expected), **EXACTLY)
     assert found.epoch_metrics() == expected.epoch_metrics()
-
-
-class SaveWithin(lightning.Callback):
-    """Saves a checkpoint after the second of three batches of the first epoch."""
-
-    def __init__(self, path):
-        self._path = path
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if trainer.global_step == 2:
-            trainer.save_checkpoint(self._path)
 
 
 @pytest.mark.slow  # compiles twice

@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from robustdyn.measure.watch import StopOnNonFinite
-from tests.methods.fits import SMALLER, UNMEASURED, fit
+from tests.methods.fits import SMALLER, WIDE, fit
 from tests.runs import command
 
 aten = torch.ops.aten
@@ -97,7 +97,7 @@ def test_the_host_never_waits_within_a_step_of_the_command(monkeypatch, tmp_path
     monkeypatch.setattr(StopOnNonFinite, "on_before_backward", lambda *_: None)
     notes, steps = watched(monkeypatch)
     arguments = ("measure=none", "trainer.max_epochs=1", "logger=csv", "report=false")
-    assert command(monkeypatch, *UNMEASURED, *SMALLER, *arguments, f"hydra.run.dir={tmp_path}") == 0
+    assert command(monkeypatch, *WIDE, *SMALLER, *arguments, f"hydra.run.dir={tmp_path}") == 0
     assert steps == [0, 1, 2]
     assert not notes, "\n".join(["", notes[0][0], *notes[0][1][-25:]])
 

@@ -16,7 +16,7 @@ from robustdyn.errors import ConfigError
 from robustdyn.methods import AWP, SAM, GlobalAWP
 from robustdyn.run.config import build
 from robustdyn.run.parts import build_module
-from tests.runs import TINY, compose
+from tests.runs import UNMEASURED, compose
 from tests.tolerances import EXACT32
 
 PERTURBATIONS = {
@@ -134,7 +134,6 @@ def test_an_overflow_perturbs_nothing(name, bad, scale):
 
 METHODS = ("at", "awp", "sam", "trades", "trades_awp")
 every_method = pytest.mark.parametrize("method", METHODS)
-UNMEASURED = tuple(o for o in TINY if not o.startswith("measure."))
 
 
 class Cached(MixedPrecision):

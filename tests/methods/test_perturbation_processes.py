@@ -24,7 +24,7 @@ from robustdyn.run.parts import build_module
 from tests.curvature.workers import counted
 from tests.methods.test_perturbations import PERTURBATIONS, buffers, problem, values
 from tests.processes import run_processes
-from tests.runs import TINY, compose
+from tests.runs import UNMEASURED, compose
 from tests.tolerances import EXACT32, EXACT64
 
 ROOT = Path(__file__).parents[2]
@@ -32,7 +32,6 @@ PROCESSES = 2
 LIMIT = 150  # seconds for both processes; they need twenty
 PATIENCE = 60  # seconds that a process waits for the other one
 EXACTLY = {"rtol": 0.0, "atol": 0.0}
-UNMEASURED = tuple(o for o in TINY if not o.startswith("measure."))
 
 
 def share(rank, *tensors):

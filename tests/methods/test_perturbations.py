@@ -26,7 +26,7 @@ from robustdyn.methods import (
     Regularizer,
 )
 from robustdyn.models.modes import frozen_statistics
-from tests.runs import TINY, command, rows
+from tests.runs import UNMEASURED, command, rows
 from tests.tolerances import EXACT32, EXACT64
 
 GAMMA, RHO = 0.3, 0.7  # large, so that nothing hides in a tolerance
@@ -419,23 +419,15 @@ def test_training_metrics_are_those_at_the_weights(name, tmp_path):
 
 # ---------------------------------------------------------------------- the command
 
-UNMEASURED = ("measure=none", "report=false", *(o for o in TINY if not o.startswith("measure.")))
-
 
 def train(monkeypatch, run_dir, *overrides):
     return command(monkeypatch, *UNMEASURED, f"hydra.run.dir={run_dir}", *overrides)
 
 
 def test_awp_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    settings = (
-        "method=awp",
-        "perturbation.warmup_epochs=1",
-        "trainer.max_epochs=2",
-        "schedule.milestones=[1]",
-    )
-    assert train(monkeypatch, tmp_path / "whole", *settings) == 0
-    assert train(monkeypatch, tmp_path / "halves", *settings, "trainer.max_epochs=1") == 0
-    assert train(monkeypatch, tmp_path / "halves", *settings) == 0
+    settings = ("method=awp", "perturbation.warmup_epochs=1", "schedule.milestones=[1]")
+    for folder, epochs in (("whole", 2), ("halves", 1), ("halves", 2)):
+        assert train(monkeypatch, tmp_path / folder, *settings, f"trainer.max_epochs={epochs}") == 0
     for table in ("epochs", "rates"):
         assert rows(tmp_path / "halves", table) == rows(tmp_path / "whole", table)
     whole, halves = (

@@ -11,7 +11,7 @@ from robustdyn.methods import AdversarialTraining, WCIRate
 from robustdyn.records import RunRecords
 from robustdyn.run.config import build
 from robustdyn.run.parts import build_module, measurement_plan
-from tests.runs import TINY, command, compose, rows
+from tests.runs import command, compose, rows, tiny_but
 
 
 def rule(**changes):
@@ -110,7 +110,7 @@ def test_refuses_settings_outside_their_range(setting, message):
 
 EPOCHS, START, THRESHOLD = 6, 2, 3.0
 WCI = (
-    *(o for o in TINY if not o.startswith(("schedule.", "measure.epochs", "trainer.max_epochs"))),
+    *tiny_but("schedule.", "measure.epochs", "trainer.max_epochs"),
     "method=wci_lr",
     f"trainer.max_epochs={EPOCHS}",
     f"schedule.start_epoch={START}",

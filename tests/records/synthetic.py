@@ -31,11 +31,7 @@ def config(method="at", seed=0, **changed):
         "objective": {"_target_": "robustdyn.methods.AdversarialCrossEntropy", "label_smoothing": 0.0},
         "perturbation": {},
         "optimizer": {"_target_": "torch.optim.SGD", "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4},
-        "schedule": {
-            "_target_": "robustdyn.methods.Piecewise",
-            "milestones": list(DECAYS),
-            "factor": 0.1,
-        },
+        "schedule": {"_target_": "robustdyn.methods.Piecewise", "milestones": list(DECAYS), "factor": 0.1},
         "measure": {"epochs": "every 5", "examples": 256},
         "trainer": {
             "_target_": "lightning.Trainer",
@@ -123,6 +119,7 @@ def measure_curvature(records, rng, stamp, growth):
         "seconds": 0.4,
     }
     records.append("wci", stamp | wci)
+    rows = []
     for layer, norm, trace, term in zip(LAYERS, norms, traces, terms, strict=True):
         row = {
             "layer": layer,
@@ -133,7 +130,8 @@ def measure_curvature(records, rng, stamp, growth):
             "wci_term": term,
             "optimal_variance": np.sqrt(norm / trace),
         }
-        records.append("layers", stamp | row)
+        rows.append(stamp | row)
+    records.extend("layers", rows)
 
 
 def measure_spectrum(records, rng, stamp, growth, directions):
@@ -145,7 +143,7 @@ def measure_spectrum(records, rng, stamp, growth, directions):
     variance = (
         eta * noise * (1 + mu) / (values * (1 - mu) * np.where(stable, 2 * (1 + mu) - eta * values, np.nan))
     )
-    curvature, log_variance = values * variance, -np.log(variance)
+    curvature, log_variance, rows = values * variance, -np.log(variance), []
     for j in i:
         row = {
             "index": j,
@@ -163,7 +161,8 @@ def measure_spectrum(records, rng, stamp, growth, directions):
             "curvature_term": curvature[j],
             "log_variance_term": log_variance[j],
         }
-        records.append("spectrum", stamp | row)
+        rows.append(stamp | row)
+    records.extend("spectrum", rows)
     sums = {
         "train_examples": 1280,
         "batch_size": 128,

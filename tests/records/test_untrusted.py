@@ -6,9 +6,11 @@ import time
 import pytest
 from omegaconf import OmegaConf
 
+from robustdyn.errors import RecordError
 from robustdyn.records import find_runs
-from robustdyn.records.untrusted import DATA_ROOT, PURE_RESOLVERS, read_yaml, untrusted_config
+from robustdyn.records.untrusted import DATA_ROOT, PURE_RESOLVERS, read_config, read_yaml, untrusted_config
 from robustdyn.run.config import config_dir, register_resolvers
+from tests.runs import compose
 
 BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40))
 
@@ -104,6 +106,21 @@ def test_what_follows_from_the_configuration_itself_is_resolved():
     assert OmegaConf.to_container(config, resolve=True) == {
         "a": {"b": [4, 8]}, "c": 8, "d": 8 / 255, "e": 7, "f": "$5 {}"
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("typed", [f"scale={path.stem}" for path in (config_dir() / "scale").glob("*.yaml")])
+def test_a_run_of_every_scale_can_be_read_back(typed, tmp_path):
+    register_resolvers()
+    cfg = compose("data=svhn", "data.root=here", typed)
+    OmegaConf.save(cfg, tmp_path / "config.yaml")
+    read = OmegaConf.to_container(read_config(tmp_path / "config.yaml", "restore it").data, resolve=True)
+    assert read == OmegaConf.to_container(cfg.data, resolve=True)
+
+
+def test_a_key_computed_by_a_class_that_is_itself_computed_is_refused(tmp_path):
+    (tmp_path / "config.yaml").write_text("a: ${oc.select:b.${data._target_}}\ndata: {_target_: '${c}'}\n")
+    with pytest.raises(RecordError, match="a key is computed by an interpolation"):
+        read_config(tmp_path / "config.yaml", "restore it")
 
 
 def test_where_the_data_lie_is_all_that_a_command_may_ask(monkeypatch):

@@ -6,14 +6,7 @@ from torch.optim import SGD, Adam
 
 from robustdyn.methods import AWP, SAM
 from robustdyn.methods.objectives.objective import StepLoss
-from robustdyn.replicas import (
-    AdamUpdate,
-    Directions,
-    Ensemble,
-    MomentumUpdate,
-    Recorded,
-    Sampling,
-)
+from robustdyn.replicas import AdamUpdate, Directions, Ensemble, MomentumUpdate, Recorded, Sampling
 from robustdyn.theory import MeasuredDrift, MeasuredSpectrum, propagate, propagate_coupled
 from tests.replicas.problems import (
     EXAMPLES,

@@ -6,7 +6,7 @@ import torch
 from numpy.testing import assert_allclose
 
 from robustdyn.replicas import StackedNetwork
-from robustdyn.replicas.gibbs import GibbsSampling, WeightPosterior, gibbs_errors, zero_one_error
+from robustdyn.replicas.gibbs import AttackedNetworks, GibbsSampling, WeightPosterior
 from robustdyn.streams import generator
 from tests.replicas.problems import EXAMPLES, attack, images, network
 from tests.tolerances import MC_SIGMAS
@@ -48,13 +48,9 @@ def test_weights_of_a_network_do_not_depend_on_the_others():
 
 
 def gibbs(model, law, chunk, **changes):
-    stacked = StackedNetwork(model, "vmapped")
-    inputs, targets = images()
-    how = {"attack": attack(), "chunk": chunk, "seed": 1, "stream": "gibbs"} | changes
+    networks = AttackedNetworks(StackedNetwork(model, "vmapped"), changes.get("attack", attack()), seed=1)
     sampling = GibbsSampling(networks=5, examples=4)
-    return gibbs_errors(
-        stacked, stacked.statistics(1), law, inputs, targets, how.pop("attack"), sampling, **how
-    )
+    return networks.gibbs_errors(law, *images(), sampling, chunk=chunk, stream="gibbs")
 
 
 def noisy(model):
@@ -87,17 +83,8 @@ def test_the_error_of_one_network_on_all_examples():
     model = network()
     inputs, targets = images()
     stacked = StackedNetwork(model, "vmapped")
-    got = zero_one_error(
-        stacked,
-        stacked.statistics(1),
-        stacked.theta(),
-        inputs,
-        targets,
-        attack(),
-        batch_size=4,
-        seed=1,
-        stream="fixed",
-    )
+    networks = AttackedNetworks(stacked, attack(), seed=1)
+    got = networks.error(stacked.theta(), inputs, targets, batch_size=4, stream="fixed")
     draws = generator(1, "fixed")
     wrong = 0
     for part, labels in zip(inputs.split(4), targets.split(4), strict=True):
@@ -137,16 +124,7 @@ def test_settings_that_cannot_be_are_refused():
         GibbsSampling(networks=0, examples=4)
     with pytest.raises(ValueError, match="attack must have batchnorm=eval, got train"):
         gibbs(model, noisy(model), 2, attack=attack(batchnorm="train"))
-    stacked = StackedNetwork(model, "looped")
+    networks = AttackedNetworks(StackedNetwork(model, "looped"), attack(), seed=0)
+    many = GibbsSampling(networks=1, examples=11)
     with pytest.raises(ValueError, match=f"examples must be at most {EXAMPLES}, got 11"):
-        gibbs_errors(
-            stacked,
-            stacked.statistics(1),
-            noisy(model),
-            *images(),
-            attack(),
-            GibbsSampling(networks=1, examples=11),
-            chunk=1,
-            seed=0,
-            stream="gibbs",
-        )
+        networks.gibbs_errors(noisy(model), *images(), many, chunk=1, stream="gibbs")

@@ -7,7 +7,6 @@ from torch.func import functional_call, hessian, jacrev
 from torch.nn import functional as F
 
 from robustdyn import streams
-from robustdyn.curvature import EmpiricalRisk, Hessian, gradient_projections
 from robustdyn.methods import AWP, TRADES
 from robustdyn.replicas import MeasuredPoint, PointSettings, StackedNetwork, measure_point
 from robustdyn.replicas.ensemble import batch_gradients
@@ -112,14 +111,16 @@ def test_values_along_eigenvectors_do_not_come_from_the_examples_these_come_from
     ratios, own = [], []
     for seed in range(12):
         found = measure(replace(problem, seed=seed), model=model, random_directions=0)
-        u = found.directions.positions
+        u = found.directions.positions.T.reshape(-1, 3, 72)
 
         def along(generator, u=u):
-            """uᵀHu and the variance over examples along u, of one attack."""
-            start = problem.attack.start(problem.images, generator)
-            risk = EmpiricalRisk(model, start, problem.targets)
-            gradients = gradient_projections(risk, u).numpy()
-            return np.stack([(u * (Hessian(risk) @ u)).sum(dim=0).numpy(), gradients.var(axis=0)])
+            """uᵀHu and the variance over examples along u, of one attack, in closed form."""
+            x = problem.attack.start(problem.images, generator).flatten(1)
+            p = (x @ linear.weight.detach().T).softmax(dim=1)
+            moves = torch.einsum("nd,kcd->nkc", x, u)  # of the logits
+            gradients = (moves * (p - F.one_hot(problem.targets, 3))[:, None]).sum(dim=2)
+            mean, square = ((moves**power * p[:, None]).sum(dim=2) for power in (1, 2))
+            return np.stack([(square - mean**2).mean(dim=0), gradients.var(dim=0, correction=0)])
 
         truth = np.mean([along(torch.Generator().manual_seed(k)) for k in range(1000, 1100)], axis=0)
         ratios.append(np.stack([found.eigenvalues, np.diag(found.example_covariance)]) / truth)

@@ -3,7 +3,8 @@ import pytest
 
 from robustdyn.errors import RecordError
 from robustdyn.replicas.agreement import agreement
-from robustdyn.replicas.prediction import Law, predicted_laws, refreshed_with_error, seen_by_replicas
+from robustdyn.replicas.own_gradients import own_gradients
+from robustdyn.replicas.prediction import Law, predicted_laws, refreshed_with_error
 from robustdyn.theory import (
     MeasuredSpectrum,
     MomentumDynamics,
@@ -214,7 +215,7 @@ def test_replicas_that_see_other_slopes_and_noise_say_so():
     x, g = simulate(0.6 * ROTATED, 2 * noise() / BATCH, GRADIENT, RATES, WITH_PAIRS, replicas=400, seed=5)
     start = point(np.diag(LAM), noise(), GRADIENT, slopes=ROTATED)
     seen = recorded(start, x, WITH_PAIRS, RATES, gradient=g)
-    own = seen_by_replicas(seen)
+    own = own_gradients(seen)
     assert own.step.tolist() == [10, 60, 61, 70, 100]
     # 0.4 of J x is taken for noise, which is small beside the noise
     assert (np.abs(own.noise - 2) < 5 * own.noise_error).all()
@@ -224,13 +225,13 @@ def test_replicas_that_see_other_slopes_and_noise_say_so():
 
 
 def test_gradients_in_a_row_are_needed():
-    assert seen_by_replicas(ensemble()) is None  # no gradients recorded
+    assert own_gradients(ensemble()).empty  # no gradients recorded
     x, g = simulate(ROTATED, noise() / BATCH, GRADIENT, RATES, WITH_PAIRS, replicas=20, seed=5)
     start = point(np.diag(LAM), noise(), GRADIENT, slopes=ROTATED)
     shuffled = recorded(start, x, WITH_PAIRS, RATES, gradient=g, **{"sampling.replacement": False})
-    assert seen_by_replicas(shuffled) is None
+    assert own_gradients(shuffled).empty
     without = point(np.diag(LAM), noise(), GRADIENT)
-    assert seen_by_replicas(recorded(without, x, WITH_PAIRS, RATES, gradient=g)) is None
+    assert own_gradients(recorded(without, x, WITH_PAIRS, RATES, gradient=g)).empty
 
 
 def test_statistics_of_known_samples():

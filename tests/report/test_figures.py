@@ -158,6 +158,10 @@ def test_layers_are_rows_in_network_order(methods_frames):
         methods_frames["layers"].query("epoch == 39 and method == 'at'").groupby("layer")["wci_term"].mean()
     )
     np.testing.assert_allclose(filled[0].get_xdata(), last[list(LAYERS)])
+    layers = methods_frames["layers"]
+    late = draw("layer_terms", methods_frames, layers=layers[layers["epoch"] >= DECAYS[0]])
+    # of lines with data: nothing was measured before a decay
+    assert {line.get_fillstyle() for line in late.axes[0].lines if len(line.get_xdata())} == {"full"}
 
 
 def test_alignment_is_drawn_when_measured(one_frames):
@@ -303,7 +307,7 @@ def test_missing_tables_are_said(tmp_path):
     assert "test_robust_loss" in SPECS["robust_loss"].missing(frames)
 
 
-def test_files_are_valid_and_reproducible_and_settings_untouched(tmp_path, one_frames, caplog):
+def test_files_are_valid_and_reproducible_and_settings_untouched(rendered, tmp_path, one_frames, caplog):
     caplog.set_level("INFO")  # as Hydra sets it
     before = dict(mpl.rcParams)
     (tmp_path / "again").mkdir()

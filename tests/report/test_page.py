@@ -6,7 +6,9 @@ import pytest
 
 from robustdyn.errors import RecordError
 from robustdyn.records import find_runs, read_table
+from robustdyn.report import style
 from robustdyn.report.page import build_report
+from tests.conftest import SAVE
 from tests.records.synthetic import write_hydra, write_run
 
 
@@ -40,7 +42,9 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def report(methods, tmp_path_factory):
-    return build_report([methods], tmp_path_factory.mktemp("report") / "new" / "folder")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(style, "save", SAVE)  # all figures are rendered
+        return build_report([methods], tmp_path_factory.mktemp("report") / "new" / "folder")
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +146,8 @@ def test_tables_are_the_records_with_settings(report, methods):
 def test_figures_lie_beside_the_page(report):
     assert len(report.figures) == 22
     assert all(path.is_file() and path.parent.name == "figures" for path in report.figures)
+    starts = {".png": b"\x89PNG", ".pdf": b"%PDF-"}
+    assert all(path.read_bytes().startswith(starts[path.suffix]) for path in report.figures)
 
 
 def test_the_report_of_another_time_is_replaced(tmp_path):

@@ -308,7 +308,7 @@ def test_times_are_on_the_page_where_they_are_recorded(tmp_path, text):
 
 def test_durations_are_read_at_a_glance():
     assert [duration(s) for s in (2.34, 45.2, 200, 3600 * 26 + 300)] == [
-        *("2.3 s", "45 s", "3 min 20 s", "26 h 5 min"),
+        *("2.3 s", "45 s", "3 min 20 s", "26 h 5 min")
     ]
 
 

@@ -8,10 +8,13 @@ from robustdyn.report.statistics import (
     decay_epochs,
     final_and_best,
     format_number,
-    headline,
     headlines,
 )
 from tests.records.synthetic import DECAYS, write_run, write_sweep
+
+
+def headline(runs):
+    return [str(line) for line in headlines(runs)]
 
 
 def rates(values):

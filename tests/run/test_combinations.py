@@ -8,7 +8,7 @@ from robustdyn.commands.posterior import main as posterior_command
 from robustdyn.errors import ConfigError
 from robustdyn.run.combinations import check_combinations
 from robustdyn.run.config import check
-from tests.runs import TINY, command, compose, rows
+from tests.runs import command, compose, rows, tiny_but
 
 TEN = "trainer.max_epochs=10"
 REFUSED = [
@@ -131,7 +131,7 @@ def test_is_refused_before_any_data_are_read(tmp_path, monkeypatch, capsys):
 
 
 QUICK = (
-    *(o for o in TINY if not o.startswith(("schedule.", "trainer.max_epochs", "measure.epochs"))),
+    *tiny_but("schedule.", "trainer.max_epochs", "measure.epochs"),
     "schedule=constant",
     "measure.epochs=[0]",
     "attack.steps=1",

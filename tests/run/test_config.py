@@ -1,18 +1,32 @@
 import re
+import sys
+from fractions import Fraction
 
 import pytest
 import torch
+from hydra._internal import config_loader_impl
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from omegaconf import OmegaConf
 
 from robustdyn.attacks import PGD
 from robustdyn.errors import ConfigError
 from robustdyn.run.combinations import check_combinations
 from robustdyn.run.config import RULES, build, check, config_dir
+from robustdyn.run.targets import allowed
+from tests.compositions import COMPOSE, CREATE
 from tests.runs import compose
+
+GIVEN = {
+    "npz": " data.path=x.npz",
+    "image_folder": " data.root=x",
+    "dataset": " data.train._target_=fractions.Fraction",
+}
+"""What an option does not have by itself."""
 
 
 def options(group):
-    return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
+    names = sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
+    return [name + GIVEN.get(name, "") if group == "data" else name for name in names]
 
 
 @pytest.mark.parametrize("experiment", options("experiment"))
@@ -44,9 +58,19 @@ def test_every_experiment_composes_and_passes_its_checks(experiment):
     ],
 )
 def test_every_option_composes_and_passes_its_checks(choice):
-    cfg = compose(choice)
+    cfg = compose(*choice.split())
     check(cfg)
     check_combinations(cfg)
+
+
+@pytest.mark.parametrize("overrides", [(), ("data=cifar10", "method=awp", "optimizer.lr=1", "~logger")])
+def test_tests_compose_as_hydra_does(overrides, monkeypatch):
+    """They keep what they composed before."""
+    for _ in range(2):
+        kept = OmegaConf.to_yaml(compose(*overrides))
+    monkeypatch.setattr(config_loader_impl, "create_defaults_list", CREATE)
+    monkeypatch.setattr(ConfigLoaderImpl, "_compose_config_from_defaults_list", COMPOSE)
+    assert OmegaConf.to_yaml(compose(*overrides)) == kept
 
 
 CHOICES = ((), ("method=trades_awp",), ("perturbation=sam",), ("schedule=wci",), ("stopping=early",))
@@ -123,6 +147,8 @@ def test_refuses_a_value_by_its_key(override, message):
         ("schedule=wci schedule.start_epoch=abc", "schedule.start_epoch=abc must be a whole number"),
         ("schedule=wci schedule.threshold=0", "schedule.threshold must be positive, got 0"),
         ("schedule=wci schedule.quantity=rate", "schedule.quantity must be wci or hessian_trace, got rate"),
+        ("data=npz", "data.path is not given; give data.path=..."),
+        ("data=dataset", "data.train._target_ is not given; give data.train._target_=..."),
         ("schedule=wci schedule.monotone=null", "schedule.monotone=None must be true or false"),
         ("averaging=ema averaging.decay=1", "averaging.decay must lie in [0, 1), got 1"),
         ("execution.channels_last=maybe", "execution.channels_last=maybe must be true or false"),
@@ -149,44 +175,149 @@ def test_a_constructor_that_refuses_is_named_by_its_key():
         build(compose("schedule.milestones=[5,3]"), "schedule")
 
 
-def test_calls_nothing_outside_the_allowed_packages():
-    cfg = OmegaConf.create({"thing": {"_target_": "os.system", "command": "true"}})
-    with pytest.raises(ConfigError, match=r"thing._target_=os.system is not allowed"):
-        build(cfg, "thing")
-    nested = OmegaConf.create(
-        {"thing": {"_target_": "torch.nn.Identity", "inner": {"_target_": "os.getcwd"}}}
-    )
-    with pytest.raises(ConfigError, match=r"thing.inner._target_=os.getcwd is not allowed"):
-        build(nested, "thing")
+def test_a_typed_configuration_may_name_any_class_that_can_be_imported():
+    cfg = OmegaConf.create({"thing": {"_target_": "fractions.Fraction", "numerator": 3}})
+    assert build(cfg, "thing") == Fraction(3)
 
 
 @pytest.mark.parametrize(
-    "target",
+    ("target", "message"),
     [
-        "torch.os.system",
-        "torch.load",
-        "torch.utils.collect_env.run",
-        "robustdyn.models.checkpoints.torch.utils.collect_env.run",
-        "robustdyn.records.files.replace_file",
-        "lightning.Trainer",  # named in conf/, for another section
-        "${oc.select:other}",
+        ("nomodule.Net", "there is no module nomodule on Python's path or in "),
+        ("fractions.Fractoin", r"cannot be imported \(.*\); did you mean fractions.Fraction\?"),
+        ("Net", "must be a full name, such as mypackage.MyClass"),
+        ("own.Broken", r"cannot be imported \(.*x is not there.*\); correct the name or the module"),
     ],
 )
+def test_a_target_that_cannot_be_imported_is_one_line(target, message, tmp_path, monkeypatch):
+    (tmp_path / "own.py").write_text("raise ValueError('x is not there')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    with pytest.raises(ConfigError, match=f"^thing._target_={target}:? {message}") as refusal:
+        build(OmegaConf.create({"thing": {"_target_": target}}), "thing")
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_module_in_the_folder_of_the_command_is_found_and_hides_no_installed_one(tmp_path, monkeypatch):
+    (tmp_path / "besides.py").write_text("class Net:\n    pass")
+    (tmp_path / "fractions.py").write_text("raise ZeroDivisionError")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    assert type(build(OmegaConf.create({"m": {"_target_": "besides.Net"}}), "m")).__name__ == "Net"
+    assert sys.path[-1] == str(tmp_path)
+    assert build(OmegaConf.create({"m": {"_target_": "fractions.Fraction"}}), "m") == 0
+
+
+FOREIGN = (
+    "torch.os.system",
+    "torch.load",
+    "torch.utils.collect_env.run",
+    "robustdyn.models.checkpoints.torch.utils.collect_env.run",
+    "robustdyn.records.files.replace_file",
+    "lightning.Trainer",  # named in conf/, for another section
+    "${oc.select:other}",
+)
+
+
+@pytest.mark.parametrize("target", FOREIGN)
 def test_a_configuration_of_a_file_calls_what_conf_names_alone(target):
     cfg = OmegaConf.create({"model": {"_target_": target}, "other": "torch.load"})
     with pytest.raises(ConfigError, match=r"model._target_=.* is not allowed .*; allowed are .*PreActResNet"):
-        build(cfg, "model", from_file=True)
+        build(cfg, "model", allow=())
     nested = {"_target_": "robustdyn.models.PreActResNet", "width": [{"_target_": target}]}
     with pytest.raises(ConfigError, match=r"model.width\[0\]._target_=.* is not allowed"):
-        build(OmegaConf.create({"model": nested, "other": "torch.load"}), "model", from_file=True)
+        build(OmegaConf.create({"model": nested, "other": "torch.load"}), "model", allow=())
+
+
+@pytest.fixture
+def mypkg(tmp_path, monkeypatch):
+    """A package with a class, a function, and what it imports from elsewhere."""
+    (tmp_path / "mypkg").mkdir()
+    (tmp_path / "mypkg" / "__init__.py").write_text("import os\nfrom mypkg.nets import Net, net, loads\n")
+    (tmp_path / "mypkg" / "nets.py").write_text(
+        "from pickle import loads\nclass Net:\n    pass\ndef net():\n    return Net()\n"
+        "class Popen:\n    @classmethod\n    def made(cls):\n        return cls()\n"
+    )
+    (tmp_path / "mypkgs.py").write_text("raise ZeroDivisionError")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "mypkg"
+    for name in ("mypkg", "mypkg.nets"):
+        sys.modules.pop(name, None)
+
+
+def built(target, *allow):
+    return build(OmegaConf.create({"model": {"_target_": target}}), "model", allow=allow)
+
+
+@pytest.mark.parametrize(
+    ("target", "allow"),
+    [
+        ("mypkg.Net", "mypkg"),
+        ("mypkg.nets.Net", "mypkg"),
+        ("mypkg.nets.net", "mypkg"),
+        ("mypkg.nets.Net", "mypkg.nets"),
+        ("mypkg.Net", "mypkg.Net"),
+    ],
+)
+def test_a_package_that_is_allowed_by_name_may_be_named_by_a_file(mypkg, target, allow):
+    assert type(built(target, "another", allow)).__name__ == "Net"
+
+
+@pytest.mark.parametrize(
+    ("target", "allow"),
+    [
+        ("mypkgs.Net", "mypkg"),  # a longer name is another package
+        ("mypkg.Net", "mypkg.nets"),
+        ("mypkg.Net", "mypk"),
+        ("mypkg.os.system", "mypkg"),  # what a package imports is not its own
+        ("mypkg.loads", "mypkg"),
+        ("mypkg.nets.Popen.made", "mypkg"),  # an inherited method could be anything
+        ("mypkg.Net", "Net"),
+        *((target, "mypkg") for target in FOREIGN if "$" not in target),
+    ],
+)
+def test_what_was_not_allowed_is_neither_called_nor_imported(mypkg, target, allow):
+    with pytest.raises(ConfigError, match=f"^model._target_={target} is not allowed"):
+        built(target, allow)
+    assert "mypkgs" not in sys.modules
+
+
+def test_a_refusal_says_what_to_allow(mypkg):
+    with pytest.raises(ConfigError, match=r"with allow=\[mypkg\] on the command line"):
+        built("mypkg.Net")
+    for target in ("robustdyn.records.files.replace_file", "subprocess.run", "torch.load"):
+        with pytest.raises(ConfigError) as refusal:
+            built(target)
+        assert "allow=" not in str(refusal.value)  # following that advice would let it run anything
+
+
+def test_replicas_schedules_are_those_of_the_group():
+    cfg = OmegaConf.create({"ensemble": {"schedule": {"_target_": "robustdyn.methods.Constant"}}})
+    assert build(cfg, "ensemble.schedule", allow=()).factor(0) == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "names"), [(["a", "b.c"], ("a", "b.c")), ("a", ("a",)), (None, ()), ([], ())]
+)
+def test_what_is_allowed_is_a_list_of_names(value, names):
+    assert allowed(OmegaConf.create({"allow": value})) == names
+    assert allowed(OmegaConf.create({})) == ()
+
+
+@pytest.mark.parametrize("value", [["a b"], [""], ["a."], 5, [None], {"a": 1}])
+def test_anything_else_is_refused(value):
+    with pytest.raises(ConfigError, match=r"^allow=.* must be a list of packages or modules"):
+        allowed(OmegaConf.create({"allow": value}))
 
 
 @pytest.mark.parametrize("group", ["data", "model", "attack", "objective", "regularizer", "perturbation"])
 def test_every_option_of_a_group_can_be_built_from_a_file(group):
     for option in options(group):
-        cfg = compose(f"{group}={option}")
+        if "_target_" in option:
+            continue  # of a class that only the user can name
+        cfg = compose(*f"{group}={option}".split())
         key = "attack.train" if group == "attack" else group
-        assert type(build(cfg, key, from_file=True)) is type(build(cfg, key))
+        assert type(build(cfg, key, allow=())) is type(build(cfg, key))
 
 
 def test_adds_what_only_the_program_knows():

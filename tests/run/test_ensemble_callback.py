@@ -20,12 +20,12 @@ from robustdyn.replicas import EnsembleRecord, EnsembleRun, read_ensemble
 from robustdyn.run.config import build
 from robustdyn.run.ensembles import check_ensemble, ensemble_callbacks
 from robustdyn.run.parts import build_module
-from tests.runs import TINY, command, compose, rows
+from tests.runs import command, compose, rows, tiny_but
 from tests.tolerances import EXACT32
 
 EPOCHS = 2
 TRAINED = (
-    *(o for o in TINY if not o.startswith(("measure.", "schedule.", "trainer.max_epochs", "data."))),
+    *tiny_but("measure.", "schedule.", "trainer.max_epochs", "data."),
     "data.train_size=40",
     "data.test_size=20",
     "data.batch_size=20",

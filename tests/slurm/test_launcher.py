@@ -16,7 +16,7 @@ from hydra_plugins.robustdyn_slurm import launcher
 from robustdyn.errors import ConfigError
 from robustdyn.launch import cluster_jobs
 from robustdyn.launch.cluster_jobs import Failure, last_line, read_outcome, wait
-from tests.runs import TINY, command
+from tests.runs import TINY, command, tiny_but
 
 
 def program(folder, name, script):
@@ -177,7 +177,7 @@ def test_what_is_done_is_not_queued_again(refusing, tmp_path, monkeypatch):
     """Not even what was done without SLURM."""
     folder = f"hydra.sweep.dir={tmp_path / 'sweep'}"
     short = ("trainer.max_epochs=1", "measure=none")
-    tiny = [text for text in TINY if not text.startswith(("measure.", "trainer.max_epochs"))]
+    tiny = tiny_but("measure.", "trainer.max_epochs")
     assert command(monkeypatch, "-m", *tiny, *short, "report=false", folder, "seed=1,2") == 0
     launcher = ("-m", "hydra/launcher=slurm", *tiny, *short, "report=false", folder)
     assert command(monkeypatch, *launcher, "seed=1,2") == 0

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from tests.runs import TINY, command, rows
+from tests.runs import TINY, command, rows, weights
 from tests.slurm.conftest import SCRIPT
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -31,11 +31,6 @@ def log_of(folder, job, rank=0):
 def epochs_in(run_dir):
     table = run_dir / "records" / "epochs.jsonl"
     return len(table.read_text().splitlines()) if table.exists() else 0
-
-
-def weights(run_dir):
-    checkpoint = torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
-    return {k: v for k, v in checkpoint["state_dict"].items() if k.startswith("model.")}
 
 
 def assert_same_run(run_dir, reference):

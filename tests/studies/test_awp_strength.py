@@ -7,7 +7,7 @@ from scipy import stats
 from robustdyn.errors import RecordError
 from robustdyn.records import find_runs
 from robustdyn.studies.awp_strength import STUDY, gamma_of
-from tests.studies.tracked_runs import write_run
+from tests.studies.tracked_runs import row_of, write_run
 from tests.tolerances import EXACT64
 
 STRENGTHS = (0.0, 0.0025, 0.005, 0.01, 0.02)
@@ -35,13 +35,6 @@ def answered(tmp_path_factory):
         for seed in (0, 1):
             write_strength(path, gamma, seed)
     return STUDY.answer(find_runs(path))
-
-
-def row_of(table, **where):
-    for column, value in where.items():
-        table = table[table[column] == value]
-    assert len(table) == 1
-    return table.iloc[0]
 
 
 def test_the_slope_of_what_changes_by_factors_is_a_factor(answered):
@@ -87,8 +80,10 @@ def test_terms_and_robustness_are_correlated_over_runs(answered):
 
 
 def test_findings_name_the_strength_each_would_choose(answered):
-    (line,) = (text for text in answered.findings if text.startswith("Lowest mean, late"))
-    of_gamma = dict(part.split(": ") for part in line.removeprefix("Lowest mean, late: ").split("; "))
+    late, end = answered.findings
+    assert end.startswith("At the end, the mean is lowest at γ = ")
+    parts = late.removeprefix("Late, the mean is lowest ").split("; ")
+    of_gamma = dict(part.removeprefix("at ").split(" for ") for part in parts)
     assert "−Σ ln σ² (nats)" in of_gamma["γ = 0.02"]
     assert "test robust loss (nats)" in of_gamma["γ = 0.01"]
 

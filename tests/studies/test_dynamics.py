@@ -9,8 +9,8 @@ from robustdyn.errors import RecordError
 from robustdyn.records import find_runs
 from robustdyn.report.plotting import decay_epochs
 from robustdyn.studies.dynamics import STUDY
-from robustdyn.studies.shared.tracked import moments, over_epochs
-from tests.studies.tracked_runs import K, drawn, write_run
+from robustdyn.studies.shared.tracked import moments, tracked_quantities
+from tests.studies.tracked_runs import K, drawn, row_of, write_run
 from tests.tolerances import EXACT64
 
 GROWTH = {"at": (3.0, 4.0, 5.0), "awp": (1.2, 1.5, 1.3)}
@@ -41,13 +41,6 @@ def sweep(tmp_path_factory):
 @pytest.fixture(scope="module")
 def answered(sweep):
     return STUDY.answer(find_runs(sweep))
-
-
-def row_of(table, **where):
-    for column, value in where.items():
-        table = table[table[column] == value]
-    assert len(table) == 1
-    return table.iloc[0]
 
 
 def geometric(factors):
@@ -104,7 +97,7 @@ def test_methods_are_compared_seed_by_seed(answered):
 
 def test_sums_and_means_are_over_the_tracked_directions(tmp_path):
     (run,) = find_runs(write_run(tmp_path / "run", curvature=lambda epoch: 6.0))
-    at_3 = over_epochs(run).query("epoch == 3").set_index("quantity")["value"]
+    at_3 = tracked_quantities(run).query("epoch == 3").set_index("quantity")["value"]
     sigma = 0.5 * 0.1
     assert at_3["hessian_eigenvalue_top"] == pytest.approx(12.0)
     assert at_3["hessian_eigenvalue_mean"] == pytest.approx(6.0)
@@ -116,7 +109,7 @@ def test_sums_and_means_are_over_the_tracked_directions(tmp_path):
 
 def test_moments_are_about_the_decays(tmp_path):
     (run,) = find_runs(write_run(tmp_path / "run"))
-    found = moments(over_epochs(run), run.path).set_index(["quantity", "moment"])["epoch"]
+    found = moments(tracked_quantities(run), run.path).set_index(["quantity", "moment"])["epoch"]
     assert found["hessian_eigenvalue_top"].to_dict() == {"before": 3, "after": 4, "late": 7, "end": 11}
     assert found["test_robust_loss"].to_dict() == {"before": 3, "after": 5, "late": 7, "end": 11}
     assert found["lr"].to_dict() == {"before": 3, "after": 4, "late": 7, "end": 11}
@@ -135,19 +128,19 @@ def test_an_epoch_that_one_seed_lacks_is_left_out_of_the_curve(tmp_path):
     (terms,) = (picture.data for picture in found.pictures if picture.name == "bound_terms")
     epochs = terms[terms["quantity"] == "dominant_terms_stationary"]["epoch"]
     assert list(epochs) == [0, 4, 7, 8, 11]
-    assert any("AT: 1 of 12" in text for text in found.findings)
+    lacking = found.tables["no_stationary_law"]
+    assert lacking.to_dict("records") == [{"method": "AT", "lacking": 1, "measurements": 12}]
     assert "against_at" not in found.tables
 
 
 def test_findings_say_what_rises_and_what_falls(answered):
-    at, awp, against, about, seeds = answered.findings
-    rises, falls = at.removeprefix("AT, before → late: rises: ").split("; falls: ")
+    across, against = answered.findings
+    at, awp = across.removeprefix("From before the first decay to late: ").split("; ")
+    rises, falls = at.removeprefix("AT rises (").split("), falls (")
     assert rises.startswith("leading λ, leading noise eigenvalue")
     assert falls.startswith("σ², ")
-    assert awp.startswith("AWP, before → late: rises: ")
-    assert against.startswith("AWP against AT, seed by seed, late: lower: leading λ")
-    assert f"{K} tracked directions" in about
-    assert seeds.startswith("Means over 3 seeds")
+    assert awp.startswith("AWP rises (")
+    assert against.startswith("Late, compared with AT seed by seed: AWP lower (leading λ")
 
 
 def test_what_is_drawn_is_the_table(answered):

@@ -124,7 +124,7 @@ def test_labels_tell_apart_what_differs(tmp_path):
 def test_everything_is_written(runs, tmp_path):
     written = conduct("ground_truth", runs, tmp_path)
     said = written.findings.read_text(encoding="utf-8")
-    assert "- Measured / predicted variance lies within 0.9 to 1.11 at these of the recorded steps" in said
+    assert "\n\nMeasured / predicted variance lies within 0.9 to 1.11 at these of the recorded steps" in said
     assert "| Digits, AT | exact | " in said
     assert "![ratio](figures/ratio.png)" in said
     assert "| ensemble | replicas | steps | directions |" in said

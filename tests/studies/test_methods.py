@@ -50,9 +50,7 @@ def test_early_stopping_ends_where_held_out_images_are_best(found):
     shown = found.tables["methods_shown"].set_index(["metric", "setting"])
     error = 1 / np.sqrt(3)  # seeds are one point apart
     assert shown.loc[("test robust error (%)", EARLY), "final"] == f"41.0 ± {error:.1f}"
-    assert found.findings[0].startswith(
-        "Lowest robust error: best AT (31.0 ± 2.5 %), final AT, early stopping"
-    )
+    assert "of “AT” at the best epoch (31.0 ± 2.5 %) and of “AT, early stopping” at the" in found.findings[0]
     (picture,) = found.pictures
     assert len(picture.draw(picture.data).axes) == 4
 

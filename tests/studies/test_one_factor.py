@@ -31,7 +31,7 @@ def write(root, seeds=(0, 1, 2), sizes=(300, 200), shift=0.0, **options):
 
 def test_curves_are_means_over_seeds_with_students_interval(tmp_path):
     rows = comparing.values(write(tmp_path), QUANTITIES, by_train_size)
-    table = comparing.over_epochs(rows)
+    table = comparing.mean_curves(rows)
     cell = table[(table["setting"] == "300") & (table["quantity"] == TEST_ROBUST_ERROR)].set_index("epoch")
     np.testing.assert_allclose(cell["mean"], np.array(TEST) + 0.01, rtol=1e-12)
     half = stats.t.ppf(0.975, 2) * 0.01 / np.sqrt(3)
@@ -69,8 +69,7 @@ def test_one_seed_has_no_interval(tmp_path):
     found = one_factor.outcomes(rows)
     assert one_factor.summary(found)[["low", "high"]].isna().all(axis=None)
     assert comparing.against(found, "300", BY)[["low", "high"]].isna().all(axis=None)
-    assert wording.intervals_said(one_factor.summary(found)) == "One seed, so no intervals."
-    assert wording.seeds_said(comparing.over_epochs(rows)) == "1 seed"
+    assert wording.seeds_said(comparing.mean_curves(rows)) == "1 seed"
 
 
 def test_correlation_takes_the_gap_between_evaluated_epochs(tmp_path):
@@ -146,7 +145,7 @@ def test_what_runs_lack_is_said(tmp_path):
 def test_the_figure_of_curves_draws_its_table(tmp_path):
     measured = {"norm": np.ones(6), "trace": np.arange(1.0, 7.0)}
     rows = comparing.values(write(tmp_path, **measured), [*QUANTITIES, comparing.INDEX], by_train_size)
-    table = comparing.over_epochs(rows)
+    table = comparing.mean_curves(rows)
     shown = [Panel("robust error", TEST_ROBUST_ERROR), Panel("WCI", comparing.INDEX, log=True)]
     figure = figure_of_curves(table, "Title", shown)
     assert figure.get_suptitle() == "Title (mean of 3 seeds)"
@@ -190,7 +189,7 @@ def test_axes_end_where_a_quantity_does(tmp_path):
     rows = comparing.values(find_runs(tmp_path), quantities, lambda run: "all")
     found = one_factor.outcomes(rows)
     outcomes = figure_of_outcomes(one_factor.with_seeds(one_factor.summary(found), found), "Title")
-    over = figure_of_curves(comparing.over_epochs(rows), "Title", [Panel(q, q) for q in quantities])
+    over = figure_of_curves(comparing.mean_curves(rows), "Title", [Panel(q, q) for q in quantities])
     ranges = [ax.get_xlim() for ax in outcomes.axes], [ax.get_ylim() for ax in over.axes]
     for error, gap, index in ranges:
         assert error == (0, 100)

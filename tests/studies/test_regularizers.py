@@ -48,7 +48,6 @@ def test_settings_are_named_by_what_regularises(answered):
 
 
 def test_wci_and_gap_are_correlated_within_runs_and_among_them(answered):
-    findings = "\n".join(answered.findings)
     within = answered.tables["correlations"]
     own = within[(within["setting"] == "mixup α=1.4") & (within["phase"] == "all epochs")]
     assert own["pearson"].to_list() == pytest.approx([1.0] * 4)
@@ -56,14 +55,14 @@ def test_wci_and_gap_are_correlated_within_runs_and_among_them(answered):
     index = np.array([80 * gap / 10 + 0.5 * seed for gap in (4, 3, 2, 1) for seed in (0, 1)])
     found = stats.pearsonr(index, np.repeat([1.6, 1.2, 0.8, 0.4], 2))
     low, high = found.confidence_interval(0.95)
-    said = f"loss gap {found.statistic:.2f} [{low:.2f}, {high:.2f}], p = {found.pvalue:.2g}"
-    assert f"digits, over 8 runs at their ends: Pearson correlation of WCI and robust {said}" in findings
+    said = f"loss gap is {found.statistic:.2f} [{low:.2f}, {high:.2f}] over the 8 runs on digits."
+    assert answered.findings[1] == f"The Pearson correlation of final WCI and final robust {said}"
 
 
 def test_without_measurement_the_rest_is_answered(tmp_path):
     write_curves(tmp_path / "run", lr=decayed(4, 2), test=[0.5] * 4, train=[0.4] * 4)
     answer = STUDY.answer(find_runs(tmp_path))
-    assert "Without measured WCI" in answer.findings[0]
+    assert answer.findings[1].startswith("The runs say nothing about the WCI")
     assert set(answer.pictures[0].data["quantity"]).isdisjoint({"wci"})
 
 

@@ -91,3 +91,11 @@ def drawn(figure):
     """All heights of a figure's lines that follow data: as a sorted array."""
     lines = [line for ax in figure.axes for line in ax.get_lines() if line.get_linewidth() > 1.5]
     return np.sort(np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in lines]))
+
+
+def row_of(table, **where):
+    """The one row of a table with these values."""
+    for column, value in where.items():
+        table = table[table[column] == value]
+    assert len(table) == 1
+    return table.iloc[0]

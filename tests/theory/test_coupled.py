@@ -4,13 +4,7 @@ import numpy as np
 import pytest
 from scipy.linalg import solve_discrete_lyapunov
 
-from robustdyn.theory import (
-    BatchSampling,
-    MeasuredDrift,
-    MeasuredSpectrum,
-    propagate,
-    propagate_coupled,
-)
+from robustdyn.theory import BatchSampling, MeasuredDrift, MeasuredSpectrum, propagate, propagate_coupled
 from tests.tolerances import EXACT64
 
 MU, OMEGA = 0.9, 5e-3

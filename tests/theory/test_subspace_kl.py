@@ -120,11 +120,7 @@ def certified(draws, d, n, *, price):
     )
     best = points[int(np.argmin(screened))]
     return risk_certificate(
-        sampled(*best, 300),
-        kl=distance(*best),
-        n=n,
-        alpha=alpha / len(priors),
-        alpha_sampling=alpha_sampling,
+        sampled(*best, 300), kl=distance(*best), n=n, alpha=alpha / len(priors), alpha_sampling=alpha_sampling
     ).risk_bound
 
 

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from robustdyn.run.of_checkpoint import (
     type_name,
 )
 from robustdyn.run.status import say
+from robustdyn.run.targets import allowed
 
 NAME = "certify"
 COUNTED = ("screening", "sampling", "test")
@@ -88,9 +89,9 @@ def run_certify(cfg: DictConfig) -> None:
     for part in ("screening", "sampling"):
         _at_most(cfg, f"{part}.examples", len(examples["S"]), "examples of S")
     _at_most(cfg, "test.examples", len(examples["test"]), "test images")
-    model: nn.Module = build(run, "model", from_file=True)
+    model: nn.Module = build(run, "model", allow=allowed(cfg))
     load_weights(model, checkpoint, layout="robustdyn")
-    attack: PGD = build(run, "attack.evaluation", from_file=True)
+    attack: PGD = build(run, "attack.evaluation", allow=allowed(cfg))
     if attack.batchnorm != "eval":
         raise ConfigError(
             "attack.evaluation.batchnorm=train would change the running statistics; choose eval"
@@ -220,8 +221,9 @@ def _examples(
         UserError: The ensemble used other examples, or the prior has seen all of them.
     """
     run = load_run(run_dir)
-    changed = changed_run(run, cfg.run)
-    seen, trained, test = _split(run, "train"), _split(changed, "train"), _split(changed, "test")
+    changed, allow = changed_run(run, cfg.run), allowed(cfg)
+    seen, trained = _split(run, "train", allow), _split(changed, "train", allow)
+    test = _split(changed, "test", allow)
     if trained.digest() != images:
         raise ConfigError(
             f"run.data: not the images of the ensemble {folder}; repeat what robustdyn-replicas was told, "
@@ -239,8 +241,8 @@ def _examples(
             f"and only the others count; train it with data.train_size={len(trained) // 2}, the replicas "
             "with +run.data.train_size=null"
         )
-    held = [_split(run, "validation")] if run.data.validation_size else []
-    for name, split in [*(("validation", part) for part in held), ("test", _split(run, "test"))]:
+    held = [_split(run, "validation", allow)] if run.data.validation_size else []
+    for name, split in [*(("validation", part) for part in held), ("test", _split(run, "test", allow))]:
         if len(_difference(rest, split)[0]) < len(rest):
             raise ConfigError(
                 f"run.data: examples of S were in the run's {name} set, by which its checkpoint may have "
@@ -249,8 +251,8 @@ def _examples(
     return changed, {"prior": seen, "S": rest, "test": test}
 
 
-def _split(run: DictConfig, name: str) -> ImageTensors:
-    module: ImageDataModule = build(run, "data", from_file=True)
+def _split(run: DictConfig, name: str, allow: Collection[str]) -> ImageTensors:
+    module: ImageDataModule = build(run, "data", allow=allow)
     module.prepare_data()
     module.setup("fit")
     return module.split(name)

@@ -1,31 +1,24 @@
 """``robustdyn-evaluate``: measures clean and robust accuracy of a checkpoint, which may be from elsewhere."""
 
-import difflib
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from tqdm import tqdm
 
 from robustdyn.data import ImageDataModule, ImageTensors
-from robustdyn.errors import ConfigError, RecordError
+from robustdyn.errors import ConfigError
 from robustdyn.evaluation import Ball, EvaluationRecord, Result, evaluate
 from robustdyn.launch.application import run_app
-from robustdyn.launch.paths import load_run
+from robustdyn.launch.of_run import Typed, deferred, of_run
 from robustdyn.models import load_weights
 from robustdyn.records.files import file_digest
-from robustdyn.records.labels import flatten
-from robustdyn.records.run_directory import CONFIG, RunDirectory
+from robustdyn.records.run_directory import RunDirectory
 from robustdyn.records.schema import ACCURACY_SE, EVALUATION
 from robustdyn.run.config import (
     COUNT,
@@ -35,13 +28,11 @@ from robustdyn.run.config import (
     build,
     check,
     check_rules,
-    config_dir,
 )
 from robustdyn.run.environment import device_name, versions
 from robustdyn.run.of_checkpoint import (
     checkpoint_of,
     device_of,
-    load_config,
     run_of,
     type_name,
 )
@@ -63,28 +54,28 @@ RULES: Mapping[str, Rule] = {
 
 def main() -> None:
     """The ``robustdyn-evaluate`` command."""
-    sys.argv[1:] = _deferred(sys.argv[1:])
+    sys.argv[1:] = deferred(sys.argv[1:], OF_THE_RUN)
     run_app(evaluate_checkpoint, NAME)
 
 
-def evaluate_checkpoint(typed: DictConfig) -> None:
+def evaluate_checkpoint(given: DictConfig) -> None:
     """Evaluate one checkpoint, then record and print the result; a killed evaluation is resumed.
 
     Raises:
         UserError: The configuration, the checkpoint, the data or the record cannot be used.
     """
-    checkpoint = checkpoint_of(typed)
+    checkpoint = checkpoint_of(given)
     run_dir = run_of(checkpoint)
-    cfg = _of_run(checkpoint, run_dir)
+    cfg, allow = of_run(NAME, checkpoint, run_dir, Typed.now(OF_THE_RUN), OF_THE_RUN, _refuse)
     _check(cfg)
     device = device_of(cfg.device)
 
     evaluators = {name: build(cfg, f"evaluation.attacks.{name}") for name in cfg.evaluation.attacks}
     sanity = build(cfg, "evaluation.sanity")
     ball = Ball(cfg.attack.norm, cfg.attack.eps_255 / 255)
-    model: nn.Module = build(cfg, "model", from_file=run_dir is not None)
+    model: nn.Module = build(cfg, "model", allow=allow)
     layout = load_weights(model, checkpoint, layout=cfg.layout)
-    split = _split(cfg, from_file=run_dir is not None)
+    split = _split(cfg, allow)
     data = split.take(torch.arange(cfg.evaluation.examples or len(split))).to(device)
     default = RunDirectory(run_dir or checkpoint.parent).evaluations / checkpoint.stem
     output = Path(cfg.output) if cfg.output else default
@@ -137,134 +128,18 @@ def evaluation_lines(result: Result) -> Iterator[str]:
 # ---------------------------------------------------------------------- the configuration
 
 
-def _deferred(arguments: Sequence[str]) -> list[str]:
-    """Keep settings of data, model and attack until the checkpoint has determined the choice in each group.
-
-    Hydra composes before it knows the checkpoint. It would refuse a key such as ``data.root`` if the default
-    data set did not have it.
-    """
-    keys = [text.partition("=")[0] for text in arguments]
-    sections = [key.partition(".")[0] if "." in key else "" for key in keys]
-    return [
-        f"++{text}" if section in OF_THE_RUN else text
-        for section, text in zip(sections, arguments, strict=True)
-    ]
-
-
-@dataclass(frozen=True)
-class _Typed:
-    """The typed overrides: those of keys in data, model and attack, by key, and all others.
-
-    ``groups`` says for which of data, model and attack an option was chosen.
-    """
-
-    settings: Mapping[str, str]
-    others: tuple[str, ...]
-    groups: frozenset[str]
-
-
-def _typed() -> _Typed:
-    settings, others, groups = {}, [], set()
-    for override in OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task)):
-        key, text = override.key_or_group, override.input_line or ""
-        section, dot, _ = key.partition(".")
-        if section in OF_THE_RUN and dot:
-            settings[key] = text.removeprefix("++")
-            continue
-        others.append(text)
-        if section in OF_THE_RUN:
-            groups.add(section)
-    return _Typed(settings, tuple(others), frozenset(groups))
-
-
-def _of_run(checkpoint: Path, run_dir: Path | None) -> DictConfig:
-    """The command's configuration with data, model and attack of the run, and the typed overrides.
+def _refuse(key: str) -> None:
+    """Refuse a typed key that has no effect on an evaluation.
 
     Raises:
-        ConfigError: A checkpoint outside a run directory without data and model, or an unknown typed key.
-        RecordError: The run's configuration cannot be read.
+        ConfigError: It has none.
     """
-    typed = _typed()
-    if run_dir is None:
-        if "data" not in typed.groups:
-            raise ConfigError(
-                f"checkpoint={checkpoint} is not in a run directory (no {CONFIG} there): give "
-                "its data set and network with data=... model=..."
-            )
-        return _composed([], typed)
-    run = load_run(run_dir)
-    kept = [group for group in OF_THE_RUN if group not in typed.groups and group in run]
-    for group in kept:
-        if not isinstance(run[group], DictConfig):
-            raise RecordError(
-                f"{RunDirectory(run_dir).config}: {group} is not a section; restore it, or move the "
-                "checkpoint away"
-            )
-    cfg = _composed(
-        [f"{group}={choice}" for group, choice in _choices(run_dir).items() if group in kept], typed
-    )
-    values = {key: OmegaConf.select(cfg, key) for key in typed.settings}
-    for group in kept:
-        if cfg[group].get("_target_") == run[group].get("_target_"):
-            cfg[group] = OmegaConf.merge(cfg[group], run[group])  # what a run of an older version lacks
-        else:
-            cfg[group] = run[group]
-    for key, value in values.items():
-        OmegaConf.update(cfg, key, value)
-    return cfg
-
-
-def _composed(choices: Sequence[str], typed: _Typed) -> DictConfig:
-    """The command's configuration with these choices in the groups.
-
-    Raises:
-        ConfigError: A typed key does not exist with these choices, or has no effect on an evaluation.
-    """
-    without = _compose([*choices, *typed.others])
-    for key, text in typed.settings.items():
-        section, _, leaf = key.partition(".")
-        if not text.startswith(("+", "~")) and not _has(without, key):
-            known = [f"{section}.{name}" for name in flatten(OmegaConf.to_container(without[section]))]  # type: ignore[arg-type]
-            close = difflib.get_close_matches(key, known, n=2)
-            remedy = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(known)}"
-            raise ConfigError(f"unknown config key {key}; {remedy} (+{key}=... adds a new key)")
-        if section == "attack" and leaf not in THREAT:
-            raise ConfigError(
-                f"{key} belongs to training; an evaluation takes attack.norm and attack.eps_255, and "
-                "steps and the like from evaluation.attacks, e.g. evaluation.attacks.pgd20.steps=100"
-            )
-    overrides = [*choices, *typed.others, *typed.settings.values()]
-    cfg = _compose(overrides) if typed.settings else without
-    OmegaConf.set_struct(cfg, False)
-    return cfg
-
-
-def _compose(overrides: Sequence[str]) -> DictConfig:
-    if GlobalHydra.instance().is_initialized():
-        return hydra.compose(NAME, list(overrides))
-    with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):  # in a launcher's worker
-        return hydra.compose(NAME, list(overrides))
-
-
-def _has(cfg: DictConfig, key: str) -> bool:
-    """Whether the key exists, even with a null value."""
-    parent, _, leaf = key.rpartition(".")
-    node = OmegaConf.select(cfg, parent)
-    return isinstance(node, DictConfig) and leaf in node
-
-
-def _choices(run_dir: Path) -> dict[str, str]:
-    """The option that the run chose in each group, if it still exists."""
-    path = RunDirectory(run_dir).hydra_config
-    recorded = OmegaConf.select(load_config(path), "hydra.runtime.choices") if path.is_file() else None
-    if not isinstance(recorded, DictConfig):
-        return {}
-    # compare names, because a choice such as ../../x would compose a file from somewhere else
-    return {
-        group: str(recorded[group])
-        for group in OF_THE_RUN
-        if recorded.get(group) in {file.stem for file in (config_dir() / group).glob("*.yaml")}
-    }
+    section, _, leaf = key.partition(".")
+    if section == "attack" and leaf not in THREAT:
+        raise ConfigError(
+            f"{key} belongs to training; an evaluation takes attack.norm and attack.eps_255, and "
+            "steps and the like from evaluation.attacks, e.g. evaluation.attacks.pgd20.steps=100"
+        )
 
 
 def _check(cfg: DictConfig) -> None:
@@ -282,14 +157,14 @@ def _check(cfg: DictConfig) -> None:
 # ---------------------------------------------------------------------- what is evaluated
 
 
-def _split(cfg: DictConfig, *, from_file: bool) -> ImageTensors:
+def _split(cfg: DictConfig, allow: Collection[str] | None) -> ImageTensors:
     """All images of the split, in its order.
 
     Raises:
         ConfigError: There is no such split, or it has fewer images than are to be evaluated.
         DataFileError: A file is missing or has the wrong content.
     """
-    module: ImageDataModule = build(cfg, "data", from_file=from_file)
+    module: ImageDataModule = build(cfg, "data", allow=allow)
     module.prepare_data()
     module.setup("test")
     split, wanted = module.split(cfg.evaluation.split), cfg.evaluation.examples

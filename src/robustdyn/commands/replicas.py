@@ -1,6 +1,7 @@
 """``robustdyn-replicas``: trains an ensemble of replicas from a run's checkpoint."""
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from robustdyn.run.of_checkpoint import (
     required_run_of,
 )
 from robustdyn.run.status import say
+from robustdyn.run.targets import allowed
 
 NAME = "replicas"
 
@@ -47,7 +49,7 @@ def run_replicas(cfg: DictConfig) -> None:
     shard, shards = _shard(cfg.shard)
     run = _run_config(cfg, run_dir)
     device = device_of(cfg.device)
-    ensemble = EnsembleRun(settings, training_state(run, checkpoint, device))
+    ensemble = EnsembleRun(settings, training_state(run, checkpoint, device, allowed(cfg)))
     output = Path(cfg.output) if cfg.output else RunDirectory(run_dir).replicas / checkpoint.stem
     noted = engine_provenance(settings.engine, device)
     left = ensemble.run(output, noted, shard=shard, shards=shards, say=say, wait=None)
@@ -84,13 +86,15 @@ def _run_config(cfg: DictConfig, run_dir: Path) -> DictConfig:
     return changed
 
 
-def training_state(run: DictConfig, checkpoint: Path, device: torch.device) -> TrainingState:
-    """The state of the training at the checkpoint."""
-    model: nn.Module = build(run, "model", from_file=True)
+def training_state(
+    run: DictConfig, checkpoint: Path, device: torch.device, allow: Collection[str] = ()
+) -> TrainingState:
+    """The state of the training at the checkpoint; ``allow`` as in ``robustdyn.run.config.build``."""
+    model: nn.Module = build(run, "model", allow=allow)
     load_weights(model, checkpoint, layout="robustdyn")
     model.to(device).eval()
-    regularizer: Regularizer = build(run, "regularizer", from_file=True)
-    optimizer: torch.optim.Optimizer = build(run, "optimizer", from_file=True)(
+    regularizer: Regularizer = build(run, "regularizer", allow=allow)
+    optimizer: torch.optim.Optimizer = build(run, "optimizer", allow=allow)(
         regularizer.parameter_groups(model)
     )
     saved = _saved_optimizer(checkpoint)
@@ -104,7 +108,7 @@ def training_state(run: DictConfig, checkpoint: Path, device: torch.device) -> T
                 optimizer.state[p] = {
                     k: v.to(device) if isinstance(v, Tensor) else v for k, v in held.items()
                 }
-    data: ImageDataModule = build(run, "data", from_file=True)
+    data: ImageDataModule = build(run, "data", allow=allow)
     data.prepare_data()
     data.setup("fit")
     return TrainingState(
@@ -113,9 +117,9 @@ def training_state(run: DictConfig, checkpoint: Path, device: torch.device) -> T
         next_rate=float(saved["param_groups"][0]["lr"]),
         images=data.split("train").to(device),
         batch_size=run.data.batch_size,
-        objective=build(run, "objective", from_file=True),
-        attack=build(run, "attack.train", from_file=True),
-        perturbation=build(run, "perturbation", from_file=True) if run.get("perturbation") else None,
+        objective=build(run, "objective", allow=allow),
+        attack=build(run, "attack.train", allow=allow),
+        perturbation=build(run, "perturbation", allow=allow) if run.get("perturbation") else None,
         identity=file_digest(checkpoint),
         description=description(run),
     )

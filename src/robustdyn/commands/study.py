@@ -4,15 +4,21 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from robustdyn import studies
+from robustdyn.errors import ConfigError
 from robustdyn.run.config import register_resolvers
 from robustdyn.run.status import say, status_of
+
+if TYPE_CHECKING:
+    from robustdyn.studies.shared.study import Study
 
 EPILOG = """\
 examples:
   robustdyn-study correlation multirun/correlation         what the runs of that sweep say
   robustdyn-study dynamics run_a run_b --output somewhere
+  robustdyn-study mypackage.mystudy DIR                    the STUDY of your own module, see docs/extending.md
 
 `robustdyn-train experiment=NAME` makes the runs of study NAME; experiments/NAME/README.md says at what cost.
 Writes into the output directory:
@@ -26,17 +32,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status: 0, or 1 for an error that the user can correct."""
     arguments = _parser().parse_args(argv)
     paths: list[Path] = arguments.path
-    output: Path = arguments.output or (paths[0] if len(paths) == 1 else Path()) / arguments.study
-    from robustdyn.studies.shared.study import conduct  # plotting loads slowly: not for --help
+    name: str = arguments.study
+    output: Path = arguments.output or (paths[0] if len(paths) == 1 else Path()) / name.rpartition(".")[2]
+    from robustdyn.records import find_runs  # these load slowly: not for --help
+    from robustdyn.studies.shared.study import load, write_answer
 
     register_resolvers()  # the runs' configurations use them
 
     def study() -> None:
-        written = conduct(arguments.study, paths, output)
+        chosen = load(name) if name in studies.names() else _own_study(name)
+        written = write_answer(chosen.question, chosen.answer(find_runs(paths)), output)
         say(written.findings.read_text(encoding="utf-8").rstrip("\n"))
         say(f"figures and tables: {output}")
 
     return status_of(study)
+
+
+def _own_study(module: str) -> "Study":
+    """The ``STUDY`` of a module that the user names.
+
+    Raises:
+        ConfigError: There is no such module, or it has no study.
+    """
+    from robustdyn.run.targets import imported
+    from robustdyn.studies.shared.study import Study
+
+    found = imported(f"{module}.STUDY", f"study {module}")
+    if not isinstance(found, Study):
+        raise ConfigError(f"study {module}: its STUDY is a {type(found).__name__}; make it a Study")
+    return found
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -46,7 +70,9 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("study", choices=studies.names(), help="which")
+    parser.add_argument(
+        "study", metavar="STUDY", help=f"{', '.join(studies.names())}, or a module of your own with a STUDY"
+    )
     parser.add_argument("path", nargs="+", type=Path, help="a run directory, or a folder to search for runs")
     parser.add_argument(
         "--output",

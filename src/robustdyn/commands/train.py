@@ -19,6 +19,7 @@ from robustdyn.launch.application import run_app
 from robustdyn.launch.cluster import check_slurm
 from robustdyn.launch.ranks import OneRun, batchnorm_plugins, run_in_ranks
 from robustdyn.launch.requeue import slurm_callbacks, slurm_plugins
+from robustdyn.launch.resume import log_changes, resumed
 from robustdyn.launch.states import announce
 from robustdyn.methods import AdversarialTraining
 from robustdyn.records import RunRecords
@@ -39,7 +40,7 @@ _log = logging.getLogger(__name__)
 
 def main() -> None:
     """The ``robustdyn-train`` command."""
-    run_app(train, "train")
+    run_app(train, "train", paths=("resume",), composed=resumed)
 
 
 def train(cfg: DictConfig) -> None:
@@ -62,6 +63,7 @@ def _train(cfg: DictConfig) -> None:
     check_slurm(cfg, os.environ)
     _quieten_lightning()
     run_dir = Path(HydraConfig.get().runtime.output_dir)
+    log_changes()
     checkpoint = resume_from(cfg, run_dir)
     if run_in_ranks(cfg, train):
         return

@@ -143,16 +143,15 @@ class PGDEvaluator:
         self, name: str, ball: Ball, num_classes: int, images: Tensor, seed: int
     ) -> Mapping[str, Attack]:
         """One attack, under the evaluator's own name."""
-        return {name: _RestartedPGD(self, self.pgd(ball), ball, f"evaluation/{name}", seed, in_ball=True)}
+        return {name: _RestartedPGD(self, ball, f"evaluation/{name}", seed, in_ball=True)}
 
     def pgd(self, ball: Ball) -> PGD:
         """The attack within ``ball``."""
         return PGD(
             norm=ball.norm,
             eps=ball.eps,
-            step_size=self.relative_step * ball.eps
-            if ball.eps
-            else 1.0,  # any step size will do in a ball of one point
+            # any step size will do in a ball of one point
+            step_size=self.relative_step * ball.eps if ball.eps else 1.0,
             steps=self.steps,
             random_start=self.random_start,
             start_std=self.start_std,
@@ -173,14 +172,12 @@ class UnboundedPGD(PGDEvaluator):
     ) -> Mapping[str, Attack]:
         """One attack, under the evaluator's own name."""
         box = ball.whole_box(images)
-        return {name: _RestartedPGD(self, self.pgd(box), box, f"evaluation/{name}", seed, in_ball=False)}
+        return {name: _RestartedPGD(self, box, f"evaluation/{name}", seed, in_ball=False)}
 
 
 class _RestartedPGD:
-    def __init__(
-        self, evaluator: PGDEvaluator, pgd: PGD, ball: Ball, stream: str, seed: int, *, in_ball: bool
-    ) -> None:
-        self._pgd = pgd
+    def __init__(self, evaluator: PGDEvaluator, ball: Ball, stream: str, seed: int, *, in_ball: bool) -> None:
+        self._pgd = evaluator.pgd(ball)
         self._restarts = evaluator.restarts
         self._loss = LOSSES[evaluator.loss]
         self._any_iterate = evaluator.iterates == "any"
@@ -191,7 +188,7 @@ class _RestartedPGD:
             norm=ball.norm,
             eps=ball.eps,
             loss=evaluator.loss,
-            step_size=pgd.step_size,
+            step_size=self._pgd.step_size,
             steps=evaluator.steps,
             restarts=evaluator.restarts,
             in_ball=in_ball,

@@ -160,20 +160,13 @@ class _Run:
         skipped, attacked = (which.nonzero()[:, 0].tolist() for which in (~standing, standing))
         chunks = [skipped, *self._split(attacked)] if skipped else self._split(attacked)
         for chunk in self._left(name, chunks):
-            if chunk is skipped:
-                batch = self.batch(skipped)
-                columns: Columns = {"prediction": self._predicted(skipped), "robust": [False] * len(skipped)}
-                self._add(name, batch, columns, attacked=False, seconds=0.0)
-                continue
-            started = time.monotonic()
+            started, spared = time.monotonic(), chunk is skipped
             batch = self.batch(chunk)
-            robust = self._robust(name, attack, batch)
-            columns = {"prediction": self._predicted(chunk), "robust": robust.tolist()}
-            self._add(name, batch, columns, attacked=True, seconds=time.monotonic() - started)
-        after = torch.zeros(len(self.data), dtype=torch.bool)
-        for row in self.record.outcomes(name):
-            after[row["index"]] = row["robust"]
-        return after
+            robust = [False] * len(chunk) if spared else self._robust(name, attack, batch).tolist()
+            columns: Columns = {"prediction": [self.predictions[i] for i in chunk], "robust": robust}
+            seconds = 0.0 if spared else time.monotonic() - started
+            self._add(name, batch, columns, attacked=not spared, seconds=seconds)
+        return _flags(self.record.outcomes(name), len(self.data))
 
     def _robust(self, name: str, attack: Attack, batch: Batch) -> Tensor:
         """At which adversarial images the model is right, bool (B,)."""
@@ -202,9 +195,6 @@ class _Run:
     def _split(self, indices: Sequence[int]) -> list[Sequence[int]]:
         return [indices[i : i + self.batch_size] for i in range(0, len(indices), self.batch_size)]
 
-    def _predicted(self, indices: Sequence[int]) -> list[int]:
-        return [self.predictions[i] for i in indices]
-
     def _add(self, name: str, batch: Batch, columns: Columns, *, attacked: bool, seconds: float) -> None:
         count = len(batch.targets)
         columns = {"index": batch.indices.tolist(), "label": batch.targets.tolist(), **columns}
@@ -228,17 +218,16 @@ def _attackable(model: nn.Module) -> Iterator[None]:
 
 def _summarise(record: EvaluationRecord, examples: int, sanity: Sanity) -> Result:
     """Compute and write accuracies, suites, the worst case and warnings from all finished attacks."""
-    found = {CLEAN: _flags(record.outcomes(CLEAN), examples)}
-    found |= {name: _flags(record.outcomes(name), examples) for name in record.attacks}
-    robust = {name: flags for name, flags in found.items() if flags is not None}
+    recorded = {name: record.outcomes(name) for name in (CLEAN, *record.attacks)}
+    finished = {name: found for name, found in recorded.items() if len(found) >= examples}
+    robust = {name: _flags(found, examples) for name, found in finished.items()}
     suites = _suites(record.attacks, robust)
 
     rows: list[Row] = []
     outcomes: dict[str, AttackOutcome] = {}
     for name, flags in robust.items():
-        recorded = record.outcomes(name)
         described = record.attacks.get(name, {})
-        rows.append(_row(name, flags, _seconds(recorded), described))
+        rows.append(_row(name, flags, _seconds(recorded[name]), described))
         outcomes[name] = AttackOutcome(
             robust=flags,
             access=described.get("access"),
@@ -246,11 +235,11 @@ def _summarise(record: EvaluationRecord, examples: int, sanity: Sanity) -> Resul
             tied=described.get("tied"),
             effort=(described.get("steps", 0), described.get("restarts", 0)),
             suite=suites.get(name) if _follows_gradients(record, suites.get(name)) else None,
-            zero_gradients=sum(bool(row.get("zero_gradient")) for row in recorded),
+            zero_gradients=sum(bool(row.get("zero_gradient")) for row in recorded[name]),
         )
         if suite := suites.get(name):
             parts = [part for part in robust if part.startswith(f"{suite}/")]
-            spent = sum(_seconds(record.outcomes(part)) for part in parts)
+            spent = sum(_seconds(recorded[part]) for part in parts)
             rows.append(_row(suite, flags, spent, {}))
     bounded = [outcome.robust for outcome in outcomes.values() if outcome.in_ball]
     total = sum(float(row["seconds"]) for row in rows if row["evaluator"] in robust)
@@ -267,10 +256,8 @@ def _summarise(record: EvaluationRecord, examples: int, sanity: Sanity) -> Resul
     return Result(rows, warnings, frozenset(n for n, o in outcomes.items() if not o.in_ball))
 
 
-def _flags(rows: Sequence[Row], examples: int) -> Tensor | None:
-    """Robustness by example, bool (N,); None if not all examples are recorded."""
-    if len(rows) < examples:
-        return None
+def _flags(rows: Sequence[Row], examples: int) -> Tensor:
+    """Robustness by example, bool (N,)."""
     flags = torch.zeros(examples, dtype=torch.bool)
     for row in rows:
         flags[row["index"]] = row["robust"]

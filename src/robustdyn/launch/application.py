@@ -5,7 +5,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
 from typing import NoReturn
 
@@ -29,12 +29,18 @@ SHORT = "ROBUSTDYN_SHORT_ERRORS"
 INTERRUPTED, TERMINATED = 130, 143  # the shells' exit status after Ctrl-C and after SIGTERM
 
 
-def run_app(task: Callable[[DictConfig], None], config_name: str, paths: Collection[str] = ()) -> None:
+def run_app(
+    task: Callable[[DictConfig], None],
+    config_name: str,
+    paths: Collection[str] = (),
+    composed: Callable[[str, Sequence[str]], tuple[str, list[str]]] | None = None,
+) -> None:
     """Run ``task`` under Hydra; a ``UserError`` or a composition error becomes one line and status 1.
 
     With ``HYDRA_FULL_ERROR=1`` every error keeps its stack trace. A failed run does not stop a sweep, which
     ends with status 1 unless all of its runs are done; see ``robustdyn.launch.sweep``. ``paths`` are the keys
-    of this command that hold paths, in addition to those of all commands.
+    of this command that hold paths, in addition to those of all commands. ``composed`` may name another
+    configuration than ``config_name``, and other arguments.
     """
     speak_safely()
     show_help(config_name)
@@ -51,9 +57,11 @@ def run_app(task: Callable[[DictConfig], None], config_name: str, paths: Collect
         # Hydra then raises errors instead of printing them. The second variable tells the processes of a
         # data-parallel run, which inherit both, that the user did not ask for stack traces
         os.environ |= {"HYDRA_FULL_ERROR": "1", SHORT: "1"}
-    app = hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=config_name)
     started: list[bool] = []
     try:
+        if composed is not None and {"-h", "--help", "--hydra-help"}.isdisjoint(sys.argv):
+            config_name, sys.argv[1:] = composed(config_name, sys.argv[1:])
+        app = hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=config_name)
         # SLURM's SIGTERM is a notice; see requeue.py
         with nullcontext() if in_slurm(os.environ) else terminable():
             app(_task_with_short_errors(task, started, short=short))()

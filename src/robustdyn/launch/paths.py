@@ -1,4 +1,4 @@
-"""Quotes paths on the command line for Hydra, and makes a relative ``data.root`` absolute."""
+"""Quotes paths on the command line for Hydra, and makes a relative path of a data set absolute."""
 
 import re
 from collections.abc import Collection, Sequence
@@ -12,8 +12,9 @@ from robustdyn.records.command_line import quoted
 from robustdyn.records.run_directory import RunDirectory
 from robustdyn.run.of_checkpoint import load_config
 
-PATHS = ("checkpoint", "output", "data.root", "run.data.root", "hydra.run.dir", "hydra.sweep.dir")
-ROOT = "data.root"
+DATA = ("data.root", "data.path")
+"""Where a data set is; relative to the folder where the command was given."""
+PATHS = ("checkpoint", "output", *DATA, *(f"run.{key}" for key in DATA), "hydra.run.dir", "hydra.sweep.dir")
 
 _QUOTED = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
 _SWEEP = re.compile(r"(choice|glob|shuffle|sort|tag)\(")
@@ -22,7 +23,7 @@ _SWEEP = re.compile(r"(choice|glob|shuffle|sort|tag)\(")
 def quoted_paths(arguments: Sequence[str], also: Collection[str] = ()) -> list[str]:
     """The arguments of a command with its paths quoted, because Hydra would parse ``=`` or ``(`` in them.
 
-    ``~`` becomes the home directory, and a relative ``data.root`` becomes absolute. Text that is already
+    ``~`` becomes the home directory, and a relative path of a data set becomes absolute. Text that is already
     quoted keeps its meaning. In a multirun, commas separate the values of a key, except within file names.
 
     Args:
@@ -43,14 +44,15 @@ def quoted_paths(arguments: Sequence[str], also: Collection[str] = ()) -> list[s
 
 
 def anchor(cfg: DictConfig, folder: str | Path) -> None:
-    """Make a relative ``data.root`` absolute; it is relative to the folder where the command was given."""
-    root = OmegaConf.select(cfg, ROOT, throw_on_resolution_failure=False)
-    if root is not None:
-        OmegaConf.update(cfg, ROOT, str(Path(folder, Path(str(root)).expanduser())))
+    """Make a relative path of a data set absolute; it is relative to the folder of the command."""
+    for key in DATA:
+        path = OmegaConf.select(cfg, key, throw_on_resolution_failure=False)
+        if path is not None:
+            OmegaConf.update(cfg, key, str(Path(folder, Path(str(path)).expanduser())))
 
 
 def load_run(run_dir: Path) -> DictConfig:
-    """The configuration of a run; a relative ``data.root`` is resolved as the run did, if it still exists.
+    """The configuration of a run; a relative path of its data is resolved as the run did, if it still exists.
 
     Raises:
         RecordError: It cannot be read.
@@ -58,8 +60,8 @@ def load_run(run_dir: Path) -> DictConfig:
     place = RunDirectory(run_dir)
     run, recorded = load_config(place.config), place.hydra_config
     folder = OmegaConf.select(load_config(recorded), "hydra.runtime.cwd") if recorded.is_file() else None
-    root = OmegaConf.select(run, ROOT, throw_on_resolution_failure=False)
-    if folder is not None and root is not None and Path(str(folder), str(root)).exists():
+    paths = [OmegaConf.select(run, key, throw_on_resolution_failure=False) for key in DATA]
+    if folder is not None and any(path and Path(str(folder), str(path)).exists() for path in paths):
         anchor(run, str(folder))
     return run
 
@@ -83,6 +85,6 @@ def _quoted(key: str, text: str) -> str:
             return text  # Hydra will say what is wrong with it
     if text.startswith("~"):
         text = str(Path(text).expanduser())
-    if key.endswith(ROOT) and not text.startswith("${"):
+    if key.endswith(DATA) and not text.startswith("${"):
         text = str(Path(text).absolute())
     return quoted(text)

@@ -9,11 +9,12 @@ import lightning
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
+from torch import Tensor, nn
 
 from robustdyn import streams
+from robustdyn.attacks import PGD
 from robustdyn.curvature import shard
-from robustdyn.data import ImageDataModule
+from robustdyn.data import Batch, ImageDataModule
 from robustdyn.errors import ConfigError, TrainingError, UserError
 from robustdyn.measure.plan import Measurement, MeasurementPlan, deployed
 from robustdyn.measure.snapshot import Snapshot
@@ -143,28 +144,18 @@ class Measure(Callback):
         data = _data(trainer)
 
         def examples(draw: int) -> tuple[Tensor, Tensor]:
-            subset = data.measurement_subset(self._counts[draw], module.seed)
-            attack = module.evaluation_attack
-            # random starts are drawn for all examples, so that they do not depend on the number of ranks
-            starts = attack.start(
-                subset.images,
-                streams.generator(
-                    module.seed, "measure-attack", *([draw] if draw else []), device=module.device
-                ),
+            return attacked_images(
+                module.model,
+                module.evaluation_attack if self._inputs == "adversarial" else None,
+                data.measurement_subset(self._counts[draw], module.seed),
+                seed=module.seed,
+                draw=draw,
+                # on all ranks together the evaluation's size, which fits in memory; the attack here runs in
+                # the weights' own precision and takes up to twice the memory of evaluation in half precision
+                batch_size=-(-data.eval_batch_size // trainer.world_size),
+                rank=trainer.global_rank,
+                ranks=trainer.world_size,
             )
-            precision = module.dtype  # the weights' own, to which Lightning also converts training images
-            images, labels, starts = shard(
-                (subset.images.to(precision), subset.targets, starts.to(precision)),
-                trainer.global_rank,
-                trainer.world_size,
-            )
-            if self._inputs == "adversarial":
-                # in batches of the evaluation's size, which fit in memory; the attack here runs in the
-                # weights' own precision and takes up to twice the memory of evaluation in half precision
-                size = -(-data.eval_batch_size // trainer.world_size)
-                batches = zip(*(t.split(size) for t in (images, labels, starts)), strict=True)
-                images = torch.cat([attack.climb(module.model, *batch) for batch in batches])
-            return images, labels
 
         return self._plan.snapshot(
             module.model,
@@ -178,6 +169,42 @@ class Measure(Callback):
             starts=self._starts,
             group=_group(trainer),
         )
+
+
+def attacked_images(
+    model: nn.Module,
+    attack: PGD | None,
+    subset: Batch,
+    *,
+    seed: int,
+    draw: int,
+    batch_size: int,
+    rank: int = 0,
+    ranks: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """One rank's part of the images that a run is measured on, and their labels.
+
+    Args:
+        model: The network; the images are converted to the precision of its weights.
+        attack: The attack; None to leave the images as they are.
+        subset: All images, on the model's device.
+        seed: The run's seed.
+        draw: Number of the attack; each has its own random starts.
+        batch_size: Images of one pass.
+        rank: This rank.
+        ranks: How many share the images.
+    """
+    precision, device = next(model.parameters()).dtype, subset.images.device
+    images, labels = subset.images.to(precision), subset.targets
+    if attack is None:
+        images, labels = shard((images, labels), rank, ranks)
+        return images, labels
+    # random starts are drawn for all examples, so that they do not depend on the number of ranks
+    generator = streams.generator(seed, "measure-attack", *([draw] if draw else []), device=device)
+    starts = attack.start(subset.images, generator).to(precision)
+    parts = shard((images, labels, starts), rank, ranks)
+    batches = zip(*(part.split(batch_size) for part in parts), strict=True)
+    return torch.cat([attack.climb(model, *batch) for batch in batches]), parts[1]
 
 
 def _observe(module: AdversarialTraining, table: str, row: Mapping[str, Any]) -> None:

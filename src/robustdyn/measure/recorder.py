@@ -114,6 +114,8 @@ class Recorder:
         self._steps, self._epochs, self._ended_at = 0, 0, 0
         self._state: OptimizerState | None = None
         self._rate: float | None = None
+        self._epoch_rate: float | None = None  # at the end of the last epoch recorded
+        self._changes: list[tuple[int, float]] = []  # of the rate, in epochs that have not been recorded
         self._starts: dict[str, Tensor] = {}
         self._began = time.perf_counter()
         self.run_dir = Path(run_dir)
@@ -154,6 +156,8 @@ class Recorder:
             "epochs": self._epochs,
             "ended_at": self._ended_at,
             "rate": self._rate,
+            "epoch_rate": self._epoch_rate,
+            "changes": list(self._changes),
             "starts": dict(self._starts),
         }
 
@@ -161,6 +165,7 @@ class Recorder:
         """Continue a record from a checkpoint: rows that will be written again are dropped."""
         self._steps, self._epochs = int(state_dict["steps"]), int(state_dict["epochs"])
         self._ended_at, self._rate = int(state_dict["ended_at"]), state_dict["rate"]
+        self._epoch_rate, self._changes = state_dict["epoch_rate"], list(state_dict["changes"])
         self._starts = dict(state_dict["starts"])
         if self._records is not None:
             self._records.truncate(self._epochs, self._steps)
@@ -176,7 +181,7 @@ class Recorder:
         self._state = state._replace(plain=state.plain and not clipped)
         if self._state.learning_rate != self._rate:
             self._rate = self._state.learning_rate
-            self._append("rates", {"epoch": self._epochs, "step": self._steps, "lr": self._rate})
+            self._changes.append((self._steps, self._rate))
         self._steps += 1
 
     def end_epoch(self, epoch: int, **metrics: float) -> None:
@@ -212,10 +217,13 @@ class Recorder:
         now = time.perf_counter()
         for number in range(self._epochs, epoch + 1):
             self._ended_at += steps // missing
+            while self._changes and self._changes[0][0] < self._ended_at:
+                step, self._epoch_rate = self._changes.pop(0)
+                self._append("rates", {"epoch": number, "step": step, "lr": self._epoch_rate})
             row = {
                 "epoch": number,
                 "step": self._ended_at,
-                "lr": self._rate,
+                "lr": self._epoch_rate,
                 "seconds": (now - self._began) / missing,
             }
             given = metrics if number == epoch else {}

@@ -8,10 +8,25 @@ from robustdyn.methods.adversarial_training import (
 )
 from robustdyn.methods.averaging import EpochAveraging
 from robustdyn.methods.execution import Execution
-from robustdyn.methods.objectives import MART, TRADES, AdversarialCrossEntropy, CrossEntropy
-from robustdyn.methods.perturbations import AWP, SAM, GlobalAWP
+from robustdyn.methods.objectives import (
+    MART,
+    TRADES,
+    AdversarialCrossEntropy,
+    CrossEntropy,
+    Objective,
+    StepLoss,
+)
+from robustdyn.methods.perturbations import AWP, SAM, GlobalAWP, WeightPerturbation
 from robustdyn.methods.regularizer import Regularizer
-from robustdyn.methods.schedules import Constant, Cosine, Interpolated, MultiDecay, Piecewise, WCIRate
+from robustdyn.methods.schedules import (
+    Constant,
+    Cosine,
+    Interpolated,
+    MultiDecay,
+    Piecewise,
+    Schedule,
+    WCIRate,
+)
 
 __all__ = [
     "AWP",
@@ -28,10 +43,14 @@ __all__ = [
     "GlobalAWP",
     "Interpolated",
     "MultiDecay",
+    "Objective",
     "OptimizerState",
     "Piecewise",
     "Regularizer",
+    "Schedule",
+    "StepLoss",
     "WCIRate",
+    "WeightPerturbation",
     "is_plain_momentum",
     "optimizer_state",
 ]

@@ -6,7 +6,7 @@ and finds runs, and ``labels`` names runs by the settings in which they differ.
 
 from robustdyn.records.columns import Column, Table
 from robustdyn.records.reader import Run, combine, find_runs, read_table
-from robustdyn.records.schema import TABLES
+from robustdyn.records.schema import TABLES, add_table
 from robustdyn.records.writer import RunRecords, summarise
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Run",
     "RunRecords",
     "Table",
+    "add_table",
     "combine",
     "find_runs",
     "read_table",

@@ -44,6 +44,7 @@ class RunDirectory:
         nonfinite: Folder for the batch and weights of a step whose loss was not finite.
         report: Folder of the run's page and figures.
         evaluations: Folder of the checkpoints' evaluations, one folder each.
+        measured: Folder of the checkpoints' measurements, one folder each with records like a run's own.
         replicas: Folder of the checkpoints' ensembles of replicas, one folder each.
         certificates: Folder of the checkpoints' certificates.
         wandb: Folder of Weights & Biases.
@@ -67,6 +68,7 @@ class RunDirectory:
         self.nonfinite = self.path / "nonfinite"
         self.report = self.path / "report"
         self.evaluations = self.path / "evaluation"
+        self.measured = self.path / "measured"
         self.replicas = self.path / "replicas"
         self.certificates = self.path / "certificate"
         self.wandb = self.path / "wandb"

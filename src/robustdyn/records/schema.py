@@ -385,3 +385,23 @@ def table(name: str) -> Table:
     if name not in known:
         raise ValueError(f"unknown table {name!r}: known are {', '.join(known)}")
     return known[name]
+
+
+def add_table(text: str) -> Table:
+    """Declare the table of a measurement from outside the package; call it where the measurement is defined.
+
+    Its rows can then be written, and read wherever that module has been imported.
+
+    Args:
+        text: As for ``parse_table``, with an ``epoch`` column.
+
+    Raises:
+        ValueError: Another table has this name, or there is no column ``epoch``.
+    """
+    added = parse_table(text)
+    if (TABLES | EVALUATION_TABLES).get(added.name, added) != added:
+        raise ValueError(f"table {added.name!r} exists already; choose another name")
+    if "epoch" not in added.names:
+        raise ValueError(f"table {added.name!r} has no column epoch, by which a resumed run finds its rows")
+    TABLES[added.name] = added
+    return added

@@ -25,6 +25,8 @@ DATA_ROOT = "oc.env:ROBUSTDYN_DATA"
 
 _REFERENCE = re.compile(r"\$\{\s*(?:oc\.select:\s*)?(\.*)([\w.\[\]-]+)")
 """A reference to another key: the dots that make it relative, and the key."""
+_BY_DATA = "${data._target_}"
+"""The only reference by which a key is computed in ``conf/`` (scale/small_images.yaml)."""
 _COMPUTED = re.compile(r"oc\.select:[^,}]*\$\{")
 
 
@@ -98,6 +100,7 @@ def _check_expansion(content: Any) -> None:
         ValueError: The resolved content would be larger than a file may be, or a key is itself computed.
     """
     sizes: dict[tuple[str, ...], int] = {}
+    data = str(_at(content, ("data", "_target_")))
 
     def resolved(path: tuple[str, ...], node: Any) -> int:
         if path in sizes:
@@ -106,7 +109,7 @@ def _check_expansion(content: Any) -> None:
         if isinstance(node, dict | list):
             total = sum(resolved((*path, str(key)), child) for key, child in _items(node))
         else:
-            text = str(node)
+            text = str(node) if "$" in data else str(node).replace(_BY_DATA, data)
             if _COMPUTED.search(text):
                 raise ValueError(f"a key is computed by an interpolation in {text[:80]!r}")
             total = len(text)

@@ -42,11 +42,12 @@ class RunRecords:
 
     def __init__(self, run_dir: str | os.PathLike[str]) -> None:
         self.run_dir = Path(run_dir)
+        self._files = RunDirectory(run_dir)
         self._whole: set[str] = set()  # tables whose last line is known to be complete
 
     def path(self, table: str) -> Path:
         """The file of a table."""
-        return RunDirectory(self.run_dir).table(table)
+        return self._files.table(table)
 
     def append(self, table: str, row: Mapping[str, object]) -> None:
         """Append one row; see ``extend``."""
@@ -136,7 +137,7 @@ class RunRecords:
         Returns:
             The file written.
         """
-        path = RunDirectory(self.run_dir).summary
+        path = self._files.summary
         self.run_dir.mkdir(parents=True, exist_ok=True)
         _replace(path, json.dumps(jsonable(summary), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
         return path

@@ -163,8 +163,7 @@ def _correlations(position: Array, law: Law) -> tuple[Array, Array]:
         expected = law.covariance[step]
         if k < 2 or not np.isfinite(expected).all() or not (np.diag(expected) > 0).all():
             continue
-        deviation = np.sqrt(np.diag(expected))
-        correlation = expected / np.outer(deviation, deviation)
+        correlation = _normalised(expected)
         seen = np.atleast_2d(np.corrcoef(position[:, step], rowvar=False))
         for row, wanted in enumerate((correlation, np.eye(k))):
             r = wanted[first, second]
@@ -183,10 +182,8 @@ def _total_correlations(
     usable = np.isfinite(covariance).all() and (np.diag(covariance) > 0).all()
     if not 2 <= k < replicas or not usable or not (x.var(axis=0) > 0).all():
         return none
-    deviation = np.sqrt(np.diag(covariance))
-    correlation = covariance / np.outer(deviation, deviation)
     normal = np.random.default_rng([seed, 1]).standard_normal((min(resamples, 200), replicas, k))
-    values, vectors = np.linalg.eigh(correlation)
+    values, vectors = np.linalg.eigh(_normalised(covariance))
     root = vectors * np.sqrt(np.clip(values, 0, None))
     drawn = np.array([_sample_total_correlation(part @ root.T) for part in normal])
     independent = np.array([_sample_total_correlation(part) for part in normal])
@@ -196,6 +193,12 @@ def _total_correlations(
         float(drawn.std(ddof=1)),
         float(independent.mean()),
     )
+
+
+def _normalised(covariance: Array) -> Array:
+    """The correlation matrix of a covariance (k, k)."""
+    deviation = np.sqrt(np.diag(covariance))
+    return np.asarray(covariance / np.outer(deviation, deviation))
 
 
 def _sample_total_correlation(x: Array) -> float:

@@ -187,17 +187,10 @@ class Ensemble:
                 rounding, which may differ between chunks of different sizes.
 
         Returns:
-            Arrays by name, all float64 except ``mean_move``: ``position`` (R, S, k), x; ``buffer``
-            (R, S, k), the optimiser's buffer; ``gradient`` (R, S, k), of the mini-batch loss without weight
-            decay in the step that led there, NaN at step 0; ``distance`` (R, S), ‖θ − θ_0‖; ``batch_loss``
-            (R, T), cross-entropy of each adversarial batch in nats, where its gradient was taken;
-            ``robust_loss`` and ``robust_error`` (R, L) over the loss examples at the L loss steps, attacked
-            again; ``mean_move`` (1, M, P) float32, mean over these R replicas of θ − θ_0 at the M mean steps.
-            With an expansion also ``recomputed_loss`` (R, L, A), robust loss of each draw, and, (R, L) each:
-            ``held_loss``, robust loss on the adversarial examples of θ_0; ``linear_loss``, its expansion
-            L_0 + g·Δ with Δ = θ − θ_0; ``expanded_loss``, L_0 + g·Δ + Δᵀ H Δ / 2; ``outside``, norm of the
-            part of Δ outside the span of the directions. If BatchNorm is in train mode, the losses use a
-            replica's own running statistics, and an expansion in θ does not include their changes.
+            Arrays by name, as ``robustdyn.replicas.RecordedEnsemble`` describes them: ``position``,
+            ``buffer``, ``gradient``, ``distance``, ``batch_loss``, ``robust_loss``, ``robust_error`` and,
+            with an expansion, ``EXPANDED``. All are float64 except ``mean_move`` (1, M, P) float32, the mean
+            over these R replicas.
 
         Raises:
             FloatingPointError: A replica's weights are not finite.
@@ -214,89 +207,79 @@ class Ensemble:
             gradient, losses, moves = batch_gradients(
                 self.network, theta, statistics, training, replicas, step
             )
-            record.batch_loss[:, step] = losses.double().cpu().numpy()
+            record.arrays["batch_loss"][:, step] = losses.double().cpu().numpy()
             # the optimiser changes the gradient in place, so it is copied if it is recorded
-            wanted = step + 1 in record.rows
-            kept = gradient.clone() if wanted else None
-            if moves is None or training.perturbation is None:
-                training.update.step(theta, gradient, state, rate, step)
-            elif training.perturbation.step_at == "perturbed":
+            kept = gradient.clone() if step + 1 in record.rows else None
+            perturbed = training.perturbation is not None and training.perturbation.step_at == "perturbed"
+            if moves is not None:
                 theta.add_(moves)
-                training.update.step(theta, gradient, state, rate, step)
+                if not perturbed:  # as in training, the weights return from w + v with the same rounding
+                    theta.sub_(moves)
+            training.update.step(theta, gradient, state, rate, step)
+            if moves is not None and perturbed:
                 theta.sub_(moves)
-            else:
-                # as in training, where the weights return from w + v with the same rounding
-                theta.add_(moves).sub_(moves)
-                training.update.step(theta, gradient, state, rate, step)
-            if wanted:
-                record.note(step + 1, theta, training.update.buffer(state), kept)
+            record.note(step + 1, theta, training.update.buffer(state), kept)
             record.note_mean(step + 1, theta)
             self._note_loss(record, step + 1, theta, statistics)
         finite = theta.isfinite().all(dim=1)
         if not bool(finite.all()):
             worst = [number for number, good in zip(replicas, finite.tolist(), strict=True) if not good]
             raise FloatingPointError(f"replicas {worst} diverged within {steps} steps")
-        return record.arrays()
+        return record.arrays
 
     def _note_loss(self, record: "_Record", step: int, theta: Tensor, statistics: dict[str, Tensor]) -> None:
         if step not in self.recorded.loss_steps:
             return
-        column = self.recorded.loss_steps.index(step)
         losses, errors = self.loss.recomputed(theta, statistics)
-        record.losses["robust_loss"][:, column] = losses.mean(dim=1).cpu().numpy()
-        record.losses["robust_error"][:, column] = errors.cpu().numpy()
-        if not self.recorded.expansion:
-            return
-        moves = theta - self.start
-        linear, expanded = self.loss.expanded(moves)
-        record.losses["recomputed_loss"][:, column] = losses.cpu().numpy()
-        held, _ = self.loss.held(theta, statistics)
-        record.losses["held_loss"][:, column] = held.mean(dim=1).cpu().numpy()
-        record.losses["linear_loss"][:, column] = linear
-        record.losses["expanded_loss"][:, column] = expanded
-        spanned = (moves @ self.directions.positions) @ self.directions.forces.T
-        record.losses["outside"][:, column] = (moves - spanned).double().norm(dim=1).cpu().numpy()
+        found: Arrays = {
+            "robust_loss": losses.mean(dim=1).cpu().numpy(),
+            "robust_error": errors.cpu().numpy(),
+        }
+        if self.recorded.expansion:
+            moves = theta - self.start
+            found["linear_loss"], found["expanded_loss"] = self.loss.expanded(moves)
+            found["recomputed_loss"] = losses.cpu().numpy()
+            found["held_loss"] = self.loss.held(theta, statistics)[0].mean(dim=1).cpu().numpy()
+            spanned = (moves @ self.directions.positions) @ self.directions.forces.T
+            found["outside"] = (moves - spanned).double().norm(dim=1).cpu().numpy()
+        column = self.recorded.loss_steps.index(step)
+        for name, values in found.items():
+            record.arrays[name][:, column] = values
 
 
 class _Record:
     """The arrays of a chunk, which are filled step by step."""
 
     def __init__(self, replicas: int, ensemble: Ensemble) -> None:
-        recorded, self.directions = ensemble.recorded, ensemble.directions
-        self.start = ensemble.start
+        recorded, self.directions, self.start = ensemble.recorded, ensemble.directions, ensemble.start
         self.rows = {step: row for row, step in enumerate(recorded.steps)}
-        shape = (replicas, len(recorded.steps), self.directions.count)
-        self.position, self.buffer, self.gradient = (np.full(shape, np.nan) for _ in range(3))
-        self.distance = np.full(shape[:2], np.nan)
-        self.batch_loss = np.full((replicas, len(ensemble.training.learning_rate)), np.nan)
-        names = ("robust_loss", "robust_error", *(EXPANDED if recorded.expansion else ()))
-        self.losses = {name: np.full((replicas, len(recorded.loss_steps)), np.nan) for name in names}
-        if recorded.expansion:
-            self.losses["recomputed_loss"] = np.full(
-                (*self.losses["robust_loss"].shape, recorded.loss_draws), np.nan
-            )
         self.mean_rows = {step: row for row, step in enumerate(recorded.mean_steps)}
-        self.mean_move = np.full((1, len(recorded.mean_steps), len(self.start)), np.nan, dtype=np.float32)
+        projected = (replicas, len(recorded.steps), self.directions.count)
+        losses = (replicas, len(recorded.loss_steps))
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("position", "buffer", "gradient"), projected)
+        shapes |= {"distance": projected[:2], "batch_loss": (replicas, len(ensemble.training.learning_rate))}
+        shapes |= dict.fromkeys(("robust_loss", "robust_error"), losses)
+        if recorded.expansion:
+            shapes |= dict.fromkeys(EXPANDED, losses) | {"recomputed_loss": (*losses, recorded.loss_draws)}
+        self.arrays: Arrays = {name: np.full(shape, np.nan) for name, shape in shapes.items()}
+        moves = (1, len(recorded.mean_steps), len(self.start))
+        self.arrays["mean_move"] = np.full(moves, np.nan, dtype=np.float32)
 
     def note_mean(self, step: int, theta: Tensor) -> None:
         row = self.mean_rows.get(step)
         if row is not None:
-            self.mean_move[0, row] = (theta - self.start).double().mean(dim=0).cpu().numpy()
+            self.arrays["mean_move"][0, row] = (theta - self.start).double().mean(dim=0).cpu().numpy()
 
     def note(self, step: int, theta: Tensor, buffer: Tensor, gradient: Tensor | None) -> None:
         row = self.rows.get(step)
         if row is None:
             return
         moved = theta - self.start
-        self.position[:, row] = project(moved, self.directions.positions)
-        self.buffer[:, row] = project(buffer, self.directions.forces)
-        self.distance[:, row] = moved.double().norm(dim=1).cpu().numpy()
+        self.arrays["position"][:, row] = project(moved, self.directions.positions)
+        self.arrays["buffer"][:, row] = project(buffer, self.directions.forces)
+        self.arrays["distance"][:, row] = moved.double().norm(dim=1).cpu().numpy()
         if gradient is not None:
-            self.gradient[:, row] = project(gradient, self.directions.forces)
-
-    def arrays(self) -> Arrays:
-        names = ("position", "buffer", "gradient", "distance", "batch_loss", "mean_move")
-        return {**{name: getattr(self, name) for name in names}, **self.losses}
+            self.arrays["gradient"][:, row] = project(gradient, self.directions.forces)
 
 
 def batch_gradients(
@@ -356,7 +339,7 @@ def attacked(
     """Adversarial images of a batch (N, ...), as training makes them; the images if there is no attack."""
     attack = training.attack
     if training.batchnorm == "eval" and attack.batchnorm != "eval":
-        attack = _against_running_statistics(attack)
+        attack = replace(attack, batchnorm="eval")
     with torch.no_grad(), attack.mode(network):
         loss: AttackLoss | None = training.objective.attack_loss(network, images)
     return images if loss is None else attack.climb(network, images, targets, starts, loss)
@@ -436,10 +419,6 @@ def _losses(
     with torch.no_grad():
         each = F.cross_entropy(logits, targets, reduction="none").view(replicas, -1).mean(dim=1)
     return total, each
-
-
-def _against_running_statistics(attack: PGD) -> PGD:
-    return replace(attack, batchnorm="eval")
 
 
 def _draws(training: Training, replica: int, step: int) -> torch.Generator:

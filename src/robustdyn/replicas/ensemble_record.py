@@ -79,11 +79,7 @@ class EnsembleRecord:
 
     def start(self, measure: Callable[[], MeasuredPoint], device: torch.device) -> MeasuredPoint:
         """The recorded starting point; if there is none, a single process calls ``measure``."""
-        path = self.directory / START
-        with FileLock(self.directory / ".start.lock"):
-            if not path.exists():
-                _write(path, _packed(measure().arrays()))
-            return MeasuredPoint.from_arrays(_unpacked(path), device)
+        return MeasuredPoint.from_arrays(self._once(START, measure), device)
 
     def path(
         self, replicas: int, steps: Sequence[int], measure: Callable[[NDArray[np.float32]], MeasuredPoint]
@@ -109,11 +105,14 @@ class EnsembleRecord:
 
     def lines(self, measure: Callable[[], Lines]) -> Lines:
         """The recorded loss along the directions; if there is none, a single process calls ``measure``."""
-        path = self.directory / LINES
-        with FileLock(self.directory / ".lines.lock"):
+        return Lines.from_arrays(self._once(LINES, measure))
+
+    def _once(self, name: str, measure: Callable[[], MeasuredPoint | Lines]) -> dict[str, Any]:
+        path = self.directory / name
+        with FileLock(self.directory / f".{path.stem}.lock"):
             if not path.exists():
                 _write(path, _packed(measure().arrays()))
-            return Lines.from_arrays(_unpacked(path))
+            return _unpacked(path)
 
     def missing(self, replicas: int, *, shard: int = 0, shards: int = 1) -> Iterator[range]:
         """Chunks among the first ``replicas`` that a shard still has to run.
@@ -149,7 +148,10 @@ class EnsembleRecord:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RecordedEnsemble:
-    """The content of an ensemble's directory; see ``robustdyn.replicas.Ensemble.run`` for the arrays.
+    """The content of an ensemble's directory.
+
+    If BatchNorm is in train mode, the losses use a replica's own running statistics, and an expansion in θ
+    does not include their changes.
 
     Attributes:
         settings: Everything on which the numbers depend, as in ``settings.json``.
@@ -163,18 +165,19 @@ class RecordedEnsemble:
         learning_rate: (T,), η of each step.
         position: (R, S, k), x_i = positions_iᵀ (θ − θ_0).
         buffer: (R, S, k), the optimiser's buffer along the forces.
-        gradient: (R, S, k), of the mini-batch in the step that led there.
+        gradient: (R, S, k), of the mini-batch loss without weight decay in the step that led there; NaN at
+            step 0.
         distance: (R, S), ‖θ − θ_0‖.
-        batch_loss: (R, T).
-        robust_loss: (R, L).
-        robust_error: (R, L).
+        batch_loss: (R, T), cross-entropy of each adversarial batch in nats, where its gradient was taken.
+        robust_loss: (R, L), over the loss examples, attacked again.
+        robust_error: (R, L), of the same.
         mean_steps: (M,).
         mean_move: (M, P) float32, mean of θ − θ_0 over the replicas.
         recomputed_loss: (R, L, A), robust loss of each draw; without an expansion None, as the next four.
         held_loss: (R, L), on the adversarial examples of θ_0.
-        linear_loss: (R, L), its expansion to first order.
-        expanded_loss: (R, L), to second order.
-        outside: (R, L), norm of the part of θ − θ_0 outside the span of the directions.
+        linear_loss: (R, L), its expansion L_0 + g·Δ with Δ = θ − θ_0.
+        expanded_loss: (R, L), its expansion L_0 + g·Δ + Δᵀ H Δ / 2.
+        outside: (R, L), norm of the part of Δ outside the span of the directions.
     """
 
     settings: Mapping[str, Any]

@@ -97,122 +97,88 @@ class GibbsSampling:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
-def gibbs_errors(
-    network: StackedNetwork,
-    statistics: dict[str, Tensor],
-    posterior: WeightPosterior,
-    images: Tensor,
-    targets: Tensor,
-    attack: PGD,
-    sampling: GibbsSampling,
-    *,
-    chunk: int,
-    seed: int,
-    stream: str,
-) -> NDArray[np.float64]:
-    """Robust 0-1 errors of networks drawn from Q, each with its own examples and attack starts.
-
-    Given the n examples, the N numbers are independent and in [0, 1], and their mean is Q's empirical error,
-    in expectation over the attack's start. This is what ``robustdyn.theory.risk_certificate`` requires. All
-    random numbers of network j are a function of (seed, stream, j).
+class AttackedNetworks:
+    """Networks with the statistics of one network, each attacked on its own.
 
     Args:
-        network: The stacked network.
-        statistics: Its buffers for one network, (1, ...) by name; the running statistics are used as they
-            are.
-        posterior: Q.
-        images: (n, ...) in [0, 1], on the network's device.
-        targets: (n,) classes.
+        network: The stacked network; its running statistics are used as they are.
         attack: The attack, with running statistics (``batchnorm="eval"``).
-        sampling: How many networks and examples.
-        chunk: R, networks in one pass; affects only memory, speed and rounding.
         seed: Seed of all random numbers.
-        stream: Different for draws that must be independent.
-
-    Returns:
-        (N,).
 
     Raises:
-        ValueError: There are fewer images than examples, or the attack would move statistics (train mode).
+        ValueError: The attack would change the running statistics (train mode).
     """
-    if sampling.examples > len(images):
-        raise ValueError(f"examples must be at most {len(images)}, got {sampling.examples}")
-    errors = np.empty(sampling.networks)
-    for first in range(0, sampling.networks, chunk):
-        numbers = range(first, min(first + chunk, sampling.networks))
-        theta = posterior.draw(
-            [generator(seed, f"{stream}-weights", j, device=images.device) for j in numbers]
-        )
-        which = [
-            torch.randperm(len(images), generator=generator(seed, f"{stream}-examples", j))[
-                : sampling.examples
+
+    def __init__(self, network: StackedNetwork, attack: PGD, *, seed: int) -> None:
+        if attack.batchnorm != "eval":
+            raise ValueError(f"attack must have batchnorm=eval, got {attack.batchnorm}")
+        self.network, self.attack, self.seed = network, attack, seed
+
+    def gibbs_errors(
+        self,
+        posterior: WeightPosterior,
+        images: Tensor,
+        targets: Tensor,
+        sampling: GibbsSampling,
+        *,
+        chunk: int,
+        stream: str,
+    ) -> NDArray[np.float64]:
+        """Robust 0-1 errors of networks drawn from Q, each with its own examples and attack starts.
+
+        Given the n examples, the N numbers are independent and in [0, 1], and their mean is Q's empirical
+        error, in expectation over the attack's start. This is what ``robustdyn.theory.risk_certificate``
+        requires. All random numbers of network j are a function of (seed, stream, j).
+
+        Args:
+            posterior: Q.
+            images: (n, ...) in [0, 1], on the network's device.
+            targets: (n,) classes.
+            sampling: How many networks and examples.
+            chunk: R, networks in one pass; affects only memory, speed and rounding.
+            stream: Different for draws that must be independent.
+
+        Returns:
+            (N,).
+
+        Raises:
+            ValueError: There are fewer images than examples.
+        """
+        if sampling.examples > len(images):
+            raise ValueError(f"examples must be at most {len(images)}, got {sampling.examples}")
+        errors = np.empty(sampling.networks)
+
+        def draws(
+            of: str, numbers: range, device: torch.device | str = images.device
+        ) -> list[torch.Generator]:
+            return [generator(self.seed, f"{stream}-{of}", j, device=device) for j in numbers]
+
+        for first in range(0, sampling.networks, chunk):
+            numbers = range(first, min(first + chunk, sampling.networks))
+            theta = posterior.draw(draws("weights", numbers))
+            orders = [
+                torch.randperm(len(images), generator=each) for each in draws("examples", numbers, "cpu")
             ]
-            for j in numbers
-        ]
-        chosen = torch.stack(which).to(images.device)
-        starts = [generator(seed, f"{stream}-starts", j, device=images.device) for j in numbers]
-        robust = robustly_classified(
-            network, theta, statistics, images[chosen], targets[chosen], attack, starts
-        )
-        errors[first : numbers.stop] = 1 - robust.double().mean(dim=1).cpu().numpy()
-    return errors
+            chosen = torch.stack(orders)[:, : sampling.examples].to(images.device)
+            robust = self._robust(theta, images[chosen], targets[chosen], draws("starts", numbers))
+            errors[first : numbers.stop] = 1 - robust.double().mean(dim=1).cpu().numpy()
+        return errors
 
+    def error(self, theta: Tensor, images: Tensor, targets: Tensor, *, batch_size: int, stream: str) -> float:
+        """Robust 0-1 error of one network θ (P,) on all examples; arguments as in ``gibbs_errors``."""
+        draws = generator(self.seed, stream, device=images.device)
+        parts = zip(images.split(batch_size), targets.split(batch_size), strict=True)
+        robust = [self._robust(theta[None], part[None], labels[None], [draws]) for part, labels in parts]
+        return 1 - float(torch.cat(robust, dim=1).double().mean())
 
-def zero_one_error(
-    network: StackedNetwork,
-    statistics: dict[str, Tensor],
-    theta: Tensor,
-    images: Tensor,
-    targets: Tensor,
-    attack: PGD,
-    *,
-    batch_size: int,
-    seed: int,
-    stream: str,
-) -> float:
-    """Robust 0-1 error of one network θ (P,) on all examples; arguments as in ``gibbs_errors``."""
-    draws = generator(seed, stream, device=images.device)
-    robust = [
-        robustly_classified(network, theta[None], statistics, part[None], labels[None], attack, [draws])
-        for part, labels in zip(images.split(batch_size), targets.split(batch_size), strict=True)
-    ]
-    return 1 - float(torch.cat(robust, dim=1).double().mean())
-
-
-def robustly_classified(
-    network: StackedNetwork,
-    theta: Tensor,
-    statistics: dict[str, Tensor],
-    images: Tensor,
-    targets: Tensor,
-    attack: PGD,
-    draws: Sequence[torch.Generator],
-) -> Tensor:
-    """Which examples R networks, each attacked on its own, classify correctly.
-
-    Args:
-        network: The stacked network.
-        theta: (R, P).
-        statistics: (1, ...) by name.
-        images: (R, B, ...).
-        targets: (R, B).
-        attack: The attack, with ``batchnorm="eval"``.
-        draws: R generators for the attack's starts.
-
-    Returns:
-        bool (R, B).
-
-    Raises:
-        ValueError: The attack would change the running statistics.
-    """
-    if attack.batchnorm != "eval":
-        raise ValueError(f"attack must have batchnorm=eval, got {attack.batchnorm}")
-    network.use(
-        theta, {name: value.expand(len(theta), *value.shape[1:]) for name, value in statistics.items()}
-    )
-    network.eval()
-    start = torch.cat([attack.start(part, each) for part, each in zip(images, draws, strict=True)])
-    flat, labels = images.flatten(0, 1), targets.flatten(0, 1)
-    adversarial = attack.climb(network, flat, labels, start)
-    with torch.no_grad():
-        return right(network(adversarial), labels).view_as(targets)
+    def _robust(
+        self, theta: Tensor, images: Tensor, targets: Tensor, draws: Sequence[torch.Generator]
+    ) -> Tensor:
+        """Which of their examples (R, B, ...) the networks θ (R, P) classify correctly, bool (R, B)."""
+        self.network.use(theta, self.network.statistics(len(theta)))
+        self.network.eval()
+        start = torch.cat([self.attack.start(part, each) for part, each in zip(images, draws, strict=True)])
+        labels = targets.flatten(0, 1)
+        adversarial = self.attack.climb(self.network, images.flatten(0, 1), labels, start)
+        with torch.no_grad():
+            return right(self.network(adversarial), labels).view_as(targets)

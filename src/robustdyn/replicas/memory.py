@@ -5,9 +5,8 @@ place do not forget, for instance if slow directions that are not tracked keep t
 then not caused by noise alone.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from robustdyn.replicas.ensemble_record import RecordedEnsemble
@@ -17,28 +16,18 @@ from robustdyn.theory.coupled import interpolated
 Array = NDArray[np.float64]
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Memory:
-    """Correlations over replicas between the positions at one step and those at M earlier steps.
-
-    Attributes:
-        reference: The later step.
-        step: (M,), the earlier steps.
-        correlation: (M,), mean over directions of the correlation of x_i at both steps.
-        error: (M,), its standard error, by the jackknife over replicas.
-        expected: (M,), the same if the replicas' states (x, v) only decayed with the slopes: those measured
-            along the mean's path, or those of the start if there are none.
-    """
-
-    reference: int
-    step: NDArray[np.int64]
-    correlation: Array
-    error: Array
-    expected: Array
-
-
-def memory(ensemble: RecordedEnsemble, reference: int) -> Memory:
+def memory(ensemble: RecordedEnsemble, reference: int) -> pd.DataFrame:
     """The replicas' memory, at a recorded step, of all recorded steps before it except the start.
+
+    Args:
+        ensemble: The replicas.
+        reference: The later step.
+
+    Returns:
+        A row for each earlier ``step``: ``reference``; ``correlation``, mean over directions of the
+        correlation of x_i at both steps; ``error``, its standard error, by the jackknife over replicas;
+        ``expected``, the same if the replicas' states (x, v) only decayed with the slopes: those measured
+        along the mean's path, or those of the start if there are none.
 
     Raises:
         ValueError: The step was not recorded, slopes were not measured, or batches were drawn without
@@ -73,15 +62,9 @@ def memory(ensemble: RecordedEnsemble, reference: int) -> Memory:
         each = [_correlation(np.delete(x, r, axis=0), np.delete(later, r, axis=0)) for r in range(len(x))]
         error = np.sqrt((len(x) - 1) * np.var(each))
         scale = np.sqrt((x**2).sum(axis=0) * (later**2).sum(axis=0))
-        rows.append((step, _correlation(x, later), error, ((x * carried).sum(axis=0) / scale).mean()))
-    table = np.array(rows[::-1], dtype=np.float64).reshape(-1, 4).T
-    return Memory(
-        reference=reference,
-        step=table[0].astype(np.int64),
-        correlation=table[1],
-        error=table[2],
-        expected=table[3],
-    )
+        expected = ((x * carried).sum(axis=0) / scale).mean()
+        rows.append((reference, step, _correlation(x, later), error, expected))
+    return pd.DataFrame(rows[::-1], columns=["reference", "step", "correlation", "error", "expected"])
 
 
 def _centred(values: Array) -> Array:

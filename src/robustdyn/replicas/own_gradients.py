@@ -1,84 +1,49 @@
 """Estimates slope and noise from the replicas' own gradients, which no measurement at one point can show."""
 
-from dataclasses import dataclass
-
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
-from robustdyn.replicas.point import MeasuredPoint
+from robustdyn.replicas.ensemble_record import RecordedEnsemble
+from robustdyn.replicas.prediction import SETTLED, example_noise, sampling_of
 
 Array = NDArray[np.float64]
-IntArray = NDArray[np.int64]
+
+COLUMNS = ("step", "slope", "noise", "slope_error", "noise_error")
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class OwnGradients:
-    """The replicas' gradients at their own places, relative to the start; M recorded steps.
+def own_gradients(ensemble: RecordedEnsemble) -> pd.DataFrame:
+    """Slope and noise of the replicas' gradients at their own places, relative to the start.
 
-    Attributes:
-        step: (M,), updates taken; the gradient belongs to the last of them, at the place before it.
-        slope: (M,), Σ_i cov(g_i, x_i) over Σ_i (J Σ)_ii with J of the start and the measured Σ: the ratio of
-            the gradient that pulls replicas back to the linear one.
-        slope_error: (M,), standard error by the jackknife over replicas.
-        noise: (M,), geometric mean over directions of the variance of g − J x, divided by a batch's variance
-            at the start. It includes the difference between the mean gradient at x and J x.
-        noise_error: (M,), standard error by the jackknife over replicas.
+    Steps before ``SETTLED`` are left out, because replicas have hardly separated before it.
+
+    Returns:
+        A row for each recorded step whose predecessor was also recorded, with its gradients. There is none
+        without slopes at the start, or with batches drawn without replacement, whose noise depends on earlier
+        ones. ``step``, updates taken: the gradient belongs to the last of them, at the place before it.
+        ``slope``, Σ_i cov(g_i, x_i) over Σ_i (J Σ)_ii with J of the start and the measured Σ: the ratio of
+        the gradient that pulls replicas back to the linear one. ``noise``, geometric mean over directions of
+        the variance of g − J x, divided by a batch's variance at the start; it includes the difference
+        between the mean gradient at x and J x. ``slope_error`` and ``noise_error``, standard errors by the
+        jackknife over replicas.
     """
-
-    step: IntArray
-    slope: Array
-    slope_error: Array
-    noise: Array
-    noise_error: Array
-
-
-def own_gradients(
-    start: MeasuredPoint,
-    batch_noise: Array,
-    *,
-    steps: IntArray,
-    position: Array,
-    gradient: Array,
-    settled: int,
-) -> OwnGradients:
-    """Slope and noise at every recorded step whose predecessor was also recorded.
-
-    Args:
-        start: The starting point, with slopes J.
-        batch_noise: γ (k,), variance of a batch's gradient at the start.
-        steps: (S,), the recorded steps.
-        position: (R, S, k).
-        gradient: (R, S, k), of the update before each step; steps where it is NaN are left out.
-        settled: First step that is used, because replicas have hardly separated before it.
-
-    Raises:
-        ValueError: The start has no slopes.
-    """
-    if not np.isfinite(start.slopes).all():
-        raise ValueError("the start has no slopes; measure them with slope_batches > 0")
-    listed = steps.tolist()
-    rows = []
-    for row, step in enumerate(listed):
-        if step < settled or step - 1 not in listed:
+    start, sampling, steps = ensemble.start, sampling_of(ensemble), ensemble.steps.tolist()
+    rows: list[tuple[float, ...]] = []
+    if not np.isfinite(start.slopes).all() or not sampling.replacement:
+        return pd.DataFrame(rows, columns=list(COLUMNS))
+    gamma = np.diag(sum(example_noise(ensemble, start))) / sampling.batch_size
+    for row, step in enumerate(steps):
+        g = ensemble.gradient[:, row]
+        if step < SETTLED or step - 1 not in steps or not np.isfinite(g).all():
             continue
-        x, g = position[:, listed.index(step - 1)], gradient[:, row]
-        if not np.isfinite(g).all():
-            continue
-        found = _slope_and_noise(x, g, start.slopes, batch_noise)
+        x = ensemble.position[:, steps.index(step - 1)]
         left = [
-            _slope_and_noise(np.delete(x, r, axis=0), np.delete(g, r, axis=0), start.slopes, batch_noise)
+            _slope_and_noise(np.delete(x, r, axis=0), np.delete(g, r, axis=0), start.slopes, gamma)
             for r in range(len(x))
         ]
         error = np.sqrt((len(x) - 1) * np.var(left, axis=0))
-        rows.append((step, *found, *error))
-    table = np.array(rows, dtype=np.float64).reshape(-1, 5).T
-    return OwnGradients(
-        step=table[0].astype(np.int64),
-        slope=table[1],
-        noise=table[2],
-        slope_error=table[3],
-        noise_error=table[4],
-    )
+        rows.append((step, *_slope_and_noise(x, g, start.slopes, gamma), *error))
+    return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
 def _slope_and_noise(x: Array, g: Array, slopes: Array, gamma: Array) -> tuple[float, float]:

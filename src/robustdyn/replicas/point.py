@@ -240,7 +240,9 @@ def measure_point(
         gradient = project(risk.gradient()[None], directions.forces)[0]
         between, within = _covariances(risk, directions, draws)
     hessian = ((curved + curved.T) / 2).cpu().numpy()
-    noise = _batch_noise(between, within, training)
+    examples, size = training.sampling.examples, training.sampling.batch_size
+    factor = minibatch_noise_factor(examples, size, replacement=training.sampling.replacement)
+    noise = factor * between + within / size
     sampled, again = sampled_gradients(
         network, training, directions, batches=settings.noise_batches, chunk=chunk
     )
@@ -425,9 +427,3 @@ def _covariances(risk: EmpiricalRisk, directions: Directions, draws: int) -> tup
     within = np.einsum("ani,anj->ij", spread, spread) / (len(means) * (draws - 1))
     # the means of a few draws still hold the attack's noise
     return between - within / draws, within
-
-
-def _batch_noise(between: Array, within: Array, training: Training) -> Array:
-    sampling = training.sampling
-    factor = minibatch_noise_factor(sampling.examples, sampling.batch_size, replacement=sampling.replacement)
-    return factor * between + within / sampling.batch_size

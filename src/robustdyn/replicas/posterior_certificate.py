@@ -21,7 +21,7 @@ from torch import Tensor
 from robustdyn.attacks import PGD
 from robustdyn.errors import ConfigError, RecordError
 from robustdyn.replicas import RecordedEnsemble, StackedNetwork
-from robustdyn.replicas.gibbs import GibbsSampling, WeightPosterior, gibbs_errors, zero_one_error
+from robustdyn.replicas.gibbs import AttackedNetworks, GibbsSampling, WeightPosterior
 from robustdyn.theory import (
     RiskCertificate,
     SubspaceKL,
@@ -193,9 +193,15 @@ class Certifier:
         classes: int,
         say: Callable[[str], None],
     ) -> None:
-        self.network, self.measured, self.data, self.attack = network, measured, data, attack
-        self.settings, self.classes, self.say = settings, classes, say
-        self.theta, self.statistics = network.theta(), network.statistics(1)
+        self.networks = AttackedNetworks(network, attack, seed=settings.seed)
+        self.measured, self.data, self.settings, self.classes, self.say = (
+            measured,
+            data,
+            settings,
+            classes,
+            say,
+        )
+        self.theta = network.theta()
         self.move, self.directions = (part.to(self.theta) for part in (measured.move, measured.directions))
         self.n = len(data["S"][1])
         # for each prior, Maurer's bound (for all posteriors) or Chernoff's bound (for the prior) may fail
@@ -276,16 +282,14 @@ class Certifier:
             "posterior": {"name": choice.name, **asdict(choice)},
             **asdict(found),
             "kl": {**asdict(kl), "total": kl.total},
-            "sampled_error_se": float(errors.std(ddof=1) / math.sqrt(len(errors)))
-            if len(errors) > 1
-            else None,
+            "sampled_error_se": _standard_error(errors),
             "kl_per_example": kl.total / self.n,
             "bound_at_zero_kl": no_kl,
             "bound_at_zero_error": no_error,
             "limited_by": _largest(found, no_kl),
             "test": {
                 "error": float(tested.mean()),
-                "error_se": float(tested.std(ddof=1) / math.sqrt(len(tested))) if len(tested) > 1 else None,
+                "error_se": _standard_error(tested),
                 "mean_network_error": self._error_of(mean, "test"),
             },
             "mean_network_error": self._error_of(mean, "S"),
@@ -358,29 +362,17 @@ class Certifier:
             covariance=self._covariance(choice),
             complement_std=choice.prior_std,
         )
-        return gibbs_errors(
-            self.network,
-            self.statistics,
-            posterior,
-            *self.data[split],
-            self.attack,
-            sampling,
-            chunk=self.settings.chunk,
-            seed=self.settings.seed,
-            stream=stream,
-        )
+        data, chunk = self.data[split], self.settings.chunk
+        return self.networks.gibbs_errors(posterior, *data, sampling, chunk=chunk, stream=stream)
 
     def _error_of(self, theta: Tensor, split: str) -> float:
-        return zero_one_error(
-            self.network,
-            self.statistics,
-            theta,
-            *self.data[split],
-            self.attack,
-            batch_size=self.settings.batch_size,
-            seed=self.settings.seed,
-            stream=f"certify-fixed-{split}",
-        )
+        size, stream = self.settings.batch_size, f"certify-fixed-{split}"
+        return self.networks.error(theta, *self.data[split], batch_size=size, stream=stream)
+
+
+def _standard_error(sampled: Array) -> float | None:
+    """Of the mean; None with one number."""
+    return float(sampled.std(ddof=1) / math.sqrt(len(sampled))) if len(sampled) > 1 else None
 
 
 def _largest(found: RiskCertificate, bound_at_zero_kl: float) -> str:

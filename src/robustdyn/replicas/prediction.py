@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 
 from robustdyn.errors import RecordError
 from robustdyn.replicas.ensemble_record import RecordedEnsemble
-from robustdyn.replicas.own_gradients import OwnGradients, own_gradients
 from robustdyn.replicas.point import MeasuredPoint
 from robustdyn.replicas.sampling import Sampling
 from robustdyn.theory import (
     MeasuredDrift,
     MomentumDynamics,
     is_stable,
+    minibatch_noise_factor,
     propagate_coupled,
     stationary_variance,
 )
@@ -103,7 +103,8 @@ def example_noise(ensemble: RecordedEnsemble, point: MeasuredPoint) -> tuple[Arr
             "run the ensemble with start.noise_batches=256"
         )
     n, size = sampling.examples, sampling.batch_size
-    per_batch = 1 / size if sampling.replacement or n == size else (n - size) / (size * (n - 1))
+    # a batch of all examples has no noise to divide by
+    per_batch = minibatch_noise_factor(n, size, replacement=sampling.replacement or n == size)
     attack = point.sampled_attack_noise
     return (point.sampled_noise - attack) / per_batch, attack * size
 
@@ -133,26 +134,6 @@ def predicted_laws(ensemble: RecordedEnsemble) -> dict[str, Law]:
         if len(points) > 1:
             laws[along] = _coupled(ensemble, along, steps, points, slope)
     return laws
-
-
-def seen_by_replicas(ensemble: RecordedEnsemble) -> OwnGradients | None:
-    """Slope and noise from the replicas' own gradients.
-
-    None without slopes at the start, without two successive recorded steps, or with batches drawn without
-    replacement, because their noise depends on earlier batches.
-    """
-    start, sampling = ensemble.start, sampling_of(ensemble)
-    if not np.isfinite(start.slopes).all() or not sampling.replacement:
-        return None
-    found = own_gradients(
-        start,
-        np.diag(sum(example_noise(ensemble, start))) / sampling.batch_size,
-        steps=ensemble.steps,
-        position=ensemble.position,
-        gradient=ensemble.gradient,
-        settled=SETTLED,
-    )
-    return found if len(found.step) else None
 
 
 def refreshed_with_error(ensemble: RecordedEnsemble, *, draws: int, seed: int) -> Array:
@@ -228,7 +209,7 @@ def _variances(ensemble: RecordedEnsemble) -> Array:
     examples, attack = example_noise(ensemble, ensemble.start)
     n, size = sampling.examples, sampling.batch_size
     # the papers' formulas are for independent batches
-    share = 1 / size if sampling.replacement or n == 1 else (n - size) / (size * (n - 1))
+    share = minibatch_noise_factor(n, size, replacement=sampling.replacement)
     return np.asarray(np.diag(examples) * share + np.diag(attack) / size)
 
 

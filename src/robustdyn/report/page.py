@@ -30,14 +30,12 @@ from robustdyn.report.figures import FIGURES, FigureSpec
 from robustdyn.report.overview import Overview, curves, overview
 from robustdyn.report.page_tables import TIMES, Evaluations, evaluations, times
 from robustdyn.report.statistics import (
-    FINAL,
     SHOWN_METRICS,
     Headline,
     final_and_best,
     format_metric,
     headlines,
 )
-from robustdyn.report.statistics import headline as headline
 
 PAGE = "index.html"
 SCRIPT = "report.js"
@@ -118,13 +116,15 @@ def build_report(
         )
     summary, page = final_and_best(runs), output / PAGE
     shown = overview(runs, run_states(runs) if states is None else states, frames, summary, page, given)
-    evaluated = evaluations(runs, page)
+    evaluated, told = evaluations(runs, page), headlines(shown.counted)
     try:
         tables = _write_tables(
             {**frames, FINAL_AND_BEST: summary, EVALUATION: evaluated.table}, output / "tables"
         )
         figures, skipped = _write_figures(frames, output / "figures")
-        page.write_text(_page(runs, frames, summary, figures, skipped, shown, evaluated), encoding="utf-8")
+        page.write_text(
+            _page(runs, frames, summary, figures, skipped, shown, told, evaluated), encoding="utf-8"
+        )
     except OSError as error:
         raise RecordError(
             f"{output}: cannot write the report ({error.strerror}); free space, or write it elsewhere: "
@@ -135,7 +135,7 @@ def build_report(
         tables=tuple(tables),
         figures=tuple(file for drawn in figures for file in drawn.files),
         skipped=skipped,
-        headline=tuple(headline(shown.counted)),
+        headline=tuple(map(str, told)),
     )
 
 
@@ -188,6 +188,7 @@ def _page(
     figures: Sequence[_Drawn],
     skipped: Mapping[str, str],
     shown: Overview,
+    told: Sequence[Headline],
     evaluated: Evaluations,
 ) -> str:
     """The HTML page."""
@@ -208,7 +209,7 @@ def _page(
         title=_title(runs),
         version=robustdyn.__version__,
         what=what_was_run(runs),
-        headlines=[_card(line) for line in headlines(shown.counted)],
+        headlines=[_card(line) for line in told],
         columns=[schema.EPOCHS[name].shown for name in SHOWN_METRICS],
         rows=_final_rows(summary, {run.label for run in shown.counted}),
         shown=shown,
@@ -293,6 +294,3 @@ def _symbols(text: str) -> Markup:
 def _yaml(config: Mapping[str, Any]) -> str:
     """A configuration as YAML; what could not be resolved stays as it was written."""
     return OmegaConf.to_yaml(OmegaConf.create(dict(config)), resolve=False)
-
-
-__all__ = ["FINAL", "FINAL_AND_BEST", "Report", "build_report", "headline"]

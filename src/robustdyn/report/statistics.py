@@ -5,8 +5,9 @@ Everything takes the frames of ``records.reader.combine``: tidy, with a ``run`` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -94,8 +95,7 @@ def final_and_best(runs: Sequence[Run]) -> pd.DataFrame:
     return frame.astype(dict.fromkeys(SHOWN_METRICS, "float64"))
 
 
-@dataclass(frozen=True)
-class EpochValue:
+class EpochValue(NamedTuple):
     """A number at one epoch of one run."""
 
     epoch: int
@@ -122,10 +122,6 @@ class GroupChange:
         """The smallest and the largest value over runs at one end."""
         values = [pair[end].value for pair in self.pairs]
         return f"{format_number(min(values))}–{format_number(max(values))}"
-
-    def side(self, end: bool) -> str:
-        """The mean over runs at one end, with the range when there are several."""
-        return f"{self.mean(end)} [{self.spread(end)}]" if len(self.pairs) > 1 else self.mean(end)
 
     def epochs(self, end: bool) -> str:
         """The epoch, or the range of epochs over runs."""
@@ -160,29 +156,25 @@ class Headline:
     missing: str
 
     def __str__(self) -> str:
-        """One line for a terminal."""
+        """One line for a terminal; of many groups, those of the smallest and the largest change."""
         if not self.changes:
             return f"{self.name}: {self.missing}"
-        if len(self.changes) > 1:
-            told, rest = self._told()
-            return (
-                f"{self.name}, {self.start} → final: "
-                + "; ".join(f"{c.group} {c.short()}" for c in told)
-                + rest
-            )
-        (change,) = self.changes
-        seeds = f" (mean of {len(change.pairs)} seeds [range])" if len(change.pairs) > 1 else ""
-        return (
-            f"{self.name}{seeds}: {self.start} {change.side(False)} ({change.epochs(False)}) "
-            f"→ final {change.side(True)} ({change.epochs(True)})"
-        )
+        if len(self.changes) == 1:
+            return self._of_one(self.changes[0])
+        told, rest = self.changes, ""
+        if len(told) > TOLD:
+            ordered = sorted(told, key=lambda change: change.size)
+            told, rest = (ordered[0], ordered[-1]), f" (smallest and largest rise of {len(ordered)} settings)"
+        return f"{self.name}, {self.start} → final: {'; '.join(f'{c.group} {c.short()}' for c in told)}{rest}"
 
-    def _told(self) -> tuple[list[GroupChange], str]:
-        """The changes that a line can show: all if there are few, otherwise the smallest and the largest."""
-        if len(self.changes) <= TOLD:
-            return list(self.changes), ""
-        ordered = sorted(self.changes, key=lambda change: change.size)
-        return [ordered[0], ordered[-1]], f" (smallest and largest rise of {len(ordered)} settings)"
+    def _of_one(self, change: GroupChange) -> str:
+        n = len(change.pairs)
+        start, final = (
+            f"{change.mean(end)}{f' [{change.spread(end)}]' if n > 1 else ''} ({change.epochs(end)})"
+            for end in (False, True)
+        )
+        seeds = f" (mean of {n} seeds [range])" if n > 1 else ""
+        return f"{self.name}{seeds}: {self.start} {start} → final {final}"
 
 
 def headlines(runs: Sequence[Run]) -> list[Headline]:
@@ -192,40 +184,29 @@ def headlines(runs: Sequence[Run]) -> list[Headline]:
     decay, from the epoch of the lowest test robust loss.
     """
     epochs, wci = combine(runs, "epochs"), combine(runs, "wci")
-    finished = [run for run in runs if (epochs["run"] == run.label).any()]
-    anchors = {run.label: _before_decay(of_run(epochs, run.label)) for run in finished}
+    own = {run.label: of_run(epochs, run.label) for run in runs}
+    finished = [run for run in runs if not own[run.label].empty]
+    lowest = {run.label: _lowest_loss(own[run.label]) for run in finished}
+    anchors = {run.label: _before_decay(own[run.label]) for run in finished}
     start = "before the first decay"
-    if not all(anchor is not None for anchor in anchors.values()):
-        start = "at the lowest test robust loss"
-        anchors = {run.label: _lowest_loss(of_run(epochs, run.label)) for run in finished}
-    if not any(anchor is not None for anchor in anchors.values()):  # as of a model that was only measured
-        start = "at the first epoch"
-        anchors = {run.label: int(of_run(epochs, run.label)["epoch"].min()) for run in finished}
-
-    def since_anchor(
-        frame: pd.DataFrame, column: str
-    ) -> Callable[[Run], tuple[EpochValue, EpochValue] | None]:
-        return lambda run: _between(of_run(frame, run.label), column, anchors[run.label])
-
-    def rise(run: Run) -> tuple[EpochValue, EpochValue] | None:
-        own = of_run(epochs, run.label)
-        return _between(own, TEST_ROBUST_LOSS, _lowest_loss(own))
-
-    return [
-        Headline("test robust loss", "minimum", _changes(finished, rise), "not recorded"),
-        Headline(
-            "robust loss gap",
-            start,
-            _changes(finished, since_anchor(epochs, ROBUST_LOSS_GAP)),
-            "not recorded",
-        ),
-        Headline("WCI", start, _changes(finished, since_anchor(wci, "wci")), "not measured"),
-    ]
-
-
-def headline(runs: Sequence[Run]) -> list[str]:
-    """The three numbers that matter, one line of text each."""
-    return [str(line) for line in headlines(runs)]
+    if None in anchors.values():
+        start, anchors = "at the lowest test robust loss", lowest
+    if all(anchor is None for anchor in anchors.values()):  # as of a model that was only measured
+        start, anchors = "at the first epoch", {label: int(own[label]["epoch"].min()) for label in anchors}
+    found = []
+    for name, begin, frame, column, since, missing in (
+        ("test robust loss", "minimum", epochs, TEST_ROBUST_LOSS, lowest, "not recorded"),
+        ("robust loss gap", start, epochs, ROBUST_LOSS_GAP, anchors, "not recorded"),
+        ("WCI", start, wci, "wci", anchors, "not measured"),
+    ):
+        of_group: dict[str, list[tuple[EpochValue, EpochValue]]] = {}
+        for run in finished:
+            pair = _between(of_run(frame, run.label), column, since[run.label])
+            if pair is not None:
+                of_group.setdefault(run.group, []).append(pair)
+        changes = tuple(GroupChange(group, tuple(pairs)) for group, pairs in of_group.items())
+        found.append(Headline(name, begin, changes, missing))
+    return found
 
 
 def correlation(x: pd.Series, y: pd.Series) -> float | None:
@@ -271,19 +252,5 @@ def _between(frame: pd.DataFrame, column: str, anchor: int | None) -> tuple[Epoc
         return None
     early = known[known["epoch"] <= anchor]
     first, last = (early if not early.empty else known.head(1)).iloc[-1], known.iloc[-1]
-    return (
-        EpochValue(int(first["epoch"]), float(first[column])),
-        EpochValue(int(last["epoch"]), float(last[column])),
-    )
-
-
-def _changes(
-    runs: Sequence[Run], measure: Callable[[Run], tuple[EpochValue, EpochValue] | None]
-) -> tuple[GroupChange, ...]:
-    """One change per group, from the runs that have it."""
-    found: dict[str, list[tuple[EpochValue, EpochValue]]] = {}
-    for run in runs:
-        pair = measure(run)
-        if pair is not None:
-            found.setdefault(run.group, []).append(pair)
-    return tuple(GroupChange(group, tuple(pairs)) for group, pairs in found.items())
+    start, end = (EpochValue(int(row["epoch"]), float(row[column])) for row in (first, last))
+    return start, end

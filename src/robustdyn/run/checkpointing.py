@@ -1,14 +1,12 @@
 """Writes a run's checkpoints atomically, and resumes from them only with the settings they were made with."""
 
-import json
+import logging
 import os
-import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import hydra
 import lightning
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -17,12 +15,14 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 
 from robustdyn.errors import CheckpointError, ConfigError
-from robustdyn.models.checkpoints import why_not_loaded
+from robustdyn.models.weight_files import why_not_loaded
 from robustdyn.records.command_line import at, command
 from robustdyn.records.labels import change
 from robustdyn.records.progress import is_of
 from robustdyn.records.run_directory import HYDRA_FILES, RunDirectory
-from robustdyn.records.untrusted import read_yaml
+from robustdyn.run.targets import named_in_conf, targets_in
+
+_log = logging.getLogger(__name__)
 
 _REMEDY = "restore it from a copy, or remove it to start from the beginning"
 _PARTS = {
@@ -44,6 +44,7 @@ CHANGEABLE = (
     "checkpoint",
     "data.download",
     "data.eval_batch_size",
+    "data.path",
     "data.root",
     "decay_epochs",  # the settings that depend on it are compared
     "decay_fractions",
@@ -181,15 +182,12 @@ class BestCheckpoint(ModelCheckpoint):
         )
 
 
-def resume_from(cfg: DictConfig, run_dir: Path) -> Path | None:
-    """The checkpoint from which a run in ``run_dir`` resumes; None for a new run.
+def last_checkpoint(run: RunDirectory) -> dict[str, Any] | None:
+    """The content of the checkpoint from which the run resumes; None if there is none.
 
     Raises:
-        ConfigError: The checkpoint was made with other settings and ``resume`` is not ``changed``. Hydra's
-            files are then restored.
         CheckpointError: It cannot be read.
     """
-    run = RunDirectory(run_dir)
     path = run.last_checkpoint
     if not path.is_file():
         return None
@@ -201,65 +199,67 @@ def resume_from(cfg: DictConfig, run_dir: Path) -> Path | None:
         isinstance(checkpoint.get(key), kind) for key, kind in _PARTS.items()
     ):
         raise CheckpointError(f"{path}: not a checkpoint of robustdyn-train; {_REMEDY}")
+    return checkpoint
+
+
+def restore_hydra_files(checkpoint: Mapping[str, Any], run: RunDirectory) -> None:
+    """Make Hydra's files those of the checkpoint again; a command with other settings has replaced them."""
+    for name in HYDRA_FILES:
+        if isinstance(text := checkpoint["hydra"].get(name), str):
+            (run.hydra / name).write_text(text)
+
+
+def resume_from(cfg: DictConfig, run_dir: Path) -> Path | None:
+    """The checkpoint from which a run in ``run_dir`` resumes; None for a new run.
+
+    Raises:
+        ConfigError: The checkpoint was made with other settings and ``resume`` is not ``changed``. Hydra's
+            files are then restored.
+        CheckpointError: It cannot be read.
+    """
+    run = RunDirectory(run_dir)
+    path, checkpoint = run.last_checkpoint, last_checkpoint(run)
+    if checkpoint is None:
+        return None
     present: Any = OmegaConf.to_container(cfg, resolve=True)
     changes = [
         change(name, *("null" if value is None else str(value) for value in values), longest=60)
         for name, *values in _differences(checkpoint["config"], present)
     ]
     if changes and cfg.resume != "changed":
-        for name in HYDRA_FILES:
-            if isinstance(text := checkpoint["hydra"].get(name), str):
-                (run.hydra / name).write_text(text)
+        restore_hydra_files(checkpoint, run)
         raise ConfigError(
             f"{path} is of a run with other settings: {'; '.join(changes[:5])}"
             f"{f' and {len(changes) - 5} more' if len(changes) > 5 else ''}; choose another hydra.run.dir, "
-            "or set resume=changed to go on from it with the new ones"
-            f"{_own_command(checkpoint, run_dir)}"
+            "or set resume=changed to go on from it with the new ones; to go on with its own: "
+            f"{_own_command(checkpoint, cfg, run_dir)}"
         )
+    if changes:
+        _log.info("settings that differ from the checkpoint's: %s", "; ".join(changes))
     return path
 
 
-def _own_command(checkpoint: Mapping[str, Any], run_dir: Path) -> str:
-    """For the error message: a command that resumes with the checkpoint's settings.
-
-    It keeps the changeable settings that were typed. Settings that follow from another one, such as
-    milestones from the number of epochs, are left to follow.
-    """
-    hydra_cfg = HydraConfig.get()
-    typed = {
-        text.partition("=")[0]: text
-        for text in hydra_cfg.overrides.task
-        if is_of(text, CHANGEABLE) and not is_of(text, ["resume"])
-    }
-    try:
-        earlier = read_yaml(RunDirectory(run_dir).overrides)
-        overrides = [text for text in earlier if not is_of(text, [*typed, "resume"])]
-        overrides += typed.values()
-        overrides += [
-            _override(key, old) for key, old, _ in _differences(checkpoint["config"], _composed(overrides))
-        ]
-        if any(_differences(checkpoint["config"], _composed(overrides))):
-            return ""
-    except Exception:  # the file may be a stranger's; the message does without the command
-        return ""
-    own = [source.path for source in hydra_cfg.runtime.config_sources if source.provider == "command-line"]
-    folders = [word for path in own for word in ("--config-dir", path)]
-    line = command("robustdyn-train", *folders, *overrides, at("hydra.run.dir", run_dir))
-    return f"; to go on with its own: {line}"
-
-
-def _composed(overrides: Sequence[str]) -> Any:
-    return OmegaConf.to_container(hydra.compose("train", list(overrides)), resolve=True)
-
-
-def _override(key: str, value: object) -> str:
-    """An override in Hydra's grammar, quoted only if necessary."""
-    text = (
-        value
-        if isinstance(value, str) and re.fullmatch(r"[\w./-]+", value)
-        else json.dumps(value, ensure_ascii=False)
+def _own_command(checkpoint: Mapping[str, Any], cfg: DictConfig, run_dir: Path) -> str:
+    """A command that resumes with the checkpoint's settings, and those typed ones that change no result."""
+    before = OmegaConf.create(checkpoint["config"])
+    kept = []
+    for text in HydraConfig.get().overrides.task:
+        key = text.lstrip("+~").partition("=")[0]
+        if is_of(text, CHANGEABLE) and key != "resume" and _at(before, key) != _at(cfg, key):
+            kept.append(text)
+    packages = sorted(
+        {
+            target.partition(".")[0]
+            for key, section in checkpoint["config"].items()
+            for target in targets_in(section) - named_in_conf(str(key))
+        }
     )
-    return f"{key}={text}"
+    allow = [f"allow=[{','.join(packages)}]"] if packages else []
+    return command("robustdyn-train", at("resume", run_dir), *allow, *kept)
+
+
+def _at(cfg: DictConfig, key: str) -> Any:
+    return OmegaConf.select(cfg, key, throw_on_resolution_failure=False)
 
 
 def _differences(

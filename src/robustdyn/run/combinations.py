@@ -1,7 +1,8 @@
 """Refuses settings of a run's parts, and choices that do not go together, before any data is read."""
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,8 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 from robustdyn.errors import ConfigError
 from robustdyn.methods.objectives.objective import Objective
 from robustdyn.methods.schedules import Schedule
-from robustdyn.records.schema import EPOCHS
+from robustdyn.records.schema import EPOCHS, TABLES
 from robustdyn.run.config import build
+from robustdyn.run.targets import named_in_conf
 
 HALF = ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16")
 """Precisions of Lightning in which the weights themselves are rounded."""
@@ -20,6 +22,18 @@ BUILT_TO_CHECK = (
     "data", "attack.train", "attack.evaluation", "objective", "perturbation", "optimizer", "regularizer",
     "schedule", "averaging", "stopping", "execution", "measure.eigenpairs",
 )  # fmt: skip
+
+PROTOCOLS: Mapping[str, Sequence[str]] = defaultdict(
+    tuple,
+    {
+        "data": ("prepare_data", "setup", "split", "evaluation_splits", "measurement_subset"),
+        "objective": ("takes_probabilities", "attack_loss", "__call__"),
+        "perturbation": ("step_at", "warmup_epochs", "apply", "restore"),
+        "schedule": ("reads", "factor", "decay_epochs", "reading_epochs", "observe"),
+        "measure.measurements": ("tables", "measure"),
+    },
+)
+"""What is used of each part that the user may write; docs/extending.md describes it."""
 
 
 def check_combinations(cfg: DictConfig) -> None:
@@ -31,6 +45,7 @@ def check_combinations(cfg: DictConfig) -> None:
     _trainer(cfg)
     _settings_of_nothing(cfg)
     parts = _parts(cfg)
+    _protocols(cfg, parts)
     _mixed_targets(cfg, parts["objective"])
     _optimizer(parts["optimizer"])
     _rates(cfg, parts["schedule"])
@@ -75,13 +90,32 @@ def _parts(cfg: DictConfig) -> dict[str, Any]:
     Returns:
         All parts but the model, by their keys.
     """
-    with torch.device("meta"):  # no memory for weights
+    ours = cfg.model.get("_target_") in named_in_conf("model")
+    with torch.device("meta" if ours else "cpu"):  # ours need no memory for weights; others may read tensors
         build(cfg, "model")
     chosen = [name for name, measurement in cfg.measure.measurements.items() if measurement is not None]
     return {
         key: build(cfg, key)
         for key in (*BUILT_TO_CHECK, *(f"measure.measurements.{name}" for name in chosen))
     }
+
+
+def _protocols(cfg: DictConfig, parts: Mapping[str, Any]) -> None:
+    """Refuse an own class that lacks what its part must have."""
+    for key, part in parts.items():
+        needed = PROTOCOLS["measure.measurements" if key.startswith("measure.measurements.") else key]
+        missing = [name for name in needed if not hasattr(part, name)]
+        if missing and part is not None:
+            raise ConfigError(
+                f"{key}._target_={OmegaConf.select(cfg, key)._target_} has no {missing[0]}, which this part "
+                f"needs; docs/extending.md says what {key.partition('.')[0]} must have"
+            )
+        unknown = [name for name in getattr(part, "tables", ()) if name not in TABLES]
+        if unknown:
+            raise ConfigError(
+                f"{key} writes the table {unknown[0]}, which is not declared; declare it with "
+                "robustdyn.records.add_table"
+            )
 
 
 def _mixed_targets(cfg: DictConfig, objective: Objective) -> None:

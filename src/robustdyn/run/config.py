@@ -6,7 +6,7 @@
 import inspect
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,9 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from robustdyn.defaults import config_dir as config_dir
 from robustdyn.errors import ConfigError, UserError
-
-ALLOWED_TARGETS = ("robustdyn.", "torch.", "lightning.")
-"""Prefixes of the targets that a command line may name; see ``build``."""
+from robustdyn.run.targets import check_targets
 
 
 def register_resolvers() -> None:
@@ -150,14 +148,15 @@ def _present(cfg: DictConfig, key: str) -> set[str]:
     return {key} if isinstance(node, DictConfig) and leaf in node else set()
 
 
-def build(cfg: Any, key: str, *, from_file: bool = False, **extra: Any) -> Any:
+def build(cfg: Any, key: str, *, allow: Collection[str] | None = None, **extra: Any) -> Any:
     """Build the object that the ``_target_`` at ``key`` names, with ``extra`` added to its arguments.
 
     Args:
         cfg: The configuration.
         key: The key of a section with a ``_target_``.
-        from_file: Whether the configuration was read from a run directory, which may be a stranger's. Then
-            only the targets that ``conf/`` itself names for this section are called.
+        allow: For a configuration that was read from a run directory, which may be a stranger's: the packages
+            and modules whose classes it may name besides those of ``conf/``. None for a configuration that
+            the user composed by the command line: it may name any class that can be imported.
         extra: Arguments that only the program knows.
 
     Returns:
@@ -172,8 +171,13 @@ def build(cfg: Any, key: str, *, from_file: bool = False, **extra: Any) -> Any:
         raise ConfigError(f"{key} is missing from the configuration")
     if not node:
         return None  # the choice "none" of a group
+    from robustdyn.records.labels import flatten  # loads pandas, which --help does not need
+
+    for name, value in flatten({key: OmegaConf.to_container(node, resolve=False)}).items():
+        if value == "???":
+            raise ConfigError(f"{name} is not given; give {name}=...")
     try:
-        _check_targets(OmegaConf.to_container(node, resolve=True), key, from_file=from_file)
+        check_targets(OmegaConf.to_container(node, resolve=True), key, allow)
         factory = instantiate(node, _partial_=True)
         if isinstance(factory, partial):
             _check_types(factory, key)
@@ -192,35 +196,6 @@ def build(cfg: Any, key: str, *, from_file: bool = False, **extra: Any) -> Any:
         if isinstance(error, OmegaConfBaseException | MisconfigurationException | ValueError | TypeError):
             raise ConfigError(_refusal(key, node, error)) from error
         raise
-
-
-def _check_targets(node: object, key: str, *, from_file: bool) -> None:
-    """Refuse targets that must not be called.
-
-    Raises:
-        ConfigError: A target is not allowed; the message names the key and what is allowed.
-    """
-    if isinstance(node, dict):
-        target = node.get("_target_")
-        if target is not None and from_file and target not in (known := _named_in_conf(key)):
-            raise ConfigError(
-                f"{key}._target_={target} is not allowed in a configuration that is read from a run "
-                f"directory; allowed are {', '.join(known)}"
-            )
-        if target is not None and not str(target).startswith(ALLOWED_TARGETS):
-            allowed = ", ".join(f"{name}*" for name in ALLOWED_TARGETS)
-            raise ConfigError(f"{key}._target_={target} is not allowed; choose one of {allowed}")
-        for name, child in node.items():
-            _check_targets(child, f"{key}.{name}", from_file=from_file)
-    elif isinstance(node, list):
-        for index, child in enumerate(node):
-            _check_targets(child, f"{key}[{index}]", from_file=from_file)
-
-
-def _named_in_conf(key: str) -> list[str]:
-    """Return full names: the prefix ``torch.`` alone would also allow ``torch.os.system``."""
-    files = (config_dir() / key.partition(".")[0]).glob("*.yaml")
-    return sorted({name for file in files for name in re.findall(r"_target_: *(\S+)", file.read_text())})
 
 
 def _check_types(factory: partial[Any], key: str) -> None:

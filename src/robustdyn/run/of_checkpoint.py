@@ -12,6 +12,9 @@ from robustdyn.records.run_directory import RunDirectory
 from robustdyn.records.untrusted import DATA_ROOT, PURE_RESOLVERS, read_config
 from robustdyn.run.config import check
 
+OF_A_RUN = ("data", "model", "attack")
+"""Sections that the configuration of every run has."""
+
 
 def checkpoint_of(cfg: DictConfig) -> Path:
     """The file that the setting ``checkpoint`` names.
@@ -41,9 +44,9 @@ def run_of(checkpoint: Path) -> Path | None:
     for folder in (checkpoint.absolute().parent.parent, checkpoint.absolute().parent):
         config = RunDirectory(folder).config
         if config.is_file():
-            data = load_config(config).get("data")
-            target = data.get("_target_") if isinstance(data, DictConfig) else None
-            if str(target).startswith("robustdyn."):
+            found = load_config(config)
+            # another project's run may have a configuration there, too
+            if all(isinstance(found.get(section), DictConfig) for section in OF_A_RUN):
                 return folder
     return None
 
@@ -76,7 +79,7 @@ def changed_run(run: DictConfig, changes: DictConfig) -> DictConfig:
 
 
 def load_config(path: Path) -> DictConfig:
-    """A configuration from a run directory; pass ``from_file=True`` when building parts from it.
+    """A configuration from a run directory; pass ``allow`` to ``build`` when building parts from it.
 
     Raises:
         RecordError: It cannot be read.

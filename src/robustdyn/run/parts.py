@@ -1,5 +1,6 @@
 """Builds the parts of a training run from its configuration: the LightningModule and the callbacks."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -43,8 +44,8 @@ def build_module(cfg: DictConfig, data: ImageDataModule) -> AdversarialTraining:
     )
 
 
-def measurement_plan(cfg: DictConfig) -> MeasurementPlan:
-    """Build what ``measure`` says to measure.
+def measurement_plan(cfg: DictConfig, allow: Collection[str] | None = None) -> MeasurementPlan:
+    """Build what ``measure`` says to measure; ``allow`` as in ``build``.
 
     Raises:
         ConfigError: A setting outside its range.
@@ -52,11 +53,11 @@ def measurement_plan(cfg: DictConfig) -> MeasurementPlan:
     try:
         return MeasurementPlan(
             measurements={
-                str(name): build(cfg, f"measure.measurements.{name}")
+                str(name): build(cfg, f"measure.measurements.{name}", allow=allow)
                 for name, chosen in cfg.measure.measurements.items()
                 if chosen is not None
             },
-            eigenpairs=build(cfg, "measure.eigenpairs"),
+            eigenpairs=build(cfg, "measure.eigenpairs", allow=allow),
             second_attack=cfg.measure.second_attack,
             memory_mib=cfg.measure.memory_mib,
             precision=cfg.measure.precision,

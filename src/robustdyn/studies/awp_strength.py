@@ -6,7 +6,7 @@ AWP could aim at the bound's dominant terms. All terms are over the tracked dire
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -32,10 +32,10 @@ from robustdyn.studies.shared.tracked import (
     label,
     mean,
     moments,
-    over_epochs,
     tracked_directions,
+    tracked_quantities,
 )
-from robustdyn.studies.shared.wording import intervals_said, seeds_said
+from robustdyn.studies.shared.wording import seeds_said, sentence
 
 BEST = "best"  # each quantity at its own lowest epoch on the test set
 UNIT = 0.01  # slopes are per this much of γ, the authors' value
@@ -73,17 +73,12 @@ def answer(runs: Sequence[Run]) -> Answer:
         for name, rows in {"strengths": levels, "trends": trends}.items()
     }
     tables |= {"agreement": agreement, "runs": points}
-    return Answer(tables, list(_pictures(points, levels, k)), findings_of(levels, len(runs), k))
+    return Answer(tables, list(_pictures(points, levels, k)), findings_of(tables))
 
 
-def findings_of(levels: pd.DataFrame, runs: int, k: int) -> list[str]:
-    """Which strength is the lowest in each quantity, late and at the end."""
-    return [
-        *(_choices(levels, moment) for moment in (LATE, END)),
-        f"γ = 0 is AT. Sums and means are over {k} tracked directions, not the whole model. Correlations and "
-        f"slopes take all {runs} runs for independent; p-values are not corrected for their number.",
-        intervals_said(levels),
-    ]
+def findings_of(tables: Mapping[str, pd.DataFrame]) -> list[str]:
+    """Which strength has the lowest mean of each quantity, late and at the end."""
+    return [_choices(tables["strengths"], moment) for moment in (LATE, END)]
 
 
 def gamma_of(run: Run) -> float:
@@ -102,7 +97,7 @@ def gamma_of(run: Run) -> float:
 
 def _points(run: Run) -> pd.DataFrame:
     """Quantities of a run at the moments about the decay, and the lowest error and loss on the test set."""
-    values = over_epochs(run)
+    values = tracked_quantities(run)
     rows = moments(values, run.path)
     best = []
     for name in (TEST_ROBUST_ERROR, TEST_ROBUST_LOSS):
@@ -179,14 +174,13 @@ def _agreement(points: pd.DataFrame) -> pd.DataFrame:
 
 
 def _choices(levels: pd.DataFrame, moment: str) -> str:
-    """Which strengths have the lowest mean in which quantities."""
     chosen: dict[float, list[str]] = {}
     for quantity, text in (TERMS | {WITHOUT_RATE: "−Σ ln(σ²/η) (nats)"} | ROBUSTNESS).items():
         rows = levels[(levels["quantity"] == quantity) & (levels["moment"] == moment)]
         if not rows.empty:
             chosen.setdefault(rows.nsmallest(1, "mean")["gamma"].iloc[0], []).append(text)
-    said = "; ".join(f"γ = {gamma:g}: {', '.join(chosen[gamma])}" for gamma in sorted(chosen))
-    return f"Lowest mean, {moment}: {said}."
+    said = "; ".join(f"at γ = {gamma:g} for {', '.join(chosen[gamma])}" for gamma in sorted(chosen))
+    return sentence(f"{'at the end' if moment == END else moment}, the mean is lowest {said}")
 
 
 def _pictures(points: pd.DataFrame, levels: pd.DataFrame, k: int) -> Iterator[Picture]:
@@ -282,10 +276,7 @@ def _legend(figure: Figure, data: pd.DataFrame, colour: str) -> None:
 
 
 STUDY = Study(
-    question=(
-        "How does the strength γ of AWP move the bound's dominant terms, and do these tell which strength is "
-        "the most robust?"
-    ),
-    source="Xu and Zhang, arXiv 2410.07719, open question 2; γ = 0.01: Wu et al., NeurIPS 2020",
-    answer=answer,
+    "How does the strength γ of AWP move the bound's dominant terms, and do these tell which strength is the "
+    "most robust?",
+    answer,
 )

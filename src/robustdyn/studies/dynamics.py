@@ -6,7 +6,7 @@ means are over the tracked directions only.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import pandas as pd
@@ -47,10 +47,10 @@ from robustdyn.studies.shared.tracked import (
     label,
     mean,
     moments,
-    over_epochs,
     tracked_directions,
+    tracked_quantities,
 )
-from robustdyn.studies.shared.wording import intervals_said, told_apart
+from robustdyn.studies.shared.wording import told_apart
 
 MAY_DIFFER = ("objective", "perturbation", "schedule", "averaging", "attack.train", "measure.inputs")
 ABOVE_NULL = 2.0  # spreads of the null: beyond, sampling noise alone is an unlikely reason
@@ -82,7 +82,7 @@ def answer(runs: Sequence[Run]) -> Answer:
     k = tracked_directions(runs)
     every, at = [], []
     for run in runs:
-        values = over_epochs(run)
+        values = tracked_quantities(run)
         names = {"method": method_of(run), SEED: run.config.get(SEED)}
         every.append(values.assign(**names))
         at.append(moments(values, run.path).assign(**names))
@@ -90,21 +90,17 @@ def answer(runs: Sequence[Run]) -> Answer:
     methods = list(dict.fromkeys(values["method"]))
     reference = "AT" if "AT" in methods else methods[0]
     curves = _curves(values)
-    at_moments, changes = _at_moments(points), _changes(points)
+    at_moments = _ordered(mean(points[points["quantity"] != RATE], ["method", "moment"]))
+    changes = _changes(points)
     against = _against(points, methods, reference)
-    tables = {
-        "moments": _labelled(at_moments, k),
-        "changes": _labelled(changes, k),
-        "alignment": _above_null(values),
-        "runs": points,
-    }
+    tables = {"moments": at_moments, "changes": changes, "alignment": _above_null(values), "runs": points}
     if not against.empty:
-        tables[f"against_{reference.lower()}"] = _labelled(against, k)
-    return Answer(
-        tables=tables,
-        pictures=list(_pictures(curves, k)),
-        findings=[*findings_of(changes, against, k), *_lacking(values)],
-    )
+        tables[f"against_{reference.lower()}"] = against
+    for name in tables.keys() - {"alignment", "runs"}:
+        tables[name] = tables[name].assign(label=tables[name]["quantity"].map(partial(label, k=k)))
+    if (lacking := _lacking(values))["lacking"].any():
+        tables["no_stationary_law"] = lacking
+    return Answer(tables, list(_pictures(curves, k)), findings_of(tables))
 
 
 def method_of(run: Run) -> str:
@@ -121,11 +117,6 @@ def _curves(values: pd.DataFrame) -> pd.DataFrame:
     found = mean(values, ["method", "epoch"])
     seeds = values.groupby("method")["seed"].nunique()
     return found[found["seeds"] == found["method"].map(seeds)].reset_index(drop=True)
-
-
-def _at_moments(points: pd.DataFrame) -> pd.DataFrame:
-    rows = mean(points[points["quantity"] != RATE], ["method", "moment"])
-    return _ordered(rows)
 
 
 def _changes(points: pd.DataFrame) -> pd.DataFrame:
@@ -166,10 +157,6 @@ def _ordered(rows: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def _labelled(rows: pd.DataFrame, k: int) -> pd.DataFrame:
-    return rows.assign(label=rows["quantity"].map(lambda name: label(name, k)))
-
-
 def _above_null(values: pd.DataFrame) -> pd.DataFrame:
     """How many of all measurements lie beyond what sampling noise alone would give."""
     found = []
@@ -184,36 +171,34 @@ def _above_null(values: pd.DataFrame) -> pd.DataFrame:
     ]
 
 
-def findings_of(changes: pd.DataFrame, against: pd.DataFrame, k: int) -> Iterator[str]:
-    """What moves across the decay, and how methods differ late."""
+def findings_of(tables: Mapping[str, pd.DataFrame]) -> list[str]:
+    """What moves across the decay by method, and how methods differ from the reference late."""
+
+    def said(rows: pd.DataFrame, *words: tuple[str, str, str]) -> str:
+        parts = []
+        for method, own in rows[rows["quantity"].isin(TOLD)].groupby("method", sort=False):
+            # a factor's interval is about 1
+            unchanged = own["change"].map({"factor": 1.0, "difference": 0.0})
+            bounds = own[["low", "high"]].sub(unchanged, axis=0)
+            parts.append(f"{method} {told_apart(bounds, list(own['quantity'].map(TOLD)), *words)}")
+        return "; ".join(parts)
+
+    changes = tables["changes"]
     across = changes[(changes["from"] == BEFORE) & (changes["to"] == LATE)]
-    for method, rows in across.groupby("method", sort=False):
-        yield f"{method}, {BEFORE} → {LATE}: {_directions(rows, ('rises', 'falls', 'no clear change'))}."
-    if not against.empty:
-        late = against[against["moment"] == LATE]
-        for method, rows in late.groupby("method", sort=False):
-            said = _directions(rows, ("higher", "lower", "no clear difference"))
-            yield f"{method} against {rows['against'].iloc[0]}, seed by seed, {LATE}: {said}."
-    yield (
-        f"All is over {k} tracked directions, not the whole model; {BEFORE} is {MOMENTS[BEFORE]}, {LATE} is "
-        f"{MOMENTS[LATE]}."
-    )
-    yield intervals_said(changes)
+    sentences = [
+        f"From {BEFORE} the first decay to {LATE}: {said(across, ('rises', 'falls', 'no clear change'))}."
+    ]
+    for against in (table for name, table in tables.items() if name.startswith("against_")):
+        late, reference = against[against["moment"] == LATE], against["against"].iloc[0]
+        sentences.append(f"{LATE.capitalize()}, compared with {reference} seed by seed: {said(late)}.")
+    return sentences
 
 
-def _lacking(values: pd.DataFrame) -> list[str]:
-    """Where some direction has no stationary law, so that there are no sums."""
-    sums = values[values["quantity"] == "dominant_terms_stationary"].groupby("method", sort=False)["value"]
-    counts = "; ".join(f"{name}: {own.isna().sum()} of {len(own)}" for name, own in sums if own.isna().any())
-    return [f"Measurements without a stationary law in some direction: {counts}."] if counts else []
-
-
-def _directions(rows: pd.DataFrame, words: tuple[str, str, str]) -> str:
-    """Which of ``TOLD`` went which way; a factor's interval is about 1."""
-    own = rows[rows["quantity"].isin(TOLD)]
-    unchanged = own["change"].map({"factor": 1.0, "difference": 0.0})
-    bounds = own[["low", "high"]].sub(unchanged, axis=0)
-    return told_apart(bounds, list(own["quantity"].map(TOLD)), words)
+def _lacking(values: pd.DataFrame) -> pd.DataFrame:
+    """At how many measurements of a method some direction has no stationary law, and sums are missing."""
+    sums = values[values["quantity"] == "dominant_terms_stationary"]
+    of_method = sums["value"].isna().groupby(sums["method"], sort=False)
+    return of_method.agg(lacking="sum", measurements="size").reset_index()
 
 
 def _pictures(curves: pd.DataFrame, k: int) -> Iterator[Picture]:
@@ -337,11 +322,8 @@ def _draw(
 
 
 STUDY = Study(
-    question=(
-        "How do curvature, gradient noise, posterior and the bound's dominant terms move around the "
-        "learning-rate decay and while the network overfits, under AT and under AWP, and do Hessian and "
-        "noise share directions?"
-    ),
-    source="Xu and Zhang, arXiv 2410.07719: eigenvalues, posterior variances, bound terms, alignment",
-    answer=answer,
+    "How do curvature, gradient noise, posterior and the bound's dominant terms move around the "
+    "learning-rate decay and while the network overfits, under AT and under AWP, and do Hessian and noise "
+    "share directions?",
+    answer,
 )

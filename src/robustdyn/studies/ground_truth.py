@@ -6,6 +6,7 @@ posterior variances and do not measure them. Replicas of one checkpoint do: ``ro
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ from robustdyn.records.schema import TOTAL_CORRELATION
 from robustdyn.replicas.agreement import Agreement, agreement
 from robustdyn.replicas.ensemble_record import RecordedEnsemble, read_ensemble
 from robustdyn.replicas.memory import memory
+from robustdyn.replicas.own_gradients import own_gradients
 from robustdyn.replicas.prediction import (
     EXACT,
     REFRESHED,
@@ -27,7 +29,6 @@ from robustdyn.replicas.prediction import (
     predicted_laws,
     refreshed_with_error,
     sampling_of,
-    seen_by_replicas,
 )
 from robustdyn.report.statistics import DECAY
 from robustdyn.studies.shared.ensemble_figures import (
@@ -126,14 +127,14 @@ def answer(runs: Sequence[Run]) -> Answer:
         }
         for name, e in ensembles.items()
     }
-    steps = pd.concat([_steps(name, e, agreements[name]) for name, e in ensembles.items()], ignore_index=True)
-    directions = pd.concat(
-        [_directions(name, e, agreements[name]) for name, e in ensembles.items()], ignore_index=True
-    )
-    path = pd.concat([_path(name, e) for name, e in ensembles.items()], ignore_index=True)
-    replicas = pd.concat([_seen_at_replicas(name, e) for name, e in ensembles.items()], ignore_index=True)
+
+    def each(rows: Callable[..., pd.DataFrame], *more: Mapping[str, Any]) -> pd.DataFrame:
+        parts = [rows(name, e, *(one[name] for one in more)) for name, e in ensembles.items()]
+        return pd.concat(parts, ignore_index=True)
+
+    steps, directions = each(_steps, agreements), each(_directions, agreements)
+    path, replicas, remembered = each(_path), each(_seen_at_replicas), each(_memory)
     described = pd.DataFrame([_described(name, e) for name, e in ensembles.items()])
-    remembered = pd.concat([_memory(name, e) for name, e in ensembles.items()], ignore_index=True)
     pictures = [
         Picture("ratio", steps[steps["step"] >= 1].reset_index(drop=True), draw_ratio),
         Picture("ratio_by_eigenvalue", _ends(directions, described), draw_ratio_by_eigenvalue),
@@ -169,6 +170,7 @@ def _described(name: str, ensemble: RecordedEnsemble) -> dict[str, object]:
     start, rates = ensemble.start, ensemble.learning_rate
     known = np.isfinite(start.slopes).all()
     led = np.isfinite(start.residuals)  # random directions have no residual
+    slopes = start.slopes
     changes = np.flatnonzero(np.diff(rates) < -DECAY * rates[:-1]) + 1
     return {
         "ensemble": name,
@@ -181,16 +183,10 @@ def _described(name: str, ensemble: RecordedEnsemble) -> dict[str, object]:
         "robust_loss": start.loss,
         "largest_eigenvalue": start.eigenvalues[led].max(),
         "smallest_eigenvalue": start.eigenvalues[led].min(),
-        "slope_over_eigenvalue": float(np.mean((np.diag(start.slopes) / start.eigenvalues)[led]))
-        if known
-        else np.nan,
-        "slope_asymmetry": _asymmetry(start.slopes) if known else np.nan,
+        "slope_over_eigenvalue": np.mean((np.diag(slopes) / start.eigenvalues)[led]) if known else np.nan,
+        # 0 for the gradient of a function
+        "slope_asymmetry": np.linalg.norm(slopes - slopes.T) / (2 * np.linalg.norm(slopes)),
     }
-
-
-def _asymmetry(slopes: np.ndarray) -> float:
-    """‖J − Jᵀ‖ / (2‖J‖), 0 for the gradient of a function."""
-    return float(np.linalg.norm(slopes - slopes.T) / (2 * np.linalg.norm(slopes)))
 
 
 def _steps(name: str, ensemble: RecordedEnsemble, found: Mapping[str, Agreement]) -> pd.DataFrame:
@@ -203,13 +199,15 @@ def _steps(name: str, ensemble: RecordedEnsemble, found: Mapping[str, Agreement]
             logs = np.log(variances)
         moved = ensemble.steps > 0
         errors[moved] = logs[:, moved].mean(axis=2).std(axis=0, ddof=1)
-    head = {
-        "ensemble": name,
-        "step": ensemble.steps,
-        "learning_rate": _rates_before(ensemble, ensemble.steps),
-    }
+    rates = _rates_before(ensemble, ensemble.steps)
     for law, seen in found.items():
-        columns = {
+        columns: dict[str, Any] = {
+            "ensemble": name,
+            "law": law,
+            "step": ensemble.steps,
+            "learning_rate": rates,
+        }
+        columns |= {
             "directions": seen.directions,
             "geometric_mean": seen.geometric_mean,
             "low": seen.geometric_low,
@@ -219,10 +217,8 @@ def _steps(name: str, ensemble: RecordedEnsemble, found: Mapping[str, Agreement]
             "rms_move": np.where(np.isfinite(seen.offset).any(axis=1), _rms(seen.move), np.nan),
             "rms_offset_of_chance": seen.offset_error,
         }
-        misfits = {column: getattr(seen, column) for column in MISFITS}
-        rows.append(pd.DataFrame(head | {"law": law} | columns | misfits))
-    found_steps = pd.concat(rows, ignore_index=True)
-    return found_steps[["ensemble", "law", *found_steps.columns.drop(["ensemble", "law"])]]
+        rows.append(pd.DataFrame(columns | {column: getattr(seen, column) for column in MISFITS}))
+    return pd.concat(rows, ignore_index=True)
 
 
 def _rates_before(ensemble: RecordedEnsemble, steps: np.ndarray) -> np.ndarray:
@@ -244,7 +240,7 @@ def _directions(name: str, ensemble: RecordedEnsemble, found: Mapping[str, Agree
     start, k = ensemble.start, ensemble.start.directions.count
     moved = np.flatnonzero(ensemble.steps > 0)
     steps = np.repeat(ensemble.steps[moved], k)
-    head = {"ensemble": name, "step": steps, "learning_rate": _rates_before(ensemble, steps)}
+    head = {"step": steps, "learning_rate": _rates_before(ensemble, steps)}
     of_direction = {
         "direction": np.arange(1, k + 1),
         "eigenvalue": start.eigenvalues,
@@ -256,9 +252,8 @@ def _directions(name: str, ensemble: RecordedEnsemble, found: Mapping[str, Agree
         columns = {"measured": seen.variance, "low": seen.low, "high": seen.high}
         columns |= {"predicted": seen.predicted, "offset": seen.offset}
         own = {column: values[moved].ravel() for column, values in columns.items()}
-        parts.append(pd.DataFrame(head | own).assign(law=law))
-    together = pd.concat(parts, ignore_index=True)
-    return together[["ensemble", "law", *together.columns.drop(["ensemble", "law"])]]
+        parts.append(pd.DataFrame({"ensemble": name, "law": law} | head | own))
+    return pd.concat(parts, ignore_index=True)
 
 
 def _path(name: str, ensemble: RecordedEnsemble) -> pd.DataFrame:
@@ -290,11 +285,10 @@ def _geometric(values: np.ndarray) -> float:
 
 def _seen_at_replicas(name: str, ensemble: RecordedEnsemble) -> pd.DataFrame:
     """One row per step at which replicas' own gradients show slope and noise, relative to the start."""
-    own = seen_by_replicas(ensemble)
-    if own is None:
-        return pd.DataFrame(columns=SEEN)
-    rates = _rates_before(ensemble, own.step)
-    return pd.DataFrame({"ensemble": name, "learning_rate": rates} | vars(own))[SEEN]
+    own = own_gradients(ensemble)
+    return own.assign(ensemble=name, learning_rate=_rates_before(ensemble, own["step"].to_numpy(dtype=int)))[
+        SEEN
+    ]
 
 
 def _memory(name: str, ensemble: RecordedEnsemble) -> pd.DataFrame:
@@ -305,11 +299,10 @@ def _memory(name: str, ensemble: RecordedEnsemble) -> pd.DataFrame:
     steps = ensemble.steps.tolist()
     decay = _described(name, ensemble)["decay_step"]
     references = [s for s in (decay, steps[-1]) if isinstance(s, int) and s in steps]
-    parts = []
-    for found in (memory(ensemble, reference) for reference in references):
-        rates = _rates_before(ensemble, found.step)
-        parts.append(pd.DataFrame({"ensemble": name, "learning_rate": rates} | vars(found)))
-    return pd.concat(parts, ignore_index=True)[REMEMBERED]
+    found = pd.concat([memory(ensemble, reference) for reference in references], ignore_index=True)
+    return found.assign(ensemble=name, learning_rate=_rates_before(ensemble, found["step"].to_numpy()))[
+        REMEMBERED
+    ]
 
 
 def _shown(directions: pd.DataFrame) -> pd.DataFrame:
@@ -367,13 +360,7 @@ def findings_of(tables: Mapping[str, pd.DataFrame]) -> list[str]:
 
 
 def _slug(name: str) -> str:
-    return "_".join(
-        name.lower().replace(",", " ").replace("(", " ").replace(")", " ").replace("=", " ").split()
-    )
+    return "_".join(re.split(r"[\s,()=]+", name.lower().strip(" )")))
 
 
-STUDY = Study(
-    question="Do replicas reach the distribution of weights that curvature and noise predict?",
-    source="beyond the papers: arXiv 2410.07719 predicts posterior variances and does not measure them",
-    answer=answer,
-)
+STUDY = Study("Do replicas reach the distribution of weights that curvature and noise predict?", answer)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
-from matplotlib.figure import Figure
 from scipy import stats
 
 from robustdyn.records.labels import SEED
 from robustdyn.records.reader import Run
 from robustdyn.records.schema import ROBUST_LOSS_GAP, TEST_CLEAN_ERROR, TEST_ROBUST_ERROR, TEST_ROBUST_LOSS
-from robustdyn.report import style
 from robustdyn.report.statistics import BEST_ON_TEST, BEST_ON_VALIDATION, final_and_best
 from robustdyn.studies.shared.comparing import (
     BEST,
@@ -28,9 +26,9 @@ from robustdyn.studies.shared.comparing import (
     require_repetitions,
     tidy_moments,
 )
-from robustdyn.studies.shared.comparison_figures import draw_best_and_final
-from robustdyn.studies.shared.study import Answer, Picture, Study
-from robustdyn.studies.shared.wording import final_said, intervals_said, lowest_said, said
+from robustdyn.studies.shared.comparison_figures import best_and_final
+from robustdyn.studies.shared.study import Answer, Study
+from robustdyn.studies.shared.wording import final_said, lowest_said, said, sentence
 
 PLAIN, EARLY = "AT", "AT, early stopping"
 PANELS = {
@@ -98,16 +96,16 @@ def answer_from(frame: pd.DataFrame) -> Answer:
     """The answer from what ``selected`` returns."""
     tables = tables_of(frame)
     means = tables["methods"]
-    findings = [
-        lowest_said(means),
-        *(
-            final_said(tables["against_at"], metric, PLAIN)
-            for metric in (TEST_ROBUST_ERROR, TEST_ROBUST_LOSS)
-        ),
-        intervals_said(means),
-        "In `methods_shown`, ± is one standard error; in the sentences above it is half of the interval.",
-    ]
-    return Answer(tables, [Picture("best_and_final", means[means["moment"] != RISE], draw_methods)], findings)
+    pictures = [best_and_final(means, "Best and final epoch of each method", PANELS)]
+    return Answer(tables, pictures, findings_of(tables))
+
+
+def findings_of(tables: Mapping[str, pd.DataFrame]) -> list[str]:
+    """Which method has the lowest robust error, and which methods differ from plain adversarial training."""
+    means = tables["methods"]
+    lowest = lowest_said(means[means["metric"] == TEST_ROBUST_ERROR])
+    apart = final_said(tables["against_at"], (TEST_ROBUST_ERROR, TEST_ROBUST_LOSS), PLAIN)
+    return [sentence(lowest), sentence(apart)]
 
 
 def answer(runs: Sequence[Run]) -> Answer:
@@ -117,15 +115,8 @@ def answer(runs: Sequence[Run]) -> Answer:
     return answer_from(selected(runs))
 
 
-@style.styled
-def draw_methods(means: pd.DataFrame) -> Figure:
-    """The paper's table 1 as rows of points."""
-    return draw_best_and_final("Best and final epoch of each method", means, PANELS)
-
-
 STUDY = Study(
-    question="How do AT, AWP, the WCI learning rate and early stopping compare, best and final, where plain "
-    "AT overfits?",
-    source="WCI paper, table 1",
-    answer=answer,
+    "How do AT, AWP, the WCI learning rate and early stopping compare, best and final, where plain AT "
+    "overfits?",
+    answer,
 )

@@ -29,12 +29,7 @@ def setting(run: Run) -> str:
 def answer(runs: Sequence[Run]) -> Answer:
     """See ``STUDY``."""
     ordered = sorted(runs, key=lambda run: (data_set(run), setting(run) != NONE, setting(run)))
-    title = "WCI and robust gap under regularisers"
-    return compared(ordered, setting, title=title, baseline=NONE)
+    return compared(ordered, setting, title="WCI and robust gap under regularisers", baseline=NONE)
 
 
-STUDY = Study(
-    question="Do cutout, mixup and weight decay hold the WCI down, and the robust gap with it?",
-    source="WCI paper, figure 7",
-    answer=answer,
-)
+STUDY = Study("Do cutout, mixup and weight decay hold the WCI down, and the robust gap with it?", answer)

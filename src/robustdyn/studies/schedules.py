@@ -1,4 +1,4 @@
-"""How does the WCI learning rate compare with the usual schedules, best and final, and what does it cost?"""
+"""The WCI learning rate beside the usual schedules, and its cost (WCI paper, tables 1 and 2, figure 9 b)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ from robustdyn.studies.shared.comparing import (
     METRICS,
     MOMENT,
     RATE,
-    RISE,
     against,
     at_moments,
     mean_with_interval,
@@ -36,13 +35,13 @@ from robustdyn.studies.shared.comparing import (
 )
 from robustdyn.studies.shared.comparison_figures import (
     BANDS,
-    draw_best_and_final,
+    best_and_final,
     draw_over_epochs,
     of_seeds,
     setting_colours,
 )
 from robustdyn.studies.shared.study import Answer, Picture, Study
-from robustdyn.studies.shared.wording import final_said, intervals_said, lowest_said, seeds_said, shown_table
+from robustdyn.studies.shared.wording import final_said, lowest_said, seeds_said, sentence, shown_table
 
 NAMES = {
     "piecewise": "piecewise",
@@ -56,14 +55,19 @@ NAMES = {
 WCI_RATE = "WCI-LR"
 MAY_DIFFER = ("schedule", "optimizer.lr")  # one-cycle has a higher peak
 CURVES = (TEST_ROBUST_ERROR, TEST_CLEAN_ERROR, RATE)
+PANELS = {
+    TEST_ROBUST_ERROR: "Robust error",
+    TEST_CLEAN_ERROR: "Clean error",
+    ROBUST_ERROR_GAP: "Gap in error",
+    ROBUST_LOSS_GAP: "Gap in loss",
+}
 TRAINING, EVALUATION, MEASUREMENT = "training", "evaluation", "measurement"
 PARTS = {name: name if name in (EVALUATION, MEASUREMENT) else TRAINING for name in TIMED}
 SETTLED = 0.4  # of the run: a barely trained network's errors would flatten the curves
-NO_TIMES = "Cost: not recorded in these runs (table timing)."
 NEGLIGIBLE = 1e-3  # of the highest rate: curves of lower ones are cut
 
 
-def settings_of(runs: Sequence[Run]) -> dict[str, str]:
+def schedule_names(runs: Sequence[Run]) -> dict[str, str]:
     """Label of each run -> name of its schedule, in the order of the paper's table, the WCI rate last.
 
     Raises:
@@ -140,7 +144,7 @@ def cost(times: pd.DataFrame, order: Sequence[str], unit: str = "s") -> pd.DataF
 
 def answer(runs: Sequence[Run]) -> Answer:
     """Best and final of each schedule, learning curves, and times."""
-    settings = settings_of(runs)
+    settings = schedule_names(runs)
     require_complete(runs)
     order = list(dict.fromkeys(settings.values()))
     ordered = sorted(runs, key=lambda run: order.index(settings[run.label]))
@@ -158,7 +162,7 @@ def answer(runs: Sequence[Run]) -> Answer:
         "runs": found,
     }
     pictures = [
-        Picture("best_and_final", means[means["moment"] != RISE], draw_settings),
+        best_and_final(means, "Best and final epoch of each schedule", PANELS),
         Picture("learning_curves", metrics_over_epochs(rows, CURVES), draw_curves),
     ]
     times = seconds(runs, settings)
@@ -166,30 +170,22 @@ def answer(runs: Sequence[Run]) -> Answer:
         tables["cost"] = cost(times, order)
         tables["cost_of_training"] = cost(of_training(times), order, "%")
         pictures.append(Picture("cost", tables["cost_of_training"], draw_cost))
-    return Answer(tables, pictures, findings_of(tables, reference))
+    return Answer(tables, pictures, findings_of(tables))
 
 
-def findings_of(tables: Mapping[str, pd.DataFrame], reference: str) -> list[str]:
+def findings_of(tables: Mapping[str, pd.DataFrame]) -> list[str]:
     """Which schedule is the most robust, which differ from the WCI rate, and what that costs."""
-    return [
-        lowest_said(tables["schedules"]),
-        final_said(tables["against_wci"], TEST_ROBUST_ERROR, reference),
-        _cost_said(tables["cost"], reference) if "cost" in tables else NO_TIMES,
-        intervals_said(tables["schedules"]),
-    ]
-
-
-@style.styled
-def draw_settings(means: pd.DataFrame) -> Figure:
-    """The paper's table 1 as rows of points."""
-    panels = {
-        TEST_ROBUST_ERROR: "Robust error",
-        TEST_CLEAN_ERROR: "Clean error",
-        ROBUST_ERROR_GAP: "Gap in error",
-        ROBUST_LOSS_GAP: "Gap in loss",
-    }
-    title = "Best and final epoch of each schedule"
-    return draw_best_and_final(title, means, panels)
+    means, apart = tables["schedules"], tables["against_wci"]
+    reference = apart["minus"].iloc[0]
+    lowest = lowest_said(means[means["metric"] == TEST_ROBUST_ERROR])
+    cost_said = "The cost is not known: these runs have no table timing."
+    if "cost" in tables:
+        mean = tables["cost"].set_index(["setting", "quantity"])["mean"]
+        cost_said = (
+            f"An epoch of {reference} takes {mean[reference, 'all']:.3g} s, mean over the run, of which "
+            f"measuring takes {mean[reference, 'measurement_share']:.0f} %."
+        )
+    return [sentence(f"{lowest}; {final_said(apart, [TEST_ROBUST_ERROR], reference)}"), cost_said]
 
 
 @style.styled
@@ -248,17 +244,7 @@ def draw_cost(costs: pd.DataFrame) -> Figure:
     return figure
 
 
-def _cost_said(costs: pd.DataFrame, reference: str) -> str:
-    mean = costs.set_index(["setting", "quantity"])["mean"]
-    return (
-        f"An epoch of {reference} takes {mean[reference, 'all']:.3g} s, mean over the run, of which "
-        f"measuring takes {mean[reference, 'measurement_share']:.0f} %; on the machine as loaded as it was."
-    )
-
-
 STUDY = Study(
-    question="How does the WCI learning rate compare with the usual schedules, best and final, and what does "
-    "it cost?",
-    source="WCI paper, tables 1 and 2, figure 9 b",
-    answer=answer,
+    "How does the WCI learning rate compare with the usual schedules, best and final, and what does it cost?",
+    answer,
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -22,14 +22,13 @@ from robustdyn.studies.shared.comparing import (
     RATE,
     correlations,
     data_set,
-    first_decay,
+    decay_epoch,
+    mean_curves,
     mean_with_interval,
-    over_epochs,
     values,
 )
 from robustdyn.studies.shared.comparison_figures import Panel, figure_of_curves
 from robustdyn.studies.shared.study import Answer, Picture, Study
-from robustdyn.studies.shared.wording import intervals_said
 
 CEILING = CAUCHY_SCHWARZ_BOUND
 BEFORE, AFTER = "before the first decay", "after it"
@@ -61,7 +60,7 @@ def factors(rows: pd.DataFrame) -> pd.DataFrame:
         logs = pd.DataFrame(
             {INDEX: index, WEIGHT_NORM_SQ: norm / 2, HESSIAN_TRACE: trace / 2, "shape": shape}
         )
-        decay = first_decay(own)
+        decay = decay_epoch(own)
         turn = logs.index[logs.index < decay].max() if decay is not None else np.nan
         if np.isnan(turn):  # nothing measured before a decay
             continue
@@ -83,7 +82,7 @@ def answer(runs: Sequence[Run]) -> Answer:
         [ROBUST_LOSS_GAP, ROBUST_ERROR_GAP, INDEX, WEIGHT_NORM_SQ, HESSIAN_TRACE, CEILING],
         setting=lambda run: "",
     )
-    curves, r, changes = over_epochs(rows), correlations(rows), factors(rows)
+    curves, r, changes = mean_curves(rows), correlations(rows), factors(rows)
     product = rows[rows["quantity"].isin([RATE, INDEX, WEIGHT_NORM_SQ, HESSIAN_TRACE, CEILING])]
     gaps = [
         Panel("robust loss gap", ROBUST_LOSS_GAP),
@@ -103,44 +102,35 @@ def answer(runs: Sequence[Run]) -> Answer:
         ),
         Picture(
             "norm_and_trace",
-            over_epochs(product, geometric=True),
+            mean_curves(product, geometric=True),
             partial(
                 figure_of_curves, title="The two factors of the WCI", panels=apart, mean="geometric mean"
             ),
         ),
     ]
     tables = {"curves": curves, "correlations": r, "factors": changes}
-    return Answer(tables, pictures, [_follows(r), *_moving(changes), intervals_said(curves)])
+    return Answer(tables, pictures, findings_of(tables))
 
 
-def _follows(r: pd.DataFrame) -> str:
-    """Pearson's r of WCI and loss gap over all epochs, by data set."""
+def findings_of(tables: Mapping[str, pd.DataFrame]) -> list[str]:
+    """Pearson's r of WCI and loss gap over all epochs by data set, and which factor moves more when."""
+    r, changes = tables["correlations"], tables["factors"]
     own = r[(r["quantity"] == ROBUST_LOSS_GAP) & (r["phase"] == "all epochs")]
-    if own.empty:
-        return (
-            "WCI and gaps have fewer than three epochs in common: no correlation; let "
-            "measure.epochs name evaluated epochs."
-        )
     means = own.groupby("panel", sort=False)["pearson"].mean()
-    said = ", ".join(f"{panel} {mean:.2f}" for panel, mean in means.items())
-    return f"Pearson correlation of WCI and robust loss gap over all epochs, mean over seeds: {said}."
-
-
-def _moving(changes: pd.DataFrame) -> list[str]:
-    """Which factor moves more, by phase and data set."""
-    lines = []
-    for phase, rows in changes[changes["factor"].isin([WEIGHT_NORM_SQ, HESSIAN_TRACE])].groupby(
-        "phase", sort=False
-    ):
+    follows = ", ".join(f"{mean:.2f} on {panel}" for panel, mean in means.items())
+    moving = []
+    either = changes[changes["factor"].isin([WEIGHT_NORM_SQ, HESSIAN_TRACE])]
+    for phase, rows in either.groupby("phase", sort=False):
         strongest = rows.loc[rows["mean"].abs().groupby(rows["panel"], sort=False).idxmax()]
         pairs = zip(strongest["factor"], strongest["panel"], strict=True)
-        said = ", ".join(f"{FACTORS[factor]} ({panel})" for factor, panel in pairs)
-        lines.append(f"The factor of the WCI that moves more {phase}: {said}.")
-    return lines
+        moving.append(f"{phase} {', '.join(f'{FACTORS[factor]} ({panel})' for factor, panel in pairs)}")
+    return [
+        "The Pearson correlation of WCI and robust loss gap over all epochs, mean over seeds, is "
+        f"{follows or 'not known: fewer than three measured epochs are evaluated (measure.epochs)'}.",
+        f"The factor of the WCI that moves more is {'; '.join(moving) or 'not known before a decay'}.",
+    ]
 
 
 STUDY = Study(
-    question="Does the WCI follow the robust gap over the epochs, and which of its factors drives it when?",
-    source="WCI paper, figures 1 and 4",
-    answer=answer,
+    "Does the WCI follow the robust gap over the epochs, and which of its factors drives it when?", answer
 )

@@ -1,4 +1,4 @@
-"""Does a learning rate that follows the WCI prevent robust overfitting, and does its threshold matter?
+"""A learning rate that follows the WCI, at several thresholds (WCI paper, section 4, figures 3, 8 and 9 a).
 
 η = η₁ · min(1, τ / WCI) from the first decay on. The runs of the largest threshold are the control
 where their rate was never lowered: η₁ throughout, everything else the same.
@@ -26,7 +26,6 @@ from robustdyn.studies.shared.comparing import (
     METRICS,
     MOMENT,
     RATE,
-    RISE,
     against,
     at_moments,
     mean_with_interval,
@@ -37,14 +36,14 @@ from robustdyn.studies.shared.comparing import (
 )
 from robustdyn.studies.shared.comparison_figures import (
     BANDS,
-    draw_best_and_final,
+    best_and_final,
     draw_over_epochs,
     draw_points,
     name_rows,
     of_seeds,
 )
 from robustdyn.studies.shared.study import Answer, Picture, Study
-from robustdyn.studies.shared.wording import final_said, intervals_said, seeds_said, shown_table
+from robustdyn.studies.shared.wording import final_said, seeds_said, sentence, shown_table
 
 STATIC = "static η₁"
 SHOWN = (TEST_ROBUST_ERROR, TEST_ROBUST_LOSS)
@@ -95,7 +94,7 @@ def damping(runs: Sequence[Run]) -> pd.DataFrame:
     return together[columns]
 
 
-def settings_of(runs: Sequence[Run], damped: pd.DataFrame) -> dict[str, str]:
+def threshold_names(runs: Sequence[Run], damped: pd.DataFrame) -> dict[str, str]:
     """Label of each run -> ``τ = 10``, ascending; ``static η₁`` for the largest if never lowered."""
     thresholds = {run.label: float(run.config["schedule"]["threshold"]) for run in runs}
     largest = max(thresholds.values())
@@ -141,7 +140,7 @@ def answer(runs: Sequence[Run]) -> Answer:
     require_alike(runs, ["schedule.threshold"])
     damped = damping(runs)
     require_complete(runs)
-    settings = settings_of(runs, damped)
+    settings = threshold_names(runs, damped)
     order = list(dict.fromkeys(settings.values()))
     ordered = sorted(runs, key=lambda run: order.index(settings[run.label]))
     rows = values(
@@ -165,9 +164,10 @@ def answer(runs: Sequence[Run]) -> Answer:
     if STATIC in order:
         tables["against_static"] = against(found, STATIC, MOMENT[1:]).assign(minus=STATIC)
     rate_and_index = pd.concat([over_epochs[over_epochs["metric"] == name] for name in RATE_AND_INDEX])
+    panels = {name: EPOCHS[name].label.capitalize() for name in TRENDS}
     pictures = [
         Picture("thresholds", over_epochs[over_epochs["metric"].isin(SHOWN)], draw_thresholds),
-        Picture("best_and_final", means[means["moment"] != RISE], draw_settings),
+        best_and_final(means, "Best and final epoch at each threshold τ", panels, _colours(means)),
         Picture("trend", _trend_table(over_epochs, fitted, slopes), draw_trend),
         Picture("rate_and_wci", rate_and_index.reset_index(drop=True), draw_rate_and_wci),
     ]
@@ -187,13 +187,6 @@ def draw_thresholds(over_epochs: pd.DataFrame) -> Figure:
         _mark_decay(ax, over_epochs)
         label_ends(ax, ends)
     return figure
-
-
-@style.styled
-def draw_settings(means: pd.DataFrame) -> Figure:
-    """Best and final of each threshold: how sensitive the result is to it."""
-    panels = {name: EPOCHS[name].label.capitalize() for name in TRENDS}
-    return draw_best_and_final("Best and final epoch at each threshold τ", means, panels, _colours(means))
 
 
 @style.styled
@@ -316,30 +309,26 @@ def _trend_table(over_epochs: pd.DataFrame, fitted: pd.DataFrame, slopes: pd.Dat
 
 
 def findings_of(tables: Mapping[str, pd.DataFrame]) -> list[str]:
-    """How much the threshold matters, and which thresholds differ from the static rate."""
+    """Which thresholds differ from the static rate, and how much the threshold matters."""
     means, rule = tables["thresholds"], tables["rule"]
     own = means[
         (means["metric"] == TEST_ROBUST_ERROR) & (means["moment"] == FINAL) & (means["setting"] != STATIC)
     ]
     finals = own.set_index("setting")["mean"]
-    findings = [
-        f"Sensitivity to τ: the final robust error lies between {finals.min():.1f} % ({finals.idxmin()}) and "
-        f"{finals.max():.1f} % ({finals.idxmax()}). τ is in units of this network's index, which was at most "
-        f"{rule[rule['quantity'] == 'highest WCI']['mean'].max():.3g}."
+    apart = (
+        final_said(tables["against_static"], SHOWN, "the static rate")
+        if "against_static" in tables
+        else "there is no control: no run kept η₁ throughout; schedule.threshold=1e9 makes one"
+    )
+    return [
+        sentence(apart),
+        f"The final robust error lies between {finals.min():.1f} % ({finals.idxmin()}) and "
+        f"{finals.max():.1f} % ({finals.idxmax()}), with τ in units of an index that was at most "
+        f"{rule[rule['quantity'] == 'highest WCI']['mean'].max():.3g}.",
     ]
-    if "against_static" in tables:
-        apart = tables["against_static"]
-        findings += [
-            final_said(apart, metric, "the static rate") for metric in (TEST_ROBUST_ERROR, TEST_ROBUST_LOSS)
-        ]
-    else:
-        findings.append("No control: no run kept η₁ throughout; schedule.threshold=1e9 makes one.")
-    return [*findings, intervals_said(means)]
 
 
 STUDY = Study(
-    question="Does a learning rate that follows the WCI prevent robust overfitting, and does its threshold "
-    "matter?",
-    source="WCI paper, section 4, figures 3, 8 and 9 a",
-    answer=answer,
+    "Does a learning rate that follows the WCI prevent robust overfitting, and does its threshold matter?",
+    answer,
 )

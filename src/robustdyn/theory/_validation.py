@@ -1,5 +1,7 @@
 """Refusals with the offending value and the admissible range, in one place."""
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -34,41 +36,38 @@ def finite(name: str, values: ArrayLike) -> Array:
     return array
 
 
-def positive(name: str, values: ArrayLike) -> Array:
+def within(name: str, values: ArrayLike, allowed: Callable[[Array], NDArray[np.bool_]], wanted: str) -> Array:
     """``values`` as float64.
 
+    Args:
+        name: Of the values, for the message.
+        values: Any shape.
+        allowed: Which of the finite numbers are in the range.
+        wanted: The range in words: ``it must be <wanted>``.
+
     Raises:
-        ValueError: An entry is not in (0, inf).
+        ValueError: An entry is not finite, or outside the range.
     """
     array = finite(name, values)
-    if not (array > 0).all():
-        raise ValueError(f"{name} is {first_offender(array, array > 0)}; it must be > 0")
+    ok = allowed(array)
+    if not ok.all():
+        raise ValueError(f"{name} is {first_offender(array, ok)}; it must be {wanted}")
     return array
+
+
+def positive(name: str, values: ArrayLike) -> Array:
+    """``values`` as float64, all in (0, inf)."""
+    return within(name, values, lambda x: x > 0, "> 0")
 
 
 def non_negative(name: str, values: ArrayLike) -> Array:
-    """``values`` as float64.
-
-    Raises:
-        ValueError: An entry is not in [0, inf).
-    """
-    array = finite(name, values)
-    if not (array >= 0).all():
-        raise ValueError(f"{name} is {first_offender(array, array >= 0)}; it must be >= 0")
-    return array
+    """``values`` as float64, all in [0, inf)."""
+    return within(name, values, lambda x: x >= 0, ">= 0")
 
 
 def momentum_range(values: ArrayLike) -> Array:
-    """``values`` as float64.
-
-    Raises:
-        ValueError: An entry is not in [0, 1).
-    """
-    array = finite("momentum", values)
-    ok = (array >= 0) & (array < 1)
-    if not ok.all():
-        raise ValueError(f"momentum is {first_offender(array, ok)}; it must be in [0, 1)")
-    return array
+    """``values`` as float64, all in [0, 1)."""
+    return within("momentum", values, lambda x: (x >= 0) & (x < 1), "in [0, 1)")
 
 
 def probability(name: str, value: float) -> float:
@@ -111,10 +110,12 @@ def whole(name: str, values: ArrayLike, minimum: int = 0) -> IntArray:
     Raises:
         ValueError: An entry is not a whole number in [``minimum``, 2**53].
     """
-    array = finite(name, values)
-    ok = (array == np.rint(array)) & (array >= minimum) & (array <= _LARGEST)
-    if not ok.all():
-        raise ValueError(f"{name} is {first_offender(array, ok)}; it must be a whole number >= {minimum}")
+    array = within(
+        name,
+        values,
+        lambda x: (x == np.rint(x)) & (x >= minimum) & (x <= _LARGEST),
+        f"a whole number >= {minimum}",
+    )
     return array.astype(np.int64)
 
 
@@ -142,12 +143,13 @@ def recorded_steps(record_steps: ArrayLike, first: int, last: int) -> IntArray:
     Raises:
         ValueError: They are not whole numbers in [``first``, ``last``] that increase.
     """
-    record = vector("record_steps", np.atleast_1d(finite("record_steps", record_steps)))
-    ok = (record >= first) & (record <= last) & (record == np.rint(record))
-    if not ok.all():
-        raise ValueError(
-            f"record_steps is {first_offender(record, ok)}; it must be a whole number in [{first}, {last}]"
-        )
+    steps = within(
+        "record_steps",
+        record_steps,
+        lambda x: (x >= first) & (x <= last) & (x == np.rint(x)),
+        f"a whole number in [{first}, {last}]",
+    )
+    record = vector("record_steps", np.atleast_1d(steps))
     if not (np.diff(record) > 0).all():
         raise ValueError(f"record_steps is {record.tolist()}; it must be strictly increasing")
     return record.astype(np.int64)

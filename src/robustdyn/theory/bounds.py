@@ -5,7 +5,7 @@ contains the number of directions, and ``covers`` puts it into words.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
 import numpy as np
@@ -15,11 +15,11 @@ from robustdyn.theory._validation import (
     Array,
     count,
     finite,
-    first_offender,
     non_negative,
     positive,
     probability,
     vector,
+    within,
 )
 
 PriorLocation = Literal["zero", "initialisation"]
@@ -197,29 +197,9 @@ class CatoniBound:
 
     def as_row(self) -> dict[str, float | int | str]:
         """Every term as one flat row for a table."""
-        return {
-            "empirical_loss": self.empirical_loss,
-            "gradient": self.gradient,
-            "curvature": self.curvature,
-            "mean_offset": self.mean_offset,
-            "kl_mean": self.kl.mean,
-            "kl_trace": self.kl.trace,
-            "kl_log_determinant": self.kl.log_determinant,
-            "kl_total_correlation": self.kl.total_correlation,
-            "kl": self.kl.total,
-            "confidence": self.confidence,
-            "complexity": self.complexity,
-            "total": self.total,
-            "beta": self.beta,
-            "prior_variance": self.prior_variance,
-            "prior_location": self.prior_location,
-            "loss_range": self.loss_range,
-            "alpha": self.alpha,
-            "grid_points": self.grid_points,
-            "directions": self.directions,
-            "parameters": self.parameters,
-            "covers": self.covers,
-        }
+        own = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "kl"}
+        parts = {f"kl_{name}": part for name, part in asdict(self.kl).items()}
+        return own | parts | {"kl": self.kl.total, "total": self.total, "covers": self.covers}
 
 
 def catoni_bound(
@@ -316,8 +296,5 @@ def _grid(name: str, values: ArrayLike) -> Array:
 
 def _loss(value: float, bound: float) -> float:
     """A loss inside its range [0, c]."""
-    array = finite("empirical_loss", value)
-    ok = (array >= 0) & (array <= bound)
-    if not ok.all():
-        raise ValueError(f"empirical_loss is {first_offender(array, ok)}; it must be in [0, {bound:g}]")
-    return float(array)
+    loss = within("empirical_loss", value, lambda x: (x >= 0) & (x <= bound), f"in [0, {bound:g}]")
+    return float(loss)

@@ -16,12 +16,11 @@ from robustdyn.theory._validation import (
     Array,
     count,
     covariance_matrix,
-    finite,
-    first_offender,
     non_negative,
     positive,
     probability,
     vector,
+    within,
 )
 from robustdyn.theory.bounds import gaussian_kl
 from robustdyn.theory.stationary import total_correlation
@@ -30,11 +29,7 @@ _HALVINGS = 64  # of an interval of length <= 1: down to half an ulp
 
 
 def _share(name: str, values: ArrayLike) -> Array:
-    array = finite(name, values)
-    ok = (array >= 0) & (array <= 1)
-    if not ok.all():
-        raise ValueError(f"{name} is {first_offender(array, ok)}; it must be in [0, 1]")
-    return array
+    return within(name, values, lambda x: (x >= 0) & (x <= 1), "in [0, 1]")
 
 
 def binary_kl(q: ArrayLike, p: ArrayLike) -> Array:

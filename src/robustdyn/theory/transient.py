@@ -4,7 +4,7 @@ Shapes: k directions, T times. Covariances end in (2, 2) over (x, v); with a ful
 are (..., k, k, 2, 2), one block for each pair of directions.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -86,13 +86,7 @@ def _limit(eigenvalue: Array, noise: Array, dynamics: MomentumDynamics) -> Array
     elif noise.ndim == 1:
         vector("noise", noise, eigenvalue.size)
     stationary = stationary_state_covariance if noise.ndim == 1 else stationary_block_covariance
-    return stationary(
-        eigenvalue,
-        noise,
-        learning_rate=dynamics.learning_rate,
-        momentum=dynamics.momentum,
-        weight_decay=dynamics.weight_decay,
-    )
+    return stationary(eigenvalue, noise, **asdict(dynamics))
 
 
 def mean_after(
@@ -157,13 +151,7 @@ def slow_mode_variance(
     Source: arXiv 2410.07719 v3, its theorem on the non-stationary transition.
     """
     lam = vector("eigenvalue", finite("eigenvalue", eigenvalue))
-    limit = stationary_variance(
-        lam,
-        noise,
-        learning_rate=dynamics.learning_rate,
-        momentum=dynamics.momentum,
-        weight_decay=dynamics.weight_decay,
-    )
+    limit = stationary_variance(lam, noise, **asdict(dynamics))
     shrink = dynamics.spectral_radius(lam) ** (2 * _times(steps)[:, None])
     return np.asarray(limit + shrink * (positive("initial_variance", initial_variance) - limit))
 

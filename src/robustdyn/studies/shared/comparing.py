@@ -192,7 +192,7 @@ def keys_of(rows: pd.DataFrame) -> list[str]:
     return [name for name in ("panel", "setting") if name in rows]
 
 
-def first_decay(rows: pd.DataFrame) -> int | None:
+def decay_epoch(rows: pd.DataFrame) -> int | None:
     """First epoch at a lower rate, from rows of one run or of one setting's curves; None without any."""
     rate = rows[rows["quantity"] == RATE].rename(columns={"value": RATE, "mean": RATE})
     return next(iter(decay_epochs(rate)), None)
@@ -298,7 +298,7 @@ def correlations(rows: pd.DataFrame) -> pd.DataFrame:
         wide[[ROBUST_LOSS_GAP, ROBUST_ERROR_GAP]] = wide[[ROBUST_LOSS_GAP, ROBUST_ERROR_GAP]].interpolate(
             "index", limit_area="inside"
         )
-        decay = first_decay(own)
+        decay = decay_epoch(own)
         phases = {"all epochs": wide}
         if decay is not None:
             phases["after the first decay"] = wide[wide.index >= decay]
@@ -350,7 +350,7 @@ def mean_with_interval(
     )
 
 
-def over_epochs(rows: pd.DataFrame, *, geometric: bool = False) -> pd.DataFrame:
+def mean_curves(rows: pd.DataFrame, *, geometric: bool = False) -> pd.DataFrame:
     """Mean and 95 % interval over seeds of ``values``, for each epoch.
 
     Epochs that some seeds lack (measured around decays, say) have fewer ``seeds``.
@@ -359,9 +359,9 @@ def over_epochs(rows: pd.DataFrame, *, geometric: bool = False) -> pd.DataFrame:
 
 
 def metrics_over_epochs(rows: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
-    """``over_epochs`` of some quantities, as ``metric``, in shown units and in order."""
+    """``mean_curves`` of some quantities, as ``metric``, in shown units and in order."""
     own = in_shown_units(rows[rows["quantity"].isin(metrics)])
-    return _ordered(over_epochs(own).rename(columns={"quantity": "metric"}))
+    return _ordered(mean_curves(own).rename(columns={"quantity": "metric"}))
 
 
 def _ordered(frame: pd.DataFrame) -> pd.DataFrame:

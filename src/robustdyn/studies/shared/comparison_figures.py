@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -32,7 +33,8 @@ from robustdyn.report.plotting import (
     log_axis,
     mark_decays,
 )
-from robustdyn.studies.shared.comparing import BEST, BOUNDS, COLUMNS, FINAL, INDEX, RATE
+from robustdyn.studies.shared.comparing import BEST, BOUNDS, COLUMNS, FINAL, INDEX, RATE, RISE
+from robustdyn.studies.shared.study import Picture
 from robustdyn.studies.shared.wording import seeds_said
 
 BANDS = 5  # more curves than this, and their intervals hide one another
@@ -160,17 +162,25 @@ def name_rows(ax: Axes, names: Sequence[str]) -> None:
     ax.grid(visible=False, axis="y")
 
 
-def draw_best_and_final(
-    title: str, means: pd.DataFrame, panels: Mapping[str, str], colours: Mapping[str, str] | None = None
-) -> Figure:
+def best_and_final(
+    means: pd.DataFrame, title: str, panels: Mapping[str, str], colours: Mapping[str, str] | None = None
+) -> Picture:
     """A panel for each metric: a row per setting, best (open) and final (filled) with their intervals.
 
     Args:
-        title: Of the figure.
         means: ``setting``, ``metric``, ``moment``, ``mean``, ``low``, ``high``, ``seeds``, as shown.
+        title: Of the figure.
         panels: Metrics and their titles.
         colours: Settings in order; ``None`` as they come.
     """
+    draw = partial(_draw_best_and_final, title=title, panels=panels, colours=colours)
+    return Picture("best_and_final", means[means["moment"] != RISE], draw)
+
+
+@style.styled
+def _draw_best_and_final(
+    means: pd.DataFrame, title: str, panels: Mapping[str, str], colours: Mapping[str, str] | None
+) -> Figure:
     colours = colours or setting_colours(means)
     figure = style.new_figure(f"{title} ({seeds_said(means)}, 95 % interval)", 1.6 + 0.34 * len(colours))
     order = list(colours)

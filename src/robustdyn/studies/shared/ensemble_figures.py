@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from robustdyn.replicas.prediction import (
@@ -69,40 +71,45 @@ class _Steps:
 
     def dress(self, ax: Axes) -> None:
         """Ticks, labels and the mark of the decay."""
-        first = [step for step in (1, 10, 100, 1000, 10000) if step <= (self.decay or self.last)]
-        ticks = [*first]
-        texts = [str(step) for step in first]
+        ticks = {step: str(step) for step in (1, 10, 100, 1000, 10000) if step <= (self.decay or self.last)}
         ax.set_xlabel("optimiser step")
         if self.decay is not None:
             later = [step for step in (1, 10, 100, 1000) if self.decay + step <= self.last]
-            ticks += [self.decay + step for step in later]
-            texts += [f"+{step}" for step in later]
-            ax.axvline(
-                np.log10(self.decay) + GAP / 2,
-                color=style.MARK,
-                linewidth=0.9,
-                linestyle=(0, (4, 3)),
-                zorder=1,
-            )
+            ticks |= {self.decay + step: f"+{step}" for step in later}
+            place = np.log10(self.decay) + GAP / 2
+            ax.axvline(place, color=style.MARK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
             ax.set_xlabel(f"optimiser step, + after {self.decay}")
-        ax.set_xticks(self.place(ticks), texts)
+        ax.set_xticks(self.place(list(ticks)), list(ticks.values()))
         ax.set_xlim(-0.05, float(self.place([self.last])[0]) + 0.05)
 
 
 def _ratio_axis(ax: Axes, limits: tuple[float, float]) -> None:
     ax.set_yscale("log")
     ax.set_ylim(*limits)
-    ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    ax.yaxis.set_minor_formatter(NullFormatter())
+    _plain_ticks(ax.yaxis, 1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
 
 
-def _grid(figure: Figure, count: int, **shared: Any) -> list[Axes]:
-    columns = min(2, count)
+def _plain_ticks(axis: Axis, *subs: float) -> None:
+    """Labels ``0.5``, ``2`` at these multiples of powers of ten."""
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _grid(figure: Figure, count: int, columns: int, **shared: Any) -> list[Axes]:
     axes = figure.subplots(-(-count // columns), columns, squeeze=False, **shared).ravel()
     for ax in axes[count:]:
         ax.set_visible(False)
     return list(axes[:count])
+
+
+def _law_keys(data: pd.DataFrame, laws: Iterable[str]) -> list[Line2D]:
+    """Legend entries of the laws that the table has."""
+    return [
+        key(NAMES[law], LINES.get(law, "-"), colour=COLOURS[law])
+        for law in laws
+        if (data["law"] == law).any()
+    ]
 
 
 def _per_ensemble(
@@ -112,7 +119,7 @@ def _per_ensemble(
     names = list(dict.fromkeys(data["ensemble"]))
     figure = style.new_figure(title, 0.9 + height * -(-len(names) // 2))
     panels = []
-    for ax, name in zip(_grid(figure, len(names), sharey=sharey), names, strict=True):
+    for ax, name in zip(_grid(figure, len(names), min(2, len(names)), sharey=sharey), names, strict=True):
         own = data[data["ensemble"] == name]
         axis = _Steps(own)
         axis.dress(ax)
@@ -122,6 +129,14 @@ def _per_ensemble(
     return figure, panels
 
 
+def _draw_law(ax: Axes, places: Any, values: Any, law: str, width: float, **look: Any) -> None:
+    ax.plot(places, values, color=COLOURS[law], linestyle=LINES.get(law, "-"), linewidth=width, **look)
+
+
+def _draw_bars(ax: Axes, x: Any, y: Any, error: Any, points: str, colour: str, **look: Any) -> None:
+    ax.errorbar(x, y, yerr=error, fmt=points, color=colour, elinewidth=0.8, **look)
+
+
 @style.styled
 def draw_ratio(data: pd.DataFrame) -> Figure:
     """Geometric mean of measured / predicted variance against the step, a panel for each ensemble.
@@ -129,12 +144,8 @@ def draw_ratio(data: pd.DataFrame) -> Figure:
     Args:
         data: Table ``agreement`` from step 1 on.
     """
-    figure, panels = _per_ensemble(
-        data,
-        "Variance of the weights, measured / predicted",
-        "geometric mean over directions",
-        height=3.0,
-    )
+    title, ylabel = "Variance of the weights, measured / predicted", "geometric mean over directions"
+    figure, panels = _per_ensemble(data, title, ylabel, height=3.0)
     for ax, own, axis in panels:
         ax.axhspan(*GOAL, color=style.MARK, alpha=0.15, linewidth=0, zorder=0.9)
         ax.axhline(1, color=style.MARK, linewidth=0.8)
@@ -142,22 +153,14 @@ def draw_ratio(data: pd.DataFrame) -> Figure:
             line = own[own["law"] == law].dropna(subset=["geometric_mean"])
             if line.empty:
                 continue
-            ax.plot(
-                axis.place(line["step"]),
-                line["geometric_mean"],
-                color=COLOURS[law],
-                linestyle=LINES.get(law, "-"),
-                linewidth=1.3 if law in LINES else 1.8,
-                marker="o" if law in (EXACT, REFRESHED) else "",
-                markersize=2.5,
-            )
-            if law in (EXACT, REFRESHED):
-                band = axis.place(line["step"]), line["low"], line["high"]
+            places, own_attack = axis.place(line["step"]), law in (EXACT, REFRESHED)
+            points = {"marker": "o" if own_attack else "", "markersize": 2.5}
+            _draw_law(ax, places, line["geometric_mean"], law, 1.3 if law in LINES else 1.8, **points)
+            if own_attack:
+                band = places, line["low"], line["high"]
                 ax.fill_between(*band, color=COLOURS[law], alpha=0.15, linewidth=0, zorder=0.9)
         _ratio_axis(ax, (0.15, 8.0))
-    present = [law for law in NAMES if (data["law"] == law).any()]
-    handles = [key(NAMES[law], LINES.get(law, "-"), colour=COLOURS[law]) for law in present]
-    handles.append(key("learning rate falls", "--"))
+    handles = [*_law_keys(data, NAMES), key("learning rate falls", "--")]
     figure.legend(handles=handles, loc="outside lower center", ncols=3)
     return figure
 
@@ -172,10 +175,8 @@ def draw_variances(data: pd.DataFrame, name: str) -> Figure:
     """
     figure = style.new_figure(f"Variance of the weights along Hessian eigenvectors: {name}", 6.4)
     axis, chosen = _Steps(data), sorted(data["direction"].unique())
-    axes = figure.subplots(2, -(-len(chosen) // 2), squeeze=False, sharex=True).ravel()
-    for ax in axes[len(chosen) :]:
-        ax.set_visible(False)
-    for ax, direction in zip(axes, chosen, strict=False):
+    axes = _grid(figure, len(chosen), -(-len(chosen) // 2), sharex=True)
+    for ax, direction in zip(axes, chosen, strict=True):
         own = data[data["direction"] == direction]
         seen = own[own["law"] == EXACT]
         places = axis.place(seen["step"])
@@ -183,27 +184,15 @@ def draw_variances(data: pd.DataFrame, name: str) -> Figure:
         ax.plot(places, seen["measured"], color="#000000", marker="o", markersize=3, linewidth=0)
         for law in DRAWN:
             line = own[own["law"] == law].dropna(subset=["predicted"])
-            look = "steps-post" if law == STATIONARY else "default"
-            ax.plot(
-                axis.place(line["step"]),
-                line["predicted"],
-                color=COLOURS[law],
-                linestyle=LINES.get(law, "-"),
-                linewidth=1.5,
-                drawstyle=look,
-            )
+            held = "steps-post" if law == STATIONARY else "default"
+            _draw_law(ax, axis.place(line["step"]), line["predicted"], law, 1.5, drawstyle=held)
         low, high = seen["low"].min(), seen["high"].max()
         ax.set_yscale("log")
         ax.set_ylim(low / 2, high * 2)
         axis.dress(ax)
         ax.set_title(f"direction {direction}, λ = {seen['eigenvalue'].iloc[0]:.3g}")
         ax.set_ylabel("variance σ²")
-    handles = [key("measured, 95 % interval", "", "o", "#000000")]
-    handles += [
-        key(NAMES[law], LINES.get(law, "-"), colour=COLOURS[law])
-        for law in DRAWN
-        if (data["law"] == law).any()
-    ]
+    handles = [key("measured, 95 % interval", "", "o", "#000000"), *_law_keys(data, DRAWN)]
     figure.legend(handles=handles, loc="outside lower center", ncols=3)
     return figure
 
@@ -217,25 +206,17 @@ def draw_ratio_by_eigenvalue(data: pd.DataFrame) -> Figure:
     """
     panels = list(dict.fromkeys(zip(data["ensemble"], data["when"], strict=True)))
     figure = style.new_figure("Measured / predicted variance against λ", 0.9 + 2.7 * -(-len(panels) // 2))
-    for ax, (name, when) in zip(_grid(figure, len(panels), sharey=True), panels, strict=True):
+    axes = _grid(figure, len(panels), min(2, len(panels)), sharey=True)
+    for ax, (name, when) in zip(axes, panels, strict=True):
         own = data[(data["ensemble"] == name) & (data["when"] == when)]
         ax.axhline(1, color=style.MARK, linewidth=0.8)
         for law, shift in ((EXACT, 0.985), (REFRESHED, 1.015)):
             rows = own[own["law"] == law]
-            ratio = rows["measured"] / rows["predicted"]
-            ax.errorbar(
-                rows["eigenvalue"] * shift,
-                ratio,
-                yerr=[ratio - rows["low"] / rows["predicted"], rows["high"] / rows["predicted"] - ratio],
-                fmt="o",
-                color=COLOURS[law],
-                markersize=3.5,
-                elinewidth=0.8,
-            )
+            ratio, low, high = (rows[name] / rows["predicted"] for name in ("measured", "low", "high"))
+            error = [ratio - low, high - ratio]
+            _draw_bars(ax, rows["eigenvalue"] * shift, ratio, error, "o", COLOURS[law], markersize=3.5)
         ax.set_xscale("log")
-        ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        ax.xaxis.set_minor_formatter(NullFormatter())
+        _plain_ticks(ax.xaxis, 1.0, 2.0, 5.0)
         _ratio_axis(ax, (0.07, 7.0))
         ax.set_title(f"{name}: {when}")
         ax.set_xlabel("λ of H at the start")
@@ -294,21 +275,13 @@ def draw_drift(data: pd.DataFrame) -> Figure:
         path = own[own["source"] == "path"].sort_values("step")
         for column, colour in looks.items():
             # between these nothing was measured
-            ax.plot(
-                axis.place(path["step"]), path[column], color=colour, marker="o", markersize=4, linewidth=0.8
-            )
+            places = axis.place(path["step"])
+            ax.plot(places, path[column], color=colour, marker="o", markersize=4, linewidth=0.8)
         seen = own[own["source"] == "replicas"].sort_values("step")
         for column in ("slope", "noise"):
-            ax.errorbar(
-                axis.place(seen["step"]),
-                seen[column],
-                yerr=2 * seen[f"{column}_error"],
-                fmt="D",
-                markersize=3.5,
-                fillstyle="none",
-                elinewidth=0.8,
-                color=looks[column],
-            )
+            places, error = axis.place(seen["step"]), 2 * seen[f"{column}_error"]
+            hollow = {"markersize": 3.5, "fillstyle": "none"}
+            _draw_bars(ax, places, seen[column], error, "D", looks[column], **hollow)
         ax.set_ylim(*limits)
         log_axis(ax)
     handles = [
@@ -333,22 +306,11 @@ def draw_memory(data: pd.DataFrame) -> Figure:
     figure, panels = _per_ensemble(data, title, "mean correlation")
     for ax, own, axis in panels:
         ax.axhline(0, color=style.MARK, linewidth=0.8)
-        for (reference, rows), colour in zip(
-            own.groupby("reference", sort=True), style.PALETTE, strict=False
-        ):
-            rows = rows.sort_values("step")
+        of_reference = own.sort_values("step").groupby("reference", sort=True)
+        for (reference, rows), colour in zip(of_reference, style.PALETTE, strict=False):
             places = axis.place(rows["step"])
-            ax.errorbar(
-                places,
-                rows["correlation"],
-                yerr=2 * rows["error"],
-                fmt="o-",
-                markersize=3,
-                linewidth=1.2,
-                elinewidth=0.8,
-                color=colour,
-                label=f"at step {reference}",
-            )
+            look = {"markersize": 3, "linewidth": 1.2, "label": f"at step {reference}"}
+            _draw_bars(ax, places, rows["correlation"], 2 * rows["error"], "o-", colour, **look)
             ax.plot(places, rows["expected"], color=colour, linestyle=":", linewidth=1.3)
         ax.legend(loc="upper left")
     handles = [

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import pandas as pd
 
+from robustdyn.errors import RecordError
 from robustdyn.records.labels import SEED
-from robustdyn.records.reader import Run
+from robustdyn.records.reader import Run, read_table
 from robustdyn.records.schema import (
     HESSIAN_EIGENVALUE,
     HESSIAN_TRACE,
@@ -20,24 +22,27 @@ from robustdyn.records.schema import (
     TRAIN_ROBUST_LOSS,
     WEIGHT_NORM_SQ,
 )
+from robustdyn.report.statistics import decay_epochs
 from robustdyn.studies.shared.comparing import (
     BEST,
+    BOUNDS,
     COLUMNS,
     FINAL,
     INDEX,
+    RATE,
     RISE,
     against,
     best_and_final,
     correlations,
     keys_of,
+    mean_curves,
     mean_with_interval,
-    over_epochs,
     pearson,
     values,
 )
 from robustdyn.studies.shared.comparison_figures import Panel, figure_of_curves, figure_of_outcomes
 from robustdyn.studies.shared.study import Answer, Picture
-from robustdyn.studies.shared.wording import intervals_said
+from robustdyn.studies.shared.wording import lowest_said, sentence
 
 FINAL_GAP, FINAL_INDEX = "final robust loss gap", "final WCI"
 OUTCOMES: dict[str, tuple[str, str]] = {
@@ -58,6 +63,28 @@ OUTCOMES: dict[str, tuple[str, str]] = {
 """What a run comes to: the lowest value over its epochs, the last one, and last less lowest."""
 
 OUTCOME = ["panel", "quantity", "outcome"]
+
+
+class Decay(NamedTuple):
+    """The first decay of a run: the first epoch at the lower rate, the initial rate, and the lower one."""
+
+    epoch: int
+    before: float
+    after: float
+
+
+def first_decay(run: Run) -> Decay:
+    """When the rate first fell, and from which to which.
+
+    Raises:
+        RecordError: It never did.
+    """
+    epochs = read_table(run.path, "epochs")
+    decays = decay_epochs(epochs)
+    if not decays:
+        raise RecordError(f"{run.path}: its learning rate never decays; leave the run out")
+    rate = epochs.set_index("epoch")[RATE]
+    return Decay(decays[0], float(rate.iloc[0]), float(rate.loc[decays[0]]))
 
 
 def outcomes(rows: pd.DataFrame) -> pd.DataFrame:
@@ -120,43 +147,38 @@ def compared(runs: Sequence[Run], setting: Callable[[Run], str], *, title: str, 
         Panel("WCI", INDEX),
     ]
     curves = partial(figure_of_curves, title=title, panels=panels)
-    index = [] if measured else ["Without measured WCI (measure=index) nothing is said about it."]
     return Answer(
         tables=tables,
         pictures=[
-            Picture("learning_curves", over_epochs(rows), curves),
+            Picture("learning_curves", mean_curves(rows), curves),
             Picture("outcomes", with_seeds(table, found), partial(figure_of_outcomes, title=title)),
         ],
-        findings=[*index, *_lowest(table), *_at_their_ends(found), intervals_said(table)],
+        findings=findings_of(table, found),
     )
 
 
-def _lowest(table: pd.DataFrame) -> list[str]:
-    """Which setting has the lowest robust error, at its best epoch and at the end."""
-    lines = []
-    for panel, own in table[table["quantity"] == TEST_ROBUST_ERROR].groupby("panel", sort=False):
-        parts = []
-        for outcome in ("best robust error", "final robust error"):
-            row = own[own["outcome"] == outcome].sort_values("mean", kind="stable").iloc[0]
-            parts.append(
-                f"{outcome}: {row['setting']} ({row['mean'] * COLUMNS[TEST_ROBUST_ERROR].scale:.1f} %)"
-            )
-        lines.append(f"{panel}, lowest {'; lowest '.join(parts)}.")
-    return lines
+def findings_of(table: pd.DataFrame, found: pd.DataFrame) -> list[str]:
+    """Which setting has the lowest robust error, and whether final WCI and loss gap go together over runs.
 
-
-def _at_their_ends(found: pd.DataFrame) -> list[str]:
-    """Whether WCI and robust loss gap go together among runs, where more than three have both."""
-    lines = []
-    ends = found[found["outcome"].isin([FINAL_GAP, FINAL_INDEX])]
-    for panel, own in ends.groupby("panel", sort=False):
+    Args:
+        table: As ``summary`` returns it.
+        found: As ``outcomes`` returns it.
+    """
+    errors = table[table["quantity"] == TEST_ROBUST_ERROR]
+    scaled = errors[list(BOUNDS)] * COLUMNS[TEST_ROBUST_ERROR].scale
+    errors = errors.assign(moment=errors["outcome"].str.partition(" ")[0], **scaled)
+    lowest = [f"on {panel}, {lowest_said(own)}" for panel, own in errors.groupby("panel", sort=False)]
+    together = []
+    for panel, own in found.groupby("panel", sort=False):
         wide = own.pivot(index=["setting", SEED], columns="outcome", values="value")
         pairs = wide.reindex(columns=[FINAL_INDEX, FINAL_GAP]).dropna()
         if len(pairs) > 3 and (pairs.nunique() > 1).all():
             of = pearson(pairs[FINAL_INDEX], pairs[FINAL_GAP])
-            lines.append(
-                f"{panel}, over {len(pairs)} runs at their ends: Pearson correlation of WCI and robust loss "
-                f"gap {of['r']:.2f} [{of['low']:.2f}, {of['high']:.2f}], p = {of['p']:.2g}, runs taken for "
-                "independent."
-            )
-    return lines
+            interval = f"[{of['low']:.2f}, {of['high']:.2f}]"
+            together.append(f"{of['r']:.2f} {interval} over the {len(pairs)} runs on {panel}")
+    said = (
+        f"The Pearson correlation of final WCI and final robust loss gap is {'; '.join(together)}."
+        if together
+        else "The runs say nothing about the WCI: at least four must have measured it (measure=index)."
+    )
+    return [sentence("; ".join(lowest)), said]

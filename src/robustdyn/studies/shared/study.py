@@ -20,6 +20,7 @@ from robustdyn import studies
 from robustdyn.errors import RecordError
 from robustdyn.records.reader import Run, find_runs
 from robustdyn.report import style
+from robustdyn.studies.shared.wording import seeds_said
 
 FINDINGS = "findings.md"
 SHORT = 40  # rows of a table that findings show in full
@@ -47,7 +48,7 @@ class Answer:
     Attributes:
         tables: File name without ending -> table.
         pictures: The figures.
-        findings: Sentences that answer the question, in Markdown; numbers are in the tables.
+        findings: The answer in at most two sentences; all numbers are in the tables.
     """
 
     tables: Mapping[str, pd.DataFrame]
@@ -61,12 +62,10 @@ class Study:
 
     Attributes:
         question: What it answers, one sentence.
-        source: Paper and figures or tables.
         answer: Answers it from runs; raises RecordError where they lack what it needs, saying what.
     """
 
     question: str
-    source: str
     answer: Callable[[Sequence[Run]], Answer]
 
 
@@ -145,13 +144,21 @@ def write_answer(question: str, answer: Answer, output: Path) -> Written:
 def findings_page(
     question: str, findings: Sequence[str], tables: Mapping[str, pd.DataFrame], pictures: Sequence[str]
 ) -> str:
-    """The Markdown of ``findings.md``."""
-    lines = [question, "", *(f"- {finding}" for finding in findings)]
+    """The Markdown of ``findings.md``: question, answer, tables, figures."""
+    lines = [question, "", " ".join(findings)]
     for stem, table in tables.items():
-        lines += ["", f"`tables/{stem}.csv`, {len(table)} rows", *_markdown(table)]
+        lines += ["", f"`tables/{stem}.csv`, {len(table)} rows{_averaged(table)}", *_markdown(table)]
     if pictures:
         lines += ["", *(f"![{name}](figures/{name}.png)" for name in pictures)]
     return "\n".join(lines) + "\n"
+
+
+def _averaged(table: pd.DataFrame) -> str:
+    """What the rows of a table of means are, for its caption."""
+    if not {"mean", "low", "high", "seeds"} <= set(table):
+        return ""
+    interval = " with Student's 95 % interval" if table["seeds"].max() > 1 else ""
+    return f": means over {seeds_said(table)}{interval}"
 
 
 def _markdown(table: pd.DataFrame) -> list[str]:

@@ -145,7 +145,7 @@ def table_of(run: Run, table: str) -> pd.DataFrame:
     return frame
 
 
-def over_epochs(run: Run) -> pd.DataFrame:
+def tracked_quantities(run: Run) -> pd.DataFrame:
     """All quantities of one run.
 
     Returns:
@@ -161,37 +161,28 @@ def over_epochs(run: Run) -> pd.DataFrame:
     )
     if spectrum[POSTERIOR_VARIANCE_STATIONARY].isna().all():
         raise RecordError(f"{run.path}: no stationary posterior recorded; train with optimizer=sgd")
-    spectrum = spectrum.merge(
-        posterior[["epoch", "index", POSTERIOR_VARIANCE]],
-        on=["epoch", "index"],
-        how="left",
-        validate="one_to_one",
-    )
-    spectrum["curvature_term_resolved"] = spectrum["curvature"] * spectrum[POSTERIOR_VARIANCE]
-    spectrum["log_variance_term_resolved"] = -np.log(spectrum[POSTERIOR_VARIANCE].where(lambda v: v > 0))
+    own = posterior[["epoch", "index", POSTERIOR_VARIANCE]]
+    spectrum = spectrum.merge(own, on=["epoch", "index"], how="left", validate="one_to_one")
     measured = _ranked(spectrum, [HESSIAN_EIGENVALUE, GRADIENT_NOISE, NOISE_EIGENVALUE])
+    resolved = spectrum[POSTERIOR_VARIANCE]
+    terms = {
+        "curvature_term_stationary": spectrum[CURVATURE_TERM],
+        "log_variance_term_stationary": spectrum[LOG_VARIANCE_TERM],
+        "curvature_term_resolved": spectrum["curvature"] * resolved,
+        "log_variance_term_resolved": -np.log(resolved.where(resolved > 0)),
+    }
+    sums = _whole_sums(spectrum[["epoch"]].assign(**terms))
+    for kind in _SUMS:
+        sums[f"dominant_terms_{kind}"] = sums[f"curvature_term_{kind}"] + sums[f"log_variance_term_{kind}"]
+    rate = epochs.set_index("epoch")[RATE].reindex(sums.index)
+    # the stationary σ² goes with η, whatever the network
+    sums[WITHOUT_RATE] = sums["log_variance_term_stationary"] + _count(spectrum) * np.log(rate)
     variances = posterior.rename(
         columns={
             POSTERIOR_VARIANCE_STATIONARY: "stationary_variance",
             POSTERIOR_VARIANCE: "resolved_variance",
         }
     )
-    sums = _sums(
-        spectrum,
-        {
-            CURVATURE_TERM: "curvature_term_stationary",
-            LOG_VARIANCE_TERM: "log_variance_term_stationary",
-            "curvature_term_resolved": "curvature_term_resolved",
-            "log_variance_term_resolved": "log_variance_term_resolved",
-        },
-    )
-    for kind in _SUMS:
-        sums[f"dominant_terms_{kind}"] = sums[f"curvature_term_{kind}"] + sums[f"log_variance_term_{kind}"]
-    rate = epochs.set_index("epoch")[RATE]
-    own = _count(spectrum) * np.log(
-        rate.reindex(sums.index)
-    )  # the stationary σ² goes with η, whatever the network
-    sums[WITHOUT_RATE] = sums["log_variance_term_stationary"] + own
     alignment = alignment.set_index("epoch")
     for name in ("commutator", TOTAL_CORRELATION):
         above = alignment[name] - alignment[f"{name}_null"]
@@ -211,7 +202,7 @@ def moments(values: pd.DataFrame, path: object) -> pd.DataFrame:
     """The values of one run at the moments about its decays.
 
     Args:
-        values: Rows of ``over_epochs``.
+        values: Rows of ``tracked_quantities``.
         path: The run's, for messages.
 
     Returns:
@@ -296,17 +287,13 @@ def _ranked(frame: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
     return top.add_suffix(TOP).join(means.add_suffix(MEAN))
 
 
-def _sums(spectrum: pd.DataFrame, names: Mapping[str, str]) -> pd.DataFrame:
-    """Sums over the directions by epoch (missing if any is), renamed."""
-    return _whole_sums(spectrum[["epoch", *names]]).rename(columns=dict(names))
-
-
 def _whole_sums(frame: pd.DataFrame) -> pd.DataFrame:
-    return frame.groupby("epoch").agg(_whole_sum)
+    """Sums over the directions by epoch, missing if any is."""
 
+    def whole(values: pd.Series) -> float:
+        return float(values.sum(skipna=False))
 
-def _whole_sum(values: pd.Series) -> float:
-    return float(values.sum(skipna=False))
+    return frame.groupby("epoch").agg(whole)
 
 
 def _count(frame: pd.DataFrame) -> int:

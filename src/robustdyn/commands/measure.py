@@ -1,0 +1,262 @@
+"""``robustdyn-measure``: measures curvature and noise of checkpoints, of any code and any network."""
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from robustdyn.data import ImageDataModule, ImageTensors
+from robustdyn.errors import ConfigError
+from robustdyn.launch.application import run_app
+from robustdyn.launch.of_run import Typed, deferred, of_run
+from robustdyn.launch.paths import load_run
+from robustdyn.launch.states import announce
+from robustdyn.measure import measured_epochs, posterior_rows
+from robustdyn.models import load_weights
+from robustdyn.models.weight_files import read_weight_file
+from robustdyn.records import RunRecords, read_table, summarise
+from robustdyn.records.files import file_digest
+from robustdyn.records.labels import flatten
+from robustdyn.records.progress import RunStatus, mark_done
+from robustdyn.records.run_directory import RunDirectory
+from robustdyn.report.page import build_report
+from robustdyn.run.checkpoint_measurement import CheckpointMeasurement
+from robustdyn.run.checkpoint_series import Checkpoint, find_checkpoints
+from robustdyn.run.config import COUNT, SEED, SWITCH, build, check, check_rules
+from robustdyn.run.measured_series import MeasuredSeries
+from robustdyn.run.of_checkpoint import device_of, run_of, type_name
+from robustdyn.run.status import say
+from robustdyn.run.training_facts import Training
+
+NAME = "measure"
+OF_THE_RUN = ("data", "model", "attack", "measure")
+RULES = {"seed": SEED, "batch_size": COUNT, "report": SWITCH}
+# settings that change how the numbers are computed, and not the numbers
+WITHOUT_EFFECT = (
+    "measure.epochs",
+    "measure.memory_mib",
+    "measure.interpolation",
+    "data.root",
+    "data.download",
+)
+
+
+def main() -> None:
+    """The ``robustdyn-measure`` command."""
+    sys.argv[1:] = deferred(sys.argv[1:], OF_THE_RUN)
+    run_app(measure_checkpoints, NAME)
+
+
+def measure_checkpoints(given: DictConfig) -> None:
+    """Measure every checkpoint that was named, and record it; what is in the record already is skipped.
+
+    Raises:
+        UserError: The configuration, a checkpoint, the data or the record cannot be used.
+    """
+    if not given.checkpoint:
+        raise ConfigError(
+            "checkpoint is not given; give checkpoint=FILE, a folder of files, or a run directory"
+        )
+    found = find_checkpoints(str(given.checkpoint), say)
+    run_dir = _run_of(found)
+    typed = Typed.now(OF_THE_RUN)
+    cfg, allow = of_run(NAME, found[0].path, run_dir, typed, OF_THE_RUN)
+    run = None if run_dir is None else load_run(run_dir)
+    _complete(cfg, typed, run)
+    check(cfg)
+    check_rules(cfg, RULES)
+    chosen = _chosen(cfg, found)
+    device = device_of(cfg.device)
+    model: nn.Module = build(cfg, "model", allow=allow)
+    data: ImageDataModule = build(cfg, "data", allow=allow)
+    data.prepare_data()
+    data.setup("fit")
+    train = data.split("train")
+    training = Training.of(chosen, cfg, run_dir, -(-len(train) // cfg.batch_size))
+    optimizers = {file.epoch: training.optimizer(file) for file in chosen}
+    measurement = CheckpointMeasurement(cfg, allow, data, device)
+
+    output = Path(cfg.output) if cfg.output else _output(given, found, run_dir)
+    settings = _settings(cfg, train)
+    with RunStatus(output, settings):
+        series = MeasuredSeries(output, settings)
+        digests = {file.epoch: file_digest(file.path) for file in chosen}
+        for file in chosen:
+            series.check(file.epoch, file.path, digests[file.epoch])
+        _write_config(output, cfg, run, training)
+        _say_what(cfg, chosen, series, training, len(train))
+        starts: Mapping[str, Tensor] = series.starts()
+        for file in chosen:
+            if file.epoch in series.done:
+                continue
+            began = time.perf_counter()
+            layout = _load(model, file.path, cfg.layout)
+            rows, after = measurement(
+                model.to(device),
+                epoch=file.epoch,
+                step=training.step(file),
+                optimizer=optimizers[file.epoch],
+                starts=starts,
+            )
+            series.add(file.epoch, digests[file.epoch], rows, starts, after)
+            starts = after
+            say(f"epoch {file.epoch}: {file.path.name} ({layout}), {time.perf_counter() - began:.0f} s")
+        _write_history(output, training, cfg.measure.interpolation)
+        mark_done(output)
+        if cfg.report:
+            announce(build_report([output], RunDirectory(output).report))
+        else:
+            say(f"records: {output}")
+
+
+# ---------------------------------------------------------------------- the configuration
+
+
+def _run_of(found: Sequence[Checkpoint]) -> Path | None:
+    """The run directory that the checkpoints are of.
+
+    Raises:
+        ConfigError: They are of several runs.
+    """
+    runs = list(dict.fromkeys(run_of(file.path) for file in found))
+    if len(runs) > 1:
+        raise ConfigError(
+            f"the checkpoints are of several runs ({runs[0]} and {runs[1]}); measure one after the other, as "
+            "with -m checkpoint=RUN_A,RUN_B"
+        )
+    return runs[0]
+
+
+def _complete(cfg: DictConfig, typed: Typed, run: DictConfig | None) -> None:
+    """Add what the run says outside the sections that were taken from it, and the defaults without a run."""
+    if "measure.epochs" not in typed.settings:
+        cfg.measure.epochs = "all"  # a run's own were those at which it measured
+    if cfg.seed is None:
+        cfg.seed = 0 if run is None else run.get("seed")
+    if cfg.batch_size is None:
+        batches = 1 if run is None else OmegaConf.select(run, "trainer.accumulate_grad_batches") or 1
+        cfg.batch_size = cfg.data.batch_size * batches
+
+
+def _chosen(cfg: DictConfig, found: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """The checkpoints of the epochs to measure.
+
+    Raises:
+        ConfigError: There are none, or the setting cannot be read.
+    """
+    spec: Any = cfg.measure.epochs
+    if spec == "all":
+        return list(found)
+    spec = OmegaConf.to_container(spec) if OmegaConf.is_config(spec) else spec
+    epochs = measured_epochs(spec, max_epochs=found[-1].epoch + 1, decay_epochs=(), always_last=False)
+    chosen = [file for file in found if file.epoch in epochs]
+    if not chosen:
+        raise ConfigError(
+            f"measure.epochs={cfg.measure.epochs}: of these epochs there is no checkpoint; there are "
+            f"{', '.join(str(file.epoch) for file in found)}"
+        )
+    return chosen
+
+
+def _output(given: DictConfig, found: Sequence[Checkpoint], run_dir: Path | None) -> Path:
+    path = Path(str(given.checkpoint))
+    folder = found[0].path.parent
+    return RunDirectory(run_dir or folder).measured / (path.stem if path.is_file() else folder.resolve().name)
+
+
+def _settings(cfg: DictConfig, train: ImageTensors) -> dict[str, Any]:
+    """Everything that the numbers depend on, flat."""
+    names = (*OF_THE_RUN, "seed", "batch_size", "layout", "learning_rate", "momentum", "weight_decay")
+    content = OmegaConf.to_container(OmegaConf.masked_copy(cfg, list(names)), resolve=True)
+    assert isinstance(content, dict)
+    flat = {key: value for key, value in flatten(content).items() if key not in WITHOUT_EFFECT}  # type: ignore[arg-type]
+    return {**flat, "images": train.digest()}
+
+
+def _write_config(output: Path, cfg: DictConfig, run: DictConfig | None, training: Training) -> None:
+    """The configuration that the report reads: that of the run, with what was measured."""
+    whole = OmegaConf.create({}) if run is None else run.copy()
+    OmegaConf.set_struct(whole, False)
+    for name in (*OF_THE_RUN, "seed"):
+        whole[name] = cfg[name]
+    if run is None:
+        whole.name = training.checkpoints[0].path.resolve().parent.name
+        last = training.optimizer(training.checkpoints[-1])
+        if last is not None:
+            whole.optimizer = {"momentum": last.momentum, "weight_decay": last.weight_decay}
+    path = RunDirectory(output).config
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(OmegaConf.to_yaml(whole, resolve=True), encoding="utf-8")
+
+
+# ---------------------------------------------------------------------- what is measured
+
+
+def _load(model: nn.Module, path: Path, layout: Any) -> str:
+    """Put the weights into the network, in double precision if the file has it."""
+    weights = read_weight_file(path).weights.values()
+    model.to(torch.float64 if any(value.dtype == torch.float64 for value in weights) else torch.float32)
+    return load_weights(model, path, layout=layout)
+
+
+def _say_what(
+    cfg: DictConfig, chosen: Sequence[Checkpoint], series: MeasuredSeries, training: Training, examples: int
+) -> None:
+    left = [file for file in chosen if file.epoch not in series.done]
+    done = f", {len(chosen) - len(left)} of them measured already" if len(left) < len(chosen) else ""
+    epochs = f"epoch {chosen[0].epoch}" + (f" to {chosen[-1].epoch}" if len(chosen) > 1 else "")
+    say(f"checkpoints {len(chosen)} ({epochs}){done}")
+    say(f"examples    {cfg.measure.examples} of the {examples:,} training images of {type_name(cfg.data)}")
+    if cfg.measure.inputs == "adversarial":
+        say(f"attack      {cfg.attack.norm}, radius {cfg.attack.eps_255:g}/255, {cfg.attack.steps} steps")
+    last = training.optimizer(chosen[-1])
+    if last is None:
+        say(
+            "optimiser   not known, therefore no stationary laws: give learning_rate=... momentum=... "
+            "weight_decay=..."
+        )
+    else:
+        rate = f"rate {last.learning_rate:g}, momentum {last.momentum:g}, decay {last.weight_decay:g}"
+        say(f"optimiser   {rate} at the last checkpoint; batches of {cfg.batch_size}")
+
+
+def _write_history(output: Path, training: Training, interpolation: Any) -> None:
+    """What is known of the training itself, and the posterior if the rates of all steps are."""
+    records = RunRecords(output)
+    epochs, rates = training.history()
+    try:
+        records.replace("epochs", epochs)
+        records.replace("rates", rates)
+    except ValueError as error:  # the run's own records may be a stranger's
+        raise ConfigError(
+            f"{training.run_dir}: its records cannot be copied ({error}); restore them"
+        ) from error
+    records.write_summary(summarise(read_table(output, "epochs")))
+    last = training.optimizer(training.checkpoints[-1])
+    tables = {name: read_table(output, name) for name in ("epochs", "rates", "spectrum", "bounds")}
+    if last is None or not last.plain or tables["spectrum"].empty:
+        return
+    if not rates:
+        say(
+            "the rates between the checkpoints are not known, therefore no posterior through time: give "
+            "learning_rate='{0: 0.1, ...}' with every epoch from which another rate held"
+        )
+        return
+    records.replace(
+        "posterior",
+        posterior_rows(
+            tables, momentum=last.momentum, weight_decay=last.weight_decay, interpolation=interpolation
+        ),
+    )
+
+
+if __name__ == "__main__":
+    # imported by name, so that a launcher's workers find it
+    from robustdyn.commands.measure import main as command
+
+    command()
