@@ -28,7 +28,7 @@ PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text()
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 }
-WITH_TESTS_OF_THEIR_OWN = {"docs/extending.md", "docs/measuring_checkpoints.md"}
+WITH_TESTS_OF_THEIR_OWN = {"docs/extending.md"}
 GENERATED = {"configuration.md"} | {f"reference/{name}.md" for name in REFERENCE}
 TRAINED = (
     *(o for o in TINY if not o.startswith(("measure.epochs", "schedule.", "trainer.max_epochs"))),
@@ -151,7 +151,13 @@ def commands(*programs):
     return [pytest.param(list(words), id=" ".join(words)) for words in found]
 
 
-HYDRA = ("robustdyn-train", "robustdyn-evaluate", "robustdyn-replicas", "robustdyn-certify")
+HYDRA = (
+    "robustdyn-train",
+    "robustdyn-evaluate",
+    "robustdyn-replicas",
+    "robustdyn-certify",
+    "robustdyn-measure",
+)
 
 
 @pytest.mark.parametrize("words", commands(*HYDRA, "robustdyn.commands.train"))
