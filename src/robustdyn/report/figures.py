@@ -126,7 +126,7 @@ def learning_curves(metric: str, heading: str) -> Draw:
     return drawn
 
 
-def learning_rate(epochs: pd.DataFrame, _: pd.DataFrame, cast: Cast) -> Figure:
+def learning_rate(_: pd.DataFrame, epochs: pd.DataFrame, cast: Cast) -> Figure:
     """Learning rate over epochs on a logarithmic axis."""
     figure = style.new_figure("Learning rate", 3.0)
     ax = figure.subplots()
@@ -138,12 +138,20 @@ def learning_rate(epochs: pd.DataFrame, _: pd.DataFrame, cast: Cast) -> Figure:
 
 
 def wci_and_gap(wci: pd.DataFrame, epochs: pd.DataFrame, cast: Cast) -> Figure:
-    """WCI above the robust loss gap on one epoch axis, and one against the other."""
+    """WCI above the robust loss gap on one epoch axis, and one against the other; without a gap WCI alone."""
+    index = Panel("WCI (band: ±1 s.e.)", (Curve(WCI["wci"], spread=WCI_SE),))
+    if epochs[ROBUST_LOSS_GAP].isna().all():
+        figure = style.new_figure("Weight-Curvature Index", PANEL)
+        alone = figure.subplots()
+        index.draw(alone, wci, cast)
+        mark_decays([alone], epochs, cast)
+        group_legend(figure, cast)
+        return figure
     figure = style.new_figure("Weight-Curvature Index and the robust generalisation gap", 5.2)
     grid = figure.add_gridspec(2, 2, width_ratios=(1.25, 1.0))
     top = figure.add_subplot(grid[0, 0])
     bottom = figure.add_subplot(grid[1, 0], sharex=top)
-    Panel("WCI (band: ±1 s.e.)", (Curve(WCI["wci"], spread=WCI_SE),)).draw(top, wci, cast)
+    index.draw(top, wci, cast)
     top.set_xlabel("")
     top.tick_params(labelbottom=False)
     gap = EPOCHS[ROBUST_LOSS_GAP]
@@ -279,7 +287,7 @@ FIGURES: tuple[FigureSpec, ...] = (
         "learning_rate",
         "Learning rate",
         learning_rate,
-        "epochs",
+        "rates",
         "lr",
         "The rate in force at the end of each epoch, on a logarithmic axis. Dashed vertical lines, here and "
         "in all figures, are decays: drops by more than 20 % after an epoch in which the rate was held.",
