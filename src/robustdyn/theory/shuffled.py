@@ -66,7 +66,7 @@ def shuffled_variance(
         ValueError: Invalid hyperparameter, fewer than two examples, an epoch of more than n, a start that is
             no covariance, shapes that disagree, or a variance that grew out of the range of float64.
 
-    Source: ours, equations (25b) and (25c) of docs/theory.md.
+    Source: equations (25b) and (25c) of docs/theory.md; (25c) extends Kühn & Rosenow (2023).
     """
     rates = vector("learning_rate", positive("learning_rate", learning_rate))
     columns = (
