@@ -13,6 +13,8 @@ from hydra._internal import config_loader_impl
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from omegaconf import _utils, grammar_parser
 
+from robustdyn.defaults import config_dir
+
 CREATE, COMPOSE = (
     config_loader_impl.create_defaults_list,
     ConfigLoaderImpl._compose_config_from_defaults_list,
@@ -24,7 +26,9 @@ def keep_compositions():
     lists, configs = {}, {}
 
     def create_defaults_list(repo, config_name, overrides_list, **settings):
-        if any(override.key_or_group == "hydra.searchpath" for override in overrides_list):
+        own = not (config_dir() / f"{config_name}.yaml").is_file()  # as of a run that is resumed
+        own |= any(source.provider == "command-line" for source in repo.get_sources())
+        if own or any(override.key_or_group == "hydra.searchpath" for override in overrides_list):
             return CREATE(repo, config_name, overrides_list, **settings)
         typed = [override for override in overrides_list if not override.is_sweep_override()]
         values = [o for o in typed if isinstance(o.value(), dict) or not repo.group_exists(o.key_or_group)]

@@ -142,12 +142,13 @@ def test_a_worker_of_a_launcher_finds_the_user_s_own_folder_of_settings(folder, 
     from hydra.core.hydra_config import HydraConfig
 
     from robustdyn.commands import evaluate
+    from robustdyn.launch import of_run
 
     seen = []
 
     def as_in_a_worker(cfg):
         GlobalHydra.instance().clear()
-        seen.append(evaluate._compose(["model=small_cnn"]).model._target_)
+        seen.append(of_run._compose("evaluate", ["model=small_cnn"]).model._target_)
 
     monkeypatch.setattr(evaluate, "evaluate_checkpoint", as_in_a_worker)
     assert invoke(evaluate.main, monkeypatch, "--config-dir", "conf", "checkpoint=x") == 0

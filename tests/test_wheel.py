@@ -61,7 +61,7 @@ def test_help_lists_groups_and_settings(site, tmp_path):
         "data: cifar10, cifar100, dataset, digits, image_folder, npz, svhn",
         "eps_255: 51",
         "robustdyn-report",
-        "hydra.run.dir=DIR",
+        "resume=DIR",
     ):
         assert part in ended.stdout
 

@@ -145,14 +145,11 @@ LAWLESS = {
     "weights": (("regularizer.weight_decay_on=weights",), "regularizer.weight_decay_on=weights"),
     "clipped": (("+trainer.gradient_clip_val=0.5",), "trainer.gradient_clip_val=0.5"),
 }
+TERMS = ("posterior_variance_stationary", "curvature_term", "log_variance_term")
+SUMS = ("curvature_term_top_k", "log_variance_term_top_k", "dominant_terms_top_k")
 STATIONARY = {
-    "spectrum": ("posterior_variance_stationary", "stable", "curvature_term", "log_variance_term"),
-    "bounds": (
-        "unstable_directions",
-        "curvature_term_top_k",
-        "log_variance_term_top_k",
-        "dominant_terms_top_k",
-    ),
+    "spectrum": ("stable", *TERMS, *(f"{name}_se" for name in TERMS)),
+    "bounds": ("unstable_directions", *SUMS, *(f"{name}_se" for name in SUMS)),
 }
 
 

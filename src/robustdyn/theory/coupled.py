@@ -173,9 +173,9 @@ def propagate_coupled(
         ValueError: Invalid hyperparameter, unstable step, shapes that disagree, or a law that grew out of the
             range of float64.
 
-    Source: equations (25a) to (25c) of docs/theory.md. (25c) extends Kühn & Rosenow (2023) to any rates, batch
-    sizes and coupled directions; sampling without replacement: Cochran, Sampling Techniques (1977), section
-    2.5.
+    Source: equations (25a) to (25c) of docs/theory.md. (25c) extends Kühn & Rosenow (2023) to any rates,
+    batch sizes and coupled directions; sampling without replacement: Cochran, Sampling Techniques (1977),
+    section 2.5.
     """
     rates = vector("learning_rate", positive("learning_rate", learning_rate))
     sizes = vector("sizes", sampling.sizes.astype(np.float64), rates.size)
