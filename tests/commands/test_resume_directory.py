@@ -53,13 +53,13 @@ def test_a_refusal_of_other_settings_names_this_command(two_epochs, monkeypatch,
 
 
 def test_an_interrupted_run_with_a_network_of_one_s_own(tmp_path, monkeypatch, capsys):
-    (tmp_path / "ownnet.py").write_text(
+    (tmp_path / "mynet.py").write_text(
         "from robustdyn.models import PreActResNet\n\n\nclass Net(PreActResNet):\n    pass\n"
     )
     (tmp_path / "conf/model").mkdir(parents=True)
     (tmp_path / "conf/model/net.yaml").write_text(
         "defaults: [preact_resnet18, _self_]\n"
-        "_target_: ownnet.Net\nwidth: 4\nblocks: [1, 1]\nstrides: [1, 2]\n"
+        "_target_: mynet.Net\nwidth: 4\nblocks: [1, 1]\nstrides: [1, 2]\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
@@ -79,8 +79,8 @@ def test_an_interrupted_run_with_a_network_of_one_s_own(tmp_path, monkeypatch, c
     monkeypatch.setattr(AdversarialTraining, "training_step", step)
     capsys.readouterr()
     assert command(monkeypatch, "resume=killed") == 1
-    assert capsys.readouterr().err.startswith("error: model._target_=ownnet.Net is not allowed")
-    assert command(monkeypatch, "resume=killed", "allow=[ownnet]") == 0
+    assert capsys.readouterr().err.startswith("error: model._target_=mynet.Net is not allowed")
+    assert command(monkeypatch, "resume=killed", "allow=[mynet]") == 0
     assert_same_end(end_of(tmp_path / "killed"), end_of(tmp_path / "alone"))
     assert [row["epoch"] for row in rows(tmp_path / "killed", "epochs")] == [0, 1]
-    del sys.modules["ownnet"]
+    del sys.modules["mynet"]
