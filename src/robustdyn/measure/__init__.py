@@ -1,4 +1,4 @@
-"""Measures a network in training: Lightning callbacks that call curvature/ and theory/ and write records."""
+"""Measures networks: any model in one call, and any training through a recorder or Lightning callbacks."""
 
 from robustdyn.measure.alignment import Alignment
 from robustdyn.measure.bound import CatoniTerms
