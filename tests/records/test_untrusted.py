@@ -35,8 +35,6 @@ DOUBLED_CHOICES = [f"a{n}: ${{oc.select:a{n - 1},''}}${{oc.select:..a{n - 1}}}" 
         ("\n".join(["a0: xx", *DOUBLED_NODES]).encode(), "interpolations make it larger than 1 MiB"),
         ("\n".join(["a0: xx", *DOUBLED_CHOICES]).encode(), "interpolations make it larger than 1 MiB"),
         (b"a: ${oc.select:b.${c}}", "a key is computed by an interpolation"),
-        (b"hydra: {overrides: {task: [x]}}\na: ${hydra.overrides.task}", "refers to the arguments that were"),
-        (b"hydra: {overrides: {task: [x]}}\na: ${hydra.overrides}", "refers to the arguments that were"),
         (b"a: ${", "missing '}'|extraneous input|token recognition|mismatched|no viable"),
         (b"5", "Invalid loaded object type"),
     ],
@@ -47,16 +45,6 @@ def test_refuses_in_one_line(tmp_path, content, reason):
     with pytest.raises(ValueError, match=reason) as caught:
         read_yaml(path)
     assert "\n" not in str(caught.value)
-
-
-def test_arguments_with_computed_keys_can_be_read(tmp_path):
-    typed = ["model.num_classes=${oc.select:classes.${seed},10}"]
-    for name, content in (
-        ("overrides.yaml", typed),
-        ("multirun.yaml", {"hydra": {"overrides": {"task": typed}}}),
-    ):
-        OmegaConf.save(OmegaConf.create(content), tmp_path / name)
-        assert read_yaml(tmp_path / name) == content
 
 
 SECRET = "a secret of this machine"

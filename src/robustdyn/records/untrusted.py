@@ -23,12 +23,10 @@ PURE_RESOLVERS = ("at_fractions", "first", "first_at_fraction", "oc.select", "pe
 DATA_ROOT = "oc.env:ROBUSTDYN_DATA"
 """The environment variable that a run's ``data.root`` may refer to: where this machine has its data."""
 
-_REFERENCE = re.compile(r"\$\{\s*(?:oc\.select:\s*)?(\.*)([\w.\[\]-]+)(?![\w.\[\]-]|\s*:)")
+_REFERENCE = re.compile(r"\$\{\s*(?:oc\.select:\s*)?(\.*)([\w.\[\]-]+)")
 """A reference to another key: the dots that make it relative, and the key."""
 _BY_DATA = "${data._target_}"
 """The only reference by which a key is computed in ``conf/`` (scale/small_images.yaml)."""
-_TYPED = ("hydra", "overrides", "task")
-"""Where Hydra records the arguments that were typed, which are compared and never resolved."""
 _COMPUTED = re.compile(r"oc\.select:[^,}]*\$\{")
 
 
@@ -112,23 +110,18 @@ def _check_expansion(content: Any) -> None:
             total = sum(resolved((*path, str(key)), child) for key, child in _items(node))
         else:
             text = str(node) if "$" in data else str(node).replace(_BY_DATA, data)
-            if path[:3] == _TYPED:
-                return len(text)
             if _COMPUTED.search(text):
                 raise ValueError(f"a key is computed by an interpolation in {text[:80]!r}")
             total = len(text)
             for dots, name in _REFERENCE.findall(text):
                 target = (*path[: len(path) - len(dots)] * bool(dots), *re.findall(r"[^.\[\]]+", name))
-                if target[:3] == _TYPED[: len(target)]:
-                    raise ValueError(f"it refers to the arguments that were typed, in {text[:80]!r}")
                 total += resolved(target, _at(content, target))
         if total > LARGEST_FILE:
             raise ValueError(f"its interpolations make it larger than {LARGEST_FILE >> 20} MiB")
         sizes[path] = total
         return total
 
-    if isinstance(content, dict):  # overrides.yaml is a list of such arguments
-        resolved((), content)
+    resolved((), content)
 
 
 def _items(node: dict[Any, Any] | list[Any]) -> Iterable[tuple[Any, Any]]:
