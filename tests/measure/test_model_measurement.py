@@ -90,6 +90,14 @@ def test_data_in_other_forms(name):
     assert found.settings["measure"]["examples"] == 40
 
 
+def test_a_loader_that_shuffles_gives_the_second_attack_the_same_examples():
+    loader = DataLoader(TensorDataset(*examples()), batch_size=8, shuffle=True)
+    found = measure(None, loader, measurements={"s": Spectrum()}, second_attack=16).to_frames()["spectrum"]
+    # without an attack a second one changes nothing
+    assert found["curvature"].to_numpy() == pytest.approx(found["hessian_eigenvalue"].to_numpy(), rel=1e-9)
+    assert found["attack_noise"].to_numpy() == pytest.approx(0.0, abs=1e-9)
+
+
 def test_only_the_first_examples():
     x, y = examples()
     few = measure(None, x[:20], y[:20], measurements={"wci": WeightCurvature()}).wci

@@ -220,6 +220,18 @@ def test_clipped_gradients_have_no_law(tmp_path):
     assert read_table(tmp_path / "run", "posterior").empty
 
 
+def test_momentum_that_changes_has_no_posterior(tmp_path):
+    model = network()
+    optimizer = sgd(model)
+    with Recorder(model, *examples(), tmp_path / "run", batch_size=B, **SETTINGS) as recorder:
+        for epoch, momentum in enumerate((0.9, 0.8, 0.9)):
+            optimizer.param_groups[0]["momentum"] = momentum
+            recorder.step(optimizer)
+            recorder.measure(epoch)
+    assert read_table(tmp_path / "run", "spectrum")["posterior_variance_stationary"].notna().all()
+    assert read_table(tmp_path / "run", "posterior").empty
+
+
 def test_several_optimisers_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="needs one optimiser, but the module has 2"):
         fit(tmp_path, MeasureCurvature(*examples(), **SETTINGS), TwoOptimizers())

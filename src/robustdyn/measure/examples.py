@@ -43,8 +43,8 @@ class Examples:
         count: int | None,
     ) -> None:
         self._model, self._loss, self._attack, self._seed = model, loss, attack, seed
-        if targets is None and hasattr(inputs, "__next__"):
-            # a generator cannot be read again for the second attack
+        if targets is None:
+            # a loader that shuffles or augments would give other examples to the second attack
             whole = first_examples(batches(inputs), count)
             inputs, targets = attacked(model, None, whole, loss=loss, seed=seed, draw=0)
         self._inputs, self._targets, self._count = inputs, targets, count

@@ -64,7 +64,8 @@ class ModelMeasurement:
         rows: The rows of each table, by its name in ``robustdyn.records.TABLES``.
         hessian: Leading eigenpairs of the Hessian, as they were found on the measured examples; None if no
             measurement asked for them.
-        noise: Leading eigenpairs of C₁, the covariance of one example's gradient; None likewise.
+        noise: Leading eigenpairs of C₁, the covariance of one example's gradient; None if no measurement
+            asked for them.
         settings: How it was measured, for ``save``.
     """
 
@@ -139,7 +140,7 @@ def measure_model(
         model: Any module.
         inputs: A tensor or NumPy array (m, ...), or a tuple of the model's positional or a dictionary of its
             keyword arguments. Without ``targets``, a Dataset, a DataLoader or another iterable of pairs
-            (inputs, targets).
+            (inputs, targets), which is read once.
         targets: (m, ...), in any of these forms.
         loss: ``(outputs, targets) -> (B,)``, one number per example.
         attack: PGD, which climbs ``loss``; or a function of (model, inputs, targets) that returns the inputs

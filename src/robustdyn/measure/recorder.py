@@ -113,6 +113,7 @@ class Recorder:
         self._train_examples = count if train_examples is None else train_examples
         self._steps, self._epochs, self._ended_at = 0, 0, 0
         self._state: OptimizerState | None = None
+        self._one_law = True  # whether all steps had the same momentum, weight decay and kind
         self._rate: float | None = None
         self._epoch_rate: float | None = None  # at the end of the last epoch recorded
         self._changes: list[tuple[int, float]] = []  # of the rate, in epochs that have not been recorded
@@ -155,6 +156,8 @@ class Recorder:
             "steps": self._steps,
             "epochs": self._epochs,
             "ended_at": self._ended_at,
+            "state": None if self._state is None else tuple(self._state),
+            "one_law": self._one_law,
             "rate": self._rate,
             "epoch_rate": self._epoch_rate,
             "changes": list(self._changes),
@@ -166,7 +169,8 @@ class Recorder:
         self._steps, self._epochs = int(state_dict["steps"]), int(state_dict["epochs"])
         self._ended_at, self._rate = int(state_dict["ended_at"]), state_dict["rate"]
         self._epoch_rate, self._changes = state_dict["epoch_rate"], list(state_dict["changes"])
-        self._starts = dict(state_dict["starts"])
+        self._starts, self._one_law = dict(state_dict["starts"]), bool(state_dict["one_law"])
+        self._state = None if state_dict["state"] is None else OptimizerState(*state_dict["state"])
         if self._records is not None:
             self._records.truncate(self._epochs, self._steps)
 
@@ -178,7 +182,10 @@ class Recorder:
             clipped: Whether gradients are clipped, so that the laws of momentum SGD do not hold.
         """
         state = optimizer_state(optimizer)
-        self._state = state._replace(plain=state.plain and not clipped)
+        state = state._replace(plain=state.plain and not clipped)
+        if self._state is not None and self._state[1:] != state[1:]:
+            self._one_law = False
+        self._state = state
         if self._state.learning_rate != self._rate:
             self._rate = self._state.learning_rate
             self._changes.append((self._steps, self._rate))
@@ -279,6 +286,9 @@ class Recorder:
     def finish(self) -> Path:
         """Record the posterior at the end of every epoch, and the summary.
 
+        There is no posterior if momentum or weight decay changed, as one-cycle schedules of PyTorch do, or if
+        any step was not one of plain momentum SGD: the law that is propagated has one of each.
+
         Returns:
             The run directory.
         """
@@ -286,7 +296,8 @@ class Recorder:
             names = ("epochs", "rates", "spectrum", "bounds")
             tables = {name: read_table(self.run_dir, name) for name in names}
             state = self._state
-            if state is not None and state.plain and self._batch_size and not tables["spectrum"].empty:
+            lawful = state is not None and state.plain and self._one_law
+            if state is not None and lawful and self._batch_size and not tables["spectrum"].empty:
                 rows = posterior_rows(
                     tables,
                     momentum=state.momentum,
