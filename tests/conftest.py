@@ -1,4 +1,5 @@
 import logging
+import sys
 
 import pytest
 import torch
@@ -47,3 +48,14 @@ def root_logger_as_before():
     for handler in logging.root.handlers[:]:
         if handler not in before and type(handler).__module__ != "_pytest.logging":
             logging.root.removeHandler(handler)
+
+
+@pytest.fixture(autouse=True)
+def own_modules_forgotten(tmp_path_factory):
+    """Forget what a test imported from files that it wrote, as another test may use the same names."""
+    before = set(sys.modules)
+    yield
+    written = str(tmp_path_factory.getbasetemp())
+    for name in set(sys.modules) - before:
+        if (getattr(sys.modules[name], "__file__", None) or "").startswith(written):
+            del sys.modules[name]
