@@ -1,0 +1,106 @@
+"""A trained network, the examples on which its complexity is measured, and what one measure returns."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from robustdyn import streams
+from robustdyn.attacks import PGD
+from robustdyn.curvature import EmpiricalRisk
+
+Family = Literal["norm", "margin", "smoothness", "flatness", "index"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class NetworkOnExamples:
+    """A trained network and the m examples on which its complexity is measured.
+
+    Attributes:
+        model: The network in eval mode; a measure leaves its weights and gradients as they were.
+        clean: Unperturbed inputs (m, ...), on the model's device and in its precision.
+        adversarial: The same examples under the attack, (m, ...).
+        targets: Classes (m,).
+        risk: Mean cross-entropy over the adversarial examples as a function of the weights.
+        attack: The attack; it gives measures that attack again their norm and radius. None if there is none.
+        initial: The parameters before training by name; None if they are not known.
+        seed: Of all random numbers.
+    """
+
+    model: nn.Module
+    clean: Tensor
+    adversarial: Tensor
+    targets: Tensor
+    risk: EmpiricalRisk
+    attack: PGD | None = None
+    initial: Mapping[str, Tensor] | None = None
+    seed: int = 0
+
+    def generator(self, stream: str) -> torch.Generator:
+        """Random stream of one measure, a function of (seed, stream)."""
+        return streams.generator(self.seed, f"complexity-{stream}", device=self.clean.device)
+
+    @cached_property
+    def clean_logits(self) -> Tensor:
+        """Logits (m, K) of the unperturbed examples."""
+        return self._logits(self.clean)
+
+    @cached_property
+    def adversarial_logits(self) -> Tensor:
+        """Logits (m, K) of the adversarial examples."""
+        return self._logits(self.adversarial)
+
+    def _logits(self, inputs: Tensor) -> Tensor:
+        with torch.no_grad():
+            return torch.cat([self.model(part) for part in inputs.split(self.risk.chunk_size)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureValue:
+    """What a complexity measure returns.
+
+    Attributes:
+        value: The measure; NaN if it is undefined for this network.
+        standard_error: Over whatever the measure samples: examples or random directions. None if it samples
+            nothing.
+        gradients: Cost, in gradients: one is a forward and a backward pass over all m examples.
+        undefined: Why the value is NaN, in a sentence; empty otherwise.
+    """
+
+    value: float
+    standard_error: float | None = None
+    gradients: float = 0.0
+    undefined: str = ""
+
+    def __post_init__(self) -> None:
+        if math.isnan(self.value) and not self.undefined:
+            raise ValueError("a measure without a value says why it is undefined")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComplexityMeasure:
+    """One complexity measure, with what docs/measures.md says about it.
+
+    Attributes:
+        name: In records and settings, such as ``frobenius_sum``.
+        label: In figures.
+        family: What it measures.
+        source: Paper and equation.
+        function: Computes it.
+        searches: Whether it searches for a perturbation of weights or inputs, which costs many gradients.
+        invariances: Changes of the weights that leave the network's function and this measure as they were:
+            ``"relu_rescaling"`` (a layer times c, the next one by 1/c) and ``"batchnorm_scale"`` (a layer in
+            front of a BatchNorm times c).
+    """
+
+    name: str
+    label: str
+    family: Family
+    source: str
+    function: Callable[[NetworkOnExamples], MeasureValue]
+    searches: bool = False
+    invariances: frozenset[Literal["relu_rescaling", "batchnorm_scale"]] = frozenset()
