@@ -9,8 +9,8 @@ import torch
 from hydra._internal.hydra import Hydra
 from omegaconf import DictConfig
 
+from robustdyn.defaults import config_dir
 from robustdyn.records.schema import TIMING
-from robustdyn.run.config import config_dir
 
 GET_MODE = Hydra.get_mode
 

@@ -7,7 +7,7 @@ from importlib.metadata import entry_points
 import pytest
 
 from robustdyn import __main__ as program
-from robustdyn.run.config import config_dir
+from robustdyn.defaults import config_dir
 
 SLOW = {"lightning", "pandas", "torch"}
 """Packages that take seconds to import."""

@@ -18,7 +18,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 import robustdyn
 from robustdyn.commands.replicas import main as replicate
 from robustdyn.commands.report import main as report
-from robustdyn.run.config import check, config_dir
+from robustdyn.defaults import config_dir
+from robustdyn.run.config import check
 from robustdyn.studies import names
 from tests.runs import TINY, command, compose, invoke
 from tests.test_docs import REFERENCE

@@ -25,9 +25,10 @@ from torch import Tensor, nn
 
 from robustdyn import streams
 from robustdyn.data import ImageDataModule
+from robustdyn.defaults import config_dir
 from robustdyn.measure import RecordEpochs
 from robustdyn.records import RunRecords
-from robustdyn.run.config import build, config_dir
+from robustdyn.run.config import build
 from robustdyn.run.parts import build_module
 
 PLAIN = ("execution.channels_last=false", "optimizer.fused=false")

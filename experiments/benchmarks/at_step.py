@@ -47,10 +47,11 @@ from torch._dynamo.utils import counters
 from robustdyn import streams
 from robustdyn.attacks import PGD
 from robustdyn.data import ImageDataModule
+from robustdyn.defaults import config_dir
 from robustdyn.methods.execution import Execution
 from robustdyn.methods.metrics import RobustMetrics
 from robustdyn.models.modes import frozen_parameters, mode
-from robustdyn.run.config import build, config_dir
+from robustdyn.run.config import build
 from robustdyn.run.parts import build_module
 
 WARM = 10  # steps that every variant's starting weights have seen

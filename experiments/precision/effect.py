@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from robustdyn.attacks import PGD, summed_cross_entropy
 from robustdyn.data import Batch, ImageDataModule, TensorBatches
+from robustdyn.defaults import config_dir
 from robustdyn.errors import DataFileError
 from robustdyn.evaluation import Ball
 from robustdyn.evaluation.evaluators import right
@@ -35,7 +36,7 @@ from robustdyn.methods.execution import Execution
 from robustdyn.models import load_weights
 from robustdyn.models.modes import frozen_parameters, mode
 from robustdyn.records import Run, find_runs
-from robustdyn.run.config import build, config_dir
+from robustdyn.run.config import build
 from robustdyn.run.environment import processor
 from robustdyn.streams import generator
 

@@ -5,8 +5,8 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+from robustdyn.defaults import config_dir
 from robustdyn.launch.help import show_help
-from robustdyn.run.config import config_dir
 from robustdyn.run.status import speak_safely
 
 COMMANDS = {path.stem: path for path in sorted((Path(__file__).parent / "commands").glob("[!_]*.py"))}

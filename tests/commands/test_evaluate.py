@@ -7,7 +7,7 @@ import torch
 from omegaconf import OmegaConf
 
 from robustdyn.commands.evaluate import main
-from robustdyn.run.config import config_dir
+from robustdyn.defaults import config_dir
 from tests.data.official import write_cifar10
 from tests.runs import command, invoke, rows, tiny_but
 

@@ -5,9 +5,10 @@ from itertools import product
 import pytest
 from omegaconf import OmegaConf
 
+from robustdyn.defaults import config_dir
 from robustdyn.methods import AdversarialTraining
 from robustdyn.run.combinations import check_combinations
-from robustdyn.run.config import build, check, config_dir
+from robustdyn.run.config import build, check
 from robustdyn.run.parts import build_module
 from tests.runs import command, compose, rows, tiny_but
 

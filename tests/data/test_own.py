@@ -8,8 +8,8 @@ from PIL import Image
 
 from robustdyn.data import ImageFolder, NpzFile, TorchDataset
 from robustdyn.data.own import labelled
+from robustdyn.defaults import config_dir
 from robustdyn.errors import ConfigError, DataFileError
-from robustdyn.run.config import config_dir
 
 DRAWS = np.random.default_rng(0)
 IMAGES = DRAWS.integers(256, size=(30, 3, 6, 6), dtype=np.uint8)

@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from scipy import stats
 
 from robustdyn.data import Batch
+from robustdyn.defaults import config_dir
 from robustdyn.errors import UserError
 from robustdyn.evaluation import Ball
 from robustdyn.records import find_runs
-from robustdyn.run.config import build, check, config_dir
+from robustdyn.run.config import build, check
 from tests.records.synthetic import config, write_hydra
 from tests.runs import command, compose, tiny_but
 from tests.tolerances import EXACT64

@@ -4,7 +4,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from robustdyn.commands import certify, evaluate, measure, replicas, train
-from robustdyn.run.config import config_dir
+from robustdyn.defaults import config_dir
 from tests.runs import invoke
 
 GROUPS = {

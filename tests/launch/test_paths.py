@@ -10,10 +10,10 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+from robustdyn.defaults import config_dir
 from robustdyn.launch.paths import anchor, load_run, quoted_paths
 from robustdyn.records.command_line import at
 from robustdyn.report.page import build_report
-from robustdyn.run.config import config_dir
 from tests.records.synthetic import write_hydra, write_run
 from tests.report.test_page import Page
 

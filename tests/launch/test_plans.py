@@ -11,11 +11,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from robustdyn.commands.report import main as report_command
+from robustdyn.defaults import config_dir
 from robustdyn.errors import ConfigError
 from robustdyn.launch.states import plan_of
 from robustdyn.records.progress import RunStatus
 from robustdyn.run.combinations import check_combinations
-from robustdyn.run.config import check, config_dir
+from robustdyn.run.config import check
 from tests.records.synthetic import write_run
 from tests.runs import compose
 

@@ -9,10 +9,10 @@ import torch
 from omegaconf import OmegaConf
 
 import robustdyn.launch.sweep  # noqa: F401 - has a resolver of conf/train.yaml
+from robustdyn.defaults import config_dir
 from robustdyn.errors import ConfigError, RecordError, UserError
 from robustdyn.launch.paths import quoted_paths
 from robustdyn.launch.resume import resumed
-from robustdyn.run.config import config_dir
 from tests.runs import compose
 
 TYPED = ["trainer.max_epochs=8", "optimizer.lr=0.05", "method=awp"]

@@ -5,6 +5,7 @@ import json
 import lightning
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from robustdyn import Recorder, measure_model
 from robustdyn.errors import ConfigError, RecordError
 from robustdyn.lightning import MeasureCurvature
 from robustdyn.measure import Eigenpairs, Spectrum, WeightCurvature
+from robustdyn.methods import optimizer_state
 from robustdyn.records import read_table
 from tests.tolerances import EXACT64
 
@@ -220,6 +222,14 @@ def test_clipped_gradients_have_no_law(tmp_path):
     assert read_table(tmp_path / "run", "posterior").empty
 
 
+@pytest.mark.parametrize("setting", ["maximize", "nesterov"])
+def test_another_rule_than_momentum_has_no_law(setting):
+    optimizer = torch.optim.SGD(network().parameters(), lr=0.1, momentum=0.9)
+    assert optimizer_state(optimizer).plain
+    optimizer.param_groups[0][setting] = True
+    assert not optimizer_state(optimizer).plain
+
+
 def test_momentum_that_changes_has_no_posterior(tmp_path):
     model = network()
     optimizer = sgd(model)
@@ -299,3 +309,19 @@ def test_two_processes_record_what_one_does(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     assert read_table(two, "bounds")["batch_size"].tolist() == [B, B]
     same(one, two, {"rtol": 1e-6, "atol": 1e-9})  # the solvers may stop a product apart
+
+
+def record_again(rank, folder):
+    store = dist.FileStore(str(folder / "store"), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    with pytest.raises(RecordError) as refusal:
+        Recorder(network(), *examples(), folder / "used", group=dist.group.WORLD)
+    (folder / f"{rank}.txt").write_text(str(refusal.value))
+
+
+@pytest.mark.slow  # starts two processes
+def test_every_process_refuses_a_used_directory(tmp_path):
+    Recorder(network(), *examples(), tmp_path / "used")
+    torch.multiprocessing.spawn(record_again, (tmp_path,), nprocs=2)
+    for rank in range(2):
+        assert "holds another record" in (tmp_path / f"{rank}.txt").read_text()

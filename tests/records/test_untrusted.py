@@ -6,10 +6,11 @@ import time
 import pytest
 from omegaconf import OmegaConf
 
+from robustdyn.defaults import config_dir
 from robustdyn.errors import RecordError
 from robustdyn.records import find_runs
 from robustdyn.records.untrusted import DATA_ROOT, PURE_RESOLVERS, read_config, read_yaml, untrusted_config
-from robustdyn.run.config import config_dir, register_resolvers
+from robustdyn.run.config import register_resolvers
 from tests.runs import compose
 
 BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40))

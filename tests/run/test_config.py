@@ -9,9 +9,10 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from omegaconf import OmegaConf
 
 from robustdyn.attacks import PGD
+from robustdyn.defaults import config_dir
 from robustdyn.errors import ConfigError
 from robustdyn.run.combinations import check_combinations
-from robustdyn.run.config import RULES, build, check, config_dir
+from robustdyn.run.config import RULES, build, check
 from robustdyn.run.targets import allowed
 from tests.compositions import COMPOSE, CREATE
 from tests.runs import compose
@@ -110,6 +111,10 @@ def test_radii_are_divided_once():
         (f"data.split_seed={2**63}", r"data.split_seed=\d+ must be a whole number from 0 to 2\^63 - 1"),
         ("seed=null", r"seed=None must be a whole number"),
         ("attack.norm=l1", r"attack.norm=l1 must be linf or l2"),
+        (
+            "model.num_classes='${oc.select:classes.${seed},10}'",
+            r"model.num_classes: a key is computed by an interpolation in .*; type the value",
+        ),
     ],
 )
 def test_refuses_a_value_by_its_key(override, message):

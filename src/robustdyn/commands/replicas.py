@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from robustdyn.data import ImageDataModule
+from robustdyn.defaults import config_dir
 from robustdyn.errors import ConfigError, RecordError
 from robustdyn.launch.application import run_app
 from robustdyn.launch.paths import load_run
@@ -18,7 +19,7 @@ from robustdyn.models import load_weights
 from robustdyn.records.files import file_digest
 from robustdyn.records.run_directory import RunDirectory
 from robustdyn.replicas import EnsembleRun, TrainingState
-from robustdyn.run.config import build, config_dir
+from robustdyn.run.config import build
 from robustdyn.run.ensembles import check_run, description, engine_provenance, ensemble_settings
 from robustdyn.run.of_checkpoint import (
     changed_run,

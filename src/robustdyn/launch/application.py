@@ -16,13 +16,13 @@ from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from robustdyn.defaults import config_dir
 from robustdyn.errors import UserError
 from robustdyn.launch.cluster import in_slurm
 from robustdyn.launch.help import show_help
 from robustdyn.launch.paths import anchor, quoted_paths
 from robustdyn.launch.sweep import end_sweep, forget_sweep, run_in_its_directory, sweeping
 from robustdyn.records.progress import one_line
-from robustdyn.run.config import config_dir
 from robustdyn.run.status import Terminated, speak_safely, terminable
 
 SHORT = "ROBUSTDYN_SHORT_ERRORS"

@@ -11,12 +11,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
+from robustdyn.defaults import config_dir
 from robustdyn.errors import ConfigError, RecordError
 from robustdyn.launch.paths import load_run
 from robustdyn.records.command_line import hydra_quoted
 from robustdyn.records.labels import flatten
 from robustdyn.records.run_directory import CONFIG, RunDirectory
-from robustdyn.run.config import config_dir
 from robustdyn.run.of_checkpoint import load_config
 from robustdyn.run.targets import allowed, targets_in
 

@@ -18,6 +18,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from robustdyn.defaults import config_dir
 from robustdyn.errors import ConfigError, RecordError
 from robustdyn.records.command_line import at
 from robustdyn.records.labels import flatten
@@ -25,7 +26,6 @@ from robustdyn.records.progress import is_of
 from robustdyn.records.run_directory import CONFIG, MULTIRUN, RunDirectory
 from robustdyn.records.untrusted import read_config, read_yaml
 from robustdyn.run.checkpointing import last_checkpoint, restore_hydra_files
-from robustdyn.run.config import config_dir
 from robustdyn.run.log import IN_FILE_ONLY
 from robustdyn.run.status import say
 from robustdyn.run.targets import allowed, check_targets

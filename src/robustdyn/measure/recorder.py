@@ -16,6 +16,7 @@ from robustdyn.curvature.empirical_risk import unwrapped
 from robustdyn.curvature.examples import Structure, leaves, rebuilt
 from robustdyn.curvature.risk_function import PerExampleLoss
 from robustdyn.defaults import default
+from robustdyn.errors import RecordError
 from robustdyn.measure.examples import Attack, Examples
 from robustdyn.measure.model_measurement import (
     UNKNOWN_OPTIMIZER,
@@ -121,19 +122,27 @@ class Recorder:
         self._began = time.perf_counter()
         self.run_dir = Path(run_dir)
         self._records = RunRecords(run_dir) if group is None or dist.get_rank(group) == 0 else None
-        if self._records is not None:
-            settings = settings_of(
-                self.model,
-                self._plan,
-                UNKNOWN_OPTIMIZER,
-                self._train_examples,
-                batch_size,
-                count,
-                attack,
-                seed,
-            )
-            if not (resume and RunDirectory(run_dir).config.is_file()):
+        settings = settings_of(
+            self.model,
+            self._plan,
+            UNKNOWN_OPTIMIZER,
+            self._train_examples,
+            batch_size,
+            count,
+            attack,
+            seed,
+        )
+        refused: list[RecordError | None] = [None]
+        if self._records is not None and not (resume and RunDirectory(run_dir).config.is_file()):
+            try:
                 new_run_directory(run_dir, settings)
+            except RecordError as error:
+                refused = [error]
+        if group is not None:  # all processes stop, or the others would wait for the first one
+            dist.broadcast_object_list(refused, group=group, group_src=0)
+        if refused[0] is not None:
+            raise refused[0]
+        if self._records is not None:
             self._status = RunStatus(run_dir, settings)
             self._status.__enter__()
 

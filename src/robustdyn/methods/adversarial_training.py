@@ -62,6 +62,7 @@ def is_plain_momentum(optimizer: torch.optim.Optimizer) -> bool:
     """Whether it is momentum SGD as in docs/theory.md: no Nesterov, no dampening, one decay for all."""
     return type(optimizer) is torch.optim.SGD and all(
         not group["nesterov"]
+        and not group["maximize"]
         and group["dampening"] == 0
         and group["weight_decay"] == optimizer.param_groups[0]["weight_decay"]
         for group in optimizer.param_groups

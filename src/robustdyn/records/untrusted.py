@@ -42,7 +42,7 @@ def read_yaml(path: Path) -> Any:
         text = path.read_text(encoding="utf-8")
         _check_structure(text)
         content = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
-        _check_expansion(content)
+        check_expansion(content)
         return content
     except OSError as error:
         raise ValueError(error.strerror or str(error)) from error
@@ -93,7 +93,7 @@ def _check_structure(text: str) -> None:
             raise ValueError(f"nested more than {DEEPEST} deep")
 
 
-def _check_expansion(content: Any) -> None:
+def check_expansion(content: Any) -> None:
     """Refuse interpolations that double the content step by step, as aliases could.
 
     Raises:
@@ -111,7 +111,8 @@ def _check_expansion(content: Any) -> None:
         else:
             text = str(node) if "$" in data else str(node).replace(_BY_DATA, data)
             if _COMPUTED.search(text):
-                raise ValueError(f"a key is computed by an interpolation in {text[:80]!r}")
+                where = ".".join(path)
+                raise ValueError(f"{where}: a key is computed by an interpolation in {text[:80]!r}")
             total = len(text)
             for dots, name in _REFERENCE.findall(text):
                 target = (*path[: len(path) - len(dots)] * bool(dots), *re.findall(r"[^.\[\]]+", name))

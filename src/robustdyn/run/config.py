@@ -15,8 +15,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from robustdyn.defaults import config_dir as config_dir
 from robustdyn.errors import ConfigError, UserError
+from robustdyn.records.untrusted import check_expansion
 from robustdyn.run.targets import check_targets
 
 
@@ -139,6 +139,10 @@ def check(cfg: DictConfig) -> None:
             continue  # another choice of the group does not have this setting
         if not rule.holds(value):
             raise ConfigError(f"{key}={value} {rule.requirement}")
+    try:  # as whoever reads the run's directory will
+        check_expansion(OmegaConf.to_container(cfg, resolve=False))
+    except ValueError as error:
+        raise ConfigError(f"{error}: nobody could read the run's configuration; type the value") from error
 
 
 def _present(cfg: DictConfig, key: str) -> set[str]:
