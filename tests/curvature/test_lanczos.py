@@ -1,3 +1,5 @@
+import importlib
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -217,6 +219,14 @@ def test_the_last_pair_counts_only_once_the_next_is_known():
     short = lanczos(operator, 5, max_products=needed - 1, **settings)
     assert not short.converged[-1]
     assert not short.all_converged
+
+
+def test_a_long_search_says_how_far_it_is(monkeypatch, caplog):
+    monkeypatch.setattr(importlib.import_module("robustdyn.curvature.lanczos"), "QUIET_SECONDS", -1.0)
+    with caplog.at_level("INFO"):
+        found = lanczos(Dense(torch.diag(torch.arange(9.0).double())), 2, max_products=8)
+    assert len(caplog.messages) == found.products
+    assert caplog.messages[2].startswith("eigenpairs: product 3 of at most 8, ")
 
 
 def test_refusals():

@@ -1,5 +1,6 @@
 """``robustdyn-measure``: measures curvature and noise of checkpoints, of any code and any network."""
 
+import logging
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -46,8 +47,17 @@ WITHOUT_EFFECT = (
 )
 
 
+class _Said(logging.Handler):
+    """Prints messages that the terminal does not show otherwise."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print it."""
+        say(record.getMessage())
+
+
 def main() -> None:
     """The ``robustdyn-measure`` command."""
+    logging.getLogger("robustdyn.curvature.lanczos").handlers = [_Said()]
     sys.argv[1:] = deferred(sys.argv[1:], OF_THE_RUN)
     run_app(measure_checkpoints, NAME)
 

@@ -9,6 +9,7 @@ small projected matrix in float64, β the norm of what A q_n leaves outside the 
 T, which gives the Ritz pair (θ, Qᵀ s) with residual norm β |s_n|.
 """
 
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -24,6 +25,11 @@ from robustdyn.curvature.vectors import norm, project_off
 from robustdyn.defaults import default
 
 Which = Literal["largest", "magnitude"]
+
+_log = logging.getLogger(__name__)
+
+QUIET_SECONDS = 60.0
+"""A search that takes longer says once in this time how far it is, at level INFO."""
 
 _BLOCK_ROWS = 8  # the basis grows by this many vectors at a time
 _SLAB_NUMBERS = 2**22  # work space of a rotation
@@ -127,9 +133,14 @@ def lanczos(
     _check_arguments(operator, k, which, max_products, max_basis)
     krylov = _Krylov(operator, k, which, tol, source(generator), max_basis)
     krylov.begin(start)
-    finished = False
+    finished, said = False, began
     while krylov.products < max_products and not finished:
         finished = krylov.step()
+        now = time.perf_counter()
+        if now - said > QUIET_SECONDS:
+            said, each = now, (now - began) / krylov.products
+            counts = krylov.products, max_products, each
+            _log.info("eigenpairs: product %d of at most %d, %.3g s each", *counts)
     allowed = tol * krylov.scale()
     eigenvalues, eigenvectors, residuals, warm_start = krylov.pairs()
     products = krylov.products
