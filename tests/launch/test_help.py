@@ -52,6 +52,15 @@ def test_a_setting_of_a_group_has_the_comment_of_the_choice(monkeypatch, capsys)
     assert "$$" not in text
 
 
+def test_help_knows_the_users_own_folder(tmp_path, monkeypatch, capsys):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/mine.yaml").write_text("defaults: [digits, _self_]\ntrain_size: 5  # my size\n")
+    assert invoke(train.main, monkeypatch, "--config-dir", str(tmp_path), "--help", "data=mine") == 0
+    text = capsys.readouterr().out
+    assert re.search("(?m)^data: .*digits, image_folder, mine,", text)
+    assert "  train_size: 5  # my size\n" in text
+
+
 def test_hydras_own_help_is_there_where_ours_has_nothing_to_compose(monkeypatch, capsys):
     """It takes the text for a template, in which a dollar sign begins a name."""
     assert invoke(train.main, monkeypatch, "--help", "-cn", "train") == 0

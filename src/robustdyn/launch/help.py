@@ -7,6 +7,7 @@ from pathlib import Path
 from string import Template
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -25,7 +26,10 @@ def show_help(command: str) -> None:
     if {"-h", "--help"}.isdisjoint(sys.argv[1:]):
         return
     register_help()
-    overrides = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
+    typed, _ = get_args_parser().parse_known_args()
+    overrides = typed.overrides
+    if typed.config_dir:
+        overrides.append(f"hydra.searchpath=['file://{Path(typed.config_dir).absolute()}']")
     try:
         with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
             cfg = hydra.compose(command, overrides, return_hydra_config=True)
@@ -49,12 +53,15 @@ def register_help() -> None:
 def _groups(_root_: DictConfig) -> str:
     """One line for each group that the command uses, subgroups included."""
     used = {_group(name) for name in _root_.hydra.runtime.choices} - {""}
-    lines = []
-    for folder in sorted(path for path in config_dir().rglob("*") if path.is_dir()):
-        group = folder.relative_to(config_dir()).as_posix()
-        if group in used or group.rpartition("/")[0] in used:
-            lines.append(f"{group}: {', '.join(sorted(path.stem for path in folder.glob('*.yaml')))}")
-    return "\n".join(lines)
+    choices: dict[str, set[str]] = {}
+    for source in _folders(_root_):
+        for path in source.rglob("*.yaml"):
+            choices.setdefault(path.parent.relative_to(source).as_posix(), set()).add(path.stem)
+    return "\n".join(
+        f"{group}: {', '.join(sorted(choices[group]))}"
+        for group in sorted(choices)
+        if group in used or group.rpartition("/")[0] in used
+    )
 
 
 def _settings(command: str, _root_: DictConfig) -> str:
@@ -62,8 +69,9 @@ def _settings(command: str, _root_: DictConfig) -> str:
     comments = dict(_comments(config_dir() / f"{command}.yaml", ""))
     for name, choice in _root_.hydra.runtime.choices.items():
         group, _, package = name.partition("@")
-        path = config_dir() / group / f"{choice}.yaml"
-        if _group(name) and choice is not None and path.is_file():
+        found = [path for folder in _folders(_root_) if (path := folder / group / f"{choice}.yaml").is_file()]
+        if _group(name) and choice is not None and found:
+            path = found[0]
             told = re.match(r"# @package (\S+)", path.read_text(encoding="utf-8"))
             place = package or (told.group(1) if told else group.replace("/", "."))
             comments.update(_comments(path, "" if place == "_global_" else f"{place}."))
@@ -73,6 +81,11 @@ def _settings(command: str, _root_: DictConfig) -> str:
         for key, line in _keys(OmegaConf.to_yaml(shown, resolve=False))
     ]
     return "\n".join(lines).replace("$", "$$")  # because the text is used as a template
+
+
+def _folders(_root_: DictConfig) -> list[Path]:
+    """The folders of settings: ours, and those that the user names."""
+    return [Path(source.path) for source in _root_.hydra.runtime.config_sources if source.schema == "file"]
 
 
 def _group(name: str) -> str:
