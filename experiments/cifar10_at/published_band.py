@@ -5,8 +5,8 @@
 PUBLISHED is a folder with ``epochs.csv``: columns ``study``, ``run``, ``epoch``, and the clean and robust
 loss and accuracy (a fraction) of training and test as the robust-overfitting and AWP studies logged them.
 The script writes the band, ``src/robustdyn/report/references/cifar10_standard.csv``, which
-``robustdyn-report --reference`` reads, and ``results/band_check.csv``: in how many epochs other published
-runs lie within it.
+``robustdyn-report --reference`` reads. It also writes ``results/band_check.csv``, in how many epochs other
+published runs lie within the band, and ``results/shared_fluctuations.csv``, how far they move together.
 
 The band at an epoch is mean ± t s sqrt(1 + 1/n) of n runs. s² is their variance, pooled over the epochs
 within ``REACH`` that no decay separates from it. t has Satterthwaite's degrees of freedom for the sum of a
@@ -156,6 +156,26 @@ def checks(curves: Mapping[tuple[str, str], pd.DataFrame]) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
+def shared_fluctuations(curves: Mapping[tuple[str, str], pd.DataFrame]) -> pd.DataFrame:
+    """How far other runs move up and down together with the first run of the band.
+
+    Returns:
+        ``study``, ``run``, and for two metrics the correlation of the deviations from a running mean over
+        eleven epochs, at the epochs in which every run still has the first rate.
+    """
+    names = ["test_robust_error", "test_robust_loss"]
+    moves = {
+        key: (own[names] - own[names].rolling(11, center=True).mean()).loc[10:54]
+        for key, own in curves.items()
+    }
+    keys = [BUILT_FROM[1], *((study, run) for study, run, _ in CHECKED)]
+    rows = [
+        dict(zip(("study", "run"), key, strict=True)) | moves[key].corrwith(moves[BUILT_FROM[0]]).to_dict()
+        for key in keys
+    ]
+    return pd.DataFrame(rows)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -169,6 +189,7 @@ def main() -> int:
         for path, table in (
             (REFERENCES / "cifar10_standard.csv", bounds),
             (FOLDER / "results" / "band_check.csv", checks(curves)),
+            (FOLDER / "results" / "shared_fluctuations.csv", shared_fluctuations(curves)),
         ):
             table.to_csv(path, index=False, float_format="%.5f")
             print(f"{path}: {len(table)} rows")

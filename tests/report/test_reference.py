@@ -145,6 +145,10 @@ def test_the_page_says_how_the_run_stands(reference, tmp_path):
     rows[20]["test_robust_loss"] -= 1.0
     file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     report = build_report(path, tmp_path / "report", reference=reference)
+    assert report.headline[-1] == (
+        f"{NAME}, epochs within its band by phase: test robust error in 30 of 30, –, –; "
+        "test robust loss in 25 of 30, –, –"
+    )
     page = Page(report.html.read_text())
     text = "".join(page.words)
     assert f"Against {NAME}" in text

@@ -144,7 +144,7 @@ def build_report(
         tables=tuple(tables),
         figures=tuple(file for drawn in figures for file in drawn.files),
         skipped=skipped,
-        headline=tuple(map(str, told)),
+        headline=(*map(str, told), *(() if against is None else against.headline)),
     )
 
 

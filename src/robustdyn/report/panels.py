@@ -140,7 +140,7 @@ class Panel:
         ends = []
         for curve in self.curves:
             if cast.reference is not None and not frame.empty:
-                cast.reference.draw(ax, curve.column, int(frame["epoch"].max()))
+                cast.reference.draw(ax, curve.column, curve.line, int(frame["epoch"].max()))
             if "index" in frame:
                 curve.draw_directions(ax, frame, cast)
             else:

@@ -28,6 +28,7 @@ from robustdyn.report.statistics import of_run
 REFERENCES = Path(__file__).with_name("references")
 PUBLISHED = "published:"
 BAND = "reference"
+_JUDGED = (schema.TEST_ROBUST_ERROR, schema.TEST_ROBUST_LOSS)
 
 COMPARISON = parse_table("""
     reference | one quantity at one epoch | quantity epoch
@@ -68,15 +69,15 @@ class Reference:
         mine = (self.bounds["quantity"] == quantity) & (self.bounds["epoch"] <= until)
         return self.bounds[mine]
 
-    def draw(self, ax: Axes, column: Column, until: int) -> None:
-        """Draw the band in grey and a line at its centre, behind everything else, if there is one."""
+    def draw(self, ax: Axes, column: Column, line: str, until: int) -> None:
+        """Draw a quantity's band in grey and a line at its centre, behind all else, if it has one."""
         rows = self.of(column.name, until)
         if rows.empty:
             return
         centre, low, high = (rows[end] * column.scale for end in ("centre", "low", "high"))
         look: dict[str, Any] = {"color": style.MARK, "linewidth": 0}
         ax.fill_between(rows["epoch"], low, high, alpha=style.BAND_ALPHA, zorder=0.8, label=BAND, **look)
-        ax.plot(rows["epoch"], centre, color=style.MARK, linewidth=0.9, zorder=0.9)
+        ax.plot(rows["epoch"], centre, color=style.MARK, linestyle=line, linewidth=0.9, zorder=0.9)
 
     def compare(self, epochs: pd.DataFrame) -> pd.DataFrame:
         """In which epochs runs lie within the band.
@@ -194,6 +195,18 @@ class Against:
         table = reference.compare(epochs)
         told = tuple((", ".join(labels), differing) for differing, labels in whose.items())
         return cls(reference, told, table, tuple(reference.standings(table)))
+
+    @property
+    def headline(self) -> tuple[str, ...]:
+        """One line for a terminal, of a single run's test robust error and loss."""
+        counts = {row.quantity: row.within for row in self.standings}
+        if len(counts) < len(self.standings):
+            return ()
+        asked = [
+            (column.label, counts.get(column.shown)) for column in map(schema.EPOCHS.__getitem__, _JUDGED)
+        ]
+        said = [f"{label} in {', '.join(within)}" for label, within in asked if within is not None]
+        return (f"{self.reference.name}, epochs within its band by phase: {'; '.join(said)}",) if said else ()
 
 
 def known_references() -> list[str]:
