@@ -14,6 +14,7 @@ from robustdyn.report.plotting import Cast, named
 from robustdyn.report.reference import REFERENCES, known_references, load_reference, spans
 from tests.records.synthetic import write_hydra
 from tests.report.test_page import Page
+from tests.report.test_report_sweep import BROWSER, Shown
 from tests.runs import compose
 
 NAME = "published:cifar10_standard"
@@ -195,6 +196,28 @@ def test_a_figure_without_any_of_its_quantities_does_not_name_it(reference, tmp_
     spec = next(spec for spec in FIGURES if spec.name == "learning_rate")
     figure = spec.function(frame, frame, Cast.of(frame, reference=reference))
     assert not figure.legends
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+def test_the_page_s_own_curves_have_the_band_behind_them(reference, tmp_path):
+    path = write_curves(tmp_path / "run", reference, 0.0, epochs=30)
+    report = build_report(path, tmp_path / "report", reference=reference)
+    shown = Shown(report.html, "", tmp_path / "browser")
+    bands = [attrs["points"].split() for attrs in shown.named("polygon")]
+    curves = [attrs["points"].split() for attrs in shown.named("polyline") if "curve" in attrs["class"]]
+    centres = [attrs["points"].split() for attrs in shown.named("polyline") if "centre" in attrs["class"]]
+    assert len(bands) == len(curves) == 3  # robust error, robust loss and its gap; no WCI
+    assert all(len(band) == 2 * 30 for band in bands)
+    assert centres == curves  # the run is the reference's centre
+    height = {
+        k: [float(p.split(",")[1]) for p in line] for k, line in (("band", bands[0]), ("run", curves[0]))
+    }
+    # downwards: the band's high end is above the run, its low end, from right to left, below
+    assert all(high < y for high, y in zip(height["band"][:30], height["run"], strict=True))
+    assert all(low > y for low, y in zip(height["band"][:29:-1], height["run"], strict=True))
+    legend = [tag for tag, attrs in shown.tags if tag == "rect" and attrs.get("class") == "band"]
+    assert len(legend) == 1
 
 
 def test_an_unknown_name_lists_the_known_ones():

@@ -92,10 +92,10 @@ class Reference:
         names = ["run", "group", *COMPARISON.names]
         parts = []
         for run in epochs["run"].unique():
+            rows = of_run(epochs, run)
             for quantity, bounds in self.bounds.groupby("quantity", sort=False):
-                own = of_run(epochs, run)[["run", "group", "epoch", quantity]]
-                own = own.rename(columns={quantity: "value"}).dropna(subset=["value"])
-                parts.append(own.merge(bounds, on="epoch"))
+                own = rows[["run", "group", "epoch", quantity]].rename(columns={quantity: "value"})
+                parts.append(own.dropna(subset=["value"]).merge(bounds, on="epoch"))
         rows = pd.concat(parts, ignore_index=True)
         rows["within"] = (rows["low"] <= rows["value"]) & (rows["value"] <= rows["high"])
         return rows[names]
