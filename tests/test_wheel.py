@@ -41,6 +41,13 @@ def test_carries_the_configuration_once(site):
     assert (site / "robustdyn" / "py.typed").exists()
 
 
+def test_carries_the_published_curves(site):
+    folder = Path("report") / "references"
+    ours = {path.name for path in (ROOT / "src" / "robustdyn" / folder).iterdir()}
+    assert {path.name for path in (site / "robustdyn" / folder).iterdir()} == ours
+    assert "cifar10_standard.csv" in ours
+
+
 def test_carries_the_launcher_where_hydra_looks_for_it(site):
     assert (site / "hydra_plugins" / "robustdyn_slurm" / "launcher.py").exists()
     assert not (site / "hydra_plugins" / "__init__.py").exists()  # other distributions share the namespace

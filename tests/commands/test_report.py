@@ -107,6 +107,20 @@ def test_nothing_of_this_machine_stands_on_the_page(without_figures, run, monkey
     assert "${oc.env:SECRET_TOKEN}" in page
 
 
+def test_a_reference_that_is_not_known_is_one_line_before_any_work(run, capsys):
+    assert main([str(run), "--reference", "published:cifar11"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: --reference published:cifar11: not known; give one of: published:")
+    assert captured.err.count("\n") == 1
+    assert not (run / "report").exists()
+
+
+def test_a_reference_is_held_against_the_run(without_figures, run):
+    assert main([str(run), "--reference", "published:cifar10_standard"]) == 0
+    assert "Against published:cifar10_standard" in (run / "report" / "index.html").read_text()
+
+
 def test_help_shows_examples_and_outputs(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--help"])

@@ -13,6 +13,7 @@ examples:
   robustdyn-report outputs/digits_at/2026-01-31_12-00-00     one run
   robustdyn-report multirun/digits_at/2026-01-31_12-00-00    a sweep: runs overlaid, labelled by what differs
   robustdyn-report run_a run_b --output comparison           any runs side by side
+  robustdyn-report run_a --reference published:cifar10_standard   held against a published curve and its band
 
 says which runs are done, failed, unfinished (running, or stopped before their end) and, of a sweep, missing;
 writes into the output directory:
@@ -30,14 +31,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     from robustdyn.launch.states import announce, say_states, states_of
     from robustdyn.records.run_directory import RunDirectory
     from robustdyn.report.page import build_report
+    from robustdyn.report.reference import load_reference
 
     output: Path = arguments.output or RunDirectory(paths[0] if len(paths) == 1 else Path()).report
     register_resolvers()  # the runs' configurations use them
 
     def report() -> None:
+        reference = None if arguments.reference is None else load_reference(arguments.reference)
         states = states_of(paths)
         say_states(states, sys.stdout)
-        announce(build_report(paths, output, states))
+        announce(build_report(paths, output, states, reference))
 
     return status_of(report)
 
@@ -57,6 +60,11 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="DIR",
         help="where to write (default: report/ in PATH; in the current folder when several are given)",
+    )
+    parser.add_argument(
+        "--reference",
+        metavar="NAME",
+        help="hold the runs against a published curve; an unknown NAME lists those there are",
     )
     return parser
 

@@ -54,6 +54,7 @@ from robustdyn.report.plotting import (
     named,
     note,
 )
+from robustdyn.report.reference import Reference
 from robustdyn.report.spectral_density import spectral_density
 from robustdyn.report.statistics import correlation, decay_epochs, format_number
 
@@ -90,10 +91,11 @@ class FigureSpec:
         return None
 
     @style.styled
-    def draw(self, frames: Mapping[str, pd.DataFrame]) -> Figure:
-        """The figure."""
+    def draw(self, frames: Mapping[str, pd.DataFrame], reference: Reference | None = None) -> Figure:
+        """The figure, with a reference's band behind the curves that it has."""
         epochs = named(frames["epochs"])
-        return self.function(named(frames[self.table]), epochs, Cast.of(epochs))
+        cast = Cast.of(epochs, reference=reference)
+        return self.function(named(frames[self.table]), epochs, cast)
 
 
 def learning_curves(metric: str, heading: str) -> Draw:

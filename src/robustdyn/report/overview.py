@@ -28,6 +28,7 @@ from robustdyn.records.untrusted import read_yaml
 from robustdyn.report import style
 from robustdyn.report.factors import Factor, factors
 from robustdyn.report.plotting import MAX_MARKS
+from robustdyn.report.reference import Reference
 from robustdyn.report.statistics import (
     BEST_ON_TEST,
     FINAL,
@@ -270,13 +271,16 @@ def _sweep_command(folder: Path) -> str | None:
 # ---------------------------------------------------------------------- curves
 
 
-def curves(overview: Overview, frames: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
+def curves(
+    overview: Overview, frames: Mapping[str, pd.DataFrame], reference: Reference | None = None
+) -> dict[str, Any]:
     """What the page's script draws from; JSON can hold it.
 
     Returns:
         ``factors`` (key, name in the address, values, colours), ``rows`` of the table (name, state, factors,
-        decays), ``colours`` of the rows, ``colour`` to start with, and ``panels``: title, unit, and for each
-        row its points ``[epochs, values]`` or null.
+        decays), ``colours`` of the rows, ``colour`` to start with, ``reference`` (its name or null), and
+        ``panels``: title, unit, for each row its points ``[epochs, values]`` or null, and the band
+        ``[epochs, centre, low, high]`` of the reference or null.
     """
     factors = [
         {"key": f.key, "name": f.name, "values": f.values, "colours": list(style.colours(len(f.values)))}
@@ -293,20 +297,27 @@ def curves(overview: Overview, frames: Mapping[str, pd.DataFrame]) -> dict[str, 
         "rows": rows,
         "colours": list(style.colours(len(rows))),
         "colour": colouring[0] if colouring else "",
+        "reference": None if reference is None else reference.name,
         "panels": [
             panel
-            for panel in (_panel(overview.rows, frames[t], schema.TABLES[t][c]) for t, c in PANELS)
+            for panel in (_panel(overview.rows, frames[t], schema.TABLES[t][c], reference) for t, c in PANELS)
             if any(points is not None for points in panel["points"])
         ],
     }
 
 
-def _panel(rows: Sequence[RunRow], frame: pd.DataFrame, column: Column) -> dict[str, Any]:
-    points = []
+def _panel(
+    rows: Sequence[RunRow], frame: pd.DataFrame, column: Column, reference: Reference | None
+) -> dict[str, Any]:
+    points, band = [], None
+    if reference is not None and not frame.empty:
+        bounds = reference.of(column.name, int(frame["epoch"].max()))
+        ends = ([_short(x * column.scale) for x in bounds[end]] for end in ("centre", "low", "high"))
+        band = [[int(epoch) for epoch in bounds["epoch"]], *ends] if len(bounds) else None
     for row in rows:
         own = frame.head(0) if row.run is None else of_run(frame, row.run.label)
         own = own[(own[column.name] * column.scale).abs() < math.inf]  # JSON has no infinity
-        values = [float(f"{value * column.scale:.{DIGITS}g}") for value in own[column.name]]
+        values = [_short(value * column.scale) for value in own[column.name]]
         points.append([[int(epoch) for epoch in own["epoch"]], values] if values else None)
     label = column.label[:1].upper() + column.label[1:]
     return {
@@ -314,4 +325,10 @@ def _panel(rows: Sequence[RunRow], frame: pd.DataFrame, column: Column) -> dict[
         "title": f"{label} ({column.shown_unit})" if column.shown_unit else label,
         "unit": column.shown_unit,
         "points": points,
+        "band": band,
     }
+
+
+def _short(value: float) -> float:
+    """The number with as many digits as a curve shows."""
+    return float(f"{value:.{DIGITS}g}")

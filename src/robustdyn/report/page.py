@@ -29,6 +29,7 @@ from robustdyn.report.describe import provenance, what_was_run
 from robustdyn.report.figures import FIGURES, FigureSpec
 from robustdyn.report.overview import Overview, curves, overview
 from robustdyn.report.page_tables import TIMES, Evaluations, evaluations, times
+from robustdyn.report.reference import COMPARISON, Against, Reference
 from robustdyn.report.statistics import (
     SHOWN_METRICS,
     Headline,
@@ -91,6 +92,7 @@ def build_report(
     paths: Iterable[str | os.PathLike[str]] | str | os.PathLike[str],
     output: str | os.PathLike[str],
     states: Sequence[RunState] | None = None,
+    reference: Reference | None = None,
 ) -> Report:
     """Read runs and write ``tables/``, ``figures/`` and ``index.html`` under ``output``.
 
@@ -99,6 +101,7 @@ def build_report(
         output: Where to; made if absent, files of an earlier report are replaced.
         states: Where the runs stand; of the runs found, if not given. Runs that were asked for and never
             started can only be known to the caller.
+        reference: Published curves to hold the runs against.
 
     Returns:
         What was written.
@@ -117,14 +120,20 @@ def build_report(
     summary, page = final_and_best(runs), output / PAGE
     shown = overview(runs, run_states(runs) if states is None else states, frames, summary, page, given)
     evaluated, told = evaluations(runs, page), headlines(shown.counted)
+    against = None if reference is None else Against.of(reference, runs, frames["epochs"])
     try:
         tables = _write_tables(
-            {**frames, FINAL_AND_BEST: summary, EVALUATION: evaluated.table}, output / "tables"
+            {
+                **frames,
+                FINAL_AND_BEST: summary,
+                EVALUATION: evaluated.table,
+                COMPARISON.name: pd.DataFrame() if against is None else against.table,
+            },
+            output / "tables",
         )
-        figures, skipped = _write_figures(frames, output / "figures")
-        page.write_text(
-            _page(runs, frames, summary, figures, skipped, shown, told, evaluated), encoding="utf-8"
-        )
+        figures, skipped = _write_figures(frames, output / "figures", reference)
+        text = _page(runs, frames, summary, figures, skipped, shown, told, evaluated, against)
+        page.write_text(text, encoding="utf-8")
     except OSError as error:
         raise RecordError(
             f"{output}: cannot write the report ({error.strerror}); free space, or write it elsewhere: "
@@ -135,7 +144,7 @@ def build_report(
         tables=tuple(tables),
         figures=tuple(file for drawn in figures for file in drawn.files),
         skipped=skipped,
-        headline=tuple(map(str, told)),
+        headline=(*map(str, told), *(() if against is None else against.headline)),
     )
 
 
@@ -162,7 +171,9 @@ def _optional(table: str) -> list[str]:
     return [column.name for column in schema.TABLES[table].columns if not column.required]
 
 
-def _write_figures(frames: Mapping[str, pd.DataFrame], folder: Path) -> tuple[list[_Drawn], dict[str, str]]:
+def _write_figures(
+    frames: Mapping[str, pd.DataFrame], folder: Path, reference: Reference | None
+) -> tuple[list[_Drawn], dict[str, str]]:
     """Every figure whose data are there; the others with the reason."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn, skipped = [], {}
@@ -171,7 +182,8 @@ def _write_figures(frames: Mapping[str, pd.DataFrame], folder: Path) -> tuple[li
         if reason is None:
             try:
                 with np.errstate(over="ignore", invalid="ignore"):
-                    drawn.append(_Drawn(spec, tuple(style.save(spec.draw(frames), folder / spec.name))))
+                    figure = spec.draw(frames, reference)
+                    drawn.append(_Drawn(spec, tuple(style.save(figure, folder / spec.name))))
             except (ValueError, ArithmeticError) as error:  # numbers that no axis can show, 1e308 say
                 reason = f"cannot be drawn from these numbers ({' '.join(str(error).split())})"
         if reason is not None:
@@ -190,6 +202,7 @@ def _page(
     shown: Overview,
     told: Sequence[Headline],
     evaluated: Evaluations,
+    against: Against | None,
 ) -> str:
     """The HTML page."""
     environment = jinja2.Environment(
@@ -214,10 +227,11 @@ def _page(
         rows=_final_rows(summary, {run.label for run in shown.counted}),
         shown=shown,
         counted=", ".join(f"{n} {state}" for state, n in shown.counts.items()),
-        curves=curves(shown, frames),
+        curves=curves(shown, frames, None if against is None else against.reference),
         script=Markup(script),
         script_hash=_hash(script),
         evaluated=evaluated,
+        against=against,
         timed=times(runs, frames["timing"]),
         times=TIMES,
         figures=figures,
@@ -227,7 +241,8 @@ def _page(
         configs=[_yaml(run.config) for run in runs],
         provenance=provenance(runs),
         tables=[schema.TABLES[name] for name, frame in frames.items() if not frame.empty]
-        + ([] if evaluated.table.empty else [schema.EVALUATION]),
+        + ([] if evaluated.table.empty else [schema.EVALUATION])
+        + ([] if against is None or against.table.empty else [COMPARISON]),
     )
 
 

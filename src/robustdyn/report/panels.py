@@ -139,6 +139,8 @@ class Panel:
         """Draw the panel and return the ends of its curves. A table of directions has a line for each."""
         ends = []
         for curve in self.curves:
+            if cast.reference is not None and not frame.empty:
+                cast.reference.draw(ax, curve.column, curve.line, int(frame["epoch"].max()))
             if "index" in frame:
                 curve.draw_directions(ax, frame, cast)
             else:

@@ -20,6 +20,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from robustdyn.records.columns import Column
 from robustdyn.report import style
+from robustdyn.report.reference import BAND, Reference
 from robustdyn.report.statistics import decay_epochs, format_number
 
 ONE_RUN = "run"
@@ -31,19 +32,21 @@ MARKED_POINTS = 40  # beyond this many, markers run into one another
 
 @dataclass(frozen=True)
 class Cast:
-    """Who is in a figure: groups, their colours, and how many runs each has."""
+    """Who is in a figure: groups, their colours, how many runs each has, and the reference behind them."""
 
     colours: dict[str, str]
     sizes: dict[str, int]
+    reference: Reference | None = None
 
     @classmethod
-    def of(cls, *frames: pd.DataFrame) -> Cast:
+    def of(cls, *frames: pd.DataFrame, reference: Reference | None = None) -> Cast:
         """The groups in the frames, in order of appearance."""
         runs = pd.concat([frame[["group", "run"]] for frame in frames]).drop_duplicates()
         groups = list(dict.fromkeys(runs["group"]))
         return cls(
             colours=dict(zip(groups, style.colours(len(groups)), strict=True)),
             sizes={group: int((runs["group"] == group).sum()) for group in groups},
+            reference=reference,
         )
 
     @property
@@ -209,6 +212,9 @@ def group_legend(
         if cast.alone:
             handles.append(key(cast.repeats(), linewidth=2.4))
         handles.append(key("single seeds", linewidth=0.8))
+    drawn = {artist.get_label() for ax in figure.axes for artist in ax.collections}
+    if cast.reference is not None and BAND in drawn:
+        handles.append(key(f"{cast.reference.name}, its band", linewidth=7, alpha=style.BAND_ALPHA))
     if handles:
         longest = max(len(str(handle.get_label())) for handle in handles)
         columns = max(1, min(4, len(handles), 128 // (longest + 8)))

@@ -215,7 +215,8 @@
         return;
       }
       const last = Math.max(1, ...this.drawn.map((line) => line.points[0][line.points[0].length - 1]));
-      const { low, high, cut } = range(this.drawn, last);
+      const band = this.panel.band; // of the reference: epochs, centre, low, high
+      const { low, high, cut } = range(band ? [...this.drawn, ...band.slice(2).map((ends) => ({ points: [band[0], ends] }))] : this.drawn, last);
       this.x = (epoch) => LEFT + ((WIDTH - LEFT - RIGHT) * epoch) / last;
       this.y = (given) => HEIGHT - BOTTOM - ((HEIGHT - TOP - BOTTOM) * (given - low)) / (high - low);
       for (const [tick, text] of ticks(low, high, 5, false)) {
@@ -234,8 +235,14 @@
       const frame = svg("clipPath", { id: clip });
       frame.append(svg("rect", { x: LEFT, y: TOP, width: WIDTH - LEFT - RIGHT, height: HEIGHT - TOP - BOTTOM }));
       const curves = svg("g", { "clip-path": `url(#${clip})` });
+      const places = (epochs, values) => epochs.map((epoch, k) => `${this.x(epoch).toFixed(1)},${this.y(values[k]).toFixed(1)}`);
+      if (band) {
+        const [centre, low, high] = band.slice(1).map((values) => places(band[0], values));
+        curves.append(svg("polygon", { class: "band", points: [...high, ...low.reverse()].join(" ") }));
+        curves.append(svg("polyline", { class: "centre", points: centre.join(" ") }));
+      }
       for (const line of this.drawn) {
-        const points = line.points[0].map((epoch, k) => `${this.x(epoch).toFixed(1)},${this.y(line.points[1][k]).toFixed(1)}`);
+        const points = places(...line.points);
         line.element = svg("polyline", { class: `curve ${line.kind}`, points: points.join(" "), stroke: line.colour });
         curves.append(line.element);
         if (points.length < 16 && line.kind !== "thin") {
@@ -346,6 +353,13 @@
         return item;
       }),
     );
+    if (data.reference) {
+      const item = document.createElement("li");
+      const swatch = svg("svg", { viewBox: "0 0 24 8", width: 24, height: 8, "aria-hidden": "true" });
+      swatch.append(svg("rect", { class: "band", width: 24, height: 8 }));
+      item.append(swatch, ` ${data.reference}, its band`);
+      legend.append(item);
+    }
   };
 
   const show = () => {
