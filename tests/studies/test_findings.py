@@ -18,6 +18,7 @@ STUDIES = (
     "dynamics",
     "methods",
     "precision",
+    "published",
     "schedules",
     "wci_gap",
     "wci_rate",
