@@ -2,11 +2,12 @@
 
 import math
 import warnings
+from pathlib import Path
 
 import pytest
 
 from robustdyn.errors import RecordError
-from robustdyn.records.training_logs import HEADINGS, TABLE_COLUMNS, read_logs
+from robustdyn.records.training_logs import ARGUMENTS, HEADINGS, TABLE_COLUMNS, read_logs
 from tests.records.logs import AWP_ARGUMENTS, epoch_line, log_text, stamped, table_text, write_log
 
 EXPECTED = ", ".join(HEADINGS)
@@ -172,6 +173,17 @@ def test_missing_files_and_empty_folders_are_refused(tmp_path):
         read_logs([tmp_path])
 
 
+def test_a_line_that_no_script_writes_takes_no_time(tmp_path):
+    """Brackets that never close, and a word without an end: either takes a careless pattern hours."""
+    path = tmp_path / "run.log"
+    for arguments in ("a=[," * 10_000, "a" * 40_000):
+        path.write_text(stamped(f"Namespace({arguments})") + log_text(epochs=1))
+        assert len(only(path).epochs) == 1
+    path.write_text(log_text(epochs=1) + stamped("x" * 2**16))
+    with pytest.raises(RecordError, match="line 4: is longer than 65536 characters"):
+        read_logs([path])
+
+
 # ---------------------------------------------------------------------- tables
 
 
@@ -246,6 +258,19 @@ def test_settings_must_fit_the_epochs(tmp_path):
         runs.write_text(text)
         with pytest.raises(RecordError, match=reason):
             read_logs([table], runs)
+
+
+def test_settings_for_logs_are_refused(tmp_path):
+    runs = tmp_path / "runs.csv"
+    runs.write_text("run,seed\nrun,1\n")
+    with pytest.raises(RecordError, match=r"runs\.csv: is for tables of epochs"):
+        read_logs([write_log(tmp_path / "run")], runs)
+
+
+def test_the_documentation_names_every_column_of_a_table_of_runs():
+    page = (Path(__file__).parents[2] / "docs" / "importing.md").read_text(encoding="utf-8")
+    assert [name for name in ARGUMENTS if f"`{name}`" not in page] == []
+    assert [name for name in TABLE_COLUMNS[:6] if f"`{name}`" not in page] == []
 
 
 def test_a_study_tells_runs_of_one_name_apart(tmp_path):

@@ -45,10 +45,11 @@ ARGUMENTS = (
 )
 """The columns that a table of runs may have: the names of the scripts' arguments, and a few more."""
 
+LONGEST_LINE = 1 << 16  # characters; the scripts' lines have a few hundred
 LONGEST_SAID = 200  # characters of a message that come from a file
 
 _LINE = re.compile(r"\[[^\]]*\] - (.*)")
-_ARGUMENT = re.compile(r"(\w+)=('[^']*'|\"[^\"]*\"|\[[^\]]*\]|[^,()]*)")
+_ARGUMENT = re.compile(r"\b(\w{1,60})=('[^']*'|\"[^\"]*\"|\[[^\]]*\]|[^,()]*)")
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ def read_logs(
     """
     settings = _table_of_runs(runs_file) if runs_file is not None else {}
     found: list[LoggedRun] = []
+    tables = False
     for path in paths:
         if path.is_dir():
             logs = sorted(path.rglob(LOG_NAME))
@@ -98,7 +100,12 @@ def read_logs(
         elif any(_LINE.match(line) for _, line in _lines(path)):
             found.append(_log(path, path.parent.name if path.name == LOG_NAME else path.stem, study))
         else:
+            tables = True
             found += _table(path, settings, runs_file, study)
+    if runs_file is not None and not tables:
+        raise RecordError(
+            f"{runs_file}: is for tables of epochs, and logs have their own settings; leave it out"
+        )
     return found
 
 
@@ -111,11 +118,19 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """The lines of a text file that are not blank, with their numbers.
 
     Raises:
-        RecordError: It cannot be read, or is no text.
+        RecordError: It cannot be read, is no text, or a line is too long.
     """
     try:
         with path.open(encoding="utf-8-sig") as file:
-            yield from ((number, line) for number, line in enumerate(file, start=1) if line.strip())
+            for number, line in enumerate(file, start=1):
+                if len(line) > LONGEST_LINE:
+                    raise RecordError(
+                        f"{path}, line {number}: is longer than {LONGEST_LINE} characters; shorten it"
+                    )
+                if line.strip():
+                    yield number, line
+    except RecordError:
+        raise
     except UnicodeDecodeError as error:
         raise RecordError(f"{path}: not a text file; give a training log or a CSV table") from error
     except OSError as error:
