@@ -180,6 +180,6 @@ def test_every_theme_is_there_at_full_size(answer):
 
 @needs_curves
 def test_figures_of_the_public_curves_can_be_drawn(answer):
-    assert [picture.name for picture in answer.pictures] == ["rates", "regularisers", "problems"]
+    assert [picture.name for picture in answer.pictures] == ["rates", "regularisers", "networks_and_attacks"]
     for picture in answer.pictures:
         assert len(picture.draw(picture.data).axes) == 8

@@ -219,7 +219,7 @@ THEMES = {
 FIGURES = {
     "rates": ("decay_timing", "second_rate", "initial_rate", "schedules"),
     "regularisers": ("cutout", "mixup", "l2", "l1"),
-    "problems": ("width", "threat", "awp", "repeats"),
+    "networks_and_attacks": ("width", "threat", "awp", "repeats"),
 }
 
 
@@ -362,7 +362,8 @@ def draw(name: str, table: pd.DataFrame) -> Figure:
     """A row for each theme: curves over epochs, and best (open) and final (filled) by setting."""
     themes = list(dict.fromkeys(table["theme"]))
     sizes = [1.0 + 0.2 * table[table["theme"] == theme]["setting"].nunique() for theme in themes]
-    figure = style.new_figure(f"Published runs at full size, one each: {name}", 0.9 + sum(sizes))
+    title = f"Published runs at full size, one each: {name.replace('_', ' ')}"
+    figure = style.new_figure(title, 0.9 + sum(sizes))
     axes = figure.subplots(len(themes), 2, squeeze=False, height_ratios=sizes, width_ratios=(1.5, 1.0))
     for (left, right), theme in zip(axes, themes, strict=True):
         own = table[table["theme"] == theme]
