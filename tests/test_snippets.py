@@ -200,9 +200,12 @@ def test_every_make_target_exists(target):
 
 @pytest.mark.parametrize("study", names())
 def test_every_study_has_its_runs_and_its_page(study):
-    assert (config_dir() / "experiment" / f"{study}.yaml").is_file()
+    """The runs are those of an experiment, or imported."""
+    trained = (config_dir() / "experiment" / f"{study}.yaml").is_file()
+    assert trained == (study != "published")
     page = (ROOT / "experiments" / study / "README.md").read_text()
     assert f"robustdyn-study {study} " in page
+    assert trained or "`robustdyn-import " in page
     assert f"`{study}`" in (ROOT / "docs" / "studies.md").read_text()
 
 

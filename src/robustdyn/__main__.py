@@ -9,8 +9,10 @@ from robustdyn.defaults import config_dir
 from robustdyn.launch.help import show_help
 from robustdyn.run.status import speak_safely
 
-COMMANDS = {path.stem: path for path in sorted((Path(__file__).parent / "commands").glob("[!_]*.py"))}
-"""By name, the modules of ``robustdyn.commands``."""
+COMMANDS = {
+    path.stem.rstrip("_"): path for path in sorted((Path(__file__).parent / "commands").glob("[!_]*.py"))
+}
+"""By name, the modules of ``robustdyn.commands``; ``import_`` is that of ``import``, a word of Python's."""
 
 
 def console_script() -> int | None:
@@ -23,7 +25,7 @@ def run(name: str) -> int | None:
     speak_safely()
     if (config_dir() / f"{name}.yaml").is_file():
         show_help(name)  # before the command's module, which loads slowly
-    status: int | None = import_module(f"robustdyn.commands.{name}").main()
+    status: int | None = import_module(f"robustdyn.commands.{COMMANDS[name].stem}").main()
     return status
 
 

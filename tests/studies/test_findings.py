@@ -18,6 +18,7 @@ STUDIES = (
     "dynamics",
     "methods",
     "precision",
+    "published",
     "schedules",
     "wci_gap",
     "wci_rate",
@@ -73,5 +74,7 @@ def test_a_page_says_what_a_table_of_means_holds():
         "",
         "![curve](figures/curve.png)",
     ]
+    empty = findings_page("Why?", ["So."], {"means": means[:0]}, [])  # no run of the baseline, say
+    assert empty.endswith("\n`tables/means.csv`, 0 rows\n")
     one_seed = findings_page("Why?", ["So."], {"means": means.assign(seeds=1)}, [])
     assert "`tables/means.csv`, 2 rows: means over 1 seed\n" in one_seed

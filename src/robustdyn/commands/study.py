@@ -21,6 +21,7 @@ examples:
   robustdyn-study mypackage.mystudy DIR                    the STUDY of your own module, see docs/extending.md
 
 `robustdyn-train experiment=NAME` makes the runs of study NAME; experiments/NAME/README.md says at what cost.
+`robustdyn-import` makes those of the study published.
 Writes into the output directory:
   findings.md  the numbers that answer the question
   tables/      CSV

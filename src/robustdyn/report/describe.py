@@ -79,6 +79,9 @@ def _attack(section: Mapping[str, Any]) -> str:
     parts.append(f"ε = {format_value(section['eps_255'])}/255")
     if "step_255" in section:
         parts.append(f"step {format_value(section['step_255'])}/255")
+    tested = section.get("evaluation")
+    if isinstance(tested, Mapping) and tested.get("steps", section.get("steps")) != section.get("steps"):
+        parts.append(f"tested with PGD-{tested['steps']}")
     return ", ".join(part for part in parts if part)
 
 

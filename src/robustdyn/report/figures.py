@@ -289,7 +289,7 @@ FIGURES: tuple[FigureSpec, ...] = (
         "learning_rate",
         "Learning rate",
         learning_rate,
-        "rates",
+        "epochs",
         "lr",
         "The rate in force at the end of each epoch, on a logarithmic axis. Dashed vertical lines, here and "
         "in all figures, are decays: drops by more than 20 % after an epoch in which the rate was held.",

@@ -15,7 +15,7 @@ NONE = "none"
 
 def setting(run: Run) -> str:
     """What regularises the run beyond the papers' protocol, with its strength."""
-    data, decay = run.config["data"], float(run.config["optimizer"].get("weight_decay", 0.0))
+    data, decay = run.config["data"], float(run.config["optimizer"].get("weight_decay", PLAIN_DECAY))
     parts = []
     if side := data.get("augment", {}).get("cutout", 0):
         parts.append(f"cutout {side} px")

@@ -155,7 +155,7 @@ def findings_page(
 
 def _averaged(table: pd.DataFrame) -> str:
     """What the rows of a table of means are, for its caption."""
-    if not {"mean", "low", "high", "seeds"} <= set(table):
+    if table.empty or not {"mean", "low", "high", "seeds"} <= set(table):
         return ""
     interval = " with Student's 95 % interval" if table["seeds"].max() > 1 else ""
     return f": means over {seeds_said(table)}{interval}"
