@@ -225,6 +225,7 @@ def test_a_lock_goes_with_its_process_however_it_ends(tmp_path):
         pass
 
 
+@pytest.mark.slow  # a process of its own
 @pytest.mark.parametrize(
     "sweep", [pytest.param(False, id="run"), pytest.param(True, id="serial sweep", marks=pytest.mark.slow)]
 )
@@ -241,6 +242,7 @@ def test_sigterm_interrupts_as_ctrl_c_does(sweep, tmp_path):
     assert (not sweep) or b"the same command with hydra.sweep.dir=" in said
 
 
+@pytest.mark.slow  # a process of its own
 def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path):
     process = started(*UNMEASURED, f"hydra.run.dir={tmp_path}", stdout=subprocess.PIPE)
     process.stdout.close()
@@ -249,6 +251,7 @@ def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path):
     assert state(tmp_path) == "done"
 
 
+@pytest.mark.slow  # a process of its own
 def test_a_terminal_that_lacks_characters_does_not_end_the_run(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     process = started(*UNMEASURED, "name='\u00fcn\u00ef \u2192'", f"hydra.run.dir={tmp_path}")

@@ -195,6 +195,7 @@ def test_a_stranger_s_run_calls_nothing_of_its_choice(checkpoint, tmp_path, monk
     assert not (tmp_path / "called").exists()
 
 
+@pytest.mark.slow  # trains replicas
 def test_the_loss_is_expanded_on_request(checkpoint, monkeypatch, capsys):
     asked = ("output=expanded", "expansion.multiples=[0.5,1]", "record.loss_draws=2")
     assert replicate(monkeypatch, checkpoint, *SMALL, *asked) == 0

@@ -266,6 +266,7 @@ def test_jackknife_with_groups_of_two_sizes():
     assert_close(result, expected, **EXACT64)
 
 
+@pytest.mark.slow  # many samples
 def test_jackknife_of_the_total_correlation():
     """The statistic may be any function of a covariance, for instance one in NumPy."""
     eigenvalues = [3.0, 2.5, 0.5]
@@ -346,6 +347,7 @@ def test_null_tells_sampling_noise_from_correlation():
     assert result.commutator - result.commutator_null > 3 * MC_SIGMAS * result.commutator_null_spread
 
 
+@pytest.mark.slow  # many samples
 def test_null_is_unbiased_where_magnitudes_are_shared():
     m, k, datasets = 200, 4, 300
     eigenvalues = torch.linspace(5, 1, k)

@@ -165,6 +165,7 @@ def test_traces_of_functions_are_unbiased():
         assert abs(value - truth) < MC_SIGMAS * error
 
 
+@pytest.mark.slow  # many samples
 def test_noise_weighted_traces_are_unbiased():
     root = noise_root()
     matrix = rotated(positive())
@@ -228,6 +229,7 @@ def test_gradient_noise_of_a_network():
     assert abs(value - float(gamma.sum())) < MC_SIGMAS * error
 
 
+@pytest.mark.slow  # many samples
 @pytest.mark.parametrize("noisy", [False, True])
 def test_standard_errors_are_calibrated(noisy):
     matrix, root = rotated(spectrum()), noise_root()

@@ -80,7 +80,7 @@ def test_weights_only_names_kernels_and_matrices():
 
 
 @pytest.mark.parametrize("name", ["preact", "norm_mlp"])
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_sampled_layer_traces(name, seed):
     risk = risk_of(CASES[name])
     exact = traces_of(risk)

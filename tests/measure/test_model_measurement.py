@@ -253,6 +253,7 @@ def test_errors_of_single_terms_follow_from_those_of_curvature_and_noise():
     assert bounds["dominant_terms_top_k_se"] > 0
 
 
+@pytest.mark.slow  # many samples
 def test_standard_errors_are_those_of_repeated_samples():
     """Over samples of examples, values spread as their standard errors say."""
     generator = torch.Generator().manual_seed(0)

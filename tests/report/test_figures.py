@@ -285,6 +285,7 @@ def test_a_decay_to_several_rates_is_labelled_without_one(methods_frames):
     assert [t for t in texts(ax) if t.startswith("η")] == ["η falls"]
 
 
+@pytest.mark.slow  # renders figures of many runs
 def test_more_runs_than_colours_get_shades(tmp_path):
     for i in range(10):
         write_run(tmp_path / str(i), perturbation__strength=i, epochs=4, measured=())
