@@ -1,7 +1,19 @@
 """Complexity measures of a trained network: norms, margins, smoothness and flatness (docs/measures.md)."""
 
-from robustdyn.complexity.network import ComplexityMeasure, MeasureValue, NetworkOnExamples, UndefinedMeasure
+from itertools import chain
 
-MEASURES: dict[str, ComplexityMeasure] = {}
+from robustdyn.complexity import index, margins, norms, spectral
+from robustdyn.complexity.layers import UndefinedMeasure
+from robustdyn.complexity.network import ComplexityMeasure, MeasureValue, NetworkOnExamples
+
+MEASURES: dict[str, ComplexityMeasure] = {
+    measure.name: measure
+    for measure in chain(
+        norms.MEASURES,
+        spectral.MEASURES,
+        margins.MEASURES,
+        index.MEASURES,
+    )
+}
 
 __all__ = ["MEASURES", "ComplexityMeasure", "MeasureValue", "NetworkOnExamples", "UndefinedMeasure"]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from robustdyn import streams
 from robustdyn.attacks import PGD
+from robustdyn.complexity.layers import FoldedLayers, UndefinedMeasure, folded_layers
 from robustdyn.curvature import EmpiricalRisk
 
 Invariance = Literal["relu_rescaling", "batchnorm_scale"]
@@ -50,20 +51,27 @@ class NetworkOnExamples:
     @cached_property
     def clean_logits(self) -> Tensor:
         """Logits (m, K) of the unperturbed examples."""
-        return self._logits(self.clean)
+        return self.logits(self.clean)
 
     @cached_property
     def adversarial_logits(self) -> Tensor:
         """Logits (m, K) of the adversarial examples."""
-        return self._logits(self.adversarial)
+        return self.logits(self.adversarial)
 
-    def _logits(self, inputs: Tensor) -> Tensor:
-        with torch.no_grad():
+    @cached_property
+    def layers(self) -> FoldedLayers:
+        """The convolutions and linear layers, with the scale of BatchNorm folded into them.
+
+        Raises:
+            UndefinedMeasure: They do not say what the network does; see ``folded_layers``.
+        """
+        with self.risk.guard():
+            return folded_layers(self.model, self.clean[:1], self.initial)
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        """Logits of any inputs (B, ...)."""
+        with self.risk.guard(), torch.no_grad():
             return torch.cat([self.model(part) for part in inputs.split(self.risk.chunk_size)])
-
-
-class UndefinedMeasure(Exception):
-    """A measure is not defined for this network; the message says why, in a sentence."""
 
 
 @dataclass(frozen=True, kw_only=True)
