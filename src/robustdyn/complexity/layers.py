@@ -172,7 +172,7 @@ class FoldedNorm:
         variance = initial.get(self.variance, torch.ones_like(like)).to(like)
         scale: Tensor = (variance + self.call.arguments["eps"]).rsqrt()
         if self.weight in initial:
-            scale = scale * initial[self.weight].to(like)
+            scale = scale * initial[self.weight].detach().to(like)
         return scale
 
 
@@ -290,7 +290,7 @@ def folded_layers(model: nn.Module, inputs: Tensor, initial: Mapping[str, Tensor
         name = names.get(id(tensor), "")
         before = None
         if initial is not None and name in initial:
-            first = initial[name].to(tensor.device).double()
+            first = initial[name].detach().to(tensor.device).double()
             before = _fold(first, call, [(n, n.scale_before_training(initial)) for n in norms])
         weight = _fold(tensor.detach().double(), call, [(n, n.scale) for n in norms])
         each.append(FoldedLayer(name, call, weight, before, _size(call)))
