@@ -7,7 +7,7 @@ from robustdyn.records import TABLES, schema
 from robustdyn.records.columns import Table
 from robustdyn.records.schema import EPOCHS, table
 
-BELOW = {"attacks", "curvature", "data", "methods", "models", "theory"}
+BELOW = {"attacks", "complexity", "curvature", "data", "methods", "models", "theory"}
 
 DESIGN = {
     "epochs": "epoch step lr train_robust_loss train_robust_error train_clean_loss train_clean_error "
@@ -23,6 +23,7 @@ DESIGN = {
     "posterior": "epoch step index posterior_variance posterior_variance_independent "
     "posterior_variance_stationary",
     "alignment": "epoch commutator subspace_overlap total_correlation",
+    "measures": "epoch step measure value value_se gradients undefined seconds",
     "costs": "epoch step part products converged warm seconds",
     "timing": "epoch step images_per_second attack_share step_share data_share evaluation_share "
     "measurement_share seconds",

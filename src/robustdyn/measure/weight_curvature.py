@@ -4,12 +4,11 @@ import time
 from collections.abc import Iterator
 from typing import ClassVar
 
-from robustdyn.curvature import layer_traces
+from robustdyn.complexity.index import index_of_layers
 from robustdyn.defaults import default
 from robustdyn.measure.plan import TableRow
 from robustdyn.measure.snapshot import Snapshot
 from robustdyn.records.schema import CAUCHY_SCHWARZ_BOUND, HESSIAN_TRACE, WCI_SE, WCI_TERM, WEIGHT_NORM_SQ
-from robustdyn.theory import weight_curvature_index
 
 
 class WeightCurvature:
@@ -37,27 +36,16 @@ class WeightCurvature:
     def measure(self, snapshot: Snapshot) -> Iterator[TableRow]:
         """One ``wci`` row, then one ``layers`` row per convolution kernel or linear weight."""
         started = time.perf_counter()
-        traces = layer_traces(
+        found = index_of_layers(
             snapshot.risk,
-            method="auto",
             probes=self._probes,
             exact_classes_up_to=self._exact_classes_up_to,
             generator=snapshot.generator("layer-traces"),
-            weights_only=False,
             known=snapshot.solved.get("hessian"),
         )
-        tensors = snapshot.risk.parameters()
-        weights = [index for index, name in enumerate(traces.names) if tensors[name].dim() > 1]
-        names = [traces.names[index] for index in weights]
-        norms = [float(tensors[name].detach().double().square().sum()) for name in names]
+        index, traces, weights, norms = found.index, found.traces, found.weights, found.norms
+        tensors, names = snapshot.risk.parameters(), [traces.names[k] for k in weights]
         trace, error = traces.traces[weights].numpy(), traces.standard_errors[weights].numpy()
-        examples = traces.per_example
-        index = weight_curvature_index(
-            norms,
-            trace,
-            standard_error=error if examples is None else None,
-            example_traces=None if examples is None else examples[:, weights].numpy(),
-        )
         yield (
             "wci",
             {

@@ -279,6 +279,20 @@ POSTERIOR = parse_table("""
         would settle to
 """)
 
+MEASURES = parse_table("""
+    measures | one complexity measure at one measured epoch | epoch measure
+    epoch
+    step
+    measure str | measure | name of the measure; docs/measures.md says what it is
+    value float | value | the measure; null where it is undefined
+    value_se float | s.e. of the value | standard error of value over the examples or random directions that
+        the measure samples; null where it samples nothing | optional
+    gradients float gradients | cost in gradients | cost: one is a forward and a backward pass over the
+        measured examples; 0 where another measurement of the epoch had the value
+    undefined str | why undefined | why there is no value | optional
+    seconds
+""")
+
 COSTS = parse_table("""
     costs | one part of the measurement at one measured epoch | epoch part
     epoch
@@ -365,6 +379,7 @@ TABLES: dict[str, Table] = {
         DENSITY,
         WHOLE_SPACE,
         POSTERIOR,
+        MEASURES,
         COSTS,
         TIMING,
     )
