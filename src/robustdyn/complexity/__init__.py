@@ -2,7 +2,17 @@
 
 from itertools import chain
 
-from robustdyn.complexity import index, margins, norms, spectral
+from robustdyn.complexity import (
+    flatness,
+    index,
+    margins,
+    norms,
+    robust_flatness,
+    sharpness,
+    smoothness,
+    spectral,
+    weight_noise,
+)
 from robustdyn.complexity.layers import UndefinedMeasure
 from robustdyn.complexity.network import ComplexityMeasure, MeasureValue, NetworkOnExamples
 
@@ -12,6 +22,11 @@ MEASURES: dict[str, ComplexityMeasure] = {
         norms.MEASURES,
         spectral.MEASURES,
         margins.MEASURES,
+        smoothness.MEASURES,
+        flatness.MEASURES,
+        weight_noise.MEASURES,
+        sharpness.MEASURES,
+        robust_flatness.MEASURES,
         index.MEASURES,
     )
 }
