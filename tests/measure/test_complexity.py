@@ -11,7 +11,7 @@ from robustdyn import Recorder, measure_model
 from robustdyn.attacks import PGD
 from robustdyn.complexity import MEASURES, NetworkOnExamples
 from robustdyn.curvature import EmpiricalRisk
-from robustdyn.measure import ComplexityMeasures, WeightCurvature
+from robustdyn.measure import ComplexityMeasures, Eigenpairs, Spectrum, WeightCurvature
 from robustdyn.records import read_table
 
 SOME = [
@@ -20,6 +20,7 @@ SOME = [
     "margin_mean_robust",
     "margin_mean_clean",
     "wci",
+    "hessian_trace",
 ]
 ATTACK = PGD(norm="linf", eps=0.1, step_size=0.05, steps=2, random_start="none")
 
@@ -74,7 +75,8 @@ def test_what_another_measurement_found_is_not_computed_again():
     (index,) = found["wci"]
     assert by_name["wci"]["value"] == index["wci"]
     assert by_name["wci"]["value_se"] == index["wci_se"]
-    assert by_name["wci"]["gradients"] == 0
+    assert by_name["hessian_trace"]["value"] == index["hessian_trace_all"]
+    assert by_name["wci"]["gradients"] == by_name["hessian_trace"]["gradients"] == 0
 
 
 def test_without_the_weights_before_training_a_distance_is_null_and_says_why():
@@ -107,10 +109,8 @@ def test_a_network_of_several_inputs_has_no_measures_and_says_why():
 
 
 def test_the_names_choose_the_measures():
-    cheap, every = ComplexityMeasures(names="without_searches"), ComplexityMeasures(names="all")
-    assert [m.name for m in every.measures] == list(MEASURES)
-    assert [m.name for m in cheap.measures] == [name for name, m in MEASURES.items() if not m.searches]
-    assert cheap.needs_initial
+    assert [m.name for m in ComplexityMeasures(names="all").measures] == list(MEASURES)
+    assert ComplexityMeasures(names="without_searches").needs_initial
     assert not ComplexityMeasures(names=["wci"]).needs_initial
     with pytest.raises(ValueError, match=r"frobenius_som, which is no measure; did you mean frobenius_sum"):
         ComplexityMeasures(names=["frobenius_som"])
@@ -118,6 +118,19 @@ def test_the_names_choose_the_measures():
         ComplexityMeasures(names=[])
     with pytest.raises(ValueError, match="names=some is not all"):
         ComplexityMeasures(names="some")
+
+
+def test_searches_are_left_out_unless_their_value_is_known():
+    model, inputs, targets = problem()
+    cheap = {"measures": ComplexityMeasures(names="without_searches")}
+    solved = {"spectrum": Spectrum(), **cheap}
+    expected = {name for name, measure in MEASURES.items() if not measure.searches}
+    assert set(values(measure_model(model, inputs, targets, measurements=cheap).rows)) == expected
+    found = measure_model(
+        model, inputs, targets, measurements=solved, eigenpairs=Eigenpairs(directions=2, tolerance=1e-6)
+    ).rows
+    assert set(values(found)) == expected | {"hessian_lambda_1"}
+    assert values(found)["hessian_lambda_1"] == found["spectrum"][0]["hessian_eigenvalue"]
 
 
 def test_a_recorder_compares_with_the_weights_that_it_saw_first(tmp_path):

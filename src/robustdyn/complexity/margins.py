@@ -18,6 +18,7 @@ from robustdyn.complexity.network import ComplexityMeasure, Invariance, MeasureV
 from robustdyn.complexity.norms import log_sum
 from robustdyn.complexity.values import mean_over_examples
 
+_OfLogits = Callable[[NetworkOnExamples, Tensor], MeasureValue]
 _FORWARD = 1 / 3  # of a gradient's cost
 _LOW, _HIGH = 0.0, 0.75  # of the boundary's thickness, as in its source
 _POINTS, _PAIRS = 32, 64  # on each segment; at most so many segments
@@ -80,11 +81,12 @@ def over_spectral(network: NetworkOnExamples, margin: MeasureValue) -> MeasureVa
     )
 
 
-def mean_entropy(logits: Tensor) -> MeasureValue:
+def mean_entropy(network: NetworkOnExamples, logits: Tensor) -> MeasureValue:
     """(1/m) Σ_i H(p_i) in nats, of the predicted probabilities p_i; the standard error is over examples.
 
     Args:
-        logits: (m, K).
+        network: Not read.
+        logits: (m, K), of its unperturbed or adversarial examples.
     """
     log_p = logits.double().log_softmax(dim=1)
     return mean_over_examples(-torch.special.xlogy(log_p.exp(), log_p.exp()).sum(dim=1), gradients=_FORWARD)
@@ -128,12 +130,20 @@ def _over_spectral(
     return over_spectral(network, margin(network))
 
 
+def _on_clean(measure: _OfLogits, network: NetworkOnExamples) -> MeasureValue:
+    return measure(network, network.clean_logits)
+
+
+def _on_adversarial(measure: _OfLogits, network: NetworkOnExamples) -> MeasureValue:
+    return measure(network, network.adversarial_logits)
+
+
 def _both(
-    measure: Callable[[NetworkOnExamples, Tensor], MeasureValue],
+    measure: _OfLogits,
 ) -> Iterator[tuple[str, Callable[[NetworkOnExamples], MeasureValue]]]:
     """The measure on unperturbed and on adversarial examples."""
-    yield "clean", lambda network: measure(network, network.clean_logits)
-    yield "robust", lambda network: measure(network, network.adversarial_logits)
+    yield "clean", partial(_on_clean, measure)
+    yield "robust", partial(_on_adversarial, measure)
 
 
 def _margins() -> Iterator[ComplexityMeasure]:
@@ -160,7 +170,7 @@ def _margins() -> Iterator[ComplexityMeasure]:
                 function=partial(_over_spectral, function),
                 invariances=outputs,
             )
-    for kind, function in _both(lambda network, logits: mean_entropy(logits)):
+    for kind, function in _both(mean_entropy):
         yield ComplexityMeasure(
             name=f"entropy_{kind}",
             label=f"entropy, {kind}",

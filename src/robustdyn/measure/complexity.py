@@ -31,8 +31,8 @@ class ComplexityMeasures:
     examples, and each computes all measures: they cost little, and so need nothing from each other.
 
     Args:
-        names: ``"without_searches"`` for all measures but those that search for a perturbation, ``"all"``, or
-            a list of names.
+        names: ``"without_searches"`` for all measures but those that search for a perturbation and that no
+            other measurement has found, ``"all"``, or a list of names.
 
     Raises:
         ValueError: A name is not known, or there is none.
@@ -47,7 +47,13 @@ class ComplexityMeasures:
             "measure/measures", "measurements.measures.names"
         ),
     ) -> None:
-        self.measures = _chosen(names)
+        self._names = _chosen(names)
+        self._searches = names != "without_searches"
+
+    @property
+    def measures(self) -> tuple[ComplexityMeasure, ...]:
+        """The measures that were chosen."""
+        return tuple(MEASURES[name] for name in self._names)
 
     @property
     def needs_initial(self) -> bool:
@@ -58,6 +64,9 @@ class ComplexityMeasures:
         """One ``measures`` row for each measure; without a value where it is undefined."""
         network = _network(snapshot)
         for measure in self.measures:
+            known = not isinstance(network, str) and measure.name in network.known
+            if measure.searches and not (self._searches or known):
+                continue
             started = time.perf_counter()
             result = (
                 MeasureValue(value=math.nan, undefined=network)
@@ -79,12 +88,10 @@ class ComplexityMeasures:
             )
 
 
-def _chosen(names: str | Sequence[str]) -> tuple[ComplexityMeasure, ...]:
+def _chosen(names: str | Sequence[str]) -> tuple[str, ...]:
     if isinstance(names, str):
-        if names == "all":
-            return tuple(MEASURES.values())
-        if names == "without_searches":
-            return tuple(measure for measure in MEASURES.values() if not measure.searches)
+        if names in ("all", "without_searches"):
+            return tuple(MEASURES)
         raise ValueError(f"names={names} is not all, without_searches or a list of names")
     for name in names:
         if name not in MEASURES:
@@ -93,7 +100,7 @@ def _chosen(names: str | Sequence[str]) -> tuple[ComplexityMeasure, ...]:
             raise ValueError(f"names has {name}, which is no measure; {known}")
     if not names:
         raise ValueError("names is empty; give all, without_searches or a list of names")
-    return tuple(MEASURES[name] for name in dict.fromkeys(names))
+    return tuple(dict.fromkeys(names))
 
 
 def _network(snapshot: Snapshot) -> NetworkOnExamples | str:
