@@ -106,7 +106,7 @@ def test_the_worst_case_is_worse_than_random_directions():
 
 @pytest.mark.parametrize("measure", MEASURES, ids=lambda m: m.name)
 def test_without_an_attack_there_is_no_robust_flatness(measure):
-    found = measure.function(on_examples(initialised(relu_network), attack=None))
+    found = measure(on_examples(initialised(relu_network), attack=None))
     assert math.isnan(found.value)
     assert "no attack" in found.undefined
 
@@ -117,9 +117,9 @@ def test_robust_flatness_does_not_depend_on_scales(measure, change):
     build, reparametrise = REPARAMETRISATIONS[change]
     assert change in measure.invariances
     network = on_examples(initialised(build))
-    before = measure.function(network).value
+    before = measure(network).value
     reparametrise(network.model)
-    after = measure.function(on_examples(network.model, like=network)).value
+    after = measure(on_examples(network.model, like=network)).value
     assert after == pytest.approx(before, rel=1e-9)
 
 
@@ -127,11 +127,11 @@ def test_robust_flatness_does_not_depend_on_scales(measure, change):
 def test_the_model_is_as_before_even_if_a_pass_fails(measure):
     network = on_examples(Fragile(initialised(relu_network)).eval())
     before = state_of(network.model)
-    assert math.isfinite(measure.function(network).value)
+    assert math.isfinite(measure(network).value)
     assert state_of(network.model) == before
     network.model.passes_left = 5
     with pytest.raises(RuntimeError, match="this pass fails"):
-        measure.function(network)
+        measure(network)
     assert state_of(network.model) == before
 
 
@@ -140,7 +140,7 @@ def test_the_value_does_not_depend_on_chunks(measure):
     network = on_examples(initialised(relu_network))
     whole = on_examples(network.model, like=network, chunk_size=None)
     # sums in another order, and signs of gradients that are zero up to rounding: none here
-    assert measure.function(whole).value == pytest.approx(measure.function(network).value, rel=1e-8)
+    assert measure(whole).value == pytest.approx(measure(network).value, rel=1e-8)
 
 
 def test_smoothness_and_flatness_stay_within_their_budget():
@@ -150,6 +150,6 @@ def test_smoothness_and_flatness_stay_within_their_budget():
     costs = {"search": 0.0, "pass": 0.0}
     for measure in ALL.values():
         if measure.family in ("smoothness", "flatness"):
-            costs["search" if measure.searches else "pass"] += measure.function(network).gradients
+            costs["search" if measure.searches else "pass"] += measure(network).gradients
     assert costs["pass"] < 25
     assert costs["pass"] + costs["search"] < 350

@@ -97,7 +97,7 @@ def test_no_random_point_of_the_ball_has_a_greater_loss(measure):
         risk = network.risk
         found = adaptive_sharpness(network).value
     else:
-        found = measure.function(network).value
+        found = measure(network).value
     scale, rho = (
         (torch.ones_like(theta), 0.05) if measure.name == "worst_case_sharpness" else (theta.abs(), 0.5)
     )
@@ -131,7 +131,7 @@ def test_normalised_sharpness_is_the_sharpness_of_the_normalised_network():
 
 def test_the_size_of_the_logits_counts_only_where_they_are_not_normalised():
     network = on_examples(initialised(relu_network))
-    before = {name: measure.function(network).value for name, measure in BY_NAME.items()}
+    before = {name: measure(network).value for name, measure in BY_NAME.items()}
     with torch.no_grad():
         network.model[2].weight *= 2
         network.model[2].bias *= 2
@@ -147,9 +147,9 @@ def test_the_size_of_the_logits_counts_only_where_they_are_not_normalised():
 def test_the_stated_invariances_hold_and_no_other(measure, change):
     build, reparametrise = REPARAMETRISATIONS[change]
     network = on_examples(initialised(build))
-    before = measure.function(network).value
+    before = measure(network).value
     reparametrise(network.model)
-    after = measure.function(on_examples(network.model, like=network)).value
+    after = measure(on_examples(network.model, like=network)).value
     if change in measure.invariances:
         assert after == pytest.approx(before, rel=1e-9)
     else:
@@ -160,11 +160,11 @@ def test_the_stated_invariances_hold_and_no_other(measure, change):
 def test_the_model_is_as_before_even_if_a_pass_fails(measure):
     network = on_examples(Fragile(initialised(relu_network)).eval())
     before = state_of(network.model)
-    assert math.isfinite(measure.function(network).value)
+    assert math.isfinite(measure(network).value)
     assert state_of(network.model) == before
     network.model.passes_left = 5
     with pytest.raises(RuntimeError, match="this pass fails"):
-        measure.function(network)
+        measure(network)
     assert state_of(network.model) == before
 
 
@@ -173,6 +173,6 @@ def test_a_network_whose_loss_is_not_finite_has_no_sharpness(measure):
     network = on_examples(initialised(relu_network))
     with torch.no_grad():
         network.model[0].weight[0, 0] = math.nan
-    found = measure.function(network)
+    found = measure(network)
     assert math.isnan(found.value)
     assert "not finite" in found.undefined

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robustdyn.complexity import NetworkOnExamples
+from robustdyn.complexity import NetworkOnExamples, UndefinedMeasure
 from robustdyn.complexity.weight_noise import MEASURES, magnitude_aware, pacbayes_sigma
 from robustdyn.curvature import EmpiricalRisk
 from tests.complexity.two_layer import Fragile, initialised, on_examples, relu_network, state_of
@@ -96,27 +96,27 @@ def test_more_samples_cost_more():
 def test_a_network_that_is_always_wrong_bears_any_noise():
     network = known_network()
     network.targets.fill_(1)  # now the error is 1, and noise can only lower it
-    found = pacbayes_sigma(network)
-    assert math.isnan(found.value)
-    assert "not even σ = 8 raises the error, 1, by 0.1" in found.undefined
+    with pytest.raises(UndefinedMeasure, match=r"not even σ = 8 raises the error, 1, by 0\.1"):
+        pacbayes_sigma(network)
 
 
 def test_a_network_that_bears_no_noise_at_all():
     network = known_network()
     with torch.no_grad():
         network.model.weight.fill_(1e-9)
-    assert "even σ = 3.1e-05" in pacbayes_sigma(network).undefined
+    with pytest.raises(UndefinedMeasure, match=r"even σ = 3\.1e-05"):
+        pacbayes_sigma(network)
 
 
 @pytest.mark.parametrize("measure", MEASURES, ids=lambda m: m.name)
 def test_the_model_is_as_before_even_if_a_pass_fails(measure):
     network = on_examples(Fragile(initialised(relu_network)).eval())
     before = state_of(network.model)
-    assert math.isfinite(measure.function(network).value)
+    assert math.isfinite(measure(network).value)
     assert state_of(network.model) == before
     network.model.passes_left = 5
     with pytest.raises(RuntimeError, match="this pass fails"):
-        measure.function(network)
+        measure(network)
     assert state_of(network.model) == before
 
 

@@ -7,19 +7,19 @@ statistics, and its weights and biases are parameters like all others; nothing i
 import torch
 from torch import Tensor, nn
 
-from robustdyn.complexity.network import ComplexityMeasure, MeasureValue, NetworkOnExamples
-from robustdyn.complexity.values import mean_over_examples, undefined, undefined_unless_finite
+from robustdyn.complexity.layers import UndefinedMeasure
+from robustdyn.complexity.network import ComplexityMeasure, Invariance, MeasureValue, NetworkOnExamples
+from robustdyn.complexity.values import mean_over_examples
 from robustdyn.curvature import EmpiricalRisk, Hessian, hutchinson_trace, lanczos, layer_traces
 from robustdyn.curvature.example_gradients import UnsupportedPassError
 from robustdyn.curvature.gauss_newton_blocks import example_gradient_norms, identity_obstacle
 from robustdyn.curvature.tape import gradients
+from robustdyn.defaults import default
 
 _FORWARD, _BACKWARD, _HESSIAN_PRODUCT = 1 / 3, 2 / 3, 3.0  # in gradients; graphs are not kept
-_PROBES = 8  # where there is no exact formula
 _LANCZOS_TOLERANCE, _LANCZOS_PRODUCTS = 1e-2, 20
 
 
-@undefined_unless_finite
 def hessian_trace(network: NetworkOnExamples) -> MeasureValue:
     """Tr H = Σ_k Tr H_kk over all parameter tensors.
 
@@ -33,13 +33,14 @@ def hessian_trace(network: NetworkOnExamples) -> MeasureValue:
     """
     risk, generator = network.risk, network.generator("hessian-trace")
     if identity_obstacle(risk, risk.names, generator) is not None:
-        sampled = hutchinson_trace(Hessian(risk), _PROBES, generator)
+        probes = default("measure/default", "measurements.weight_curvature.probes")
+        sampled = hutchinson_trace(Hessian(risk), probes, generator)
         return MeasureValue(
             value=sampled.estimate,
             standard_error=sampled.standard_error,
             gradients=_HESSIAN_PRODUCT * sampled.products,
         )
-    exact = layer_traces(risk, method="auto", probes=_PROBES, generator=generator, weights_only=False)
+    exact = layer_traces(risk, generator=generator, weights_only=False)
     cost = _BACKWARD if exact.estimator != "hutchinson" else _HESSIAN_PRODUCT
     return MeasureValue(
         value=float(exact.traces.sum()),
@@ -48,7 +49,6 @@ def hessian_trace(network: NetworkOnExamples) -> MeasureValue:
     )
 
 
-@undefined_unless_finite
 def hessian_lambda_1(network: NetworkOnExamples) -> MeasureValue:
     """λ_1, the largest eigenvalue of H.
 
@@ -67,14 +67,13 @@ def hessian_lambda_1(network: NetworkOnExamples) -> MeasureValue:
     )
     value, residual = float(found.eigenvalues[0]), float(found.residuals[0])
     if residual > _LANCZOS_TOLERANCE * abs(value):
-        return undefined(
+        raise UndefinedMeasure(
             f"Lanczos found no eigenvalue within {found.products} products: the residual of {value:.3g} is "
             f"still {residual:.2g}"
         )
     return MeasureValue(value=value, gradients=_HESSIAN_PRODUCT * found.products)
 
 
-@undefined_unless_finite
 def fisher_trace(network: NetworkOnExamples) -> MeasureValue:
     """(1/m) Σ_i ‖∇ℓ_i‖², the trace of the empirical Fisher matrix, which takes the true labels.
 
@@ -88,7 +87,9 @@ def fisher_trace(network: NetworkOnExamples) -> MeasureValue:
     """
     risk, generator = network.risk, network.generator("fisher-trace")
     if not risk.independent:
-        return undefined("an example has no gradient of its own: its loss depends on the other examples")
+        raise UndefinedMeasure(
+            "an example has no gradient of its own: its loss depends on the other examples"
+        )
     if identity_obstacle(risk, risk.names, generator) is None:
         try:
             norms = example_gradient_norms(risk, risk.names).sum(dim=1)
@@ -136,7 +137,7 @@ def relative_flatness(network: NetworkOnExamples) -> MeasureValue:
                 logits = risk.outputs(risk.parameters(), inputs)
                 last = [(features, weight) for features, weight, output in seen if output is logits]
                 if not last or last[0][0].dim() != 2:
-                    return undefined("the logits are not the output of a linear layer")
+                    raise UndefinedMeasure("the logits are not the output of a linear layer")
                 rows.append(_softmax_form(*last[0], logits))
     finally:
         for handle in handles:
@@ -183,6 +184,6 @@ MEASURES: tuple[ComplexityMeasure, ...] = (
         family="flatness",
         source="Petzka et al., NeurIPS 2021, definition 3",
         function=relative_flatness,
-        invariances=frozenset(["relu_rescaling", "batchnorm_scale"]),
+        invariances=frozenset[Invariance]({"relu_rescaling", "batchnorm_scale"}),
     ),
 )

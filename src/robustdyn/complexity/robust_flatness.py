@@ -14,18 +14,19 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from robustdyn.attacks import PGD
-from robustdyn.complexity.network import ComplexityMeasure, MeasureValue, NetworkOnExamples
+from robustdyn.complexity.layers import UndefinedMeasure
+from robustdyn.complexity.network import ComplexityMeasure, Invariance, MeasureValue, NetworkOnExamples
 from robustdyn.complexity.smoothness import NO_RADIUS
-from robustdyn.complexity.values import mean_of_samples, undefined, undefined_unless_finite
+from robustdyn.complexity.values import mean_of_samples
 from robustdyn.curvature import EmpiricalRisk
 from robustdyn.curvature.probes import gaussian
 from robustdyn.curvature.vectors import norm
 
+_BOTH = frozenset[Invariance]({"relu_rescaling", "batchnorm_scale"})
 _NORMALISATIONS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
 _TINY = 1e-20  # a tensor without a gradient does not move
 
 
-@undefined_unless_finite
 def average_robust_flatness(
     network: NetworkOnExamples, *, xi: float = 0.5, samples: int = 10
 ) -> MeasureValue:
@@ -45,7 +46,7 @@ def average_robust_flatness(
     """
     attack = network.attack
     if attack is None or attack.eps == 0:
-        return undefined(NO_RADIUS)
+        raise UndefinedMeasure(NO_RADIUS)
     attack = replace(attack, batchnorm="eval")
     risk, generator = network.risk, network.generator("average-robust-flatness")
     theta, before = risk.theta(), risk.value()
@@ -59,7 +60,6 @@ def average_robust_flatness(
     )
 
 
-@undefined_unless_finite
 def worst_robust_flatness(
     network: NetworkOnExamples,
     *,
@@ -87,7 +87,7 @@ def worst_robust_flatness(
     """
     attack = network.attack
     if attack is None or attack.eps == 0:
-        return undefined(NO_RADIUS)
+        raise UndefinedMeasure(NO_RADIUS)
     risk, generator = network.risk, network.generator("worst-robust-flatness")
     theta, before, lengths = risk.theta(), risk.value(), _lengths(risk)
     increases = []
@@ -188,7 +188,7 @@ MEASURES: tuple[ComplexityMeasure, ...] = (
         source="Stutz et al., ICCV 2021, section 3",
         function=average_robust_flatness,
         searches=True,
-        invariances=frozenset(["relu_rescaling", "batchnorm_scale"]),
+        invariances=_BOTH,
     ),
     ComplexityMeasure(
         name="worst_robust_flatness",
@@ -197,6 +197,6 @@ MEASURES: tuple[ComplexityMeasure, ...] = (
         source="Stutz et al., ICCV 2021, section 3",
         function=worst_robust_flatness,
         searches=True,
-        invariances=frozenset(["relu_rescaling", "batchnorm_scale"]),
+        invariances=_BOTH,
     ),
 )

@@ -3,16 +3,15 @@
 import torch
 from torch import Tensor
 
-from robustdyn.complexity.network import ComplexityMeasure, MeasureValue, NetworkOnExamples
-from robustdyn.complexity.values import undefined_unless_finite
+from robustdyn.complexity.network import ComplexityMeasure, Invariance, MeasureValue, NetworkOnExamples
 from robustdyn.curvature import EmpiricalRisk, cross_entropy
 from robustdyn.curvature.vectors import norm
 
 _STEPS = 10
+_BOTH = frozenset[Invariance]({"relu_rescaling", "batchnorm_scale"})
 _SMALLEST_LOGITS = 1e-10  # Andriushchenko et al., code
 
 
-@undefined_unless_finite
 def worst_case_sharpness(network: NetworkOnExamples, *, rho: float = 0.05) -> MeasureValue:
     """The maximum of L(w + v) − L(w) over ‖v‖₂ ≤ ρ, ρ = 0.05.
 
@@ -29,7 +28,6 @@ def worst_case_sharpness(network: NetworkOnExamples, *, rho: float = 0.05) -> Me
     return _sharpness(risk, torch.ones(risk.numel, dtype=risk.dtype, device=risk.device), rho)
 
 
-@undefined_unless_finite
 def adaptive_sharpness(network: NetworkOnExamples, *, rho: float = 0.5) -> MeasureValue:
     """The maximum of L(w + v) − L(w) over ‖v / |w|‖₂ ≤ ρ, weight by weight, ρ = 0.5.
 
@@ -42,7 +40,6 @@ def adaptive_sharpness(network: NetworkOnExamples, *, rho: float = 0.5) -> Measu
     return _sharpness(network.risk, network.risk.theta().abs(), rho)
 
 
-@undefined_unless_finite
 def normalised_adaptive_sharpness(network: NetworkOnExamples, *, rho: float = 0.5) -> MeasureValue:
     """``adaptive_sharpness`` of the loss of normalised logits, (z − z̄) / ‖z − z̄‖₂.
 
@@ -116,7 +113,7 @@ MEASURES: tuple[ComplexityMeasure, ...] = (
         source="Kwon et al., ICML 2021, definition 2",
         function=adaptive_sharpness,
         searches=True,
-        invariances=frozenset(["relu_rescaling", "batchnorm_scale"]),
+        invariances=_BOTH,
     ),
     ComplexityMeasure(
         name="normalised_adaptive_sharpness",
@@ -125,6 +122,6 @@ MEASURES: tuple[ComplexityMeasure, ...] = (
         source="Andriushchenko et al., ICML 2023, eq. 2",
         function=normalised_adaptive_sharpness,
         searches=True,
-        invariances=frozenset(["relu_rescaling", "batchnorm_scale"]),
+        invariances=_BOTH,
     ),
 )

@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from robustdyn.attacks import summed_cross_entropy
-from robustdyn.complexity.network import ComplexityMeasure, MeasureValue, NetworkOnExamples
-from robustdyn.complexity.values import mean_over_examples, undefined
+from robustdyn.complexity.layers import UndefinedMeasure
+from robustdyn.complexity.network import ComplexityMeasure, Invariance, MeasureValue, NetworkOnExamples
+from robustdyn.complexity.values import mean_over_examples
 from robustdyn.models.modes import frozen_parameters
 
-FUNCTION_ONLY: frozenset[Literal["relu_rescaling", "batchnorm_scale"]] = frozenset(
-    ["relu_rescaling", "batchnorm_scale"]
-)
+_BOTH = frozenset[Invariance]({"relu_rescaling", "batchnorm_scale"})
 NO_RADIUS = "there is no attack, or its radius is zero, so that the ball around an input is a point"
 
 _LIPSCHITZ_STEPS = 10
@@ -40,7 +39,7 @@ def local_lipschitz(network: NetworkOnExamples) -> MeasureValue:
     """
     attack = network.attack
     if attack is None or attack.eps == 0:
-        return undefined(NO_RADIUS)
+        raise UndefinedMeasure(NO_RADIUS)
     search = replace(
         attack,
         steps=_LIPSCHITZ_STEPS,
@@ -58,7 +57,7 @@ def local_lipschitz(network: NetworkOnExamples) -> MeasureValue:
             steepest = search.climb(slope, clean, clean, start, lambda ratios, _: ratios.sum())
             with torch.no_grad():
                 slopes.append(slope(steepest))
-    return mean_over_examples(_of_all(network, slopes), gradients=_LIPSCHITZ_STEPS + 2 / 3)
+    return mean_over_examples(torch.cat(slopes), gradients=_LIPSCHITZ_STEPS + 2 / 3)
 
 
 class _Slope(nn.Module):
@@ -86,7 +85,7 @@ def prediction_divergence(network: NetworkOnExamples) -> MeasureValue:
     clean = F.log_softmax(network.clean_logits.double(), dim=1)
     attacked = F.log_softmax(network.adversarial_logits.double(), dim=1)
     divergences = F.kl_div(attacked, clean, log_target=True, reduction="none").sum(dim=1)
-    return mean_over_examples(network.risk.shards.rows(divergences), gradients=2 / 3)
+    return mean_over_examples(divergences, gradients=2 / 3)
 
 
 def input_gradient_norm(network: NetworkOnExamples, *, order: Literal[1, 2]) -> MeasureValue:
@@ -104,7 +103,7 @@ def input_gradient_norm(network: NetworkOnExamples, *, order: Literal[1, 2]) -> 
     """
     slopes = _input_gradients(network, network.clean)
     norms = torch.linalg.vector_norm(slopes, ord=order, dim=1)
-    return mean_over_examples(network.risk.shards.rows(norms), gradients=1.0)
+    return mean_over_examples(norms, gradients=1.0)
 
 
 def gradient_alignment(network: NetworkOnExamples) -> MeasureValue:
@@ -119,20 +118,20 @@ def gradient_alignment(network: NetworkOnExamples) -> MeasureValue:
     """
     attack = network.attack
     if attack is None or attack.eps == 0:
-        return undefined(NO_RADIUS)
+        raise UndefinedMeasure(NO_RADIUS)
     noise = replace(attack, random_start="uniform", valid_range=(-math.inf, math.inf))
     shifted = noise.start(network.clean, network.generator("gradient-alignment"))
     here, there = _input_gradients(network, network.clean), _input_gradients(network, shifted)
     lengths = here.norm(dim=1) * there.norm(dim=1)
-    cosines = network.risk.shards.rows((here * there).sum(dim=1) / lengths)  # 0/0 without a direction
-    directed = network.risk.shards.rows(lengths) > 0
+    directed = lengths > 0
     if not bool(directed.any()):
-        return undefined("the loss has no input gradient on any example, so that there is no direction")
-    return mean_over_examples(cosines[directed], gradients=2.0)
+        raise UndefinedMeasure("the loss has no input gradient on any example, so that there is no direction")
+    cosines = (here * there).sum(dim=1)[directed] / lengths[directed]
+    return mean_over_examples(cosines, gradients=2.0)
 
 
 def _input_gradients(network: NetworkOnExamples, inputs: Tensor) -> Tensor:
-    """∇_x ℓ of this process's examples, (m, D) float64."""
+    """∇_x ℓ of every example, (m, D) float64."""
     rows = []
     with network.risk.guard(), frozen_parameters(network.model):
         for part, targets in _chunks(network, inputs, network.targets):
@@ -143,13 +142,8 @@ def _input_gradients(network: NetworkOnExamples, inputs: Tensor) -> Tensor:
 
 
 def _chunks(network: NetworkOnExamples, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The chunks of tensors that have an entry for each of this process's examples."""
+    """The chunks of tensors that have an entry for each example."""
     return zip(*(tensor.split(network.risk.chunk_size) for tensor in tensors), strict=True)
-
-
-def _of_all(network: NetworkOnExamples, parts: list[Tensor]) -> Tensor:
-    """The numbers of all examples, from the chunks of this process."""
-    return network.risk.shards.rows(torch.cat(parts))
 
 
 MEASURES: tuple[ComplexityMeasure, ...] = (
@@ -160,7 +154,7 @@ MEASURES: tuple[ComplexityMeasure, ...] = (
         source="Yang et al., NeurIPS 2020, section 5",
         function=local_lipschitz,
         searches=True,
-        invariances=FUNCTION_ONLY,
+        invariances=_BOTH,
     ),
     ComplexityMeasure(
         name="prediction_divergence",
@@ -168,7 +162,7 @@ MEASURES: tuple[ComplexityMeasure, ...] = (
         family="smoothness",
         source="Zhang et al., ICML 2019, eq. 5",
         function=prediction_divergence,
-        invariances=FUNCTION_ONLY,
+        invariances=_BOTH,
     ),
     ComplexityMeasure(
         name="input_gradient_l1",
@@ -176,7 +170,7 @@ MEASURES: tuple[ComplexityMeasure, ...] = (
         family="smoothness",
         source="Simon-Gabriel et al., ICML 2019, section 2",
         function=partial(input_gradient_norm, order=1),
-        invariances=FUNCTION_ONLY,
+        invariances=_BOTH,
     ),
     ComplexityMeasure(
         name="input_gradient_l2",
@@ -184,7 +178,7 @@ MEASURES: tuple[ComplexityMeasure, ...] = (
         family="smoothness",
         source="Simon-Gabriel et al., ICML 2019, section 2",
         function=partial(input_gradient_norm, order=2),
-        invariances=FUNCTION_ONLY,
+        invariances=_BOTH,
     ),
     ComplexityMeasure(
         name="gradient_alignment",
@@ -192,6 +186,6 @@ MEASURES: tuple[ComplexityMeasure, ...] = (
         family="smoothness",
         source="Andriushchenko & Flammarion, NeurIPS 2020, eq. 4",
         function=gradient_alignment,
-        invariances=FUNCTION_ONLY,
+        invariances=_BOTH,
     ),
 )

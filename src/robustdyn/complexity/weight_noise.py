@@ -7,8 +7,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from robustdyn.complexity.layers import UndefinedMeasure
 from robustdyn.complexity.network import ComplexityMeasure, MeasureValue, NetworkOnExamples
-from robustdyn.complexity.values import undefined
 from robustdyn.curvature import EmpiricalRisk
 from robustdyn.curvature.probes import gaussian
 
@@ -73,9 +73,9 @@ def pacbayes_sigma(
     low, high = _WEAKEST, _STRONGEST
     below, above = rises(low), rises(high)
     if float(below.mean()) > increase:
-        return undefined(f"even σ = {2**low:.2g} raises the error by more than {increase:g}")
+        raise UndefinedMeasure(f"even σ = {2**low:.2g} raises the error by more than {increase:g}")
     if float(above.mean()) <= increase:
-        return undefined(f"not even σ = {2**high:g} raises the error, {before:.2g}, by {increase:g}")
+        raise UndefinedMeasure(f"not even σ = {2**high:g} raises the error, {before:.2g}, by {increase:g}")
     for _ in range(_BISECTIONS):
         if high - low >= _SLOPE_OCTAVES:
             slope = float(above.mean() - below.mean()) / (high - low)  # by log2 σ
