@@ -13,6 +13,7 @@ from robustdyn.complexity import MEASURES, NetworkOnExamples
 from robustdyn.curvature import EmpiricalRisk
 from robustdyn.measure import ComplexityMeasures, Eigenpairs, Spectrum, WeightCurvature
 from robustdyn.records import read_table
+from tests.runs import command, rows, tiny_but
 
 SOME = [
     "frobenius_sum",
@@ -176,3 +177,33 @@ def test_a_measure_is_computed_once_where_it_is_known():
     again = MEASURES["wci"](dataclasses.replace(network, known={"wci": known}))
     assert again is known
     assert math.isfinite(known.value)
+
+
+def test_a_resumed_run_compares_with_the_weights_before_training(tmp_path, monkeypatch):
+    settings = (
+        *tiny_but("measure.", "trainer.max_epochs"),
+        "measure=measures",
+        "measure.epochs=every 1",
+        "measure.examples=8",
+        "measure.second_attack=2",
+        "measure.measurements.measures.names=[frobenius_distance]",
+        *(f"measure.measurements.{name}=null" for name in ("spectrum", "alignment", "weight_curvature")),
+        "report=false",
+    )
+    whole, halted = tmp_path / "whole", tmp_path / "halted"
+    for directory, epochs in ((whole, 2), (halted, 1), (halted, 2)):
+        assert (
+            command(
+                monkeypatch,
+                *settings,
+                f"trainer.max_epochs={epochs}",
+                "resume=changed",
+                f"hydra.run.dir={directory}",
+            )
+            == 0
+        )
+    first, second = (
+        [(row["epoch"], row["value"]) for row in rows(directory, "measures")] for directory in (whole, halted)
+    )
+    assert first == second
+    assert first[1][1] > first[0][1] > 0
