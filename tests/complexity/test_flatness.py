@@ -16,6 +16,9 @@ from robustdyn.complexity.flatness import (
     hessian_trace,
     relative_flatness,
 )
+from robustdyn.curvature import EmpiricalRisk
+from robustdyn.curvature.gauss_newton_blocks import example_gradient_norms
+from tests.cases import CASES
 from tests.complexity.two_layer import (
     EXAMPLES,
     REPARAMETRISATIONS,
@@ -80,6 +83,17 @@ def test_the_fisher_trace_is_the_mean_squared_gradient_of_an_example(build):
     found = fisher_trace(network)
     assert found.value == pytest.approx(float(squares.mean()), **_approx())
     assert found.standard_error == pytest.approx(float(squares.std()) / EXAMPLES**0.5, **_approx())
+
+
+@pytest.mark.parametrize("name", ["conv_norm_uneven", "preact"])
+def test_one_pass_gives_every_example_s_gradient_norm_for_each_tensor(name):
+    case = CASES[name]
+    model, inputs, targets = case.problem()
+    risk = EmpiricalRisk(model, inputs, targets, chunk_size=case.chunk_size)
+    found = example_gradient_norms(risk, risk.names)
+    for row, x, y in zip(found, inputs, targets, strict=True):
+        slopes = torch.autograd.grad(F.cross_entropy(model(x[None]), y[None]), list(model.parameters()))
+        torch.testing.assert_close(row, torch.stack([s.square().sum() for s in slopes]), **EXACT64)
 
 
 @pytest.mark.parametrize("build", [relu_network, tanh_network, batchnorm_network])
