@@ -11,7 +11,8 @@ import argparse
 import dataclasses
 import statistics
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from functools import partial
 
 import common
 import torch
@@ -96,8 +97,8 @@ def main() -> None:
         torch.autograd.grad(nn.functional.cross_entropy(logits, measured.targets), weights)
 
     gradient()
-    variants = {"gradient": common.timed(gradient)}
-    variants |= {name: lambda names=names: seconds(measured, names) for name, names in parts.items()}
+    variants: dict[str, Callable[[], float]] = {"gradient": common.timed(gradient)}
+    variants |= {name: partial(seconds, measured, names) for name, names in parts.items()}
     times = common.alternate(variants, args.rounds)
     one = statistics.median(times["gradient"])
     cost = {name: statistics.median(times[name]) / one for name in parts}

@@ -101,7 +101,7 @@ def fisher_rao(network):
     for x, y in zip(network.adversarial, network.targets, strict=True):
         loss = F.cross_entropy(network.model(x[None]), y[None])
         slopes = torch.autograd.grad(loss, list(parameters.values()))
-        total.append(sum(float((p * g).sum()) for p, g in zip(parameters.values(), slopes, strict=True)) ** 2)
+        total.append(sum((p * g).sum().item() for p, g in zip(parameters.values(), slopes, strict=True)) ** 2)
     return torch.tensor(total, dtype=torch.float64)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from robustdyn.complexity.layers import UndefinedMeasure
 from robustdyn.complexity.network import ComplexityMeasure, Invariance, MeasureValue, NetworkOnExamples
 from robustdyn.complexity.values import mean_over_examples
-from robustdyn.curvature import EmpiricalRisk, Hessian, hutchinson_trace, lanczos, layer_traces
+from robustdyn.curvature import EmpiricalRisk, Hessian, hutchinson_trace, lanczos
 from robustdyn.curvature.example_gradients import UnsupportedPassError
 from robustdyn.curvature.gauss_newton_blocks import example_gradient_norms, identity_obstacle
 from robustdyn.curvature.tape import gradients
@@ -40,7 +40,7 @@ def hessian_trace(network: NetworkOnExamples) -> MeasureValue:
             standard_error=sampled.standard_error,
             gradients=_HESSIAN_PRODUCT * sampled.products,
         )
-    exact = layer_traces(risk, generator=generator, weights_only=False)
+    exact = network.layer_traces
     cost = _BACKWARD if exact.estimator != "hutchinson" else _HESSIAN_PRODUCT
     return MeasureValue(
         value=float(exact.traces.sum()),

@@ -5,13 +5,10 @@ Parameters are taken as they are: BatchNorm is not folded.
 
 from dataclasses import dataclass
 
-import torch
-
 from robustdyn.complexity.layers import UndefinedMeasure
 from robustdyn.complexity.network import ComplexityMeasure, Invariance, MeasureValue, NetworkOnExamples
-from robustdyn.curvature import EigenResult, EmpiricalRisk, LayerTraces, layer_traces
+from robustdyn.curvature import EmpiricalRisk, LayerTraces
 from robustdyn.curvature.gradient_covariance import gradient_projections
-from robustdyn.defaults import default
 from robustdyn.theory import WeightCurvatureIndex, weight_curvature_index
 
 
@@ -21,43 +18,22 @@ class IndexOfLayers:
 
     Attributes:
         index: Its value, error and terms.
-        traces: Of all parameter tensors.
-        weights: Which of them are weight matrices.
+        weights: Which of the tensors are weight matrices.
         norms: ‖W_k‖²_F of these.
     """
 
     index: WeightCurvatureIndex
-    traces: LayerTraces
     weights: list[int]
     norms: list[float]
 
 
-def index_of_layers(
-    risk: EmpiricalRisk,
-    *,
-    probes: int,
-    exact_classes_up_to: int,
-    generator: torch.Generator,
-    known: EigenResult | None = None,
-) -> IndexOfLayers:
+def index_of_layers(risk: EmpiricalRisk, traces: LayerTraces) -> IndexOfLayers:
     """The Weight-Curvature Index over weight matrices, equation (39) of docs/theory.md.
 
     Args:
         risk: On the adversarial examples.
-        probes: As for ``robustdyn.curvature.layer_traces``.
-        exact_classes_up_to: See there.
-        generator: See there.
-        known: Eigenpairs of the Hessian, if there are any.
+        traces: Of all its parameter tensors.
     """
-    traces = layer_traces(
-        risk,
-        method="auto",
-        probes=probes,
-        exact_classes_up_to=exact_classes_up_to,
-        generator=generator,
-        weights_only=False,
-        known=known,
-    )
     tensors = risk.parameters()
     weights = [index for index, name in enumerate(traces.names) if tensors[name].dim() > 1]
     norms = [float(tensors[traces.names[k]].detach().double().square().sum()) for k in weights]
@@ -68,7 +44,7 @@ def index_of_layers(
         standard_error=traces.standard_errors[weights].numpy() if examples is None else None,
         example_traces=None if examples is None else examples[:, weights].numpy(),
     )
-    return IndexOfLayers(index, traces, weights, norms)
+    return IndexOfLayers(index, weights, norms)
 
 
 def wci(network: NetworkOnExamples) -> MeasureValue:
@@ -79,17 +55,13 @@ def wci(network: NetworkOnExamples) -> MeasureValue:
     Cost: a reverse pass for each class, or for each of 8 probes above ten classes, and a gradient's worth for
     the checks. The standard error is over examples, and over probes where there are any.
     """
-    found = index_of_layers(
-        network.risk,
-        probes=default("measure/default", "measurements.weight_curvature.probes"),
-        exact_classes_up_to=default("measure/default", "measurements.weight_curvature.exact_classes_up_to"),
-        generator=network.generator("wci"),
-    )
-    pass_cost = 3.0 if found.traces.estimator == "hutchinson" else 2 / 3
+    traces = network.layer_traces
+    index = index_of_layers(network.risk, traces).index
+    pass_cost = 3.0 if traces.estimator == "hutchinson" else 2 / 3
     return MeasureValue(
-        value=found.index.value,
-        standard_error=found.index.standard_error,
-        gradients=1 + pass_cost * found.traces.products,
+        value=index.value,
+        standard_error=index.standard_error,
+        gradients=1 + pass_cost * traces.products,
     )
 
 

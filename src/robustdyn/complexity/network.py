@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from robustdyn import streams
 from robustdyn.attacks import PGD
 from robustdyn.complexity.layers import FoldedLayers, UndefinedMeasure, folded_layers
-from robustdyn.curvature import EmpiricalRisk
+from robustdyn.curvature import EmpiricalRisk, LayerTraces, layer_traces
 
 Invariance = Literal["relu_rescaling", "batchnorm_scale"]
 Family = Literal["norm", "margin", "smoothness", "flatness", "index"]
@@ -47,6 +47,11 @@ class NetworkOnExamples:
     def generator(self, stream: str) -> torch.Generator:
         """Random stream of one measure, a function of (seed, stream)."""
         return streams.generator(self.seed, f"complexity-{stream}", device=self.clean.device)
+
+    @cached_property
+    def layer_traces(self) -> LayerTraces:
+        """Tr H_kk of every parameter tensor, which the index and the trace of H share."""
+        return layer_traces(self.risk, generator=self.generator("layer-traces"), weights_only=False)
 
     @cached_property
     def clean_logits(self) -> Tensor:

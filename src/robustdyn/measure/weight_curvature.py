@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 from robustdyn.complexity.index import index_of_layers
+from robustdyn.curvature import layer_traces
 from robustdyn.defaults import default
 from robustdyn.measure.plan import TableRow
 from robustdyn.measure.snapshot import Snapshot
@@ -36,14 +37,17 @@ class WeightCurvature:
     def measure(self, snapshot: Snapshot) -> Iterator[TableRow]:
         """One ``wci`` row, then one ``layers`` row per convolution kernel or linear weight."""
         started = time.perf_counter()
-        found = index_of_layers(
+        traces = layer_traces(
             snapshot.risk,
+            method="auto",
             probes=self._probes,
             exact_classes_up_to=self._exact_classes_up_to,
             generator=snapshot.generator("layer-traces"),
+            weights_only=False,
             known=snapshot.solved.get("hessian"),
         )
-        index, traces, weights, norms = found.index, found.traces, found.weights, found.norms
+        found = index_of_layers(snapshot.risk, traces)
+        index, weights, norms = found.index, found.weights, found.norms
         tensors, names = snapshot.risk.parameters(), [traces.names[k] for k in weights]
         trace, error = traces.traces[weights].numpy(), traces.standard_errors[weights].numpy()
         yield (
