@@ -1,5 +1,6 @@
 import re
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -8,6 +9,7 @@ from robustdyn.errors import RecordError
 from robustdyn.records import find_runs, read_table
 from robustdyn.report import style
 from robustdyn.report.page import build_report
+from robustdyn.report.page_tables import last_measures
 from tests.conftest import SAVE
 from tests.records.synthetic import write_hydra, write_run
 
@@ -181,3 +183,19 @@ def test_an_output_that_cannot_be_written_is_named(tmp_path):
         RecordError, match=r"taken: cannot write the report \(.*\); free space, or .* --output DIR"
     ):
         build_report(run, tmp_path / "taken")
+
+
+def test_measures_of_the_last_epoch():
+    frame = pd.DataFrame(
+        [
+            ("a", 0, "path_norm", 1.0, float("nan")),
+            ("a", 4, "path_norm", 2.5, float("nan")),
+            ("a", 4, "wci", 30.123, 0.25),
+            ("b", 2, "wci", float("nan"), float("nan")),
+        ],
+        columns=["run", "epoch", "measure", "value", "value_se"],
+    )
+    runs = [SimpleNamespace(label=name) for name in ("a", "b", "without")]
+    heads, rows = last_measures(runs, frame)
+    assert heads == ("a, epoch 4", "b, epoch 2")
+    assert rows == [("path_norm", ("2.5", "–")), ("wci", ("30.12 ± 0.25", "–"))]

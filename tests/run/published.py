@@ -39,6 +39,7 @@ def write_epoch(records, epoch):
         for kind in ("hessian", "noise"):
             records.append("density", row_of("density", epoch, kind=kind, probe=0, index=index))
     records.append("layers", row_of("layers", epoch))
+    records.append("measures", row_of("measures", epoch, measure="path_norm"))
     records.append("costs", row_of("costs", epoch, part="all"))
     # the minimum lies in the middle of the run
     records.append("epochs", row_of("epochs", epoch, test_robust_loss=1.0 + abs(epoch - 1)))
@@ -56,7 +57,7 @@ def recorded(run_dir, *, but=()):
         table = path.stem
         if table in ("density", "posterior", *but):
             continue
-        extra = {"spectrum": "index", "layers": "layer", "costs": "part"}.get(table)
+        extra = {"spectrum": "index", "layers": "layer", "costs": "part", "measures": "measure"}.get(table)
         for line in path.read_text().splitlines():
             row = json.loads(line)
             step = row["step"] + 1 if table == "rates" else row["step"]

@@ -118,7 +118,7 @@ class PGD:
             raise RuntimeError("an attack needs gradients: construct the Trainer with inference_mode=False")
         images = images.detach()
         adversarial = torch.empty_like(images).copy_(start.detach())  # in the images' memory layout
-        step = self._stepper(images)
+        step = self.stepper(images)
         with torch.enable_grad(), self.mode(model), frozen_parameters(model):
             for _ in range(self.steps):
                 adversarial.requires_grad_(True)
@@ -159,8 +159,13 @@ class PGD:
         scale = self.eps * radius.pow(1 / images[0].numel()) / _norms(noise)
         return (images + noise * _per_example(scale, noise)).clamp_(*self.valid_range)
 
-    def _stepper(self, images: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-        """One step from (adversarial, gradient), which may be overwritten, around ``images``."""
+    def stepper(self, images: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """One step of the attack on ``images`` (B, C, H, W), for those that climb something else as well.
+
+        Returns:
+            (adversarial, the objective's gradient there), both of which may be overwritten, -> the next
+            adversarial images.
+        """
         if self.norm == "linf":
             # the ball cut with the box is a box
             least, greatest = self.valid_range

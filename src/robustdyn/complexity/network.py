@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from robustdyn import streams
 from robustdyn.attacks import PGD
-from robustdyn.curvature import EmpiricalRisk
+from robustdyn.complexity.layers import FoldedLayers, UndefinedMeasure, folded_layers
+from robustdyn.curvature import EmpiricalRisk, LayerTraces, layer_traces
 
+Invariance = Literal["relu_rescaling", "batchnorm_scale"]
 Family = Literal["norm", "margin", "smoothness", "flatness", "index"]
 
 
@@ -28,6 +30,7 @@ class NetworkOnExamples:
         risk: Mean cross-entropy over the adversarial examples as a function of the weights.
         attack: The attack; it gives measures that attack again their norm and radius. None if there is none.
         initial: The parameters before training by name; None if they are not known.
+        known: Values that are known already, by the name of the measure, which are not computed again.
         seed: Of all random numbers.
     """
 
@@ -38,6 +41,7 @@ class NetworkOnExamples:
     risk: EmpiricalRisk
     attack: PGD | None = None
     initial: Mapping[str, Tensor] | None = None
+    known: Mapping[str, "MeasureValue"] = field(default_factory=dict)
     seed: int = 0
 
     def generator(self, stream: str) -> torch.Generator:
@@ -45,17 +49,33 @@ class NetworkOnExamples:
         return streams.generator(self.seed, f"complexity-{stream}", device=self.clean.device)
 
     @cached_property
+    def layer_traces(self) -> LayerTraces:
+        """Tr H_kk of every parameter tensor, which the index and the trace of H share."""
+        return layer_traces(self.risk, generator=self.generator("layer-traces"), weights_only=False)
+
+    @cached_property
     def clean_logits(self) -> Tensor:
         """Logits (m, K) of the unperturbed examples."""
-        return self._logits(self.clean)
+        return self.logits(self.clean)
 
     @cached_property
     def adversarial_logits(self) -> Tensor:
         """Logits (m, K) of the adversarial examples."""
-        return self._logits(self.adversarial)
+        return self.logits(self.adversarial)
 
-    def _logits(self, inputs: Tensor) -> Tensor:
-        with torch.no_grad():
+    @cached_property
+    def layers(self) -> FoldedLayers:
+        """The convolutions and linear layers, with the scale of BatchNorm folded into them.
+
+        Raises:
+            UndefinedMeasure: They do not say what the network does; see ``folded_layers``.
+        """
+        with self.risk.guard():
+            return folded_layers(self.model, self.clean[:1], self.initial)
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        """Logits of any inputs (B, ...)."""
+        with self.risk.guard(), torch.no_grad():
             return torch.cat([self.model(part) for part in inputs.split(self.risk.chunk_size)])
 
 
@@ -83,14 +103,15 @@ class MeasureValue:
 
 @dataclass(frozen=True, kw_only=True)
 class ComplexityMeasure:
-    """One complexity measure, with what docs/measures.md says about it.
+    """One complexity measure, with what docs/measures.md says about it; calling it computes it.
 
     Attributes:
         name: In records and settings, such as ``frobenius_sum``.
         label: In figures.
         family: What it measures.
         source: Paper and equation.
-        function: Computes it.
+        function: Computes it; raises ``UndefinedMeasure`` where it has no value.
+        needs_initial: Whether it compares the weights with those before training.
         searches: Whether it searches for a perturbation of weights or inputs, which costs many gradients.
         invariances: Changes of the weights that leave the network's function and this measure as they were:
             ``"relu_rescaling"`` (a layer times c, the next one by 1/c) and ``"batchnorm_scale"`` (a layer in
@@ -102,5 +123,18 @@ class ComplexityMeasure:
     family: Family
     source: str
     function: Callable[[NetworkOnExamples], MeasureValue]
+    needs_initial: bool = False
     searches: bool = False
-    invariances: frozenset[Literal["relu_rescaling", "batchnorm_scale"]] = frozenset()
+    invariances: frozenset[Invariance] = frozenset()
+
+    def __call__(self, network: NetworkOnExamples) -> MeasureValue:
+        """The known value, or else a computed one; NaN with a reason where the measure is undefined."""
+        if self.name in network.known:
+            return network.known[self.name]
+        try:
+            result = self.function(network)
+        except (UndefinedMeasure, FloatingPointError, ValueError) as error:
+            return MeasureValue(value=math.nan, undefined=" ".join(str(error).split()))
+        if math.isinf(result.value):
+            return MeasureValue(value=math.nan, gradients=result.gradients, undefined="its value overflows")
+        return result

@@ -117,6 +117,29 @@ def sampled_squared_norms(
     return _gathered(risk, rows()), probes
 
 
+def example_gradient_norms(risk: EmpiricalRisk, names: tuple[str, ...]) -> Tensor:
+    """‖∇_k ℓ_i‖² of every example and tensor, from one reverse pass.
+
+    Returns:
+        (m, L) float64 on the CPU.
+
+    Raises:
+        UnsupportedPassError: On some chunk the formulas of the layers do not hold.
+    """
+
+    def rows() -> Iterator[Tensor]:
+        with risk.guard(), SquaredGradientNorms(_modules(risk), names, 1) as norms:
+            for inputs, targets in risk.chunks():
+                _inspect(risk, names, norms, inputs)
+                inputs, outputs = _forward(risk, norms, inputs)
+                leaf = outputs.detach().requires_grad_()
+                (slopes,) = gradients(risk.losses_of(leaf, targets).sum(), (leaf,))
+                _reverse(inputs, outputs, slopes, last=True)
+                yield norms.totals.cpu()
+
+    return _gathered(risk, rows())
+
+
 def _gathered(risk: EmpiricalRisk, rows: Iterator[Tensor]) -> Tensor:
     """The rows of all processes (m, L).
 

@@ -3,6 +3,7 @@
 from robustdyn.measure.alignment import Alignment
 from robustdyn.measure.bound import CatoniTerms
 from robustdyn.measure.callback import Measure
+from robustdyn.measure.complexity import ComplexityMeasures
 from robustdyn.measure.density import Density
 from robustdyn.measure.epochs import RecordEpochs
 from robustdyn.measure.model_measurement import ModelMeasurement, measure_model, standard_measurements
@@ -19,6 +20,7 @@ from robustdyn.measure.when import measured_epochs
 __all__ = [
     "Alignment",
     "CatoniTerms",
+    "ComplexityMeasures",
     "Density",
     "Eigenpairs",
     "Measure",

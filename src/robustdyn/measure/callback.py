@@ -14,15 +14,17 @@ from torch import Tensor, nn
 from robustdyn import streams
 from robustdyn.attacks import PGD
 from robustdyn.curvature import shard
+from robustdyn.curvature.empirical_risk import unwrapped
 from robustdyn.data import Batch, ImageDataModule
 from robustdyn.errors import ConfigError, TrainingError, UserError
-from robustdyn.measure.plan import Measurement, MeasurementPlan, deployed
+from robustdyn.measure.plan import Measurement, MeasurementPlan, deployed, parameters_now
 from robustdyn.measure.snapshot import Snapshot
 from robustdyn.measure.when import EpochSpec, measured_epochs
 from robustdyn.methods import AdversarialTraining
 from robustdyn.records import RunRecords
 
 _log = logging.getLogger(__name__)
+_INITIAL = "initial"  # beside the names of the warm starts
 
 
 class Measure(Callback):
@@ -37,8 +39,9 @@ class Measure(Callback):
     A learning-rate rule that follows a measurement gets its row at the epochs that it requests. At epochs
     that are not measured anyway, only what the rule reads is computed and recorded.
 
-    The sum of the last eigenvectors is kept as the start for the next epoch's. It is saved in the checkpoint,
-    so that a resumed run measures the same numbers.
+    The sum of the last eigenvectors is kept as the start for the next epoch's, and the weights before
+    training if a measurement compares with them. Both are saved in the checkpoint, so that a resumed run
+    measures the same numbers.
 
     Args:
         epochs: When to measure; see ``robustdyn.measure.when.measured_epochs``.
@@ -65,14 +68,16 @@ class Measure(Callback):
         self._epochs: frozenset[int] = frozenset()
         self._rule_epochs: frozenset[int] = frozenset()
         self._starts: dict[str, Tensor] = {}
+        self._initial: dict[str, Tensor] | None = None
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The warm starts, (P,) each."""
-        return dict(self._starts)
+    def state_dict(self) -> dict[str, Any]:
+        """The warm starts, (P,) each, and ``initial``: the parameters before training, if they are needed."""
+        return dict(self._starts) | ({} if self._initial is None else {_INITIAL: self._initial})
 
-    def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
-        """Restore the warm starts."""
-        self._starts = dict(state_dict)
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the warm starts and the parameters before training."""
+        self._initial = state_dict.get(_INITIAL)
+        self._starts = {name: start for name, start in state_dict.items() if name != _INITIAL}
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Determine the epochs and check that the measurement set exists, before long work starts."""
@@ -81,6 +86,8 @@ class Measure(Callback):
         decays = pl_module.schedule.decay_epochs(max_epochs)
         self._epochs = measured_epochs(self._spec, max_epochs=max_epochs, decay_epochs=decays)
         self._rule_epochs = frozenset(pl_module.schedule.reading_epochs(max_epochs))
+        if self._plan.needs_initial and trainer.global_step == 0:
+            self._initial = parameters_now(unwrapped(pl_module.model))
         if self._epochs | self._rule_epochs:
             data = _data(trainer)
             data.measurement_subset(self._counts[0], pl_module.seed)
@@ -142,11 +149,12 @@ class Measure(Callback):
     def _snapshot(self, trainer: lightning.Trainer, module: AdversarialTraining) -> Snapshot:
         assert module.last_step is not None
         data = _data(trainer)
+        evaluation = module.evaluation_attack if self._inputs == "adversarial" else None
 
-        def examples(draw: int) -> tuple[Tensor, Tensor]:
+        def examples(draw: int, attack: PGD | None = evaluation) -> tuple[Tensor, Tensor]:
             return attacked_images(
                 module.model,
-                module.evaluation_attack if self._inputs == "adversarial" else None,
+                attack,
                 data.measurement_subset(self._counts[draw], module.seed),
                 seed=module.seed,
                 draw=draw,
@@ -167,6 +175,9 @@ class Measure(Callback):
             batch_size=data.batch_size * trainer.accumulate_grad_batches,
             seed=module.seed,
             starts=self._starts,
+            unperturbed=lambda: examples(0, None)[0],
+            attack=evaluation,
+            initial=self._initial,
             group=_group(trainer),
         )
 

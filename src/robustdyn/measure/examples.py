@@ -55,6 +55,11 @@ class Examples:
         part = first_examples(batches(self._inputs, self._targets), wanted)
         return attacked(self._model, self._attack, part, loss=self._loss, seed=self._seed, draw=draw)
 
+    def unperturbed(self) -> Structure:
+        """The inputs of all examples without the attack."""
+        part = first_examples(batches(self._inputs, self._targets), self._count)
+        return attacked(self._model, None, part, loss=self._loss, seed=self._seed, draw=0)[0]
+
     def count(self) -> int:
         """How many examples there are, which a loader says only when it is read."""
         part = first_examples(batches(self._inputs, self._targets), self._count)

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 import torch
 from omegaconf import OmegaConf
-from torch import nn
+from torch import Tensor, nn
 
 from robustdyn.curvature import EigenResult, cross_entropy
 from robustdyn.curvature.empirical_risk import unwrapped
@@ -127,6 +127,7 @@ def measure_model(
     eigenpairs: Eigenpairs | None = None,
     second_attack: int = default("measure/default", "second_attack"),
     memory_mib: int = default("measure/default", "memory_mib"),
+    initial: Mapping[str, Tensor] | None = None,
     seed: int = 0,
 ) -> ModelMeasurement:
     """Measure the curvature, the gradient noise and the implied posterior of a model at its present weights.
@@ -156,6 +157,7 @@ def measure_model(
         second_attack: So many of the examples, or all, are attacked a second time, because values along
             eigenvectors are too large on the examples from which the eigenvectors come.
         memory_mib: For passes and kept graphs.
+        initial: The parameters before training by name, for measures of the distance from them.
         seed: Of all random numbers.
 
     Returns:
@@ -195,6 +197,9 @@ def measure_model(
             batch_size=batch_size,
             seed=seed,
             starts={},
+            unperturbed=drawn.unperturbed,
+            attack=attack,
+            initial=initial,
         )
         rows: dict[str, list[Mapping[str, Any]]] = {}
         for table, row in plan.rows(snapshot, began):

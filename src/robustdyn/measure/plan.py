@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from robustdyn.attacks import PGD
 from robustdyn.curvature import EmpiricalRisk, Precision, cross_entropy
 from robustdyn.curvature.examples import Structure
 from robustdyn.curvature.risk_function import PerExampleLoss
@@ -57,6 +58,12 @@ class MeasurementPlan:
         if self.second_attack < 2:
             raise ValueError(f"second_attack={self.second_attack} examples have no spread; choose at least 2")
 
+    @property
+    def needs_initial(self) -> bool:
+        """Whether a measurement compares the weights with those before training."""
+        # not a part of the protocol: most measurements do not
+        return any(getattr(measurement, "needs_initial", False) for measurement in self.measurements.values())
+
     def snapshot(
         self,
         model: nn.Module,
@@ -70,6 +77,9 @@ class MeasurementPlan:
         batch_size: int | None,
         seed: int,
         starts: Mapping[str, Tensor],
+        unperturbed: Callable[[], Structure] | None = None,
+        attack: object = None,
+        initial: Mapping[str, Tensor] | None = None,
         group: dist.ProcessGroup | None = None,
     ) -> Snapshot:
         """The state of a run that measurements see.
@@ -86,6 +96,9 @@ class MeasurementPlan:
             batch_size: See above.
             seed: See above.
             starts: See above.
+            unperturbed: See above.
+            attack: What attacked the examples.
+            initial: See above.
             group: Processes that share the measurement.
         """
         risk = EmpiricalRisk(
@@ -108,6 +121,9 @@ class MeasurementPlan:
             seed=seed,
             eigenpairs=self.eigenpairs,
             starts=starts,
+            unperturbed=unperturbed,
+            attack=attack if isinstance(attack, PGD) else None,
+            initial=initial,
         )
 
     def rows(
@@ -122,7 +138,9 @@ class MeasurementPlan:
             measurements: Some of the plan's; None for all.
         """
         for measurement in self.measurements.values() if measurements is None else measurements:
-            yield from measurement.measure(snapshot)
+            for table, row in measurement.measure(snapshot):
+                snapshot.rows.setdefault(table, []).append(row)
+                yield table, row
         seconds = time.perf_counter() - began
         when = {"epoch": snapshot.epoch, "step": snapshot.step}
         for name, pairs in snapshot.solved.items():
@@ -148,6 +166,11 @@ class MeasurementPlan:
         if not self.eigenpairs.warm_start:
             return {}
         return {name: pairs.warm_start.bfloat16().cpu() for name, pairs in snapshot.solved.items()}
+
+
+def parameters_now(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the parameters by name, on the CPU."""
+    return {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters()}
 
 
 @contextmanager

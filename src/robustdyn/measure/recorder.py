@@ -24,7 +24,7 @@ from robustdyn.measure.model_measurement import (
     settings_of,
     standard_measurements,
 )
-from robustdyn.measure.plan import Measurement, MeasurementPlan, TableRow, deployed
+from robustdyn.measure.plan import Measurement, MeasurementPlan, TableRow, deployed, parameters_now
 from robustdyn.measure.posterior import posterior_rows
 from robustdyn.measure.snapshot import Eigenpairs
 from robustdyn.methods import OptimizerState, optimizer_state
@@ -109,6 +109,8 @@ class Recorder:
             self.model, inputs, targets, loss=loss, attack=attack, seed=seed, count=examples
         )
         self._loss, self._seed, self._group, self._interpolation = loss, seed, group, interpolation
+        self._attack = attack
+        self._initial = parameters_now(self.model) if self._plan.needs_initial else None
         count = self._examples.count()
         self._count, self._batch_size = count, batch_size
         self._train_examples = count if train_examples is None else train_examples
@@ -171,6 +173,7 @@ class Recorder:
             "epoch_rate": self._epoch_rate,
             "changes": list(self._changes),
             "starts": dict(self._starts),
+            "initial": self._initial,
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -178,6 +181,7 @@ class Recorder:
         self._steps, self._epochs = int(state_dict["steps"]), int(state_dict["epochs"])
         self._ended_at, self._rate = int(state_dict["ended_at"]), state_dict["rate"]
         self._epoch_rate, self._changes = state_dict["epoch_rate"], list(state_dict["changes"])
+        self._initial = state_dict.get("initial", self._initial)
         self._starts, self._one_law = dict(state_dict["starts"]), bool(state_dict["one_law"])
         self._state = None if state_dict["state"] is None else OptimizerState(*state_dict["state"])
         if self._records is not None:
@@ -278,6 +282,9 @@ class Recorder:
                 batch_size=self._batch_size,
                 seed=self._seed,
                 starts=self._starts,
+                unperturbed=lambda: self._own(self._examples.unperturbed()),
+                attack=self._attack,
+                initial=self._initial,
                 group=self._group,
             )
             yield from self._plan.rows(snapshot, began)
@@ -286,11 +293,15 @@ class Recorder:
     def _drawn(self, draw: int) -> tuple[Structure, Structure]:
         """This process's examples under an attack; every process attacks them all, from the same starts."""
         whole = self._examples(draw, min(self._plan.second_attack, self._count) if draw else None)
+        inputs, targets = self._own(whole)
+        return inputs, targets
+
+    def _own(self, whole: Structure) -> Structure:
+        """This process's part of all examples."""
         if self._group is None:
             return whole
         rank, processes = dist.get_rank(self._group), dist.get_world_size(self._group)
-        inputs, targets = rebuilt(shard(leaves(whole), rank, processes), whole)
-        return inputs, targets
+        return rebuilt(shard(leaves(whole), rank, processes), whole)
 
     def finish(self) -> Path:
         """Record the posterior at the end of every epoch, and the summary.

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from robustdyn import streams
+from robustdyn.attacks import PGD
 from robustdyn.curvature import (
     EigenResult,
     EmpiricalRisk,
@@ -24,7 +26,7 @@ from robustdyn.curvature import (
     lanczos,
     projected_covariance,
 )
-from robustdyn.curvature.examples import take
+from robustdyn.curvature.examples import Structure, take
 from robustdyn.defaults import default
 from robustdyn.methods import OptimizerState
 from robustdyn.theory import minibatch_noise_factor
@@ -149,6 +151,10 @@ class Snapshot:
         seed: The run's seed.
         eigenpairs: How leading eigenpairs are found.
         starts: Starting vectors (P,) for ``"hessian"`` and ``"noise"``, where there are any.
+        unperturbed: Returns this process's inputs of the same examples without the attack.
+        attack: The attack, if it is PGD.
+        initial: The parameters before training by name; None if they are not known.
+        rows: What the epoch's measurements have found so far, by table.
     """
 
     epoch: int
@@ -161,6 +167,10 @@ class Snapshot:
     seed: int
     eigenpairs: Eigenpairs
     starts: Mapping[str, Tensor] = field(default_factory=dict)
+    unperturbed: Callable[[], Structure] | None = None
+    attack: PGD | None = None
+    initial: Mapping[str, Tensor] | None = None
+    rows: dict[str, list[Mapping[str, Any]]] = field(default_factory=dict)
 
     @property
     def batch(self) -> float:

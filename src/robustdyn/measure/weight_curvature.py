@@ -4,12 +4,12 @@ import time
 from collections.abc import Iterator
 from typing import ClassVar
 
+from robustdyn.complexity.index import index_of_layers
 from robustdyn.curvature import layer_traces
 from robustdyn.defaults import default
 from robustdyn.measure.plan import TableRow
 from robustdyn.measure.snapshot import Snapshot
 from robustdyn.records.schema import CAUCHY_SCHWARZ_BOUND, HESSIAN_TRACE, WCI_SE, WCI_TERM, WEIGHT_NORM_SQ
-from robustdyn.theory import weight_curvature_index
 
 
 class WeightCurvature:
@@ -46,18 +46,10 @@ class WeightCurvature:
             weights_only=False,
             known=snapshot.solved.get("hessian"),
         )
-        tensors = snapshot.risk.parameters()
-        weights = [index for index, name in enumerate(traces.names) if tensors[name].dim() > 1]
-        names = [traces.names[index] for index in weights]
-        norms = [float(tensors[name].detach().double().square().sum()) for name in names]
+        found = index_of_layers(snapshot.risk, traces)
+        index, weights, norms = found.index, found.weights, found.norms
+        tensors, names = snapshot.risk.parameters(), [traces.names[k] for k in weights]
         trace, error = traces.traces[weights].numpy(), traces.standard_errors[weights].numpy()
-        examples = traces.per_example
-        index = weight_curvature_index(
-            norms,
-            trace,
-            standard_error=error if examples is None else None,
-            example_traces=None if examples is None else examples[:, weights].numpy(),
-        )
         yield (
             "wci",
             {

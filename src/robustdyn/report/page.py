@@ -28,7 +28,7 @@ from robustdyn.report import style
 from robustdyn.report.describe import provenance, what_was_run
 from robustdyn.report.figures import FIGURES, FigureSpec
 from robustdyn.report.overview import Overview, curves, overview
-from robustdyn.report.page_tables import TIMES, Evaluations, evaluations, times
+from robustdyn.report.page_tables import TIMES, Evaluations, evaluations, last_measures, times
 from robustdyn.report.reference import COMPARISON, Against, Reference
 from robustdyn.report.statistics import (
     SHOWN_METRICS,
@@ -218,6 +218,7 @@ def _page(
     script = environment.loader.get_source(environment, SCRIPT)[0]
     titles = {spec.name: spec.title for spec in FIGURES}
     differing = differences(runs)
+    measured, measures = last_measures(runs, frames["measures"])
     return environment.get_template("report.html.j2").render(
         title=_title(runs),
         version=robustdyn.__version__,
@@ -232,6 +233,8 @@ def _page(
         script_hash=_hash(script),
         evaluated=evaluated,
         against=against,
+        measured=measured,
+        measures=measures,
         timed=times(runs, frames["timing"]),
         times=TIMES,
         figures=figures,

@@ -1,7 +1,8 @@
-"""Two tables of the page: evaluations of checkpoints, and the time that training took."""
+"""Tables of the page: complexity measures, evaluations of checkpoints, and the time that training took."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,6 +129,32 @@ def _outside_the_ball(settings: Mapping[str, Any]) -> set[str]:
     evaluators = settings.get("evaluators", {}).values()
     attacks = [item for one in evaluators for item in one.get("attacks", {}).items()]
     return {name for name, about in attacks if about.get("in_ball") is False}
+
+
+def last_measures(
+    runs: Sequence[Run], measures: pd.DataFrame
+) -> tuple[tuple[str, ...], list[tuple[str, tuple[str, ...]]]]:
+    """Complexity measures of each run's last measured epoch.
+
+    Returns:
+        The runs with their epochs, and for each measure the values, ``1.234 ± 0.05``, of all of them.
+    """
+    heads, columns = [], []
+    for run in runs:
+        own = of_run(measures, run.label)
+        if not own.empty:
+            last = own[own["epoch"] == own["epoch"].max()]
+            heads.append(f"{run.label}, epoch {int(last['epoch'].iloc[0])}")
+            values = zip(last["measure"], last["value"], last["value_se"], strict=True)
+            columns.append({name: _with_error(value, error) for name, value, error in values})
+    names = dict.fromkeys(name for column in columns for name in column)
+    return tuple(heads), [(name, tuple(column.get(name, "–") for column in columns)) for name in names]
+
+
+def _with_error(value: float, error: float) -> str:
+    if math.isnan(value):
+        return "–"
+    return f"{value:.4g}" if math.isnan(error) else f"{value:.4g} ± {error:.2g}"
 
 
 def times(runs: Sequence[Run], timing: pd.DataFrame) -> list[tuple[str, tuple[Cell, ...]]]:

@@ -64,11 +64,11 @@ class CheckpointMeasurement:
         """
         cfg, began = self._cfg, time.perf_counter()
 
-        def examples(draw: int) -> tuple[Tensor, Tensor]:
+        def examples(draw: int, attack: PGD | None = self._attack) -> tuple[Tensor, Tensor]:
             count = min(self._plan.second_attack, cfg.measure.examples) if draw else cfg.measure.examples
             return attacked_images(
                 model,
-                self._attack,
+                attack,
                 Batch(*(part[:count] for part in self._subset)),
                 seed=cfg.seed,
                 draw=draw,
@@ -87,6 +87,8 @@ class CheckpointMeasurement:
                     batch_size=cfg.batch_size,
                     seed=cfg.seed,
                     starts=starts,
+                    unperturbed=lambda: examples(0, None)[0],
+                    attack=self._attack,
                 )
                 rows = list(self._plan.rows(snapshot, began))
         except UserError:
