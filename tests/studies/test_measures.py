@@ -186,8 +186,8 @@ def test_the_preset_is_a_hundred_small_runs_or_the_papers():
 
 
 def test_the_sweep_crosses_its_factors_in_at_least_96_runs():
-    text = (config_dir() / "experiment" / "measures.yaml").read_text()
-    XX
+    text = (config_dir() / "experiment" / "measures.yaml").read_text().partition("params:")[2]
+    levels = {key: values.split(",") for key, values in re.findall(r"(?m)^      ([\w.]+): (\S+)", text)}
     assert levels["seed"] == ["0", "1"]
     assert min(map(len, levels.values())) >= 2
     assert math.prod(map(len, levels.values())) >= 96
