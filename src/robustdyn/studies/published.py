@@ -203,7 +203,7 @@ THEMES = {
         _threat,
     ),
     "awp": Theme(
-        "AT and AWP",
+        "AT (dashed) and AWP",
         ("cifar10_linf", "cifar10_l2", "cifar100_linf", "cifar100_l2", "svhn_linf", "svhn_l2"),
         _method,
         studies=(AWP,),
@@ -367,12 +367,16 @@ def draw(name: str, table: pd.DataFrame) -> Figure:
     axes = figure.subplots(len(themes), 2, squeeze=False, height_ratios=sizes, width_ratios=(1.5, 1.0))
     for (left, right), theme in zip(axes, themes, strict=True):
         own = table[table["theme"] == theme]
-        colours = setting_colours(own)
+        problems = own.assign(setting=own["setting"].str.removesuffix(": AT").str.removesuffix(": AWP"))
+        shared = setting_colours(problems)  # AT and AWP on one problem have one colour
+        pairs = zip(own["setting"], problems["setting"], strict=True)
+        colours = {setting: shared[problem] for setting, problem in pairs}
         order = list(colours)
         for setting, colour in colours.items():
             rows = own[own["setting"] == setting]
             curve = rows[rows["quantity"] == CURVE]
-            left.plot(curve["epoch"], curve["value"], color=colour, linewidth=1.3)
+            line = "--" if setting.endswith(": AT") else "-"
+            left.plot(curve["epoch"], curve["value"], color=colour, linewidth=1.3, linestyle=line)
             for _, point in rows[rows["quantity"].isin((BEST, FINAL))].iterrows():
                 fill = colour if point["quantity"] == FINAL else "white"
                 y = len(order) - 1 - order.index(setting)
