@@ -9,14 +9,13 @@ from torch import Tensor, nn
 
 from robustdyn.complexity.layers import UndefinedMeasure
 from robustdyn.complexity.network import ComplexityMeasure, Invariance, MeasureValue, NetworkOnExamples
-from robustdyn.complexity.values import mean_over_examples
+from robustdyn.complexity.values import FORWARD, HESSIAN_PRODUCT, mean_over_examples, trace_gradients
 from robustdyn.curvature import EmpiricalRisk, Hessian, hutchinson_trace, lanczos
 from robustdyn.curvature.example_gradients import UnsupportedPassError
 from robustdyn.curvature.gauss_newton_blocks import example_gradient_norms, identity_obstacle
 from robustdyn.curvature.tape import gradients
 from robustdyn.defaults import default
 
-_FORWARD, _BACKWARD, _HESSIAN_PRODUCT = 1 / 3, 2 / 3, 3.0  # in gradients; graphs are not kept
 _LANCZOS_TOLERANCE, _LANCZOS_PRODUCTS = 1e-2, 20
 
 
@@ -38,14 +37,13 @@ def hessian_trace(network: NetworkOnExamples) -> MeasureValue:
         return MeasureValue(
             value=sampled.estimate,
             standard_error=sampled.standard_error,
-            gradients=_HESSIAN_PRODUCT * sampled.products,
+            gradients=HESSIAN_PRODUCT * sampled.products,
         )
     exact = network.layer_traces
-    cost = _BACKWARD if exact.estimator != "hutchinson" else _HESSIAN_PRODUCT
     return MeasureValue(
         value=float(exact.traces.sum()),
         standard_error=exact.sum_standard_error(range(len(exact.names))),
-        gradients=1 + cost * exact.products,
+        gradients=trace_gradients(exact.estimator, exact.products),
     )
 
 
@@ -71,7 +69,7 @@ def hessian_lambda_1(network: NetworkOnExamples) -> MeasureValue:
             f"Lanczos found no eigenvalue within {found.products} products: the residual of {value:.3g} is "
             f"still {residual:.2g}"
         )
-    return MeasureValue(value=value, gradients=_HESSIAN_PRODUCT * found.products)
+    return MeasureValue(value=value, gradients=HESSIAN_PRODUCT * found.products)
 
 
 def fisher_trace(network: NetworkOnExamples) -> MeasureValue:
@@ -142,7 +140,7 @@ def relative_flatness(network: NetworkOnExamples) -> MeasureValue:
     finally:
         for handle in handles:
             handle.remove()
-    return mean_over_examples(risk.shards.rows(torch.cat(rows)), gradients=_FORWARD)
+    return mean_over_examples(risk.shards.rows(torch.cat(rows)), gradients=FORWARD)
 
 
 def _softmax_form(features: Tensor, weight: Tensor, logits: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from robustdyn.complexity.layers import UndefinedMeasure
 from robustdyn.complexity.network import ComplexityMeasure, Invariance, MeasureValue, NetworkOnExamples
+from robustdyn.complexity.values import trace_gradients
 from robustdyn.curvature import EmpiricalRisk, LayerTraces
 from robustdyn.curvature.gradient_covariance import gradient_projections
 from robustdyn.theory import WeightCurvatureIndex, weight_curvature_index
@@ -57,11 +58,10 @@ def wci(network: NetworkOnExamples) -> MeasureValue:
     """
     traces = network.layer_traces
     index = index_of_layers(network.risk, traces).index
-    pass_cost = 3.0 if traces.estimator == "hutchinson" else 2 / 3
     return MeasureValue(
         value=index.value,
         standard_error=index.standard_error,
-        gradients=1 + pass_cost * traces.products,
+        gradients=trace_gradients(traces.estimator, traces.products),
     )
 
 

@@ -16,10 +16,9 @@ from torch import Tensor
 from robustdyn.complexity.layers import UndefinedMeasure
 from robustdyn.complexity.network import ComplexityMeasure, Invariance, MeasureValue, NetworkOnExamples
 from robustdyn.complexity.norms import log_sum
-from robustdyn.complexity.values import mean_over_examples
+from robustdyn.complexity.values import FORWARD, mean_over_examples
 
 _OfLogits = Callable[[NetworkOnExamples, Tensor], MeasureValue]
-_FORWARD = 1 / 3  # of a gradient's cost
 _LOW, _HIGH = 0.0, 0.75  # of the boundary's thickness, as in its source
 _POINTS, _PAIRS = 32, 64  # on each segment; at most so many segments
 
@@ -43,7 +42,7 @@ def mean_margin(network: NetworkOnExamples, logits: Tensor) -> MeasureValue:
         network: Has the classes.
         logits: (m, K), of its unperturbed or adversarial examples.
     """
-    return mean_over_examples(output_margins(logits, network.targets), gradients=_FORWARD)
+    return mean_over_examples(output_margins(logits, network.targets), gradients=FORWARD)
 
 
 def low_margin(network: NetworkOnExamples, logits: Tensor) -> MeasureValue:
@@ -65,7 +64,7 @@ def low_margin(network: NetworkOnExamples, logits: Tensor) -> MeasureValue:
         standard_error=float(ordered[above] - ordered[below]) * spread / (above - below)
         if above > below
         else None,
-        gradients=_FORWARD,
+        gradients=FORWARD,
     )
 
 
@@ -89,7 +88,7 @@ def mean_entropy(network: NetworkOnExamples, logits: Tensor) -> MeasureValue:
         logits: (m, K), of its unperturbed or adversarial examples.
     """
     log_p = logits.double().log_softmax(dim=1)
-    return mean_over_examples(-torch.special.xlogy(log_p.exp(), log_p.exp()).sum(dim=1), gradients=_FORWARD)
+    return mean_over_examples(-torch.special.xlogy(log_p.exp(), log_p.exp()).sum(dim=1), gradients=FORWARD)
 
 
 def boundary_thickness(network: NetworkOnExamples) -> MeasureValue:
@@ -121,7 +120,7 @@ def boundary_thickness(network: NetworkOnExamples) -> MeasureValue:
         inside += ((g > _LOW) & (g < _HIGH)).double() / _POINTS
     lengths = (end - start).double().flatten(1).norm(dim=1)
     passes = 2 + _POINTS * len(changed) / len(network.clean)
-    return mean_over_examples(lengths * inside, gradients=_FORWARD * passes)
+    return mean_over_examples(lengths * inside, gradients=FORWARD * passes)
 
 
 def _over_spectral(

@@ -7,6 +7,14 @@ from torch import Tensor
 from robustdyn.complexity.layers import UndefinedMeasure
 from robustdyn.complexity.network import MeasureValue
 
+FORWARD, BACKWARD, HESSIAN_PRODUCT = 1 / 3, 2 / 3, 3.0
+"""Cost of a pass or product in gradients, where no graph is kept."""
+
+
+def trace_gradients(estimator: str, products: int) -> float:
+    """Cost of ``robustdyn.curvature.layer_traces`` in gradients, one for its checks included."""
+    return 1 + (HESSIAN_PRODUCT if estimator == "hutchinson" else BACKWARD) * products
+
 
 def mean_over_examples(numbers: Tensor, *, gradients: float) -> MeasureValue:
     """The mean of one number for each example, with its standard error for a sample of examples.

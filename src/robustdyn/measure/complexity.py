@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from robustdyn.complexity import MEASURES, ComplexityMeasure, MeasureValue, NetworkOnExamples
+from robustdyn.complexity.values import HESSIAN_PRODUCT, trace_gradients
 from robustdyn.curvature import EmpiricalRisk
 from robustdyn.defaults import default
 from robustdyn.measure.plan import TableRow
@@ -141,14 +142,18 @@ def _network(snapshot: Snapshot) -> NetworkOnExamples | str:
 
 
 def _known(snapshot: Snapshot) -> Mapping[str, MeasureValue]:
-    """What other measurements of this epoch have found."""
+    """What other measurements of this epoch have found, at the cost of finding it."""
     known = {}
+    pairs = snapshot.solved.get("hessian")
+    search = 0.0 if pairs is None else HESSIAN_PRODUCT * pairs.products
     for name, (table, column) in _MEASURED_ELSEWHERE.items():
         for row in snapshot.rows.get(table, ()):
             value = float(row[column])
             if not math.isnan(value):
-                known[name] = MeasureValue(value=value, standard_error=row.get(f"{column}_se"))
-    pairs = snapshot.solved.get("hessian")
+                cost = trace_gradients(row["estimator"], row["hvps"]) if table == "wci" else search
+                known[name] = MeasureValue(
+                    value=value, standard_error=row.get(f"{column}_se"), gradients=cost
+                )
     if pairs is not None and bool(pairs.converged[0]):
-        known["hessian_lambda_1"] = MeasureValue(value=float(pairs.eigenvalues[0]))
+        known["hessian_lambda_1"] = MeasureValue(value=float(pairs.eigenvalues[0]), gradients=search)
     return known
