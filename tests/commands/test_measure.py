@@ -135,6 +135,7 @@ TYPED = tuple(
 OF_RUN = ("attack.eps_255=20", "measure.eigenpairs.warm_start=false", "seed=3", "report=false")
 
 
+@pytest.mark.slow  # measures three times
 def test_files_of_another_code_give_the_same(run_dir, tmp_path, monkeypatch, capsys):
     folder = foreign(run_dir, tmp_path / "theirs")
     assert measure(monkeypatch, "checkpoint=theirs", *TYPED, *OF_RUN) == 0

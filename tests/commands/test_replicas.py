@@ -111,6 +111,7 @@ def test_a_killed_command_goes_on(checkpoint, tmp_path, monkeypatch):
     assert before.items() <= after.items()  # finished chunks were not run again
 
 
+@pytest.mark.slow  # trains replicas
 def test_what_the_run_says_can_be_changed(checkpoint, tmp_path, monkeypatch):
     changes = (
         "method.perturbation=awp",

@@ -145,7 +145,13 @@ def test_settings_that_follow_from_others_are_shown_resolved(without_figures, ru
     assert "milestones [12,20]" in (tmp_path / "report/index.html").read_text()
 
 
-@pytest.mark.parametrize("change", [{"test_robust_loss": 1e308, "train_robust_loss": 1e308}, {"lr": 0.0}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"test_robust_loss": 1e308, "train_robust_loss": 1e308},
+        pytest.param({"lr": 0.0}, marks=pytest.mark.slow),
+    ],
+)
 def test_a_figure_that_cannot_be_drawn_costs_no_report(rendered, run, tmp_path, monkeypatch, change):
     drawn = ("robust_loss", "learning_rate")
     monkeypatch.setattr(analysis, "FIGURES", [spec for spec in analysis.FIGURES if spec.name in drawn])

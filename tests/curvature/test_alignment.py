@@ -283,6 +283,7 @@ def test_jackknife_of_the_total_correlation():
     assert abs(float(errors.square().mean() / values.var()) - 1) < MC_SIGMAS * spread
 
 
+@pytest.mark.slow  # many samples
 def test_jackknife_errors_are_the_spread_over_samples():
     datasets, groups, m = 300, 20, 400
     factor = real([[1.0, 0, 0], [0.8, 0.9, 0], [-0.3, 0.4, 0.5]])

@@ -197,6 +197,7 @@ def test_residuals_of_many_directions_are_bounds(k, tol, most):
     assert (distance <= 1.001 * result.residuals + 1e-12).all()
 
 
+@pytest.mark.slow  # many starts
 def test_an_eigenvalue_is_rarely_passed_over():
     values = torch.cat([torch.tensor([100, 20, 9, 6, 5.4, 4.8]), torch.linspace(0, 1, 494)]).double()
     operator = Dense(torch.diag(values))

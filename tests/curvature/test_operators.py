@@ -107,6 +107,7 @@ def test_gradient_covariance_is_dense(case):
     assert (projected.examples, projected.products) == (case.examples, 3)
 
 
+@pytest.mark.slow  # many samples
 def test_variance_standard_errors_cover_the_population():
     """Softmax regression on resampled data: the standard error predicts the spread of the variance."""
     g = generator(3)

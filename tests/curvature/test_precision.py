@@ -117,7 +117,7 @@ def long_problem() -> tuple[nn.Module, Tensor, Tensor]:
     return model, (0.8 ** torch.arange(20)[:, None] * random(20, 784) / 4).float(), torch.arange(20) % 2
 
 
-@pytest.mark.parametrize("max_basis", [None, 24])
+@pytest.mark.parametrize("max_basis", [24, pytest.param(None, marks=pytest.mark.slow)])
 def test_float32_basis_stays_orthonormal(max_basis):
     """P = 201 474 and sixty products, long after the leading pairs have converged."""
     model, inputs, targets = long_problem()

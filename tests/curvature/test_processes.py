@@ -19,6 +19,7 @@ from tests.curvature.workers import MINIBATCHES, PROCESSES, SPREADS, Results
 from tests.processes import run_processes
 from tests.tolerances import EXACT64
 
+pytestmark = pytest.mark.slow  # two processes, and all of it once more in this one
 ROOT = Path(__file__).parents[2]
 LIMIT = 120  # seconds for both processes; they need fifteen
 

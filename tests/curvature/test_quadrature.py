@@ -155,6 +155,7 @@ def test_trace_of_identity_is_hutchinson():
     assert error < 1e-10
 
 
+@pytest.mark.slow  # many samples
 def test_traces_of_functions_are_unbiased():
     values = spectrum()
     result = spectral_density(Dense(rotated(values)), probes=100, steps=20, generator=generator())

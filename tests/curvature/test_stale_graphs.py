@@ -154,7 +154,7 @@ def test_nothing_outlives_the_risk(case, memory, made):
         assert alive(made) == 0
 
 
-@pytest.mark.parametrize("memory", [None, PLENTY])
+@pytest.mark.parametrize("memory", [PLENTY, pytest.param(None, marks=pytest.mark.slow)])
 def test_fifty_products_leave_no_tensor_behind(memory):
     risk = risk_of(CASES["preact"], memory=memory)
     operators, vector = [kind(risk) for kind in OPERATORS.values()], random(risk.numel)

@@ -314,7 +314,7 @@ def test_a_late_example_without_a_number_is_an_error(name):
         traces_of(risk)
 
 
-@pytest.mark.parametrize("channels", [4, 16])
+@pytest.mark.parametrize("channels", [4, pytest.param(16, marks=pytest.mark.slow)])
 def test_second_derivatives_of_group_norm_on_images(channels):
     """In the channels-last layout PyTorch's own kernel reads memory that is not its own, and may crash."""
     model = nn.Sequential(

@@ -161,6 +161,7 @@ def test_the_trace_is_that_of_the_layers(many, snapshot):
     assert abs(off) < MC_SIGMAS * many["hessian_trace_se"]
 
 
+@pytest.mark.slow  # a run of its own
 def test_directions_too_sharp_for_the_rate_are_said_and_left_out(snapshot, dense, vectors):
     sharp = torch.linalg.eigvalsh(dense[0]).flip(0)[:2]
     rate = float(2 * (1 + MU) / (sharp.mean() + OMEGA))

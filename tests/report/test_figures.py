@@ -308,6 +308,7 @@ def test_missing_tables_are_said(tmp_path):
     assert "test_robust_loss" in SPECS["robust_loss"].missing(frames)
 
 
+@pytest.mark.slow  # renders all figures twice
 def test_files_are_valid_and_reproducible_and_settings_untouched(rendered, tmp_path, one_frames, caplog):
     caplog.set_level("INFO")  # as Hydra sets it
     before = dict(mpl.rcParams)

@@ -406,6 +406,7 @@ def test_settings_that_cannot_be_are_refused(tmp_path, name, value, says):
 # through the command
 
 
+@pytest.mark.slow  # a sweep
 def test_several_loggers_at_once_in_a_sweep_of_one_process(tmp_path, monkeypatch, capfd):
     sweep_dir = tmp_path / "sweep"
     overrides = (
