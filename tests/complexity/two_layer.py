@@ -1,7 +1,9 @@
 """Small networks on examples in float64, for which measures can be computed by brute force."""
 
+import math
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -156,3 +158,15 @@ class Fragile(nn.Module):
         if self.passes_left < 0:
             raise RuntimeError("this pass fails")
         return self.inner(x)
+
+
+def assert_model_is_as_before(measure, *, passes: int) -> None:
+    """The measure leaves the model as it was, also if it fails after this many passes."""
+    network = on_examples(Fragile(initialised(relu_network)).eval())
+    before = state_of(network.model)
+    assert math.isfinite(measure(network).value)
+    assert state_of(network.model) == before
+    network.model.passes_left = passes
+    with pytest.raises(RuntimeError, match="this pass fails"):
+        measure(network)
+    assert state_of(network.model) == before

@@ -90,6 +90,16 @@ def test_without_the_weights_before_training_a_distance_is_null_and_says_why():
     assert row["undefined"] == "the weights before training are not known"
 
 
+def test_without_an_attack_nothing_is_robust():
+    model, inputs, targets = problem()
+    names = ["margin_mean_clean", "margin_mean_robust", "entropy_robust", "prediction_divergence"]
+    found = measure_model(model, inputs, targets, measurements={"measures": ComplexityMeasures(names=names)})
+    clean, *robust = found.rows["measures"]
+    assert math.isfinite(clean["value"])
+    for row in robust:
+        assert (row["value"], row["undefined"]) == (None, "the examples are not attacked")
+
+
 def test_a_network_of_several_inputs_has_no_measures_and_says_why():
     class Pair(nn.Module):
         def __init__(self):

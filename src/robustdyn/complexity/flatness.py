@@ -8,7 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from robustdyn.complexity.layers import UndefinedMeasure
-from robustdyn.complexity.network import ComplexityMeasure, Invariance, MeasureValue, NetworkOnExamples
+from robustdyn.complexity.network import (
+    INVARIANCES,
+    ComplexityMeasure,
+    MeasureValue,
+    NetworkOnExamples,
+)
 from robustdyn.complexity.values import FORWARD, HESSIAN_PRODUCT, mean_over_examples, trace_gradients
 from robustdyn.curvature import EmpiricalRisk, Hessian, hutchinson_trace, lanczos
 from robustdyn.curvature.example_gradients import UnsupportedPassError
@@ -182,6 +187,6 @@ MEASURES: tuple[ComplexityMeasure, ...] = (
         family="flatness",
         source="Petzka et al., NeurIPS 2021, definition 3",
         function=relative_flatness,
-        invariances=frozenset[Invariance]({"relu_rescaling", "batchnorm_scale"}),
+        invariances=INVARIANCES,
     ),
 )

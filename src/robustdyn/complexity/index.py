@@ -6,7 +6,12 @@ Parameters are taken as they are: BatchNorm is not folded.
 from dataclasses import dataclass
 
 from robustdyn.complexity.layers import UndefinedMeasure
-from robustdyn.complexity.network import ComplexityMeasure, Invariance, MeasureValue, NetworkOnExamples
+from robustdyn.complexity.network import (
+    INVARIANCES,
+    ComplexityMeasure,
+    MeasureValue,
+    NetworkOnExamples,
+)
 from robustdyn.complexity.values import trace_gradients
 from robustdyn.curvature import EmpiricalRisk, LayerTraces
 from robustdyn.curvature.gradient_covariance import gradient_projections
@@ -94,7 +99,6 @@ _NOT_KNOWN = (
     "it needs a stationary posterior variance along every tracked direction, and so the measurement spectrum "
     "and momentum SGD at a stable rate"
 )
-_BOTH = frozenset[Invariance]({"relu_rescaling", "batchnorm_scale"})
 
 MEASURES: tuple[ComplexityMeasure, ...] = (
     ComplexityMeasure(
@@ -103,7 +107,7 @@ MEASURES: tuple[ComplexityMeasure, ...] = (
         family="index",
         source="arXiv 2410.07719 v1, definition 2.6",
         function=wci,
-        invariances=_BOTH,
+        invariances=INVARIANCES,
     ),
     ComplexityMeasure(
         name="curvature_term_top_k",

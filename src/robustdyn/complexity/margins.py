@@ -14,7 +14,12 @@ import torch
 from torch import Tensor
 
 from robustdyn.complexity.layers import UndefinedMeasure
-from robustdyn.complexity.network import ComplexityMeasure, Invariance, MeasureValue, NetworkOnExamples
+from robustdyn.complexity.network import (
+    INVARIANCES,
+    ComplexityMeasure,
+    MeasureValue,
+    NetworkOnExamples,
+)
 from robustdyn.complexity.norms import log_sum
 from robustdyn.complexity.values import FORWARD, mean_over_examples
 
@@ -146,7 +151,6 @@ def _both(
 
 
 def _margins() -> Iterator[ComplexityMeasure]:
-    outputs = frozenset[Invariance]({"relu_rescaling", "batchnorm_scale"})
     function: Callable[[NetworkOnExamples], MeasureValue]
     for measure, name, label, source in (
         (low_margin, "margin_p10", "10th percentile of margins", "Jiang et al., ICLR 2020, eq. 22"),
@@ -159,7 +163,7 @@ def _margins() -> Iterator[ComplexityMeasure]:
                 family="margin",
                 source=source,
                 function=function,
-                invariances=outputs,
+                invariances=INVARIANCES,
             )
             yield ComplexityMeasure(
                 name=f"{name}_{kind}_over_spectral",
@@ -167,7 +171,7 @@ def _margins() -> Iterator[ComplexityMeasure]:
                 family="margin",
                 source="Bartlett, Foster & Telgarsky, NeurIPS 2017",
                 function=partial(_over_spectral, function),
-                invariances=outputs,
+                invariances=INVARIANCES,
             )
     for kind, function in _both(mean_entropy):
         yield ComplexityMeasure(
@@ -176,7 +180,7 @@ def _margins() -> Iterator[ComplexityMeasure]:
             family="margin",
             source="Pereyra et al., ICLR workshop 2017",
             function=function,
-            invariances=outputs,
+            invariances=INVARIANCES,
         )
     yield ComplexityMeasure(
         name="boundary_thickness",
@@ -184,7 +188,7 @@ def _margins() -> Iterator[ComplexityMeasure]:
         family="margin",
         source="Yang et al., NeurIPS 2020, definition 1",
         function=boundary_thickness,
-        invariances=outputs,
+        invariances=INVARIANCES,
     )
 
 

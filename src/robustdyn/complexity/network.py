@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from robustdyn.complexity.layers import FoldedLayers, UndefinedMeasure, folded_l
 from robustdyn.curvature import EmpiricalRisk, LayerTraces, layer_traces
 
 Invariance = Literal["relu_rescaling", "batchnorm_scale"]
+INVARIANCES: frozenset[Invariance] = frozenset(get_args(Invariance))
+"""Those of every measure that depends on the network's function only."""
 Family = Literal["norm", "margin", "smoothness", "flatness", "index"]
 
 
@@ -48,6 +50,19 @@ class NetworkOnExamples:
         """Random stream of one measure, a function of (seed, stream)."""
         return streams.generator(self.seed, f"complexity-{stream}", device=self.clean.device)
 
+    @property
+    def ball(self) -> PGD:
+        """The attack, whose ball around an input has a radius.
+
+        Raises:
+            UndefinedMeasure: There is none.
+        """
+        if self.attack is None or self.attack.eps == 0:
+            raise UndefinedMeasure(
+                "there is no attack, or its radius is zero, so that the ball around an input is a point"
+            )
+        return self.attack
+
     @cached_property
     def layer_traces(self) -> LayerTraces:
         """Tr H_kk of every parameter tensor, which the index and the trace of H share."""
@@ -60,7 +75,13 @@ class NetworkOnExamples:
 
     @cached_property
     def adversarial_logits(self) -> Tensor:
-        """Logits (m, K) of the adversarial examples."""
+        """Logits (m, K) of the adversarial examples.
+
+        Raises:
+            UndefinedMeasure: Nothing attacked the examples.
+        """
+        if self.attack is None and torch.equal(self.clean, self.adversarial):
+            raise UndefinedMeasure("the examples are not attacked")
         return self.logits(self.adversarial)
 
     @cached_property

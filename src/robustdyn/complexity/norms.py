@@ -14,7 +14,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from robustdyn.complexity.layers import FoldedLayers, UndefinedMeasure, named_arguments
-from robustdyn.complexity.network import ComplexityMeasure, Invariance, MeasureValue, NetworkOnExamples
+from robustdyn.complexity.network import (
+    INVARIANCES,
+    ComplexityMeasure,
+    Invariance,
+    MeasureValue,
+    NetworkOnExamples,
+)
 from robustdyn.complexity.values import mean_over_examples
 from robustdyn.curvature.gradient_covariance import gradient_projections
 
@@ -128,7 +134,6 @@ def log_sum(values: list[float]) -> float:
 
 
 _JIANG = "Jiang et al., ICLR 2020, eq."
-_BOTH = frozenset[Invariance]({"relu_rescaling", "batchnorm_scale"})
 _SCALE = frozenset[Invariance]({"batchnorm_scale"})
 
 MEASURES: tuple[ComplexityMeasure, ...] = (
@@ -146,7 +151,7 @@ MEASURES: tuple[ComplexityMeasure, ...] = (
         family="norm",
         source=f"{_JIANG} 37",
         function=frobenius_log_product,
-        invariances=_BOTH,
+        invariances=INVARIANCES,
     ),
     ComplexityMeasure(
         name="frobenius_distance",
@@ -163,7 +168,7 @@ MEASURES: tuple[ComplexityMeasure, ...] = (
         family="norm",
         source="Neyshabur et al., COLT 2015; " + _JIANG + " 44",
         function=path_norm,
-        invariances=_BOTH,
+        invariances=INVARIANCES,
     ),
     ComplexityMeasure(
         name="fisher_rao",
@@ -171,6 +176,6 @@ MEASURES: tuple[ComplexityMeasure, ...] = (
         family="norm",
         source="Liang et al., AISTATS 2019, definition 2",
         function=fisher_rao,
-        invariances=_BOTH,
+        invariances=INVARIANCES,
     ),
 )

@@ -14,15 +14,17 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from robustdyn.attacks import PGD
-from robustdyn.complexity.layers import UndefinedMeasure
-from robustdyn.complexity.network import ComplexityMeasure, Invariance, MeasureValue, NetworkOnExamples
-from robustdyn.complexity.smoothness import NO_RADIUS
+from robustdyn.complexity.network import (
+    INVARIANCES,
+    ComplexityMeasure,
+    MeasureValue,
+    NetworkOnExamples,
+)
 from robustdyn.complexity.values import mean_of_samples
 from robustdyn.curvature import EmpiricalRisk
 from robustdyn.curvature.probes import gaussian
 from robustdyn.curvature.vectors import norm
 
-_BOTH = frozenset[Invariance]({"relu_rescaling", "batchnorm_scale"})
 _NORMALISATIONS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
 _TINY = 1e-20  # a tensor without a gradient does not move
 
@@ -44,10 +46,7 @@ def average_robust_flatness(
     Cost: an attack and a forward pass for each sample, 103 2/3 gradients with PGD-10. The standard error is
     over samples of the weights.
     """
-    attack = network.attack
-    if attack is None or attack.eps == 0:
-        raise UndefinedMeasure(NO_RADIUS)
-    attack = replace(attack, batchnorm="eval")
+    attack = replace(network.ball, batchnorm="eval")
     risk, generator = network.risk, network.generator("average-robust-flatness")
     theta, before = risk.theta(), risk.value()
     radii = {name: xi * length for name, length in _lengths(risk).items()}
@@ -86,9 +85,7 @@ def worst_robust_flatness(
     Cost: a gradient for each step and a forward pass for each start, 41 gradients. Only the starts are
     random, and there is no standard error.
     """
-    attack = network.attack
-    if attack is None or attack.eps == 0:
-        raise UndefinedMeasure(NO_RADIUS)
+    attack = network.ball
     risk, generator = network.risk, network.generator("worst-robust-flatness")
     theta, before, lengths = risk.theta(), risk.value(), _lengths(risk)
     increases = []
@@ -189,7 +186,7 @@ MEASURES: tuple[ComplexityMeasure, ...] = (
         source="Stutz et al., ICCV 2021, section 3",
         function=average_robust_flatness,
         searches=True,
-        invariances=_BOTH,
+        invariances=INVARIANCES,
     ),
     ComplexityMeasure(
         name="worst_robust_flatness",
@@ -198,6 +195,6 @@ MEASURES: tuple[ComplexityMeasure, ...] = (
         source="Stutz et al., ICCV 2021, section 3",
         function=worst_robust_flatness,
         searches=True,
-        invariances=_BOTH,
+        invariances=INVARIANCES,
     ),
 )

@@ -3,12 +3,16 @@
 import torch
 from torch import Tensor
 
-from robustdyn.complexity.network import ComplexityMeasure, Invariance, MeasureValue, NetworkOnExamples
+from robustdyn.complexity.network import (
+    INVARIANCES,
+    ComplexityMeasure,
+    MeasureValue,
+    NetworkOnExamples,
+)
 from robustdyn.curvature import EmpiricalRisk, cross_entropy
 from robustdyn.curvature.vectors import norm
 
 _STEPS = 10
-_BOTH = frozenset[Invariance]({"relu_rescaling", "batchnorm_scale"})
 _SMALLEST_LOGITS = 1e-10  # Andriushchenko et al., code
 
 
@@ -114,7 +118,7 @@ MEASURES: tuple[ComplexityMeasure, ...] = (
         source="Kwon et al., ICML 2021, definition 2",
         function=adaptive_sharpness,
         searches=True,
-        invariances=_BOTH,
+        invariances=INVARIANCES,
     ),
     ComplexityMeasure(
         name="normalised_adaptive_sharpness",
@@ -123,6 +127,6 @@ MEASURES: tuple[ComplexityMeasure, ...] = (
         source="Andriushchenko et al., ICML 2023, eq. 2",
         function=normalised_adaptive_sharpness,
         searches=True,
-        invariances=_BOTH,
+        invariances=INVARIANCES,
     ),
 )

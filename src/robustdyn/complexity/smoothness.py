@@ -16,12 +16,14 @@ from torch.nn import functional as F
 
 from robustdyn.attacks import summed_cross_entropy
 from robustdyn.complexity.layers import UndefinedMeasure
-from robustdyn.complexity.network import ComplexityMeasure, Invariance, MeasureValue, NetworkOnExamples
+from robustdyn.complexity.network import (
+    INVARIANCES,
+    ComplexityMeasure,
+    MeasureValue,
+    NetworkOnExamples,
+)
 from robustdyn.complexity.values import mean_over_examples
 from robustdyn.models.modes import frozen_parameters
-
-_BOTH = frozenset[Invariance]({"relu_rescaling", "batchnorm_scale"})
-NO_RADIUS = "there is no attack, or its radius is zero, so that the ball around an input is a point"
 
 _LIPSCHITZ_STEPS = 10
 _SMALLEST_DISTANCE = 1e-12  # an input that the attack did not move has the slope zero
@@ -37,9 +39,7 @@ def local_lipschitz(network: NetworkOnExamples) -> MeasureValue:
 
     Cost: 10 2/3 gradients; one for each step, and two forward passes. The standard error is over examples.
     """
-    attack = network.attack
-    if attack is None or attack.eps == 0:
-        raise UndefinedMeasure(NO_RADIUS)
+    attack = network.ball
     search = replace(
         attack,
         steps=_LIPSCHITZ_STEPS,
@@ -116,9 +116,7 @@ def gradient_alignment(network: NetworkOnExamples) -> MeasureValue:
 
     Cost: two gradients. The standard error is over examples, each with noise of its own.
     """
-    attack = network.attack
-    if attack is None or attack.eps == 0:
-        raise UndefinedMeasure(NO_RADIUS)
+    attack = network.ball
     noise = replace(attack, random_start="uniform", valid_range=(-math.inf, math.inf))
     shifted = noise.start(network.clean, network.generator("gradient-alignment"))
     here, there = _input_gradients(network, network.clean), _input_gradients(network, shifted)
@@ -154,7 +152,7 @@ MEASURES: tuple[ComplexityMeasure, ...] = (
         source="Yang et al., NeurIPS 2020, section 5",
         function=local_lipschitz,
         searches=True,
-        invariances=_BOTH,
+        invariances=INVARIANCES,
     ),
     ComplexityMeasure(
         name="prediction_divergence",
@@ -162,7 +160,7 @@ MEASURES: tuple[ComplexityMeasure, ...] = (
         family="smoothness",
         source="Zhang et al., ICML 2019, eq. 5",
         function=prediction_divergence,
-        invariances=_BOTH,
+        invariances=INVARIANCES,
     ),
     ComplexityMeasure(
         name="input_gradient_l1",
@@ -170,7 +168,7 @@ MEASURES: tuple[ComplexityMeasure, ...] = (
         family="smoothness",
         source="Simon-Gabriel et al., ICML 2019, section 2",
         function=partial(input_gradient_norm, order=1),
-        invariances=_BOTH,
+        invariances=INVARIANCES,
     ),
     ComplexityMeasure(
         name="input_gradient_l2",
@@ -178,7 +176,7 @@ MEASURES: tuple[ComplexityMeasure, ...] = (
         family="smoothness",
         source="Simon-Gabriel et al., ICML 2019, section 2",
         function=partial(input_gradient_norm, order=2),
-        invariances=_BOTH,
+        invariances=INVARIANCES,
     ),
     ComplexityMeasure(
         name="gradient_alignment",
@@ -186,6 +184,6 @@ MEASURES: tuple[ComplexityMeasure, ...] = (
         family="smoothness",
         source="Andriushchenko & Flammarion, NeurIPS 2020, eq. 4",
         function=gradient_alignment,
-        invariances=_BOTH,
+        invariances=INVARIANCES,
     ),
 )

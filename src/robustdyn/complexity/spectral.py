@@ -9,7 +9,13 @@ in the sources BatchNorm is folded (``robustdyn.complexity.layers``).
 import math
 
 from robustdyn.complexity.layers import FoldedLayer
-from robustdyn.complexity.network import ComplexityMeasure, Invariance, MeasureValue, NetworkOnExamples
+from robustdyn.complexity.network import (
+    INVARIANCES,
+    ComplexityMeasure,
+    Invariance,
+    MeasureValue,
+    NetworkOnExamples,
+)
 from robustdyn.complexity.norms import log_sum
 
 
@@ -61,7 +67,6 @@ def _two_one_norm(layer: FoldedLayer) -> float:
 
 
 _JIANG = "Jiang et al., ICLR 2020, eq."
-_BOTH = frozenset[Invariance]({"relu_rescaling", "batchnorm_scale"})
 
 MEASURES: tuple[ComplexityMeasure, ...] = (
     ComplexityMeasure(
@@ -70,7 +75,7 @@ MEASURES: tuple[ComplexityMeasure, ...] = (
         family="norm",
         source=f"{_JIANG} 32; Sedghi et al., ICLR 2019",
         function=spectral_log_product,
-        invariances=_BOTH,
+        invariances=INVARIANCES,
     ),
     ComplexityMeasure(
         name="spectral_log_product_reshaped",
@@ -78,7 +83,7 @@ MEASURES: tuple[ComplexityMeasure, ...] = (
         family="norm",
         source=f"{_JIANG} 32",
         function=spectral_log_product_reshaped,
-        invariances=_BOTH,
+        invariances=INVARIANCES,
     ),
     ComplexityMeasure(
         name="spectral_distance",
@@ -95,7 +100,7 @@ MEASURES: tuple[ComplexityMeasure, ...] = (
         family="norm",
         source=f"{_JIANG} 33",
         function=frobenius_over_spectral,
-        invariances=_BOTH,
+        invariances=INVARIANCES,
     ),
     ComplexityMeasure(
         name="spectral_complexity",
@@ -103,6 +108,6 @@ MEASURES: tuple[ComplexityMeasure, ...] = (
         family="norm",
         source="Bartlett, Foster & Telgarsky, NeurIPS 2017, eq. 1.2",
         function=spectral_complexity,
-        invariances=_BOTH,
+        invariances=INVARIANCES,
     ),
 )
