@@ -16,6 +16,7 @@ STUDIES = (
     "awp_strength",
     "correlation",
     "dynamics",
+    "measures",
     "methods",
     "precision",
     "published",

@@ -154,7 +154,7 @@ class ComplexityMeasure:
             return network.known[self.name]
         try:
             result = self.function(network)
-        except (UndefinedMeasure, FloatingPointError, ValueError) as error:
+        except (UndefinedMeasure, FloatingPointError) as error:
             return MeasureValue(value=math.nan, undefined=" ".join(str(error).split()))
         if math.isinf(result.value):
             return MeasureValue(value=math.nan, gradients=result.gradients, undefined="its value overflows")

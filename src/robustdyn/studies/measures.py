@@ -18,7 +18,13 @@ from robustdyn.errors import RecordError
 from robustdyn.records.columns import FRACTION, FRACTION_DIFFERENCE
 from robustdyn.records.labels import SEED
 from robustdyn.records.reader import Run, read_table
-from robustdyn.records.schema import EPOCHS, ROBUST_ERROR_GAP, ROBUST_LOSS_GAP, TEST_ROBUST_ERROR
+from robustdyn.records.schema import (
+    EPOCHS,
+    ROBUST_ERROR_GAP,
+    ROBUST_LOSS_GAP,
+    TEST_ROBUST_ERROR,
+    TRAIN_ROBUST_LOSS,
+)
 from robustdyn.report import style
 from robustdyn.report.factors import factors
 from robustdyn.report.plotting import key
@@ -46,6 +52,9 @@ TEST_EXAMPLES = {"CIFAR10": 10_000, "CIFAR100": 10_000, "SVHN": 26_032}
 """Of the official test sets, by class of data; other runs say how many there are (``data.test_size``)."""
 LEADING = 5  # measures in the short table
 TAU, GRANULATED = "tau", "granulated"
+BASELINE = TRAIN_ROBUST_LOSS
+"""The runs have the same number of epochs and not the same loss, so that the training loss alone, which every
+run has, ranks their gaps too; a measure has to do better."""
 ENDS = tuple(f"{over}_{end}" for over in ("seeds", "settings") for end in ("low", "high"))
 
 
@@ -56,9 +65,9 @@ def measured(runs: Sequence[Run]) -> tuple[Design, pd.DataFrame, pd.DataFrame]:
         runs: Finished runs, each of its own setting or seed.
 
     Returns:
-        The design; a row per run with ``seed``, ``epoch``, ``TARGETS`` and a column for each measure; and for
-        each measure its mean cost in ``gradients`` and ``seconds`` and the first reason why it is
-        ``undefined`` anywhere.
+        The design; a row per run with ``seed``, ``epoch``, ``TARGETS`` and a column for each measure and the
+        ``BASELINE``; and for each of these its mean cost in ``gradients`` and ``seconds``, and the first
+        reason why it is ``undefined`` anywhere.
 
     Raises:
         RecordError: Fewer than three runs, a run that is not finished, has no measures or was not evaluated
@@ -80,7 +89,7 @@ def measured(runs: Sequence[Run]) -> tuple[Design, pd.DataFrame, pd.DataFrame]:
             raise RecordError(f"{run.path}: no measures recorded; train with measure=measures")
         last = int(measures["epoch"].max())
         own = measures[measures["epoch"] == last]
-        epoch = read_table(run.path, "epochs").set_index("epoch").reindex([last])[list(TARGETS)]
+        epoch = read_table(run.path, "epochs").set_index("epoch").reindex([last])[[*TARGETS, BASELINE]]
         if epoch.isna().any(axis=None):
             raise RecordError(
                 f"{run.path}: not evaluated at epoch {last}, the last one measured; let measure.epochs hold "
@@ -91,6 +100,7 @@ def measured(runs: Sequence[Run]) -> tuple[Design, pd.DataFrame, pd.DataFrame]:
         costs.append(own)
     cost = pd.concat(costs, ignore_index=True).groupby("measure", sort=False)
     details = cost.agg({"gradients": "mean", "seconds": "mean", "undefined": "first"})
+    details.loc[BASELINE] = {"gradients": 0.0, "seconds": 0.0, "undefined": None}
     values = pd.DataFrame(rows)
     return Design(levels, values[SEED].tolist()), values, details
 
@@ -158,9 +168,8 @@ def answer(runs: Sequence[Run]) -> Answer:
             rows.append(head | {"family": family} | row | details.loc[measure].to_dict())
             parts.append(by_factor.assign(**head))
     ranking = pd.DataFrame(rows)
-    ranking.insert(
-        2, "rank", ranking[TAU].abs().groupby(ranking["target"]).rank(ascending=False, method="min")
-    )
+    strength = ranking[TAU].abs().mask(ranking["measure"] == BASELINE)
+    ranking.insert(2, "rank", strength.groupby(ranking["target"]).rank(ascending=False, method="min"))
     by_factor = pd.concat(parts, ignore_index=True)
     by_factor = by_factor[
         ["target", "measure", *by_factor.columns.difference(["target", "measure"], sort=False)]
@@ -175,7 +184,7 @@ def answer(runs: Sequence[Run]) -> Answer:
 
 
 def standing(ranking: pd.DataFrame) -> pd.DataFrame:
-    """The measures with the largest |τ| for each target, and the WCI, from the table ``ranking``."""
+    """The measures with the largest |τ| for each target, the WCI and the ``BASELINE``, from ``ranking``."""
     names = {TAU: TAU, **{f"{TAU}_{end}": end for end in ENDS}}
     columns = [
         "target",
@@ -188,15 +197,16 @@ def standing(ranking: pd.DataFrame) -> pd.DataFrame:
         "gradients",
         "seconds",
     ]
-    top = ranking[(ranking["rank"] <= LEADING) | (ranking["measure"] == INDEX)]
+    top = ranking[(ranking["rank"] <= LEADING) | ranking["measure"].isin([INDEX, BASELINE])]
     order = [TARGETS.index(target) for target in top["target"]]
     ordered = top.assign(order=order).sort_values(["order", "rank"], kind="stable")
     return ordered[columns].rename(columns=names).reset_index(drop=True)
 
 
 def findings_of(tables: Mapping[str, pd.DataFrame]) -> list[str]:
-    """Which measure goes with each target the most, and where the WCI stands."""
-    ranking = tables["ranking"].dropna(subset=[TAU])
+    """Which measure goes with each target the most, and where the WCI and the training loss stand."""
+    every = tables["ranking"].dropna(subset=[TAU])
+    ranking, baseline = every.dropna(subset=["rank"]), every[every["measure"] == BASELINE]
     number = ranking["measure"].nunique()
     best, index = [], []
     for target, own in ranking.groupby("target", sort=False):
@@ -206,9 +216,11 @@ def findings_of(tables: Mapping[str, pd.DataFrame]) -> list[str]:
         row = own[own["measure"] == INDEX]
         if len(row):
             index.append(f"{int(row['rank'].iloc[0])} of {len(own)} for the {label} ({_said(row)})")
+    where = f"the WCI has rank {', '.join(index)}" if index else "the WCI is not among the measures"
+    alone = ", ".join(f"{value:.2f}" for value in baseline[TAU])
     return [
         sentence(f"of {number} measures, the one with the largest |τ| is {', '.join(best)}"),
-        sentence(f"the WCI has rank {', '.join(index)}" if index else "the WCI is not among the measures"),
+        sentence(f"{where}; the training loss alone has τ {alone} for the same targets"),
     ]
 
 
@@ -256,7 +268,7 @@ def draw_ranking(table: pd.DataFrame) -> Figure:
     name_rows(axes[0], names)
     for label in axes[0].get_yticklabels():
         label.set_fontsize(8.0)
-        label.set_fontweight("bold" if label.get_text() == INDEX else "normal")
+        label.set_fontweight("bold" if label.get_text() in (INDEX, BASELINE) else "normal")
     handles = [
         key("τ, all pairs", "", "o", style.PALETTE[0]),
         key("95 % over settings", colour=style.PALETTE[0], linewidth=1.0),
