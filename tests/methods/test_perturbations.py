@@ -251,6 +251,7 @@ def module_of(model, perturbation, *, steps=0, l1=0.0):
         regularizer=Regularizer(l1=l1, weight_decay_on="all"),
         optimizer=functools.partial(torch.optim.SGD, lr=LR, momentum=MOMENTUM, weight_decay=DECAY),
         schedule=Constant(),
+        batchnorm_frozen_from=None,
         execution=Execution(channels_last=False, compile="none"),
         evaluation_splits=(),
         seed=0,

@@ -1,11 +1,6 @@
 """Training methods as combinations of an objective, a weight perturbation and a learning-rate rule."""
 
-from robustdyn.methods.adversarial_training import (
-    AdversarialTraining,
-    OptimizerState,
-    is_plain_momentum,
-    optimizer_state,
-)
+from robustdyn.methods.adversarial_training import AdversarialTraining
 from robustdyn.methods.averaging import EpochAveraging
 from robustdyn.methods.execution import Execution
 from robustdyn.methods.objectives import (
@@ -16,6 +11,7 @@ from robustdyn.methods.objectives import (
     Objective,
     StepLoss,
 )
+from robustdyn.methods.optimizer_state import OptimizerState, is_plain_momentum, optimizer_state
 from robustdyn.methods.perturbations import AWP, SAM, GlobalAWP, WeightPerturbation
 from robustdyn.methods.regularizer import Regularizer
 from robustdyn.methods.schedules import (

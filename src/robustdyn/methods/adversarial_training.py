@@ -7,6 +7,7 @@ perturbation, learning-rate rule) is passed in.
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import lightning
@@ -21,11 +22,12 @@ from robustdyn.errors import CheckpointError, ConfigError
 from robustdyn.methods.execution import Execution, keep_layout
 from robustdyn.methods.metrics import RobustMetrics
 from robustdyn.methods.objectives import Objective, StepLoss
+from robustdyn.methods.optimizer_state import OptimizerState, is_plain_momentum, optimizer_state
 from robustdyn.methods.perturbations import WeightPerturbation
 from robustdyn.methods.regularizer import Regularizer
 from robustdyn.methods.schedules import Schedule
 from robustdyn.methods.stopwatch import Stopwatch
-from robustdyn.models.modes import frozen_statistics, mode
+from robustdyn.models.modes import frozen_statistics, mode, running_statistics
 from robustdyn.models.sync_batchnorm import share_buffers
 
 OptimizerFactory = Callable[[Iterable[Any]], torch.optim.Optimizer]
@@ -44,41 +46,6 @@ class _Examples(NamedTuple):
 
     images: Tensor
     targets: Tensor
-
-
-class OptimizerState(NamedTuple):
-    """Settings of the optimiser's last step, in the terms of momentum SGD.
-
-    ``plain``: whether the theory's laws hold for the step; see ``AdversarialTraining.plain_momentum``.
-    """
-
-    learning_rate: float
-    momentum: float
-    weight_decay: float
-    plain: bool = True
-
-
-def is_plain_momentum(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether it is momentum SGD as in docs/theory.md: no Nesterov, no dampening, one decay for all."""
-    return type(optimizer) is torch.optim.SGD and all(
-        not group["nesterov"]
-        and not group["maximize"]
-        and group["dampening"] == 0
-        and group["weight_decay"] == optimizer.param_groups[0]["weight_decay"]
-        for group in optimizer.param_groups
-    )
-
-
-def optimizer_state(optimizer: torch.optim.Optimizer) -> OptimizerState:
-    """The optimiser's present settings; an optimiser without momentum or weight decay has 0 there."""
-    group = optimizer.param_groups[0]
-    one_rate = all(other["lr"] == group["lr"] for other in optimizer.param_groups)
-    return OptimizerState(
-        float(group["lr"]),
-        float(group.get("momentum", 0.0)),
-        float(group.get("weight_decay", 0.0)),
-        is_plain_momentum(optimizer) and one_rate,
-    )
 
 
 class AdversarialTraining(lightning.LightningModule):
@@ -100,6 +67,8 @@ class AdversarialTraining(lightning.LightningModule):
         regularizer: Penalty on the weights, and which of them decay.
         optimizer: Builds the optimiser from parameter groups.
         schedule: Learning-rate rule, applied before every step.
+        batchnorm_frozen_from: First epoch, counted from 0, in which BatchNorm normalises with its running
+            statistics in training and attack, and no longer updates them; None for never.
         execution: Memory layout and compilation of the network.
         evaluation_splits: Names of the validation loop's loaders, in order, e.g. ``("test",)``.
         seed: The run's seed.
@@ -116,6 +85,7 @@ class AdversarialTraining(lightning.LightningModule):
         regularizer: Regularizer,
         optimizer: OptimizerFactory,
         schedule: Schedule,
+        batchnorm_frozen_from: int | None,
         execution: Execution,
         evaluation_splits: tuple[str, ...],
         seed: int,
@@ -130,6 +100,7 @@ class AdversarialTraining(lightning.LightningModule):
         self.perturbation = perturbation
         self.regularizer = regularizer
         self.schedule = schedule
+        self.batchnorm_frozen_from = batchnorm_frozen_from
         self.seed = seed
         self.evaluation_splits = evaluation_splits
         # a list, since a ModuleDict cannot have a key "train"
@@ -195,6 +166,7 @@ class AdversarialTraining(lightning.LightningModule):
                 torch.no_grad(),
                 frozen_statistics(self.model),
                 mode(self.model, training=True),
+                self._batchnorm(),
                 self.execution.eager(),
             ):
                 self.model(image.to(self.dtype))
@@ -242,7 +214,7 @@ class AdversarialTraining(lightning.LightningModule):
         """
         part = self._part(self.trainer.train_dataloader, batch_idx, batch, self.attack)
         number = batch_idx % self.trainer.accumulate_grad_batches
-        with self.execution.step(len(batch.images), "train"):
+        with self._batchnorm(), self.execution.step(len(batch.images), "train"):
             loss = self._train_on(_Examples(self.execution.images(batch.images), batch.targets), part, number)
         self._note_optimizer()
         of_examples, of_batches = self._accumulation(batch_idx - number, part)
@@ -407,6 +379,11 @@ class AdversarialTraining(lightning.LightningModule):
             whole[part.places] = batch.images
         start = attack.start(whole, generator)[part.places]
         return attack.climb(self.model, batch.images, batch.targets, start, loss)
+
+    def _batchnorm(self) -> AbstractContextManager[None]:
+        """Scope of an epoch's training passes."""
+        frozen = self.batchnorm_frozen_from is not None and self.current_epoch >= self.batchnorm_frozen_from
+        return running_statistics(self.model) if frozen else nullcontext()
 
     def _outcome(self, batch: _Examples, adversarial: Tensor) -> StepLoss:
         return self.objective(self.model, batch.images, adversarial, batch.targets)

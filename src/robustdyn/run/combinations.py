@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from robustdyn.errors import ConfigError
 from robustdyn.methods.objectives.objective import Objective
@@ -44,12 +45,13 @@ def check_combinations(cfg: DictConfig) -> None:
     """
     _trainer(cfg)
     _settings_of_nothing(cfg)
-    parts = _parts(cfg)
+    model, parts = _model(cfg), _parts(cfg)
     _protocols(cfg, parts)
     _mixed_targets(cfg, parts["objective"])
     _optimizer(parts["optimizer"])
     _rates(cfg, parts["schedule"])
     _measured_rate(cfg, parts)
+    _frozen_batchnorm(cfg, model)
     _averaging(cfg)
     _early_stopping(cfg)
     _metric(cfg)
@@ -84,15 +86,19 @@ def _settings_of_nothing(cfg: DictConfig) -> None:
             )
 
 
+def _model(cfg: DictConfig) -> torch.nn.Module:
+    ours = cfg.model.get("_target_") in named_in_conf("model")
+    with torch.device("meta" if ours else "cpu"):  # ours need no memory for weights; others may read tensors
+        model: torch.nn.Module = build(cfg, "model")
+    return model
+
+
 def _parts(cfg: DictConfig) -> dict[str, Any]:
     """Build every part of the run; a constructor that refuses its arguments raises ``ConfigError``.
 
     Returns:
         All parts but the model, by their keys.
     """
-    ours = cfg.model.get("_target_") in named_in_conf("model")
-    with torch.device("meta" if ours else "cpu"):  # ours need no memory for weights; others may read tensors
-        build(cfg, "model")
     chosen = [name for name, measurement in cfg.measure.measurements.items() if measurement is not None]
     return {
         key: build(cfg, key)
@@ -161,6 +167,22 @@ def _measured_rate(cfg: DictConfig, parts: Mapping[str, Any]) -> None:
             f"schedule.start_epoch={cfg.schedule.start_epoch} is not reached by trainer.max_epochs="
             f"{cfg.trainer.max_epochs}, so that no rate follows a measurement; choose an earlier "
             "start_epoch, or schedule=constant"
+        )
+
+
+def _frozen_batchnorm(cfg: DictConfig, model: torch.nn.Module) -> None:
+    start = cfg.batchnorm.frozen_from
+    if start is None:
+        return
+    if start >= cfg.trainer.max_epochs:
+        raise ConfigError(
+            f"batchnorm.frozen_from={start} is not reached by trainer.max_epochs={cfg.trainer.max_epochs}, "
+            "so that no statistics are frozen; choose an earlier epoch, or null"
+        )
+    if not any(isinstance(module, _BatchNorm) for module in model.modules()):
+        raise ConfigError(
+            f"batchnorm.frozen_from={start} freezes the statistics of BatchNorm, and "
+            f"{_choice(cfg, 'model')} has no BatchNorm; choose null, or another model"
         )
 
 

@@ -38,6 +38,7 @@ def build_module(cfg: DictConfig, data: ImageDataModule) -> AdversarialTraining:
         regularizer=build(cfg, "regularizer"),
         optimizer=build(cfg, "optimizer"),
         schedule=build(cfg, "schedule"),
+        batchnorm_frozen_from=cfg.batchnorm.frozen_from,
         execution=build(cfg, "execution"),
         evaluation_splits=data.evaluation_splits,
         seed=cfg.seed,
