@@ -88,6 +88,8 @@ STEPS = [
     ("method=trades",),
     ("method=mart",),
     ("objective=standard",),
+    ("objective=at", "gradient_noise=gaussian"),
+    ("method=trades", "gradient_noise=gaussian"),
 ]
 
 

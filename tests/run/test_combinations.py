@@ -55,6 +55,15 @@ REFUSED = [
         "data.mixup=0, or objective=at or trades",
     ),
     (
+        ("gradient_noise=gaussian", "++data.mixup=0.5"),
+        "data.mixup=0.5 puts every image into two examples of a batch, whose gradients then depend on each "
+        "other, and gradient_noise takes them as independent; choose data.mixup=0, or gradient_noise=none",
+    ),
+    (
+        ("gradient_noise=gaussian", "gradient_noise.factor=-1"),
+        "gradient_noise.factor must be at least 0, got -1",
+    ),
+    (
         ("stopping=early",),
         "stopping=early watches held-out training images, but data.validation_size=0; choose a size, or "
         "stopping=none",

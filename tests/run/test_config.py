@@ -45,6 +45,7 @@ def test_every_experiment_composes_and_passes_its_checks(experiment):
             "attack",
             "objective",
             "perturbation",
+            "gradient_noise",
             "optimizer",
             "regularizer",
             "schedule",

@@ -3,6 +3,7 @@
 from robustdyn.methods.adversarial_training import AdversarialTraining
 from robustdyn.methods.averaging import EpochAveraging
 from robustdyn.methods.execution import Execution
+from robustdyn.methods.gradient_noise import GradientNoise
 from robustdyn.methods.objectives import (
     MART,
     TRADES,
@@ -37,6 +38,7 @@ __all__ = [
     "EpochAveraging",
     "Execution",
     "GlobalAWP",
+    "GradientNoise",
     "Interpolated",
     "MultiDecay",
     "Objective",

@@ -20,6 +20,7 @@ from robustdyn.attacks import PGD, AttackLoss, summed_cross_entropy
 from robustdyn.data import Part, TensorBatches
 from robustdyn.errors import CheckpointError, ConfigError
 from robustdyn.methods.execution import Execution, keep_layout
+from robustdyn.methods.gradient_noise import GradientNoise
 from robustdyn.methods.metrics import RobustMetrics
 from robustdyn.methods.objectives import Objective, StepLoss
 from robustdyn.methods.optimizer_state import OptimizerState, is_plain_momentum, optimizer_state
@@ -64,6 +65,7 @@ class AdversarialTraining(lightning.LightningModule):
         attack: Makes the training examples.
         evaluation_attack: Makes the evaluation examples.
         perturbation: Moves the weights before each descent step; None for none.
+        gradient_noise: Adds noise to the gradient of each descent step; None for none.
         regularizer: Penalty on the weights, and which of them decay.
         optimizer: Builds the optimiser from parameter groups.
         schedule: Learning-rate rule, applied before every step.
@@ -82,6 +84,7 @@ class AdversarialTraining(lightning.LightningModule):
         attack: PGD,
         evaluation_attack: PGD,
         perturbation: WeightPerturbation | None,
+        gradient_noise: GradientNoise | None,
         regularizer: Regularizer,
         optimizer: OptimizerFactory,
         schedule: Schedule,
@@ -98,6 +101,7 @@ class AdversarialTraining(lightning.LightningModule):
         self.attack = attack
         self.evaluation_attack = evaluation_attack
         self.perturbation = perturbation
+        self.gradient_noise = gradient_noise
         self.regularizer = regularizer
         self.schedule = schedule
         self.batchnorm_frozen_from = batchnorm_frozen_from
@@ -155,11 +159,21 @@ class AdversarialTraining(lightning.LightningModule):
         """Check that an epoch's last batch can be normalised, before long work starts.
 
         Raises:
-            ConfigError: It holds one image, and BatchNorm needs two values of each channel.
+            ConfigError: It holds one image, and BatchNorm needs two values of each channel, or gradient noise
+                two examples.
         """
         loader = self.trainer.train_dataloader
         if not isinstance(loader, TensorBatches) or loader.part(len(loader) - 1).whole > 1:
             return
+        one = (
+            f"data.batch_size={loader.batch_size} leaves one of {len(loader.data)} training images for the "
+            "last batch of an epoch"
+        )
+        if self.gradient_noise is not None:
+            raise ConfigError(
+                f"{one}, whose gradient has no covariance for gradient_noise; change data.batch_size or "
+                "data.train_size"
+            )
         image = self.execution.images(loader.data.batch(torch.zeros(1, dtype=torch.int64)).images)
         try:
             with (
@@ -172,9 +186,7 @@ class AdversarialTraining(lightning.LightningModule):
                 self.model(image.to(self.dtype))
         except ValueError as error:
             raise ConfigError(
-                f"data.batch_size={loader.batch_size} leaves one of {len(loader.data)} training images for "
-                "the last batch of an epoch, which BatchNorm cannot normalise; change data.batch_size or "
-                "data.train_size"
+                f"{one}, which BatchNorm cannot normalise; change data.batch_size or data.train_size"
             ) from error
 
     def on_train_epoch_start(self) -> None:
@@ -241,15 +253,16 @@ class AdversarialTraining(lightning.LightningModule):
         weight = self.trainer.world_size * len(batch.images) / part.whole
         with self.stopwatch.section("attack"):
             adversarial = self._attacked(batch, part, number)
+        descent = self._descent_model(part, number)
         if self.perturbation is None or self.current_epoch < self.perturbation.warmup_epochs:
-            outcome = self._outcome(batch, adversarial)
+            outcome = self._outcome(descent, batch, adversarial)
             self._update("train", batch, outcome.robust_logits)
         else:
             with frozen_statistics(self.model):
-                at_weights = self._outcome(batch, adversarial)
+                at_weights = self._outcome(self.model, batch, adversarial)
             self._update("train", batch, at_weights.robust_logits)
             self.perturbation.apply(self.model, weight * at_weights.loss, loss_scale=self._loss_scale())
-            outcome = self._outcome(batch, adversarial)
+            outcome = self._outcome(descent, batch, adversarial)
         return weight * outcome.loss
 
     def on_after_backward(self) -> None:
@@ -385,8 +398,15 @@ class AdversarialTraining(lightning.LightningModule):
         frozen = self.batchnorm_frozen_from is not None and self.current_epoch >= self.batchnorm_frozen_from
         return running_statistics(self.model) if frozen else nullcontext()
 
-    def _outcome(self, batch: _Examples, adversarial: Tensor) -> StepLoss:
-        return self.objective(self.model, batch.images, adversarial, batch.targets)
+    def _descent_model(self, part: Part, number: int) -> nn.Module:
+        """The network; with gradient noise, one through which the loss has the gradient with noise."""
+        if self.gradient_noise is None:
+            return self.model
+        generator = self._generator("gradient-noise", self.global_step, number)
+        return self.gradient_noise.weighted(self.model, part, generator)
+
+    def _outcome(self, model: nn.Module, batch: _Examples, adversarial: Tensor) -> StepLoss:
+        return self.objective(model, batch.images, adversarial, batch.targets)
 
     def _update(self, split: str, batch: _Examples, robust_logits: Tensor | None) -> None:
         metrics = self._metrics_of(split)

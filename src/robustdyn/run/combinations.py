@@ -20,8 +20,8 @@ HALF = ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float1
 """Precisions of Lightning in which the weights themselves are rounded."""
 
 BUILT_TO_CHECK = (
-    "data", "attack.train", "attack.evaluation", "objective", "perturbation", "optimizer", "regularizer",
-    "schedule", "averaging", "stopping", "execution", "measure.eigenpairs",
+    "data", "attack.train", "attack.evaluation", "objective", "perturbation", "gradient_noise", "optimizer",
+    "regularizer", "schedule", "averaging", "stopping", "execution", "measure.eigenpairs",
 )  # fmt: skip
 
 PROTOCOLS: Mapping[str, Sequence[str]] = defaultdict(
@@ -30,6 +30,7 @@ PROTOCOLS: Mapping[str, Sequence[str]] = defaultdict(
         "data": ("prepare_data", "setup", "split", "evaluation_splits", "measurement_subset"),
         "objective": ("takes_probabilities", "attack_loss", "__call__"),
         "perturbation": ("step_at", "warmup_epochs", "apply", "restore"),
+        "gradient_noise": ("factor", "weighted"),
         "schedule": ("reads", "factor", "decay_epochs", "reading_epochs", "observe"),
         "measure.measurements": ("tables", "measure"),
     },
@@ -48,6 +49,7 @@ def check_combinations(cfg: DictConfig) -> None:
     model, parts = _model(cfg), _parts(cfg)
     _protocols(cfg, parts)
     _mixed_targets(cfg, parts["objective"])
+    _mixed_noise(cfg)
     _optimizer(parts["optimizer"])
     _rates(cfg, parts["schedule"])
     _measured_rate(cfg, parts)
@@ -77,7 +79,7 @@ def _trainer(cfg: DictConfig) -> None:
 
 def _settings_of_nothing(cfg: DictConfig) -> None:
     """Refuse settings of a group for which ``none`` was chosen: a preset may set what ``none`` replaces."""
-    for group in ("perturbation", "averaging", "stopping"):
+    for group in ("perturbation", "gradient_noise", "averaging", "stopping"):
         settings = cfg[group]
         if settings and "_target_" not in settings:
             raise ConfigError(
@@ -129,6 +131,15 @@ def _mixed_targets(cfg: DictConfig, objective: Objective) -> None:
         raise ConfigError(
             f"data.mixup={cfg.data.mixup} mixes labels, but {_choice(cfg, 'objective')} compares the "
             "labelled class with the others; choose data.mixup=0, or objective=at or trades"
+        )
+
+
+def _mixed_noise(cfg: DictConfig) -> None:
+    if OmegaConf.select(cfg, "data.mixup") and cfg.gradient_noise:
+        raise ConfigError(
+            f"data.mixup={cfg.data.mixup} puts every image into two examples of a batch, whose gradients "
+            "then depend on each other, and gradient_noise takes them as independent; choose data.mixup=0, "
+            "or gradient_noise=none"
         )
 
 

@@ -35,6 +35,7 @@ def build_module(cfg: DictConfig, data: ImageDataModule) -> AdversarialTraining:
         attack=build(cfg, "attack.train"),
         evaluation_attack=build(cfg, "attack.evaluation"),
         perturbation=build(cfg, "perturbation"),
+        gradient_noise=build(cfg, "gradient_noise"),
         regularizer=build(cfg, "regularizer"),
         optimizer=build(cfg, "optimizer"),
         schedule=build(cfg, "schedule"),
