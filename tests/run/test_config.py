@@ -46,6 +46,7 @@ def test_every_experiment_composes_and_passes_its_checks(experiment):
             "objective",
             "perturbation",
             "gradient_noise",
+            "curvature_penalty",
             "optimizer",
             "regularizer",
             "schedule",

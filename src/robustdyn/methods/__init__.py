@@ -2,6 +2,7 @@
 
 from robustdyn.methods.adversarial_training import AdversarialTraining
 from robustdyn.methods.averaging import EpochAveraging
+from robustdyn.methods.curvature_penalty import GaussNewtonPenalty
 from robustdyn.methods.execution import Execution
 from robustdyn.methods.gradient_noise import GradientNoise
 from robustdyn.methods.objectives import (
@@ -37,6 +38,7 @@ __all__ = [
     "CrossEntropy",
     "EpochAveraging",
     "Execution",
+    "GaussNewtonPenalty",
     "GlobalAWP",
     "GradientNoise",
     "Interpolated",

@@ -19,6 +19,7 @@ from robustdyn import streams
 from robustdyn.attacks import PGD, AttackLoss, summed_cross_entropy
 from robustdyn.data import Part, TensorBatches
 from robustdyn.errors import CheckpointError, ConfigError
+from robustdyn.methods.curvature_penalty import GaussNewtonPenalty
 from robustdyn.methods.execution import Execution, keep_layout
 from robustdyn.methods.gradient_noise import GradientNoise
 from robustdyn.methods.metrics import RobustMetrics
@@ -66,6 +67,7 @@ class AdversarialTraining(lightning.LightningModule):
         evaluation_attack: Makes the evaluation examples.
         perturbation: Moves the weights before each descent step; None for none.
         gradient_noise: Adds noise to the gradient of each descent step; None for none.
+        curvature_penalty: Penalty on the trace of the Hessian; None for none.
         regularizer: Penalty on the weights, and which of them decay.
         optimizer: Builds the optimiser from parameter groups.
         schedule: Learning-rate rule, applied before every step.
@@ -85,6 +87,7 @@ class AdversarialTraining(lightning.LightningModule):
         evaluation_attack: PGD,
         perturbation: WeightPerturbation | None,
         gradient_noise: GradientNoise | None,
+        curvature_penalty: GaussNewtonPenalty | None,
         regularizer: Regularizer,
         optimizer: OptimizerFactory,
         schedule: Schedule,
@@ -102,6 +105,7 @@ class AdversarialTraining(lightning.LightningModule):
         self.evaluation_attack = evaluation_attack
         self.perturbation = perturbation
         self.gradient_noise = gradient_noise
+        self.curvature_penalty = curvature_penalty
         self.regularizer = regularizer
         self.schedule = schedule
         self.batchnorm_frozen_from = batchnorm_frozen_from
@@ -263,7 +267,16 @@ class AdversarialTraining(lightning.LightningModule):
             self._update("train", batch, at_weights.robust_logits)
             self.perturbation.apply(self.model, weight * at_weights.loss, loss_scale=self._loss_scale())
             outcome = self._outcome(descent, batch, adversarial)
-        return weight * outcome.loss
+        loss = weight * outcome.loss
+        return loss if self.curvature_penalty is None else loss + self._penalty(adversarial, part, number)
+
+    def _penalty(self, adversarial: Tensor, part: Part, number: int) -> Tensor:
+        """The curvature penalty's share of this rank, for an average over ranks."""
+        assert self.curvature_penalty is not None
+        generator = self._generator("curvature-penalty", self.global_step, number)
+        with self.execution.eager():
+            share = self.curvature_penalty(self.model, adversarial, part, generator)
+        return self.trainer.world_size * share
 
     def on_after_backward(self) -> None:
         """Remove the perturbation, if the optimiser has to step at the unperturbed weights."""

@@ -20,8 +20,9 @@ HALF = ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float1
 """Precisions of Lightning in which the weights themselves are rounded."""
 
 BUILT_TO_CHECK = (
-    "data", "attack.train", "attack.evaluation", "objective", "perturbation", "gradient_noise", "optimizer",
-    "regularizer", "schedule", "averaging", "stopping", "execution", "measure.eigenpairs",
+    "data", "attack.train", "attack.evaluation", "objective", "perturbation", "gradient_noise",
+    "curvature_penalty", "optimizer", "regularizer", "schedule", "averaging", "stopping", "execution",
+    "measure.eigenpairs",
 )  # fmt: skip
 
 PROTOCOLS: Mapping[str, Sequence[str]] = defaultdict(
@@ -31,6 +32,7 @@ PROTOCOLS: Mapping[str, Sequence[str]] = defaultdict(
         "objective": ("takes_probabilities", "attack_loss", "__call__"),
         "perturbation": ("step_at", "warmup_epochs", "apply", "restore"),
         "gradient_noise": ("factor", "weighted"),
+        "curvature_penalty": ("__call__",),
         "schedule": ("reads", "factor", "decay_epochs", "reading_epochs", "observe"),
         "measure.measurements": ("tables", "measure"),
     },
@@ -79,7 +81,7 @@ def _trainer(cfg: DictConfig) -> None:
 
 def _settings_of_nothing(cfg: DictConfig) -> None:
     """Refuse settings of a group for which ``none`` was chosen: a preset may set what ``none`` replaces."""
-    for group in ("perturbation", "gradient_noise", "averaging", "stopping"):
+    for group in ("perturbation", "gradient_noise", "curvature_penalty", "averaging", "stopping"):
         settings = cfg[group]
         if settings and "_target_" not in settings:
             raise ConfigError(

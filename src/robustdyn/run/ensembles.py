@@ -33,7 +33,8 @@ STEPS = Rule(
     "must be a list of whole numbers of at least 0",
 )
 
-_UNSUPPORTED = ("regularizer.l1", "gradient_noise.factor")  # they change a run's steps unless they are 0
+# settings of a run that change its steps unless they are 0
+_UNSUPPORTED = ("regularizer.l1", "gradient_noise.factor", "curvature_penalty.strength")
 
 RULES: Mapping[str, Rule] = {
     "seed": SEED,

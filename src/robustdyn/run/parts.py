@@ -36,6 +36,7 @@ def build_module(cfg: DictConfig, data: ImageDataModule) -> AdversarialTraining:
         evaluation_attack=build(cfg, "attack.evaluation"),
         perturbation=build(cfg, "perturbation"),
         gradient_noise=build(cfg, "gradient_noise"),
+        curvature_penalty=build(cfg, "curvature_penalty"),
         regularizer=build(cfg, "regularizer"),
         optimizer=build(cfg, "optimizer"),
         schedule=build(cfg, "schedule"),
