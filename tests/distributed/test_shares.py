@@ -88,8 +88,8 @@ STEPS = [
     ("method=trades",),
     ("method=mart",),
     ("objective=standard",),
-    ("objective=at", "gradient_noise=gaussian"),
-    ("method=trades", "gradient_noise=gaussian"),
+    ("objective=at", "added_noise=gaussian"),
+    ("method=trades", "added_noise=gaussian"),
 ]
 
 

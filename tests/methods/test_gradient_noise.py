@@ -23,7 +23,7 @@ OBJECTIVES = {
 }
 # three steps of an epoch, the last with 20 images
 SMALL = (*SMALLER, "data.train_size=84", "attack.steps=1", "trainer.max_epochs=2")
-NOISE = "gradient_noise=gaussian"
+NOISE = "added_noise=gaussian"
 
 
 def problem(norm=False):
@@ -107,7 +107,7 @@ def test_images_of_both_kinds_may_pass_together():
 
 
 def test_no_noise_changes_no_bit():
-    found, expected = (fit(*SMALL, *more)[0] for more in ((NOISE, "gradient_noise.factor=0"), ()))
+    found, expected = (fit(*SMALL, *more)[0] for more in ((NOISE, "added_noise.factor=0"), ()))
     torch.testing.assert_close(values(found), values(expected), **EXACTLY)
 
 

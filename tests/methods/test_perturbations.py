@@ -248,7 +248,7 @@ def module_of(model, perturbation, *, steps=0, l1=0.0):
         attack=attack,
         evaluation_attack=attack,
         perturbation=perturbation,
-        gradient_noise=None,
+        added_noise=None,
         curvature_penalty=None,
         regularizer=Regularizer(l1=l1, weight_decay_on="all"),
         optimizer=functools.partial(torch.optim.SGD, lr=LR, momentum=MOMENTUM, weight_decay=DECAY),

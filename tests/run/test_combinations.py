@@ -55,13 +55,13 @@ REFUSED = [
         "data.mixup=0, or objective=at or trades",
     ),
     (
-        ("gradient_noise=gaussian", "++data.mixup=0.5"),
+        ("added_noise=gaussian", "++data.mixup=0.5"),
         "data.mixup=0.5 puts every image into two examples of a batch, whose gradients then depend on each "
-        "other, and gradient_noise takes them as independent; choose data.mixup=0, or gradient_noise=none",
+        "other, and added_noise takes them as independent; choose data.mixup=0, or added_noise=none",
     ),
     (
-        ("gradient_noise=gaussian", "gradient_noise.factor=-1"),
-        "gradient_noise.factor must be at least 0, got -1",
+        ("added_noise=gaussian", "added_noise.factor=-1"),
+        "added_noise.factor must be at least 0, got -1",
     ),
     (
         ("stopping=early",),

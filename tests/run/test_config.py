@@ -45,7 +45,7 @@ def test_every_experiment_composes_and_passes_its_checks(experiment):
             "attack",
             "objective",
             "perturbation",
-            "gradient_noise",
+            "added_noise",
             "curvature_penalty",
             "optimizer",
             "regularizer",

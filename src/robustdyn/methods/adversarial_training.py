@@ -66,7 +66,7 @@ class AdversarialTraining(lightning.LightningModule):
         attack: Makes the training examples.
         evaluation_attack: Makes the evaluation examples.
         perturbation: Moves the weights before each descent step; None for none.
-        gradient_noise: Adds noise to the gradient of each descent step; None for none.
+        added_noise: Adds noise to the gradient of each descent step; None for none.
         curvature_penalty: Penalty on the trace of the Hessian; None for none.
         regularizer: Penalty on the weights, and which of them decay.
         optimizer: Builds the optimiser from parameter groups.
@@ -86,7 +86,7 @@ class AdversarialTraining(lightning.LightningModule):
         attack: PGD,
         evaluation_attack: PGD,
         perturbation: WeightPerturbation | None,
-        gradient_noise: GradientNoise | None,
+        added_noise: GradientNoise | None,
         curvature_penalty: GaussNewtonPenalty | None,
         regularizer: Regularizer,
         optimizer: OptimizerFactory,
@@ -104,7 +104,7 @@ class AdversarialTraining(lightning.LightningModule):
         self.attack = attack
         self.evaluation_attack = evaluation_attack
         self.perturbation = perturbation
-        self.gradient_noise = gradient_noise
+        self.added_noise = added_noise
         self.curvature_penalty = curvature_penalty
         self.regularizer = regularizer
         self.schedule = schedule
@@ -173,9 +173,9 @@ class AdversarialTraining(lightning.LightningModule):
             f"data.batch_size={loader.batch_size} leaves one of {len(loader.data)} training images for the "
             "last batch of an epoch"
         )
-        if self.gradient_noise is not None:
+        if self.added_noise is not None:
             raise ConfigError(
-                f"{one}, whose gradient has no covariance for gradient_noise; change data.batch_size or "
+                f"{one}, whose gradient has no covariance for added_noise; change data.batch_size or "
                 "data.train_size"
             )
         image = self.execution.images(loader.data.batch(torch.zeros(1, dtype=torch.int64)).images)
@@ -413,10 +413,10 @@ class AdversarialTraining(lightning.LightningModule):
 
     def _descent_model(self, part: Part, number: int) -> nn.Module:
         """The network; with gradient noise, one through which the loss has the gradient with noise."""
-        if self.gradient_noise is None:
+        if self.added_noise is None:
             return self.model
         generator = self._generator("gradient-noise", self.global_step, number)
-        return self.gradient_noise.weighted(self.model, part, generator)
+        return self.added_noise.weighted(self.model, part, generator)
 
     def _outcome(self, model: nn.Module, batch: _Examples, adversarial: Tensor) -> StepLoss:
         return self.objective(model, batch.images, adversarial, batch.targets)

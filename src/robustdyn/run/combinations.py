@@ -20,7 +20,7 @@ HALF = ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float1
 """Precisions of Lightning in which the weights themselves are rounded."""
 
 BUILT_TO_CHECK = (
-    "data", "attack.train", "attack.evaluation", "objective", "perturbation", "gradient_noise",
+    "data", "attack.train", "attack.evaluation", "objective", "perturbation", "added_noise",
     "curvature_penalty", "optimizer", "regularizer", "schedule", "averaging", "stopping", "execution",
     "measure.eigenpairs",
 )  # fmt: skip
@@ -31,7 +31,7 @@ PROTOCOLS: Mapping[str, Sequence[str]] = defaultdict(
         "data": ("prepare_data", "setup", "split", "evaluation_splits", "measurement_subset"),
         "objective": ("takes_probabilities", "attack_loss", "__call__"),
         "perturbation": ("step_at", "warmup_epochs", "apply", "restore"),
-        "gradient_noise": ("factor", "weighted"),
+        "added_noise": ("factor", "weighted"),
         "curvature_penalty": ("__call__",),
         "schedule": ("reads", "factor", "decay_epochs", "reading_epochs", "observe"),
         "measure.measurements": ("tables", "measure"),
@@ -81,7 +81,7 @@ def _trainer(cfg: DictConfig) -> None:
 
 def _settings_of_nothing(cfg: DictConfig) -> None:
     """Refuse settings of a group for which ``none`` was chosen: a preset may set what ``none`` replaces."""
-    for group in ("perturbation", "gradient_noise", "curvature_penalty", "averaging", "stopping"):
+    for group in ("perturbation", "added_noise", "curvature_penalty", "averaging", "stopping"):
         settings = cfg[group]
         if settings and "_target_" not in settings:
             raise ConfigError(
@@ -137,11 +137,11 @@ def _mixed_targets(cfg: DictConfig, objective: Objective) -> None:
 
 
 def _mixed_noise(cfg: DictConfig) -> None:
-    if OmegaConf.select(cfg, "data.mixup") and cfg.gradient_noise:
+    if OmegaConf.select(cfg, "data.mixup") and cfg.added_noise:
         raise ConfigError(
             f"data.mixup={cfg.data.mixup} puts every image into two examples of a batch, whose gradients "
-            "then depend on each other, and gradient_noise takes them as independent; choose data.mixup=0, "
-            "or gradient_noise=none"
+            "then depend on each other, and added_noise takes them as independent; choose data.mixup=0, "
+            "or added_noise=none"
         )
 
 

@@ -34,7 +34,7 @@ STEPS = Rule(
 )
 
 # settings of a run that change its steps unless they are 0
-_UNSUPPORTED = ("regularizer.l1", "gradient_noise.factor", "curvature_penalty.strength")
+_UNSUPPORTED = ("regularizer.l1", "added_noise.factor", "curvature_penalty.strength")
 
 RULES: Mapping[str, Rule] = {
     "seed": SEED,

@@ -35,7 +35,7 @@ def build_module(cfg: DictConfig, data: ImageDataModule) -> AdversarialTraining:
         attack=build(cfg, "attack.train"),
         evaluation_attack=build(cfg, "attack.evaluation"),
         perturbation=build(cfg, "perturbation"),
-        gradient_noise=build(cfg, "gradient_noise"),
+        added_noise=build(cfg, "added_noise"),
         curvature_penalty=build(cfg, "curvature_penalty"),
         regularizer=build(cfg, "regularizer"),
         optimizer=build(cfg, "optimizer"),
