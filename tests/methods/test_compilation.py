@@ -92,6 +92,16 @@ def test_compiles_training_once_and_changes_nothing(graphs):
 
 
 @pytest.mark.slow  # compiles
+def test_what_is_added_to_a_step_is_the_same_in_compiled_runs(graphs):
+    """The penalty differentiates twice, which compiled code cannot; BatchNorm is frozen after one epoch."""
+    added = ("added_noise=gaussian", "curvature_penalty=gauss_newton", "batchnorm.frozen_from=1")
+    overrides = (*SMALLER, "method=awp", WARM, *added, "trainer.max_epochs=2")
+    found, expected = fit(*overrides, "execution=compiled")[0], fit(*overrides)[0]
+    assert graphs
+    assert_close(values(found), values(expected), **EXACTLY)
+
+
+@pytest.mark.slow  # compiles
 def test_compiles_each_kind_of_pass_in_the_first_epoch_and_changes_nothing(monkeypatch, tmp_path, graphs):
     """AWP from the second epoch on; measured, with the Hessian, after the first and the third."""
     counts = counted(monkeypatch, graphs)

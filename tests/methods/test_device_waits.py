@@ -79,6 +79,8 @@ METHODS = {
     "mixup": ("data.mixup=1.0", "data.augment.cutout=2", "data.augment.crop_padding=1"),
     "bf16": ("execution=bf16",),
     "adamw": ("optimizer=adamw",),
+    "noise and penalty": ("added_noise=gaussian", "curvature_penalty=gauss_newton"),
+    "frozen": ("batchnorm.frozen_from=0",),
 }
 
 

@@ -88,6 +88,9 @@ RULES: Mapping[str, Rule] = {
     "checkpoint.every_minutes": Rule(
         lambda v: v is None or (_number(v) and v > 0), "must be a positive number, or null"
     ),
+    "batchnorm.frozen_from": Rule(
+        lambda v: v is None or (_whole(v) and v >= 0), "must be a whole number of at least 0, or null"
+    ),
     "resume": _one_of("same", "changed"),
     "deterministic": SWITCH,
     "attack.norm": _one_of("linf", "l2"),
