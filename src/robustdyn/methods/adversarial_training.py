@@ -138,6 +138,7 @@ class AdversarialTraining(lightning.LightningModule):
         self._epoch_metrics: dict[str, float] | None = None
         self._evaluated = False
         self.last_step: OptimizerState | None = None
+        self._settings: list[dict[str, Any]] = []  # the optimiser's, of each parameter group
         execution.prepare(model)
 
     @property
@@ -149,6 +150,7 @@ class AdversarialTraining(lightning.LightningModule):
         """The optimiser, its rate set by ``schedule`` at every step."""
         optimizer = self._optimizer_factory(self.regularizer.parameter_groups(self.model))
         keep_layout(optimizer)
+        self._settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         # the rule is evaluated at the middle of the step, so that a rule which starts or ends at 0 wastes no
         # step
         scheduler = LambdaLR(
@@ -181,11 +183,21 @@ class AdversarialTraining(lightning.LightningModule):
         self.stopwatch.use(self.device)
 
     def on_train_start(self) -> None:
-        """Check that an epoch's last batch can be normalised, before long work starts.
+        """Take the optimiser's settings from the configuration; a checkpoint restores those of its run.
 
         Raises:
-            ConfigError: It holds one image, and BatchNorm needs two values of each channel.
+            ConfigError: An epoch's last batch holds one image, and BatchNorm needs two values a channel.
         """
+        scheduler = self.lr_schedulers()
+        assert isinstance(scheduler, LambdaLR)
+        for group, settings in zip(scheduler.optimizer.param_groups, self._settings, strict=True):
+            group.update(settings)
+        scheduler.base_lrs = [settings["lr"] for settings in self._settings]
+        self._set_rates(scheduler)
+        self._check_last_batch()
+
+    def _check_last_batch(self) -> None:
+        """Check that an epoch's last batch can be normalised, before long work starts."""
         loader = self.trainer.train_dataloader
         if not isinstance(loader, TensorBatches) or loader.part(len(loader) - 1).whole > 1:
             return
@@ -213,7 +225,13 @@ class AdversarialTraining(lightning.LightningModule):
             self._metrics_of(split).reset()
         scheduler = self.lr_schedulers()
         assert isinstance(scheduler, LambdaLR)
+        # the steps of a resumed run with batches of another size were not those of these epochs
+        scheduler.last_epoch = round(self.current_epoch * self._steps_per_epoch())
         # the scheduler set the rate when the last step ended, before the epoch's end was measured
+        self._set_rates(scheduler)
+
+    @staticmethod
+    def _set_rates(scheduler: LambdaLR) -> None:
         for group, base, rule in zip(
             scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
         ):
