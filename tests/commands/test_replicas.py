@@ -158,7 +158,8 @@ def test_adam_replicas_of_an_sgd_run(checkpoint, tmp_path, monkeypatch, frozen):
         (["sampling.batch_size=81"], "sampling.batch_size must lie in [1, 80]"),
         (["start.attack_draws=0"], "start.attack_draws must be at least 1"),
         (["method.optimizer=adam", "initial_state=checkpoint"], "the optimiser holds no exp_avg"),
-        (["+run.regularizer.l1=1e-6"], "regularizer.l1=1e-06 of the run is not 0"),
+        (["+run.regularizer.l1=1e-6"], "not 0, which replicas do not support; set +run.regularizer.l1=0"),
+        (["+run.batchnorm.frozen_from=1", "batchnorm=train"], "choose batchnorm=eval for the replicas"),
     ],
 )
 def test_mistakes_are_one_line(trained, tmp_path_factory, monkeypatch, capsys, arguments, message):

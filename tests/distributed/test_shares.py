@@ -88,6 +88,8 @@ STEPS = [
     ("method=trades",),
     ("method=mart",),
     ("objective=standard",),
+    ("objective=at", "gradient_noise=gaussian"),
+    ("method=trades", "gradient_noise=gaussian"),
 ]
 
 
@@ -104,6 +106,18 @@ def test_averaged_gradients_are_those_of_the_whole_batch(split, overrides, ranks
     ]
     for value, *each in zip(wanted, *found, strict=True):
         assert_close(torch.stack(each).mean(0), value, **EXACT64)
+
+
+def test_with_frozen_statistics_parts_need_no_statistics_of_others(split):
+    def on(rank, ranks):
+        module = on_rank(rank, ranks, split, "objective=at", "batchnorm.frozen_from=0")
+        module.model.insert(2, nn.BatchNorm1d(12)).double()
+        nn.init.uniform_(module.model[2].running_var, 0.5, 2.0, generator=torch.Generator().manual_seed(0))
+        return gradients(module, batch(split, 0, rank, ranks), 0)
+
+    wanted, first, second = on(0, 1), on(0, 2), on(1, 2)
+    for value, one, other in zip(wanted, first, second, strict=True):
+        assert_close((one + other) / 2, value, **EXACT64)
 
 
 @pytest.mark.parametrize("overrides", [("attack=linf",), ("attack=l2",)], ids=" ".join)

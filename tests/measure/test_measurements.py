@@ -137,6 +137,24 @@ def test_values_along_them_are_those_of_the_second_attack(snapshot, spectrum, de
     np.testing.assert_allclose(column(rows, "gradient_noise"), truth, rtol=VECTORS["rtol"])
 
 
+def test_added_noise_is_a_part_that_no_shuffling_takes_back(snapshot, spectrum):
+    noisy = by_table(Spectrum().measure(replace(snapshot, added_noise=9.0)))["spectrum"]
+    rows = spectrum["spectrum"]
+    attack = column(rows, "attack_noise")
+    # of one example's variance, a batch without replacement has the share (N - B) / (B N)
+    single = (column(rows, "gradient_noise") - attack) * B * N / (N - B) + B * attack
+    for name in ("gradient_noise", "attack_noise"):
+        np.testing.assert_allclose(column(noisy, name), column(rows, name) + 9 * single / B, rtol=1e-6)
+    for name in ("gradient_noise_se", "noise_eigenvalue"):
+        ratio = column(noisy, name) / column(rows, name)
+        np.testing.assert_allclose(ratio, 10 if name.endswith("se") else 1 + 9 * N / (N - B), rtol=1e-6)
+    variances = (column(r, "posterior_variance_stationary") for r in (noisy, rows))
+    ratio = np.divide(*variances)
+    np.testing.assert_allclose(
+        ratio, column(noisy, "gradient_noise") / column(rows, "gradient_noise"), rtol=1e-6
+    )
+
+
 @pytest.mark.slow
 def test_values_along_eigenvectors_have_neither_bias_nor_wrong_errors(snapshot):
     """With few examples the eigenvectors fit noise, which must not enter the recorded values."""

@@ -3,12 +3,18 @@
 import re
 
 import pytest
+from torch import nn
 
 from robustdyn.commands.posterior import main as posterior_command
 from robustdyn.errors import ConfigError
 from robustdyn.run.combinations import check_combinations
 from robustdyn.run.config import check
 from tests.runs import command, compose, rows, tiny_but
+
+
+def without_batchnorm(**settings):
+    return nn.Linear(1, 1)
+
 
 TEN = "trainer.max_epochs=10"
 REFUSED = [
@@ -49,6 +55,15 @@ REFUSED = [
         "data.mixup=0, or objective=at or trades",
     ),
     (
+        ("gradient_noise=gaussian", "++data.mixup=0.5"),
+        "data.mixup=0.5 puts every image into two examples of a batch, whose gradients then depend on each "
+        "other, and gradient_noise takes them as independent; choose data.mixup=0, or gradient_noise=none",
+    ),
+    (
+        ("gradient_noise=gaussian", "gradient_noise.factor=-1"),
+        "gradient_noise.factor must be at least 0, got -1",
+    ),
+    (
         ("stopping=early",),
         "stopping=early watches held-out training images, but data.validation_size=0; choose a size, or "
         "stopping=none",
@@ -66,6 +81,16 @@ REFUSED = [
         ("averaging=swa", TEN, "averaging.start_epoch=10"),
         "averaging.start_epoch=10 is not reached by trainer.max_epochs=10, so that nothing is averaged; "
         "choose an earlier start_epoch, or averaging=none",
+    ),
+    (
+        ("batchnorm.frozen_from=10", TEN),
+        "batchnorm.frozen_from=10 is not reached by trainer.max_epochs=10, so that no statistics are frozen; "
+        "choose an earlier epoch, or null",
+    ),
+    (
+        ("batchnorm.frozen_from=1", "model._target_=tests.run.test_combinations.without_batchnorm"),
+        "batchnorm.frozen_from=1 freezes the statistics of BatchNorm, and model without_batchnorm has no "
+        "BatchNorm; choose null, or another model",
     ),
     (
         ("schedule=cosine", "schedule.length=5", TEN),
@@ -108,6 +133,7 @@ ALLOWED = [
     ("schedule=piecewise", TEN, "schedule.milestones=[5,20]"),
     ("schedule=cosine", "schedule.length=20", TEN),
     ("averaging=swa", TEN, "averaging.start_epoch=9"),
+    ("batchnorm.frozen_from=9", TEN, "averaging=ema", "method=awp"),
     ("measure.inputs=clean", "objective=at"),
     ("optimizer.nesterov=true",),
     ("optimizer=adamw", "regularizer.weight_decay_on=weights"),

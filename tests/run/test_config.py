@@ -45,6 +45,8 @@ def test_every_experiment_composes_and_passes_its_checks(experiment):
             "attack",
             "objective",
             "perturbation",
+            "gradient_noise",
+            "curvature_penalty",
             "optimizer",
             "regularizer",
             "schedule",
@@ -74,7 +76,14 @@ def test_tests_compose_as_hydra_does(overrides, monkeypatch):
     assert OmegaConf.to_yaml(compose(*overrides)) == kept
 
 
-CHOICES = ((), ("method=trades_awp",), ("perturbation=sam",), ("schedule=wci",), ("stopping=early",))
+CHOICES = (
+    (),
+    ("method=trades_awp",),
+    ("perturbation=sam",),
+    ("schedule=wci",),
+    ("stopping=early",),
+    ("batchnorm.frozen_from=0",),
+)
 
 
 @pytest.mark.parametrize("key", RULES)

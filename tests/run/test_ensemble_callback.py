@@ -267,6 +267,15 @@ def test_wrong_runs_are_refused_when_composed(configured):
     cfg = configured("regularizer.l1=0.5")
     with pytest.raises(ConfigError, match=r"^regularizer\.l1=0.5 .* choose 0, or ensemble=none"):
         check_ensemble(cfg)
+    cfg = configured("gradient_noise=gaussian")
+    with pytest.raises(ConfigError, match=r"^gradient_noise\.factor=9.0 .* choose 0, or ensemble=none"):
+        check_ensemble(cfg)
+    cfg = configured("curvature_penalty=gauss_newton", "curvature_penalty.strength=0.1")
+    with pytest.raises(ConfigError, match=r"^curvature_penalty\.strength=0.1 .* or ensemble=none"):
+        check_ensemble(cfg)
+    cfg = configured("batchnorm.frozen_from=0", "ensemble.batchnorm=train")
+    with pytest.raises(ConfigError, match=r"^batchnorm\.frozen_from=0 of the run .* choose batchnorm=eval"):
+        check_ensemble(cfg)
     for setting in ("accumulate_grad_batches=2", "gradient_clip_val=0.5"):
         with pytest.raises(ConfigError, match=rf"^trainer\.{setting} of the run .* train without it"):
             check_ensemble(configured(f"trainer.{setting}"))

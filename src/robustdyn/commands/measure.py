@@ -89,7 +89,8 @@ def measure_checkpoints(given: DictConfig) -> None:
     train = data.split("train")
     training = Training.of(chosen, cfg, run_dir, -(-len(train) // cfg.batch_size))
     optimizers = {file.epoch: training.optimizer(file) for file in chosen}
-    measurement = CheckpointMeasurement(cfg, allow, data, device)
+    added_noise = 0.0 if run is None else float(OmegaConf.select(run, "gradient_noise.factor", default=0.0))
+    measurement = CheckpointMeasurement(cfg, allow, data, device, added_noise=added_noise)
 
     output = Path(cfg.output) if cfg.output else _output(given, found, run_dir)
     settings = _settings(cfg, train)

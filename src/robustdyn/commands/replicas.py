@@ -83,7 +83,7 @@ def _run_config(cfg: DictConfig, run_dir: Path) -> DictConfig:
             raise ConfigError(f"method.{group}={name} is not known; choose run, {known}")
         run[group] = OmegaConf.load(path)
     changed = changed_run(run, cfg.run)
-    check_run(changed, "set +run.regularizer.l1=0")
+    check_run(changed, cfg.batchnorm, "set +run.{key}=0")
     return changed
 
 

@@ -178,6 +178,7 @@ class Measure(Callback):
             unperturbed=lambda: examples(0, None)[0],
             attack=evaluation,
             initial=self._initial,
+            added_noise=0.0 if module.gradient_noise is None else module.gradient_noise.factor,
             group=_group(trainer),
         )
 

@@ -80,6 +80,7 @@ class MeasurementPlan:
         unperturbed: Callable[[], Structure] | None = None,
         attack: object = None,
         initial: Mapping[str, Tensor] | None = None,
+        added_noise: float = 0.0,
         group: dist.ProcessGroup | None = None,
     ) -> Snapshot:
         """The state of a run that measurements see.
@@ -99,6 +100,7 @@ class MeasurementPlan:
             unperturbed: See above.
             attack: What attacked the examples.
             initial: See above.
+            added_noise: See above.
             group: Processes that share the measurement.
         """
         risk = EmpiricalRisk(
@@ -124,6 +126,7 @@ class MeasurementPlan:
             unperturbed=unperturbed,
             attack=attack if isinstance(attack, PGD) else None,
             initial=initial,
+            added_noise=added_noise,
         )
 
     def rows(

@@ -154,6 +154,8 @@ class Snapshot:
         unperturbed: Returns this process's inputs of the same examples without the attack.
         attack: The attack, if it is PGD.
         initial: The parameters before training by name; None if they are not known.
+        added_noise: Covariance of the Gaussian noise that is added to a step's gradient, in multiples of
+            C₁ / B, with the attack's noise in C₁; see ``robustdyn.methods.GradientNoise``.
         rows: What the epoch's measurements have found so far, by table.
     """
 
@@ -170,6 +172,7 @@ class Snapshot:
     unperturbed: Callable[[], Structure] | None = None
     attack: PGD | None = None
     initial: Mapping[str, Tensor] | None = None
+    added_noise: float = 0.0
     rows: dict[str, list[Mapping[str, Any]]] = field(default_factory=dict)
 
     @property
@@ -179,7 +182,7 @@ class Snapshot:
 
     @property
     def noise_factor(self) -> float:
-        """What an unbiased C₁ is multiplied with to give the covariance of a mini-batch gradient.
+        """What an unbiased C₁ is multiplied with to give the covariance of a step's gradient.
 
         NaN without B. A sample of the training set estimates without bias the covariance with denominator
         n − 1 (Cochran, Sampling Techniques, 1977, chapter 2), and the factor is for the one with n.
@@ -187,7 +190,8 @@ class Snapshot:
         if self.batch_size is None:
             return math.nan
         n = self.train_examples
-        return minibatch_noise_factor(n, self.batch_size, replacement=False) * (n - 1) / n
+        drawn = minibatch_noise_factor(n, self.batch_size, replacement=False) * (n - 1) / n
+        return drawn + self.added_noise / self.batch_size
 
     def generator(self, stream: str) -> torch.Generator:
         """Random stream of one estimator, a function of (seed, stream, epoch)."""

@@ -50,7 +50,7 @@ class Spectrum:
             """Standard error of the sum of some terms, to first order."""
             by_curvature, by_noise = np.sum([(term.by_curvature, term.by_noise) for term in terms], axis=0)
             # as if all noise came from the attack, which overstates it by a share of at most B / n
-            return along.standard_error(by_curvature, by_noise / size)
+            return along.standard_error(by_curvature, by_noise * (1 + snapshot.added_noise) / size)
 
         for index in range(len(gamma)):
             yield (
@@ -65,7 +65,9 @@ class Spectrum:
                     "curvature_se": along.curvature_standard_errors[index],
                     GRADIENT_NOISE: gamma[index],
                     # as if all noise came from the attack, which overstates it by a share of at most B / n
-                    "gradient_noise_se": along.variance_standard_errors[index] / size,
+                    "gradient_noise_se": along.variance_standard_errors[index]
+                    * (1 + snapshot.added_noise)
+                    / size,
                     "attack_noise": attack[index],
                     NOISE_EIGENVALUE: own * float(noise.eigenvalues[index]),
                     "noise_residual": own * float(noise.residuals[index]),
@@ -100,11 +102,14 @@ class Spectrum:
 
 
 def minibatch_noise(snapshot: Snapshot) -> tuple[Array, Array]:
-    """γ (k,) along the tracked directions, and the part (k,) that the attack's random start makes."""
-    along = snapshot.along
+    """γ (k,) along the tracked directions, and the part (k,) that no shuffling takes back.
+
+    That part is the noise of the attack's random start, and all of the added noise.
+    """
+    along, size, added = snapshot.along, snapshot.batch, snapshot.added_noise
     attack = along.attack_shares * along.variances
-    size = snapshot.batch
-    return snapshot.noise_factor * (along.variances - attack) + attack / size, attack / size
+    gamma = snapshot.noise_factor * (along.variances - attack) + (1 + added) * attack / size
+    return gamma, (attack + added * along.variances) / size
 
 
 @dataclass(frozen=True, eq=False)

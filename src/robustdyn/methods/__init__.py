@@ -1,13 +1,10 @@
 """Training methods as combinations of an objective, a weight perturbation and a learning-rate rule."""
 
-from robustdyn.methods.adversarial_training import (
-    AdversarialTraining,
-    OptimizerState,
-    is_plain_momentum,
-    optimizer_state,
-)
+from robustdyn.methods.adversarial_training import AdversarialTraining
 from robustdyn.methods.averaging import EpochAveraging
+from robustdyn.methods.curvature_penalty import GaussNewtonPenalty
 from robustdyn.methods.execution import Execution
+from robustdyn.methods.gradient_noise import GradientNoise
 from robustdyn.methods.objectives import (
     MART,
     TRADES,
@@ -16,6 +13,7 @@ from robustdyn.methods.objectives import (
     Objective,
     StepLoss,
 )
+from robustdyn.methods.optimizer_state import OptimizerState, is_plain_momentum, optimizer_state
 from robustdyn.methods.perturbations import AWP, SAM, GlobalAWP, WeightPerturbation
 from robustdyn.methods.regularizer import Regularizer
 from robustdyn.methods.schedules import (
@@ -40,7 +38,9 @@ __all__ = [
     "CrossEntropy",
     "EpochAveraging",
     "Execution",
+    "GaussNewtonPenalty",
     "GlobalAWP",
+    "GradientNoise",
     "Interpolated",
     "MultiDecay",
     "Objective",

@@ -7,25 +7,28 @@ perturbation, learning-rate rule) is passed in.
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import lightning
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from robustdyn import streams
 from robustdyn.attacks import PGD, AttackLoss, summed_cross_entropy
 from robustdyn.data import Part, TensorBatches
 from robustdyn.errors import CheckpointError, ConfigError
+from robustdyn.methods.curvature_penalty import GaussNewtonPenalty
 from robustdyn.methods.execution import Execution, keep_layout
+from robustdyn.methods.gradient_noise import GradientNoise
 from robustdyn.methods.metrics import RobustMetrics
 from robustdyn.methods.objectives import Objective, StepLoss
+from robustdyn.methods.optimizer_state import OptimizerState, Rates, is_plain_momentum, optimizer_state
 from robustdyn.methods.perturbations import WeightPerturbation
 from robustdyn.methods.regularizer import Regularizer
 from robustdyn.methods.schedules import Schedule
 from robustdyn.methods.stopwatch import Stopwatch
-from robustdyn.models.modes import frozen_statistics, mode
+from robustdyn.models.modes import frozen_statistics, mode, running_statistics
 from robustdyn.models.sync_batchnorm import share_buffers
 
 OptimizerFactory = Callable[[Iterable[Any]], torch.optim.Optimizer]
@@ -46,41 +49,6 @@ class _Examples(NamedTuple):
     targets: Tensor
 
 
-class OptimizerState(NamedTuple):
-    """Settings of the optimiser's last step, in the terms of momentum SGD.
-
-    ``plain``: whether the theory's laws hold for the step; see ``AdversarialTraining.plain_momentum``.
-    """
-
-    learning_rate: float
-    momentum: float
-    weight_decay: float
-    plain: bool = True
-
-
-def is_plain_momentum(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether it is momentum SGD as in docs/theory.md: no Nesterov, no dampening, one decay for all."""
-    return type(optimizer) is torch.optim.SGD and all(
-        not group["nesterov"]
-        and not group["maximize"]
-        and group["dampening"] == 0
-        and group["weight_decay"] == optimizer.param_groups[0]["weight_decay"]
-        for group in optimizer.param_groups
-    )
-
-
-def optimizer_state(optimizer: torch.optim.Optimizer) -> OptimizerState:
-    """The optimiser's present settings; an optimiser without momentum or weight decay has 0 there."""
-    group = optimizer.param_groups[0]
-    one_rate = all(other["lr"] == group["lr"] for other in optimizer.param_groups)
-    return OptimizerState(
-        float(group["lr"]),
-        float(group.get("momentum", 0.0)),
-        float(group.get("weight_decay", 0.0)),
-        is_plain_momentum(optimizer) and one_rate,
-    )
-
-
 class AdversarialTraining(lightning.LightningModule):
     """Trains ``model`` on adversarial images and evaluates it on clean and adversarial ones.
 
@@ -97,9 +65,13 @@ class AdversarialTraining(lightning.LightningModule):
         attack: Makes the training examples.
         evaluation_attack: Makes the evaluation examples.
         perturbation: Moves the weights before each descent step; None for none.
+        gradient_noise: Adds noise to the gradient of each descent step; None for none.
+        curvature_penalty: Penalty on the trace of the Hessian; None for none.
         regularizer: Penalty on the weights, and which of them decay.
         optimizer: Builds the optimiser from parameter groups.
         schedule: Learning-rate rule, applied before every step.
+        batchnorm_frozen_from: First epoch, counted from 0, in which BatchNorm normalises with its running
+            statistics in training and attack, and no longer updates them; None for never.
         execution: Memory layout and compilation of the network.
         evaluation_splits: Names of the validation loop's loaders, in order, e.g. ``("test",)``.
         seed: The run's seed.
@@ -113,9 +85,12 @@ class AdversarialTraining(lightning.LightningModule):
         attack: PGD,
         evaluation_attack: PGD,
         perturbation: WeightPerturbation | None,
+        gradient_noise: GradientNoise | None,
+        curvature_penalty: GaussNewtonPenalty | None,
         regularizer: Regularizer,
         optimizer: OptimizerFactory,
         schedule: Schedule,
+        batchnorm_frozen_from: int | None,
         execution: Execution,
         evaluation_splits: tuple[str, ...],
         seed: int,
@@ -128,8 +103,11 @@ class AdversarialTraining(lightning.LightningModule):
         self.attack = attack
         self.evaluation_attack = evaluation_attack
         self.perturbation = perturbation
+        self.gradient_noise = gradient_noise
+        self.curvature_penalty = curvature_penalty
         self.regularizer = regularizer
         self.schedule = schedule
+        self.batchnorm_frozen_from = batchnorm_frozen_from
         self.seed = seed
         self.evaluation_splits = evaluation_splits
         # a list, since a ModuleDict cannot have a key "train"
@@ -138,7 +116,6 @@ class AdversarialTraining(lightning.LightningModule):
         self._epoch_metrics: dict[str, float] | None = None
         self._evaluated = False
         self.last_step: OptimizerState | None = None
-        self._settings: list[dict[str, Any]] = []  # the optimiser's, of each parameter group
         execution.prepare(model)
 
     @property
@@ -150,10 +127,9 @@ class AdversarialTraining(lightning.LightningModule):
         """The optimiser, its rate set by ``schedule`` at every step."""
         optimizer = self._optimizer_factory(self.regularizer.parameter_groups(self.model))
         keep_layout(optimizer)
-        self._settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         # the rule is evaluated at the middle of the step, so that a rule which starts or ends at 0 wastes no
         # step
-        scheduler = LambdaLR(
+        scheduler = Rates(
             optimizer, lambda step: self.schedule.factor((step + 0.5) / self._steps_per_epoch())
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -183,38 +159,37 @@ class AdversarialTraining(lightning.LightningModule):
         self.stopwatch.use(self.device)
 
     def on_train_start(self) -> None:
-        """Take the optimiser's settings from the configuration; a checkpoint restores those of its run.
+        """Check that an epoch's last batch can be normalised, before long work starts.
 
         Raises:
-            ConfigError: An epoch's last batch holds one image, and BatchNorm needs two values a channel.
+            ConfigError: It holds one image, and BatchNorm needs two values of each channel, or gradient noise
+                two examples.
         """
-        scheduler = self.lr_schedulers()
-        assert isinstance(scheduler, LambdaLR)
-        for group, settings in zip(scheduler.optimizer.param_groups, self._settings, strict=True):
-            group.update(settings)
-        scheduler.base_lrs = [settings["lr"] for settings in self._settings]
-        self._set_rates(scheduler)
-        self._check_last_batch()
-
-    def _check_last_batch(self) -> None:
-        """Check that an epoch's last batch can be normalised, before long work starts."""
         loader = self.trainer.train_dataloader
         if not isinstance(loader, TensorBatches) or loader.part(len(loader) - 1).whole > 1:
             return
+        one = (
+            f"data.batch_size={loader.batch_size} leaves one of {len(loader.data)} training images for the "
+            "last batch of an epoch"
+        )
+        if self.gradient_noise is not None:
+            raise ConfigError(
+                f"{one}, whose gradient has no covariance for gradient_noise; change data.batch_size or "
+                "data.train_size"
+            )
         image = self.execution.images(loader.data.batch(torch.zeros(1, dtype=torch.int64)).images)
         try:
             with (
                 torch.no_grad(),
                 frozen_statistics(self.model),
                 mode(self.model, training=True),
+                self._batchnorm(),
                 self.execution.eager(),
             ):
                 self.model(image.to(self.dtype))
         except ValueError as error:
             raise ConfigError(
-                f"data.batch_size={loader.batch_size} leaves one of {len(loader.data)} training images for "
-                "the last batch of an epoch, which BatchNorm cannot normalise; change data.batch_size or "
-                "data.train_size"
+                f"{one}, which BatchNorm cannot normalise; change data.batch_size or data.train_size"
             ) from error
 
     def on_train_epoch_start(self) -> None:
@@ -223,19 +198,11 @@ class AdversarialTraining(lightning.LightningModule):
         self._evaluated = False
         for split in ("train", *self.evaluation_splits):
             self._metrics_of(split).reset()
+        # the scheduler set the rate when the last step ended, before the epoch's end was measured, and a
+        # resumed run may have had batches of another size
         scheduler = self.lr_schedulers()
-        assert isinstance(scheduler, LambdaLR)
-        # the steps of a resumed run with batches of another size were not those of these epochs
-        scheduler.last_epoch = round(self.current_epoch * self._steps_per_epoch())
-        # the scheduler set the rate when the last step ended, before the epoch's end was measured
-        self._set_rates(scheduler)
-
-    @staticmethod
-    def _set_rates(scheduler: LambdaLR) -> None:
-        for group, base, rule in zip(
-            scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
-        ):
-            group["lr"] = base * rule(scheduler.last_epoch)
+        assert isinstance(scheduler, Rates)
+        scheduler.set_rates(round(self.current_epoch * self._steps_per_epoch()))
 
     def on_train_batch_start(self, batch: LoaderBatch, batch_idx: int) -> None:
         """Seed what draws from the global generators, such as dropout, by seed, step, rank and its batch."""
@@ -260,7 +227,7 @@ class AdversarialTraining(lightning.LightningModule):
         """
         part = self._part(self.trainer.train_dataloader, batch_idx, batch, self.attack)
         number = batch_idx % self.trainer.accumulate_grad_batches
-        with self.execution.step(len(batch.images), "train"):
+        with self._batchnorm(), self.execution.step(len(batch.images), "train"):
             loss = self._train_on(_Examples(self.execution.images(batch.images), batch.targets), part, number)
         self._note_optimizer()
         of_examples, of_batches = self._accumulation(batch_idx - number, part)
@@ -287,16 +254,26 @@ class AdversarialTraining(lightning.LightningModule):
         weight = self.trainer.world_size * len(batch.images) / part.whole
         with self.stopwatch.section("attack"):
             adversarial = self._attacked(batch, part, number)
+        descent = self._descent_model(part, number)
         if self.perturbation is None or self.current_epoch < self.perturbation.warmup_epochs:
-            outcome = self._outcome(batch, adversarial)
+            outcome = self._outcome(descent, batch, adversarial)
             self._update("train", batch, outcome.robust_logits)
         else:
             with frozen_statistics(self.model):
-                at_weights = self._outcome(batch, adversarial)
+                at_weights = self._outcome(self.model, batch, adversarial)
             self._update("train", batch, at_weights.robust_logits)
             self.perturbation.apply(self.model, weight * at_weights.loss, loss_scale=self._loss_scale())
-            outcome = self._outcome(batch, adversarial)
-        return weight * outcome.loss
+            outcome = self._outcome(descent, batch, adversarial)
+        loss = weight * outcome.loss
+        return loss if self.curvature_penalty is None else loss + self._penalty(adversarial, part, number)
+
+    def _penalty(self, adversarial: Tensor, part: Part, number: int) -> Tensor:
+        """The curvature penalty's share of this rank, for an average over ranks."""
+        assert self.curvature_penalty is not None
+        generator = self._generator("curvature-penalty", self.global_step, number)
+        with self.execution.eager():
+            share = self.curvature_penalty(self.model, adversarial, part, generator)
+        return self.trainer.world_size * share
 
     def on_after_backward(self) -> None:
         """Remove the perturbation, if the optimiser has to step at the unperturbed weights."""
@@ -426,8 +403,20 @@ class AdversarialTraining(lightning.LightningModule):
         start = attack.start(whole, generator)[part.places]
         return attack.climb(self.model, batch.images, batch.targets, start, loss)
 
-    def _outcome(self, batch: _Examples, adversarial: Tensor) -> StepLoss:
-        return self.objective(self.model, batch.images, adversarial, batch.targets)
+    def _batchnorm(self) -> AbstractContextManager[None]:
+        """Scope of an epoch's training passes."""
+        frozen = self.batchnorm_frozen_from is not None and self.current_epoch >= self.batchnorm_frozen_from
+        return running_statistics(self.model) if frozen else nullcontext()
+
+    def _descent_model(self, part: Part, number: int) -> nn.Module:
+        """The network; with gradient noise, one through which the loss has the gradient with noise."""
+        if self.gradient_noise is None:
+            return self.model
+        generator = self._generator("gradient-noise", self.global_step, number)
+        return self.gradient_noise.weighted(self.model, part, generator)
+
+    def _outcome(self, model: nn.Module, batch: _Examples, adversarial: Tensor) -> StepLoss:
+        return self.objective(model, batch.images, adversarial, batch.targets)
 
     def _update(self, split: str, batch: _Examples, robust_logits: Tensor | None) -> None:
         metrics = self._metrics_of(split)

@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 @contextmanager
@@ -33,7 +35,7 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
     buffers = [
         buffer
         for module in model.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        if isinstance(module, _BatchNorm)
         for buffer in module.buffers(recurse=False)
     ]
     before = [buffer.clone() for buffer in buffers]
@@ -43,6 +45,30 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
         for buffer, value in zip(buffers, before, strict=True):
             # .data: autograd holds the buffers for the backward pass, which in train mode does not read them
             buffer.data.copy_(value)
+
+
+@contextmanager
+def running_statistics(model: nn.Module) -> Iterator[None]:
+    """BatchNorm normalises with its running statistics inside the scope and does not update them.
+
+    ``model.train()`` inside the scope does not reach these layers, because an attack with the statistics of
+    the batch would otherwise update them.
+    """
+    layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    flags = [layer.training for layer in layers]
+    for layer in layers:
+        layer.training = False
+        layer.train = partial(_unchanged, layer)  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        for layer, flag in zip(layers, flags, strict=True):
+            del layer.__dict__["train"]
+            layer.training = flag
+
+
+def _unchanged(layer: nn.Module, mode: bool = True) -> nn.Module:
+    return layer
 
 
 @contextmanager

@@ -135,7 +135,7 @@ SPECTRUM = parse_table("""
         the mini-batch gradient along u_i
     gradient_noise_se float | s.e. of γ_i | standard error of gradient_noise over the measured examples
     attack_noise float | the attack's part of γ_i | the part of gradient_noise that the attack's random start
-        makes, which no shuffling takes back
+        makes, with all added noise, which no shuffling takes back
     noise_eigenvalue float | noise eigenvalue | the i-th largest eigenvalue of the gradient covariance C
         itself
     noise_residual float | residual of the noise eigenvalue | distance of noise_eigenvalue from an exact

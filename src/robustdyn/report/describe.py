@@ -16,6 +16,8 @@ _SECTIONS = {  # section -> heading and the settings worth a reader's first glan
     "attack": ("attack", ()),
     "objective": ("objective", ("beta", "label_smoothing")),
     "perturbation": ("weight perturbation", ("gamma", "rho", "warmup_epochs")),
+    "gradient_noise": ("added gradient noise", ("factor",)),
+    "curvature_penalty": ("curvature penalty", ("strength", "examples")),
     "regularizer": ("regulariser", ("l1", "weight_decay_on")),
     "optimizer": ("optimiser", ("lr", "momentum", "weight_decay", "nesterov", "betas")),
     "schedule": (

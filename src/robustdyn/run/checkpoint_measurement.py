@@ -32,9 +32,15 @@ class CheckpointMeasurement:
     """
 
     def __init__(
-        self, cfg: DictConfig, allow: Collection[str] | None, data: ImageDataModule, device: torch.device
+        self,
+        cfg: DictConfig,
+        allow: Collection[str] | None,
+        data: ImageDataModule,
+        device: torch.device,
+        *,
+        added_noise: float,
     ) -> None:
-        self._cfg, self._data = cfg, data
+        self._cfg, self._data, self._added_noise = cfg, data, added_noise
         self._plan = measurement_plan(cfg, allow)
         attack: PGD = build(cfg, "attack.evaluation", allow=allow)
         self._attack = attack if cfg.measure.inputs == "adversarial" else None
@@ -89,6 +95,7 @@ class CheckpointMeasurement:
                     starts=starts,
                     unperturbed=lambda: examples(0, None)[0],
                     attack=self._attack,
+                    added_noise=self._added_noise,
                 )
                 rows = list(self._plan.rows(snapshot, began))
         except UserError:

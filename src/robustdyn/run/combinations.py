@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from robustdyn.errors import ConfigError
 from robustdyn.methods.objectives.objective import Objective
@@ -19,8 +20,9 @@ HALF = ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float1
 """Precisions of Lightning in which the weights themselves are rounded."""
 
 BUILT_TO_CHECK = (
-    "data", "attack.train", "attack.evaluation", "objective", "perturbation", "optimizer", "regularizer",
-    "schedule", "averaging", "stopping", "execution", "measure.eigenpairs",
+    "data", "attack.train", "attack.evaluation", "objective", "perturbation", "gradient_noise",
+    "curvature_penalty", "optimizer", "regularizer", "schedule", "averaging", "stopping", "execution",
+    "measure.eigenpairs",
 )  # fmt: skip
 
 PROTOCOLS: Mapping[str, Sequence[str]] = defaultdict(
@@ -29,6 +31,8 @@ PROTOCOLS: Mapping[str, Sequence[str]] = defaultdict(
         "data": ("prepare_data", "setup", "split", "evaluation_splits", "measurement_subset"),
         "objective": ("takes_probabilities", "attack_loss", "__call__"),
         "perturbation": ("step_at", "warmup_epochs", "apply", "restore"),
+        "gradient_noise": ("factor", "weighted"),
+        "curvature_penalty": ("__call__",),
         "schedule": ("reads", "factor", "decay_epochs", "reading_epochs", "observe"),
         "measure.measurements": ("tables", "measure"),
     },
@@ -44,12 +48,14 @@ def check_combinations(cfg: DictConfig) -> None:
     """
     _trainer(cfg)
     _settings_of_nothing(cfg)
-    parts = _parts(cfg)
+    model, parts = _model(cfg), _parts(cfg)
     _protocols(cfg, parts)
     _mixed_targets(cfg, parts["objective"])
+    _mixed_noise(cfg)
     _optimizer(parts["optimizer"])
     _rates(cfg, parts["schedule"])
     _measured_rate(cfg, parts)
+    _frozen_batchnorm(cfg, model)
     _averaging(cfg)
     _early_stopping(cfg)
     _metric(cfg)
@@ -75,7 +81,7 @@ def _trainer(cfg: DictConfig) -> None:
 
 def _settings_of_nothing(cfg: DictConfig) -> None:
     """Refuse settings of a group for which ``none`` was chosen: a preset may set what ``none`` replaces."""
-    for group in ("perturbation", "averaging", "stopping"):
+    for group in ("perturbation", "gradient_noise", "curvature_penalty", "averaging", "stopping"):
         settings = cfg[group]
         if settings and "_target_" not in settings:
             raise ConfigError(
@@ -84,15 +90,19 @@ def _settings_of_nothing(cfg: DictConfig) -> None:
             )
 
 
+def _model(cfg: DictConfig) -> torch.nn.Module:
+    ours = cfg.model.get("_target_") in named_in_conf("model")
+    with torch.device("meta" if ours else "cpu"):  # ours need no memory for weights; others may read tensors
+        model: torch.nn.Module = build(cfg, "model")
+    return model
+
+
 def _parts(cfg: DictConfig) -> dict[str, Any]:
     """Build every part of the run; a constructor that refuses its arguments raises ``ConfigError``.
 
     Returns:
         All parts but the model, by their keys.
     """
-    ours = cfg.model.get("_target_") in named_in_conf("model")
-    with torch.device("meta" if ours else "cpu"):  # ours need no memory for weights; others may read tensors
-        build(cfg, "model")
     chosen = [name for name, measurement in cfg.measure.measurements.items() if measurement is not None]
     return {
         key: build(cfg, key)
@@ -123,6 +133,15 @@ def _mixed_targets(cfg: DictConfig, objective: Objective) -> None:
         raise ConfigError(
             f"data.mixup={cfg.data.mixup} mixes labels, but {_choice(cfg, 'objective')} compares the "
             "labelled class with the others; choose data.mixup=0, or objective=at or trades"
+        )
+
+
+def _mixed_noise(cfg: DictConfig) -> None:
+    if OmegaConf.select(cfg, "data.mixup") and cfg.gradient_noise:
+        raise ConfigError(
+            f"data.mixup={cfg.data.mixup} puts every image into two examples of a batch, whose gradients "
+            "then depend on each other, and gradient_noise takes them as independent; choose data.mixup=0, "
+            "or gradient_noise=none"
         )
 
 
@@ -161,6 +180,22 @@ def _measured_rate(cfg: DictConfig, parts: Mapping[str, Any]) -> None:
             f"schedule.start_epoch={cfg.schedule.start_epoch} is not reached by trainer.max_epochs="
             f"{cfg.trainer.max_epochs}, so that no rate follows a measurement; choose an earlier "
             "start_epoch, or schedule=constant"
+        )
+
+
+def _frozen_batchnorm(cfg: DictConfig, model: torch.nn.Module) -> None:
+    start = cfg.batchnorm.frozen_from
+    if start is None:
+        return
+    if start >= cfg.trainer.max_epochs:
+        raise ConfigError(
+            f"batchnorm.frozen_from={start} is not reached by trainer.max_epochs={cfg.trainer.max_epochs}, "
+            "so that no statistics are frozen; choose an earlier epoch, or null"
+        )
+    if not any(isinstance(module, _BatchNorm) for module in model.modules()):
+        raise ConfigError(
+            f"batchnorm.frozen_from={start} freezes the statistics of BatchNorm, and "
+            f"{_choice(cfg, 'model')} has no BatchNorm; choose null, or another model"
         )
 
 

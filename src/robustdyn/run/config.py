@@ -93,6 +93,9 @@ RULES: Mapping[str, Rule] = {
     "checkpoint.keep_epochs": Rule(
         lambda v: v is not None, "must be epochs in the syntax of measure.epochs, or []"
     ),
+    "batchnorm.frozen_from": Rule(
+        lambda v: v is None or (_whole(v) and v >= 0), "must be a whole number of at least 0, or null"
+    ),
     "resume": _one_of("same", "changed"),
     "deterministic": SWITCH,
     "attack.norm": _one_of("linf", "l2"),

@@ -33,6 +33,9 @@ STEPS = Rule(
     "must be a list of whole numbers of at least 0",
 )
 
+# settings of a run that change its steps unless they are 0
+_UNSUPPORTED = ("regularizer.l1", "gradient_noise.factor", "curvature_penalty.strength")
+
 RULES: Mapping[str, Rule] = {
     "seed": SEED,
     "replicas": COUNT,
@@ -107,15 +110,27 @@ def ensemble_settings(cfg: DictConfig, prefix: str = "") -> EnsembleSettings:
         )
 
 
-def check_run(run: DictConfig, remedy: str) -> None:
+def check_run(run: DictConfig, batchnorm: str, remedy: str) -> None:
     """Refuse a run whose training steps replicas do not support.
+
+    Args:
+        run: The run's configuration.
+        batchnorm: The replicas' setting of this name.
+        remedy: What to do about a setting that is not 0; ``{key}`` in it stands for its key.
 
     Raises:
         ConfigError: A setting is not supported; the message names the key and the remedy.
     """
-    if penalty := OmegaConf.select(run, "regularizer.l1"):
+    for key in _UNSUPPORTED:
+        if value := OmegaConf.select(run, key):
+            raise ConfigError(
+                f"{key}={value} of the run is not 0, which replicas do not support; {remedy.format(key=key)}"
+            )
+    frozen = OmegaConf.select(run, "batchnorm.frozen_from")
+    if frozen is not None and batchnorm == "train":
         raise ConfigError(
-            f"regularizer.l1={penalty} of the run is not 0, which replicas do not support; {remedy}"
+            f"batchnorm.frozen_from={frozen} of the run keeps statistics that replicas with batchnorm=train "
+            "would update; choose batchnorm=eval for the replicas"
         )
     for key, plain in (("accumulate_grad_batches", 1), ("gradient_clip_val", None)):
         if (value := run.trainer.get(key, plain)) not in (plain, 0):
@@ -155,7 +170,7 @@ def check_ensemble(cfg: DictConfig) -> None:
             f"{GROUP}=default, and {GROUP}.epochs=[] to run none, or leave the settings out"
         )
     ensemble_settings(cfg, f"{GROUP}.")
-    check_run(cfg, f"choose 0, or {GROUP}=none")
+    check_run(cfg, settings.batchnorm, f"choose 0, or {GROUP}=none")
 
 
 def ensemble_callbacks(cfg: DictConfig, run_dir: Path) -> list[Callback]:

@@ -132,9 +132,6 @@ def shares_removed(values: pd.DataFrame) -> pd.DataFrame:
 def effects(runs: Sequence[Run]) -> pd.DataFrame:
     """Curvature, noise and variance of each branch as factors of the unchanged one's of the same seed.
 
-    What is recorded is the noise of the mini-batches alone. With noise added to the gradient, γ and the
-    stationary σ², which is linear in it, are multiplied here; the time-resolved law is not known.
-
     Returns:
         ``setting``, ``moment`` (``OVER``: the geometric mean over the epochs that both have; ``END``: the
         last of these), ``quantity``, ``label``, ``mean``, ``low``, ``high``, ``seeds``.
@@ -144,10 +141,6 @@ def effects(runs: Sequence[Run]) -> pd.DataFrame:
         found = tracked_quantities(run)
         after = found["epoch"] >= int(run.config["fork"]["epoch"])
         kept = found[after & found["quantity"].isin(EFFECTS)]
-        if added := float((run.config.get("gradient_noise") or {}).get("factor", 0.0)):
-            of_noise = kept["quantity"].str.startswith(("gradient_noise", "stationary_variance"))
-            kept = kept.assign(value=kept["value"].where(~of_noise, (1 + added) * kept["value"]))
-            kept = kept[~kept["quantity"].str.startswith("resolved_variance")]
         rows.append(kept.assign(setting=branch(run), **{SEED: run.config[SEED]}))
     frame = pd.concat(rows, ignore_index=True)
     own = frame["setting"] == UNCHANGED
