@@ -38,6 +38,11 @@ slurm-test: $(READY) ## Test sweeps on a real SLURM on this machine, from Debian
 	@tests/slurm/packages.sh || true
 	@$(BIN)/python -m pytest -m slurm -rs tests/slurm
 
+reproduce-forks: $(READY) ## Runs, branches of them that differ in one factor, and what each factor removes of the overfitting
+	@$(BIN)/robustdyn-train experiment=trunks hydra/launcher=parallel $(SET)
+	@$(BIN)/robustdyn-fork experiment=forks checkpoint='multirun/trunks/*/checkpoints/epoch=024.ckpt' hydra/launcher=parallel
+	@$(BIN)/robustdyn-study forks multirun/forks
+
 reproduce-%: $(READY) ## One of the papers' figures or tables at small scale, e.g. reproduce-correlation; SET='scale=full ...'
 	@$(BIN)/robustdyn-train experiment=$* hydra/launcher=parallel $(SET)
 	@$(BIN)/robustdyn-study $* multirun/$*

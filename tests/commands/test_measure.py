@@ -14,7 +14,6 @@ from robustdyn.defaults import config_dir
 from robustdyn.launch.of_run import deferred
 from robustdyn.launch.paths import quoted_paths
 from robustdyn.records import RunRecords, read_table
-from robustdyn.run.checkpointing import LastCheckpoint
 from tests.runs import TINY, command, invoke, rows
 
 PAGE = (Path(__file__).parents[2] / "docs" / "measuring_checkpoints.md").read_text()
@@ -35,27 +34,20 @@ def measure(monkeypatch, *arguments):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A finished run on digits that kept its checkpoint of every epoch."""
+    """A finished run on digits that kept the checkpoints of two epochs."""
     run_dir = tmp_path_factory.mktemp("runs") / "digits"
-    save = LastCheckpoint._save
-
-    def save_and_keep(self, trainer):
-        save(self, trainer)
-        shutil.copy(self._path, self._path.with_name(f"epoch={trainer.current_epoch}.ckpt"))
-
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(LastCheckpoint, "_save", save_and_keep)
         arguments = (
             *TINY,
             "measure.eigenpairs.warm_start=false",
             "attack.eps_255=20",
+            "checkpoint.keep_epochs=[0,2]",
             "report=false",
             "seed=3",
         )
         assert command(monkeypatch, *arguments, f"hydra.run.dir={run_dir}") == 0
     for path in (run_dir / "checkpoints").glob("*t.ckpt"):
         path.unlink()
-    (run_dir / "checkpoints" / "epoch=1.ckpt").unlink()
     return run_dir
 
 
@@ -118,7 +110,9 @@ def foreign(run_dir, folder):
     """The run's weights as another code saves them, with its optimiser's state in other files."""
     folder.mkdir()
     for epoch, rate in ((0, 0.1), (2, 0.01)):
-        state = torch.load(run_dir / "checkpoints" / f"epoch={epoch}.ckpt", weights_only=True)["state_dict"]
+        state = torch.load(run_dir / "checkpoints" / f"epoch={epoch:03d}.ckpt", weights_only=True)[
+            "state_dict"
+        ]
         network = {
             f"module.{k.removeprefix('model.')}": v for k, v in state.items() if k.startswith("model.")
         }

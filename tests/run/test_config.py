@@ -119,6 +119,7 @@ def test_radii_are_divided_once():
         (f"seed={2**63}", r"must be a whole number from 0 to 2\^63 - 1"),
         (f"data.split_seed={2**63}", r"data.split_seed=\d+ must be a whole number from 0 to 2\^63 - 1"),
         ("seed=null", r"seed=None must be a whole number"),
+        ("checkpoint.keep_epochs=null", r"checkpoint.keep_epochs=None must be epochs in the syntax of"),
         ("attack.norm=l1", r"attack.norm=l1 must be linf or l2"),
         (
             "model.num_classes='${oc.select:classes.${seed},10}'",

@@ -30,6 +30,7 @@ from robustdyn.run.combinations import check_combinations
 from robustdyn.run.config import build, check
 from robustdyn.run.ensembles import check_ensemble
 from robustdyn.run.environment import write_environment
+from robustdyn.run.forking import begin_branch
 from robustdyn.run.log import IN_FILE_ONLY
 from robustdyn.run.loggers import build_loggers
 from robustdyn.run.parts import build_callbacks, build_module
@@ -64,6 +65,8 @@ def _train(cfg: DictConfig) -> None:
     _quieten_lightning()
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     log_changes()
+    if cfg.get("fork"):
+        begin_branch(cfg, run_dir)
     checkpoint = resume_from(cfg, run_dir)
     if run_in_ranks(cfg, train):
         return

@@ -1,5 +1,6 @@
 """Quotes paths on the command line for Hydra, and makes a relative path of a data set absolute."""
 
+import glob
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -67,14 +68,19 @@ def load_run(run_dir: Path) -> DictConfig:
 
 
 def _parted(text: str) -> list[str]:
-    """Split at commas, except in quotes and in names of existing files: a run's folder may have commas."""
+    """Split at commas, except in quotes and in names of existing files and patterns that match some."""
     parts = re.findall(rf"(?:{_QUOTED}|[^,])+", text)
     found = []
     while parts:
         joined = (",".join(parts[:n]) for n in range(len(parts), 0, -1))
-        found.append(next((name for name in joined if Path(name).expanduser().exists()), parts[0]))
+        found.append(next((name for name in joined if _is_there(name)), parts[0]))
         parts = parts[found[-1].count(",") + 1 :]
     return found
+
+
+def _is_there(name: str) -> bool:
+    path = str(Path(name).expanduser())
+    return Path(path).exists() or bool(glob.glob(path))  # noqa: PTH207 (the pattern may be absolute)
 
 
 def _quoted(key: str, text: str) -> str:

@@ -8,7 +8,7 @@ import difflib
 import logging
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +57,10 @@ def resumed(name: str, arguments: Sequence[str]) -> tuple[str, list[str]]:
             argument does not go with ``resume=DIR``.
         UserError: A file of the run cannot be read.
     """
-    given = [text for text in arguments if re.match(r"\+{0,2}resume=", text)]
+    given = _given(arguments, "resume")
     override = OverridesParser.create().parse_override(given[-1]) if given else None
     if override is None or (not override.is_sweep_override() and override.value() in _NOT_A_DIRECTORY):
-        if any(text.startswith("allow=") for text in arguments):
+        if _given(arguments, "allow"):
             raise ConfigError("allow goes with resume=DIR: a command that you type may name any class")
         return name, list(arguments)
     if override.is_sweep_override() or not {"-m", "--multirun", "hydra.mode=MULTIRUN"}.isdisjoint(arguments):
@@ -72,29 +72,37 @@ def resumed(name: str, arguments: Sequence[str]) -> tuple[str, list[str]]:
         raise ConfigError("resume=DIR continues the run in DIR; leave out hydra.run.dir")
     run = _run(Path(str(override.value())).absolute())
     rest = [text for text in arguments if text not in given]
-    granted = [text for text in rest if text.startswith("allow=")]
-    rest = [text for text in rest if text not in granted]
-    parser = OverridesParser.create()
-    allow = allowed(
-        OmegaConf.create({"allow": parser.parse_override(granted[-1]).value() if granted else []})
-    )
-    recorded = _recorded(run)
-    for key, section in OmegaConf.to_container(recorded, resolve=False).items():  # type: ignore[union-attr]
-        check_targets(section, str(key), allow)
-    typed = [parser.parse_override(text) for text in rest if re.match(r"[+~]*[\w./@]+=", text)]
+    recorded = recorded_settings(run, _last_settings(run), rest)
+    recorded.resume = "changed"
+    rest = [text for text in rest if text not in _given(rest, "allow")]
+    typed = typed_settings(rest)
     _unlogged.clear()
     notes = [f"{run.path}: goes on with its own settings"]
     changes = [_change(recorded, one) for one in typed if not one.is_hydra_override()]
     if changes:
         notes.append(f"changed: {'; '.join(changes)}")
-    if kept := _keep(recorded, typed):
+    if kept := keep_schedule(recorded, typed):
         notes.append(f"kept, although {LENGTH} changed: {'; '.join(kept)}; give them to change them")
-    arguments = [_group(recorded, text) for text in rest]
+    arguments = [replaced_group([recorded], text) for text in rest]
     ConfigStore.instance().store(COMPOSED, _primary(recorded, run, typed))
     for note in notes:
         say(note, sys.stderr)
     _unlogged.extend(notes)
     return COMPOSED, arguments
+
+
+def _given(arguments: Sequence[str], key: str) -> list[str]:
+    return [text for text in arguments if re.match(rf"\+{{0,2}}{key}=", text)]
+
+
+def typed_settings(arguments: Sequence[str]) -> list[Override]:
+    """The arguments that set something, parsed.
+
+    Raises:
+        HydraException: One cannot be read.
+    """
+    parser = OverridesParser.create()
+    return [parser.parse_override(text) for text in arguments if re.match(r"[+~]*[\w./@]+=", text)]
 
 
 def log_changes() -> None:
@@ -132,44 +140,66 @@ def _run(path: Path) -> RunDirectory:
     raise ConfigError(f"{where} holds {len(below)} runs; give one of them: {some}{sweep}")
 
 
-def _recorded(run: RunDirectory) -> DictConfig:
-    """The run's configuration, with the values that it was last trained with.
-
-    Interpolations to other keys are kept, so that settings still follow those that are typed. Whatever else
-    determined a value, such as an environment variable, has no effect any more.
+def _last_settings(run: RunDirectory) -> object:
+    """The settings that the run was last trained with.
 
     Raises:
-        RecordError: The run recorded no settings.
         UserError: A file cannot be read.
     """
     checkpoint = last_checkpoint(run)
     if checkpoint is not None:
         restore_hydra_files(checkpoint, run)
-        settings = checkpoint["config"]
-    else:  # killed before the first checkpoint
-        settings = (run.read_status() or {}).get("settings")
+        return checkpoint["config"]
+    return (run.read_status() or {}).get("settings")  # killed before the first checkpoint
+
+
+def recorded_settings(run: RunDirectory, settings: object, arguments: Sequence[str]) -> DictConfig:
+    """The run's configuration, with these values.
+
+    Interpolations to other keys are kept, so that settings still follow those that are typed. Whatever else
+    determined a value, such as an environment variable, has no effect any more.
+
+    Args:
+        run: The run.
+        settings: The values, without interpolations.
+        arguments: Those of the command; ``allow=[...]`` names the classes that the run may name besides ours.
+
+    Raises:
+        RecordError: The run recorded no settings, or they cannot be read.
+        ConfigError: They name a class that is not allowed.
+    """
     if not isinstance(settings, dict) or not settings:
         raise RecordError(f"{run.path}: no checkpoint and no record of its settings; {_REMEDY}")
     recorded = read_config(run.config, _REMEDY)
     for reserved in ("defaults", "hydra", "allow"):
         recorded.pop(reserved, None)
+    for key, section in settings.items():  # another choice of a group has other keys
+        if isinstance(section, dict) and section.get("_target_") != _target(recorded, key):
+            recorded[key] = literal(section)
     for key, value in flatten(settings).items():
         try:
             same = _plain(recorded, key) == value
         except OmegaConfBaseException:
             same = False
         if not same:
-            OmegaConf.update(recorded, key, _literal(value), force_add=True)
-    recorded.resume = "changed"
+            OmegaConf.update(recorded, key, literal(value), force_add=True)
+    granted = _given(arguments, "allow")
+    allow = OverridesParser.create().parse_override(granted[-1]).value() if granted else []
+    for key, section in OmegaConf.to_container(recorded, resolve=False).items():  # type: ignore[union-attr]
+        check_targets(section, str(key), allowed(OmegaConf.create({"allow": allow})))
     return recorded
 
 
-def _literal(value: Any) -> Any:
+def _target(recorded: DictConfig, key: str) -> object:
+    return OmegaConf.select(recorded, f"{key}._target_", throw_on_resolution_failure=False)
+
+
+def literal(value: Any) -> Any:
     """A value in which nothing is an interpolation."""
     if isinstance(value, dict):
-        return {key: _literal(child) for key, child in value.items()}
+        return {key: literal(child) for key, child in value.items()}
     if isinstance(value, list):
-        return [_literal(child) for child in value]
+        return [literal(child) for child in value]
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
@@ -188,7 +218,7 @@ def _change(recorded: DictConfig, typed: Override) -> str:
     return text if node is None or isinstance(node, DictConfig) else f"{text} (was {_plain(recorded, key)})"
 
 
-def _keep(recorded: DictConfig, typed: Sequence[Override]) -> list[str]:
+def keep_schedule(recorded: DictConfig, typed: Sequence[Override]) -> list[str]:
     """Fix the settings that follow from the run's length at the run's values, if the length is typed.
 
     A run that is extended has its decays behind it; they must not move.
@@ -196,28 +226,29 @@ def _keep(recorded: DictConfig, typed: Sequence[Override]) -> list[str]:
     Returns:
         The settings that would have another value.
     """
-    lengths = [one.value() for one in typed if one.key_or_group == LENGTH]
-    if not lengths:
+    given = [one for one in typed if one.key_or_group == LENGTH]
+    if not given:
         return []
+    length = list(given[-1].sweep_iterator())[-1] if given[-1].is_sweep_override() else given[-1].value()
     longer = recorded.copy()
-    OmegaConf.update(longer, LENGTH, lengths[-1])
+    OmegaConf.update(longer, LENGTH, length)
     raw: Any = OmegaConf.to_container(recorded, resolve=False)
     follow = [
         key for key, text in flatten(raw).items() if re.search(r"\$\{.*\b" + re.escape(LENGTH), str(text))
     ]
     values = {key: (_plain(recorded, key), _plain(longer, key)) for key in follow}
     for key, (old, _) in values.items():
-        OmegaConf.update(recorded, key, _literal(old))
-    given = {one.key_or_group for one in typed}
+        OmegaConf.update(recorded, key, literal(old))
+    keys = {one.key_or_group for one in typed}
     return [
         f"{key}={old} (in a new run {new})"
         for key, (old, new) in values.items()
-        if old != new and key not in given
+        if old != new and key not in keys
     ]
 
 
-def _group(recorded: DictConfig, text: str) -> str:
-    """Let a typed choice of a group, such as ``logger=wandb``, replace that section of the run.
+def replaced_group(recorded: Sequence[DictConfig], text: str) -> str:
+    """Let a typed choice of a group, such as ``logger=wandb``, replace that section of the runs.
 
     Raises:
         ConfigError: The group is a preset of other groups, or has settings that the run must keep.
@@ -225,34 +256,44 @@ def _group(recorded: DictConfig, text: str) -> str:
     key, equals, choice = text.partition("=")
     if not equals or not re.fullmatch(r"\w+", key) or not (config_dir() / key).is_dir():
         return text
-    if key not in recorded or key in KEPT:
+    if key in KEPT or any(key not in one for one in recorded):
         raise ConfigError(
             f"{text} would replace settings that a run which goes on keeps; give those of {choice} one by "
             "one, such as trainer.devices=2"
         )
-    del recorded[key]
+    for one in recorded:
+        del one[key]
     return f"+{text}"
 
 
 def _primary(recorded: DictConfig, run: RunDirectory, typed: Sequence[Override]) -> dict[str, Any]:
     """The configuration from which Hydra starts."""
-    ours: Any = OmegaConf.to_container(OmegaConf.load(config_dir() / "train.yaml").hydra, resolve=False)
-    ours["run"]["dir"] = _literal(str(run.path))
+    ours = own_hydra()
+    ours["run"]["dir"] = literal(str(run.path))
     keys = [str(one.key_or_group) for one in typed]
     earlier = read_yaml(run.overrides) if run.overrides.is_file() else []
     ours["overrides"] = {
-        "task": [_literal(text) for text in earlier if not is_of(str(text), [*keys, "resume"])]
+        "task": [literal(text) for text in earlier if not is_of(str(text), [*keys, "resume"])]
     }
-    ours["runtime"] = {"choices": dict(_choices(run))}
+    ours["runtime"] = {"choices": recorded_choices(run)}
     sections: Any = OmegaConf.to_container(recorded, resolve=False)
     defaults = [{f"override hydra/{group}": "robustdyn"} for group in ("help", "job_logging")]
     return {"defaults": ["_self_", *defaults], **sections, "hydra": ours}
 
 
-def _choices(run: RunDirectory) -> Iterator[tuple[str, str]]:
+def own_hydra() -> dict[str, Any]:
+    """What ``conf/train.yaml`` sets of Hydra's own configuration."""
+    ours: Any = OmegaConf.to_container(OmegaConf.load(config_dir() / "train.yaml").hydra, resolve=False)
+    return dict(ours)
+
+
+def recorded_choices(run: RunDirectory) -> dict[str, str]:
+    """The options that the run chose, by their groups."""
     found = read_yaml(run.hydra_config) if run.hydra_config.is_file() else {}
     for key in ("hydra", "runtime", "choices"):
         found = found.get(key) if isinstance(found, Mapping) else None
-    for group, choice in found.items() if isinstance(found, Mapping) else ():
-        if isinstance(choice, str) and not str(group).startswith("hydra/"):
-            yield str(group), _literal(choice)
+    return {
+        str(group): literal(choice)
+        for group, choice in (found.items() if isinstance(found, Mapping) else ())
+        if isinstance(choice, str) and not str(group).startswith("hydra/")
+    }

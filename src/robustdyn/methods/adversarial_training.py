@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, Protocol
 import lightning
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from robustdyn import streams
 from robustdyn.attacks import PGD, AttackLoss, summed_cross_entropy
@@ -24,7 +23,7 @@ from robustdyn.methods.execution import Execution, keep_layout
 from robustdyn.methods.gradient_noise import GradientNoise
 from robustdyn.methods.metrics import RobustMetrics
 from robustdyn.methods.objectives import Objective, StepLoss
-from robustdyn.methods.optimizer_state import OptimizerState, is_plain_momentum, optimizer_state
+from robustdyn.methods.optimizer_state import OptimizerState, Rates, is_plain_momentum, optimizer_state
 from robustdyn.methods.perturbations import WeightPerturbation
 from robustdyn.methods.regularizer import Regularizer
 from robustdyn.methods.schedules import Schedule
@@ -130,7 +129,7 @@ class AdversarialTraining(lightning.LightningModule):
         keep_layout(optimizer)
         # the rule is evaluated at the middle of the step, so that a rule which starts or ends at 0 wastes no
         # step
-        scheduler = LambdaLR(
+        scheduler = Rates(
             optimizer, lambda step: self.schedule.factor((step + 0.5) / self._steps_per_epoch())
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -199,13 +198,11 @@ class AdversarialTraining(lightning.LightningModule):
         self._evaluated = False
         for split in ("train", *self.evaluation_splits):
             self._metrics_of(split).reset()
+        # the scheduler set the rate when the last step ended, before the epoch's end was measured, and a
+        # resumed run may have had batches of another size
         scheduler = self.lr_schedulers()
-        assert isinstance(scheduler, LambdaLR)
-        # the scheduler set the rate when the last step ended, before the epoch's end was measured
-        for group, base, rule in zip(
-            scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
-        ):
-            group["lr"] = base * rule(scheduler.last_epoch)
+        assert isinstance(scheduler, Rates)
+        scheduler.set_rates(round(self.current_epoch * self._steps_per_epoch()))
 
     def on_train_batch_start(self, batch: LoaderBatch, batch_idx: int) -> None:
         """Seed what draws from the global generators, such as dropout, by seed, step, rank and its batch."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 SEED = "seed"
-_IGNORED_SECTIONS = {"experiment_name", "hydra", "logger", "name", "paths", "report", "resume"}
+_IGNORED_SECTIONS = {"experiment_name", "hydra", "logger", "name", "paths", "report", "resume", "trunk"}
 _IGNORED_LEAVES = re.compile(r"(^|[._])(dir|path|root|file|folder|output|job|id|num_workers|progress_bar)$")
 
 

@@ -41,6 +41,7 @@ class RunDirectory:
         log: The log, one JSON object per line.
         checkpoints: Folder of the checkpoints.
         last_checkpoint: The checkpoint from which training resumes.
+        fork: In the directory of a branch: of which checkpoint it is a branch, and what was changed.
         nonfinite: Folder for the batch and weights of a step whose loss was not finite.
         report: Folder of the run's page and figures.
         evaluations: Folder of the checkpoints' evaluations, one folder each.
@@ -65,6 +66,7 @@ class RunDirectory:
         self.log = self.path / "log.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.last_checkpoint = self.checkpoints / "last.ckpt"
+        self.fork = self.path / "fork.json"
         self.nonfinite = self.path / "nonfinite"
         self.report = self.path / "report"
         self.evaluations = self.path / "evaluation"
@@ -80,6 +82,10 @@ class RunDirectory:
             ValueError: There is no such table.
         """
         return self.records / f"{schema.table(name).name}.jsonl"
+
+    def epoch_checkpoint(self, epoch: int) -> Path:
+        """The checkpoint that is kept after an epoch, as ``checkpoint.keep_epochs`` asks for it."""
+        return self.checkpoints / f"epoch={epoch:03d}.ckpt"
 
     def best_checkpoint(self, split: str) -> Path:
         """The checkpoint with the lowest robust error on ``split``, which is test or validation."""

@@ -18,7 +18,7 @@ from robustdyn.errors import RecordError
 
 LARGEST_FILE = 1 << 20  # bytes; Hydra's files have a few thousand
 DEEPEST = 50  # levels of nested lists and dictionaries
-PURE_RESOLVERS = ("at_fractions", "first", "first_at_fraction", "oc.select", "per_255", "short")
+PURE_RESOLVERS = ("at_fractions", "first", "first_at_fraction", "oc.select", "per_255", "short", "times")
 """The resolvers in ``conf/`` whose value follows from the configuration alone."""
 DATA_ROOT = "oc.env:ROBUSTDYN_DATA"
 """The environment variable that a run's ``data.root`` may refer to: where this machine has its data."""

@@ -15,6 +15,8 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 
 from robustdyn.errors import CheckpointError, ConfigError
+from robustdyn.measure.when import EpochSpec, measured_epochs
+from robustdyn.methods import AdversarialTraining
 from robustdyn.models.weight_files import why_not_loaded
 from robustdyn.records.command_line import at, command
 from robustdyn.records.labels import change
@@ -49,6 +51,7 @@ CHANGEABLE = (
     "decay_epochs",  # the settings that depend on it are compared
     "decay_fractions",
     "ensemble",  # an ensemble's own record refuses other settings
+    "fork",  # where the branch's first checkpoint was copied from
     "logger",
     "metric",
     "measure.memory_mib",
@@ -105,26 +108,44 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class LastCheckpoint(Checkpoint):
-    """Keeps ``last.ckpt`` up to date: at the end of every epoch, and within long ones.
+    """Keeps ``last.ckpt`` up to date, within long epochs too, and keeps the checkpoints of some epochs.
 
     Every checkpoint of the run gets the configuration, so that a resumed run can tell whether it is the same.
 
     Args:
         run: The run directory.
         every_minutes: Save within an epoch if the last checkpoint is so many minutes old; None for never.
+        keep_epochs: After which epochs a checkpoint of their own is kept; see
+            ``robustdyn.measure.when.measured_epochs``.
         cfg: The run's configuration.
     """
 
-    def __init__(self, run: RunDirectory, *, every_minutes: float | None, cfg: DictConfig) -> None:
-        self._path = run.last_checkpoint
+    def __init__(
+        self, run: RunDirectory, *, every_minutes: float | None, keep_epochs: EpochSpec, cfg: DictConfig
+    ) -> None:
+        self._run = run
+        self._keep_epochs = keep_epochs
+        self._kept: frozenset[int] = frozenset()
         self._interval = None if every_minutes is None else 60 * every_minutes
         self._cfg = cfg
-        self._hydra_dir = run.hydra
         self._saved = 0.0
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Start the clock."""
+        """Start the clock, and determine the epochs to keep.
+
+        Raises:
+            ConfigError: ``checkpoint.keep_epochs`` cannot be read, or names an epoch outside the run.
+        """
+        assert isinstance(pl_module, AdversarialTraining)
         self._saved = time.monotonic()
+        max_epochs = int(trainer.max_epochs or 0)
+        self._kept = measured_epochs(
+            self._keep_epochs,
+            max_epochs=max_epochs,
+            decay_epochs=pl_module.schedule.decay_epochs(max_epochs),
+            key="checkpoint.keep_epochs",
+            always_last=False,
+        )
 
     def on_train_batch_end(
         self,
@@ -143,6 +164,8 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Save, because all rows of the epoch are written by now."""
+        if trainer.current_epoch in self._kept:
+            trainer.save_checkpoint(self._run.epoch_checkpoint(trainer.current_epoch))
         self._save(trainer)
 
     def on_save_checkpoint(
@@ -150,14 +173,10 @@ class LastCheckpoint(Checkpoint):
     ) -> None:
         """Add the configuration, and Hydra's files as they are on disk."""
         checkpoint["config"] = OmegaConf.to_container(self._cfg, resolve=True)
-        checkpoint["hydra"] = {
-            name: (self._hydra_dir / name).read_text()
-            for name in HYDRA_FILES
-            if (self._hydra_dir / name).is_file()
-        }
+        checkpoint["hydra"] = hydra_files(self._run)
 
     def _save(self, trainer: lightning.Trainer) -> None:
-        trainer.save_checkpoint(self._path)
+        trainer.save_checkpoint(self._run.last_checkpoint)
         self._saved = time.monotonic()
 
 
@@ -188,18 +207,29 @@ def last_checkpoint(run: RunDirectory) -> dict[str, Any] | None:
     Raises:
         CheckpointError: It cannot be read.
     """
-    path = run.last_checkpoint
-    if not path.is_file():
-        return None
+    return read_checkpoint(run.last_checkpoint, _REMEDY) if run.last_checkpoint.is_file() else None
+
+
+def read_checkpoint(path: Path, remedy: str) -> dict[str, Any]:
+    """The content of a checkpoint from which training can go on; reading it runs no code.
+
+    Raises:
+        CheckpointError: It cannot be read, or lacks something; the message ends with the remedy.
+    """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # whatever a damaged file makes torch raise
-        raise CheckpointError(f"{path}: cannot read ({why_not_loaded(error)}); {_REMEDY}") from error
+        raise CheckpointError(f"{path}: cannot read ({why_not_loaded(error)}); {remedy}") from error
     if not isinstance(checkpoint, dict) or not all(
         isinstance(checkpoint.get(key), kind) for key, kind in _PARTS.items()
     ):
-        raise CheckpointError(f"{path}: not a checkpoint of robustdyn-train; {_REMEDY}")
+        raise CheckpointError(f"{path}: not a checkpoint of robustdyn-train; {remedy}")
     return checkpoint
+
+
+def hydra_files(run: RunDirectory) -> dict[str, str]:
+    """What Hydra's files of a run say, by their names."""
+    return {name: (run.hydra / name).read_text() for name in HYDRA_FILES if (run.hydra / name).is_file()}
 
 
 def restore_hydra_files(checkpoint: Mapping[str, Any], run: RunDirectory) -> None:
@@ -224,7 +254,7 @@ def resume_from(cfg: DictConfig, run_dir: Path) -> Path | None:
     present: Any = OmegaConf.to_container(cfg, resolve=True)
     changes = [
         change(name, *("null" if value is None else str(value) for value in values), longest=60)
-        for name, *values in _differences(checkpoint["config"], present)
+        for name, *values in changed_settings(checkpoint["config"], present)
     ]
     if changes and cfg.resume != "changed":
         restore_hydra_files(checkpoint, run)
@@ -262,17 +292,17 @@ def _at(cfg: DictConfig, key: str) -> Any:
     return OmegaConf.select(cfg, key, throw_on_resolution_failure=False)
 
 
-def _differences(
+def changed_settings(
     before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""
 ) -> Iterator[tuple[str, object, object]]:
-    """Name, old and new value of every setting that changed although it must not."""
+    """Name, old and new value of every setting that changed, except those in ``CHANGEABLE``."""
     for key in sorted({*before, *now}, key=str):
         name = f"{prefix}{key}"
         if name in CHANGEABLE:
             continue
         old, new = before.get(key), now.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            yield from _differences(old, new, f"{name}.")
+            yield from changed_settings(old, new, f"{name}.")
         elif old != new:
             yield name, old, new
 

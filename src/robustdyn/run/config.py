@@ -28,10 +28,12 @@ def register_resolvers() -> None:
     ``at_fractions``: epochs at fractions of the run's length, so that a shorter run keeps the papers' shape.
     ``first_at_fraction``: one epoch at a fraction of the run's length, at least 1.
     ``first``: the first of some epochs; 1 if there are none.
+    ``times``: the product of two numbers.
     """
     OmegaConf.register_new_resolver("per_255", lambda value: float(value) / 255, replace=True)
     OmegaConf.register_new_resolver("short", lambda text: str(text).replace("/", "-")[:100], replace=True)
     OmegaConf.register_new_resolver("at_fractions", _at_fractions, replace=True)
+    OmegaConf.register_new_resolver("times", lambda a, b: float(a) * float(b), replace=True)
     OmegaConf.register_new_resolver("first", lambda epochs: epochs[0] if epochs else 1, replace=True)
     OmegaConf.register_new_resolver(
         "first_at_fraction", lambda length, fraction: max(1, int(length * fraction)), replace=True
@@ -87,6 +89,9 @@ RULES: Mapping[str, Rule] = {
     "nonfinite.every_steps": COUNT,
     "checkpoint.every_minutes": Rule(
         lambda v: v is None or (_number(v) and v > 0), "must be a positive number, or null"
+    ),
+    "checkpoint.keep_epochs": Rule(
+        lambda v: v is not None, "must be epochs in the syntax of measure.epochs, or []"
     ),
     "batchnorm.frozen_from": Rule(
         lambda v: v is None or (_whole(v) and v >= 0), "must be a whole number of at least 0, or null"

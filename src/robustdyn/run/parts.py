@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -100,7 +101,8 @@ def build_callbacks(
         )
         for split in data.evaluation_splits
     ]
-    callbacks.append(LastCheckpoint(run, every_minutes=cfg.checkpoint.every_minutes, cfg=cfg))
+    saved: Any = OmegaConf.to_container(cfg.checkpoint, resolve=True)
+    callbacks.append(LastCheckpoint(run, cfg=cfg, **saved))
     callbacks.append(RunProgress(_label(cfg)))
     return callbacks
 

@@ -1,0 +1,226 @@
+"""What causes robust overfitting: branches of a run that differ in one factor from the decay on.
+
+The branches of one seed are paired: they start from the same weights and see the same batches and the same
+random starts of the attack. All of them are compared with the branch that changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from scipy import stats
+
+from robustdyn.errors import RecordError
+from robustdyn.records.files import read_object
+from robustdyn.records.labels import SEED, format_value
+from robustdyn.records.reader import Run, read_table
+from robustdyn.records.run_directory import RunDirectory
+from robustdyn.records.schema import EPOCHS, TEST_ROBUST_ERROR, TEST_ROBUST_LOSS
+from robustdyn.report import style
+from robustdyn.studies.shared.comparing import (
+    BOUNDS,
+    COLUMNS,
+    LEVEL,
+    METRICS,
+    against,
+    mean_with_interval,
+    require_complete,
+    require_repetitions,
+)
+from robustdyn.studies.shared.comparison_figures import draw_points, name_rows
+from robustdyn.studies.shared.study import Answer, Picture, Study
+from robustdyn.studies.shared.tracked import (
+    MEAN,
+    TOP,
+    changes_between,
+    label,
+    mean,
+    tracked_directions,
+    tracked_quantities,
+)
+from robustdyn.studies.shared.wording import seeds_said, sentence, told_apart
+
+UNCHANGED = "unchanged"
+EFFECTS = tuple(
+    f"{name}{kind}"
+    for name in ("hessian_eigenvalue", "gradient_noise", "stationary_variance", "resolved_variance")
+    for kind in (TOP, MEAN)
+)
+"""What a factor did to curvature, noise and posterior: quantities of ``tracked_quantities``."""
+OVER, END = "all epochs after the fork", "end"
+SHARES = {TEST_ROBUST_LOSS: "Test robust loss", TEST_ROBUST_ERROR: "Test robust error"}
+
+
+def branch(run: Run) -> str:
+    """What the branch changes: its preset, or else the settings that were typed.
+
+    Raises:
+        RecordError: The run is no branch.
+    """
+    origin = read_object(RunDirectory(run.path).fork)
+    if origin is None or not isinstance(run.config.get("fork"), Mapping):
+        raise RecordError(f"{run.path}: is no branch of a run; robustdyn-fork makes them, or leave it out")
+    preset, changed = run.choices.get("branch", UNCHANGED), origin.get("changed")
+    if preset != UNCHANGED or not isinstance(changed, dict) or not changed:
+        return preset.replace("_", " ")
+    return ", ".join(f"{name}={format_value(values[-1])}" for name, values in changed.items())
+
+
+def values_of(runs: Sequence[Run]) -> pd.DataFrame:
+    """``METRICS`` of every branch where it left its run and at its end, in the units that people read.
+
+    Returns:
+        ``setting``, ``seed``, ``metric``, ``unit``, ``fork`` (last evaluated epoch before it), ``end``.
+
+    Raises:
+        RecordError: A run was not evaluated before the fork.
+    """
+    rows = []
+    for run in runs:
+        epochs = read_table(run.path, "epochs").dropna(subset=[TEST_ROBUST_ERROR])
+        shared = epochs[epochs["epoch"] < int(run.config["fork"]["epoch"])]
+        if shared.empty:
+            raise RecordError(
+                f"{run.path}: no epoch before the fork was evaluated; train the run with a smaller "
+                "trainer.check_val_every_n_epoch"
+            )
+        for metric in METRICS:
+            before, end = (float(part[metric].iloc[-1]) * COLUMNS[metric].scale for part in (shared, epochs))
+            rows.append((branch(run), run.config[SEED], metric, COLUMNS[metric].shown_unit, before, end))
+    return pd.DataFrame(rows, columns=["setting", SEED, "metric", "unit", "fork", "end"])
+
+
+def shares_removed(values: pd.DataFrame) -> pd.DataFrame:
+    """The share of the rise after the fork that each factor removes, over seeds.
+
+    The rise is that of the unchanged branch, from the fork to its end. The share is the mean of what a branch
+    ends below the unchanged one, divided by the mean rise. Its interval is Student's, of the ratio to first
+    order. Without a rise, that is where its own interval does not lie above 0, there is no share.
+
+    Args:
+        values: As ``values_of`` returns them.
+
+    Returns:
+        ``setting``, ``metric``, ``rise``, ``rise_low``, ``rise_high``, ``mean`` (the share), ``low``,
+        ``high``, ``seeds``.
+    """
+    own = values["setting"] == UNCHANGED
+    base = values[own].assign(rise=values["end"] - values["fork"])
+    rises = mean_with_interval(base, ["metric"], "rise").set_index("metric")[list(BOUNDS)]
+    pairs = values[~own].merge(
+        base[[SEED, "metric", "end", "rise"]], on=[SEED, "metric"], suffixes=("", "_base")
+    )
+    pairs["removed"] = pairs["end_base"] - pairs["end"]
+    found = []
+    for (setting, metric), rows in pairs.groupby(["setting", "metric"], sort=False):
+        rise, low, high = rises.loc[str(metric)].to_numpy(dtype=float)
+        removed, own_rise = (rows[name].to_numpy(dtype=float) for name in ("removed", "rise"))
+        seeds, share, half = len(rows), np.nan, np.nan
+        if (rise if np.isnan(low) else low) > 0:
+            share = removed.mean() / own_rise.mean()
+            if seeds > 1:
+                error = stats.sem(removed - share * own_rise) / own_rise.mean()
+                half = error * stats.t.ppf((1 + LEVEL) / 2, seeds - 1)
+        found.append((setting, metric, rise, low, high, share, share - half, share + half, seeds))
+    names = ["setting", "metric", "rise", "rise_low", "rise_high", "mean", "low", "high", "seeds"]
+    return pd.DataFrame(found, columns=names)
+
+
+def effects(runs: Sequence[Run]) -> pd.DataFrame:
+    """Curvature, noise and variance of each branch as factors of the unchanged one's of the same seed.
+
+    Returns:
+        ``setting``, ``moment`` (``OVER``: the geometric mean over the epochs that both have; ``END``: the
+        last of these), ``quantity``, ``label``, ``mean``, ``low``, ``high``, ``seeds``.
+    """
+    rows = []
+    for run in runs:
+        found = tracked_quantities(run)
+        after = found["epoch"] >= int(run.config["fork"]["epoch"])
+        kept = found[after & found["quantity"].isin(EFFECTS)]
+        rows.append(kept.assign(setting=branch(run), **{SEED: run.config[SEED]}))
+    frame = pd.concat(rows, ignore_index=True)
+    own = frame["setting"] == UNCHANGED
+    changes = changes_between(frame[own], frame[~own], [SEED, "epoch"]).dropna(subset=["value"])
+    groups = changes.sort_values("epoch").groupby(["setting", SEED, "quantity"], sort=False)["value"]
+    parts = [
+        groups.agg(how).reset_index().assign(moment=moment) for moment, how in ((OVER, "mean"), (END, "last"))
+    ]
+    k = tracked_directions(runs)
+    means = mean(pd.concat(parts, ignore_index=True), ["setting", "moment"], changes=True)
+    means.insert(3, "label", [label(quantity, k) for quantity in means["quantity"]])
+    return means
+
+
+def answer(runs: Sequence[Run]) -> Answer:
+    """See ``STUDY``.
+
+    Raises:
+        RecordError: A run is no branch, is not finished or lacks what is compared; or none is unchanged.
+    """
+    require_repetitions(runs, branch)
+    require_complete(runs)
+    ordered = sorted(runs, key=lambda run: (branch(run) != UNCHANGED, branch(run), run.config[SEED]))
+    values = values_of(ordered)
+    if set(values["setting"]) == {UNCHANGED} or UNCHANGED not in set(values["setting"]):
+        raise RecordError(
+            "nothing to compare: give branch=unchanged and other branches, as experiment=forks trains them"
+        )
+    shares = shares_removed(values)
+    tables = {
+        "shares": shares,
+        "differences": against(values.rename(columns={"end": "value"}), UNCHANGED, ["metric", "unit"]),
+        "effects": effects(ordered),
+        "runs": values,
+    }
+    drawn = shares[shares["metric"].isin(SHARES)].dropna(subset=["mean"]).reset_index(drop=True)
+    return Answer(tables, [Picture("shares", drawn, draw_shares)] if len(drawn) else [], findings_of(tables))
+
+
+def findings_of(tables: Mapping[str, pd.DataFrame]) -> list[str]:
+    """Which factors remove a part of the rise, or add to it, as far as the intervals tell."""
+    found = []
+    for metric, name in SHARES.items():
+        rows = tables["shares"][tables["shares"]["metric"] == metric]
+        unit, scale = EPOCHS[metric].shown_unit, EPOCHS[metric].scale
+        height = f"{rows['rise'].iloc[0]:.{1 if scale > 1 else 3}f} {unit}"
+        known = rows.dropna(subset=["mean"])
+        words = ("less of it with", "more of it with", "not clearly different with")
+        said = told_apart(known, list(known["setting"]), words) if len(known) else "not clearly above 0"
+        found.append(sentence(f"the {name.lower()} rises by {height} after the fork: {said}"))
+    return found
+
+
+@style.styled
+def draw_shares(shares: pd.DataFrame) -> Figure:
+    """A row for each factor: the share of the rise that it removes, with its interval."""
+    order = list(dict.fromkeys(shares["setting"]))
+    panels = [metric for metric in SHARES if (shares["metric"] == metric).any()]
+    figure = style.new_figure(
+        f"Share of the rise after the fork that each factor removes ({seeds_said(shares)}, 95 % interval)",
+        1.5 + 0.36 * len(order),
+    )
+    for ax, metric in zip(
+        figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True
+    ):
+        rows = shares[shares["metric"] == metric]
+        rows = rows.assign(**{name: 100 * rows[name] for name in ("mean", "low", "high")})
+        for share, line in ((0.0, "-"), (100.0, "--")):
+            ax.axvline(share, color=style.MARK, linestyle=line, linewidth=0.8)
+        places = [len(order) - 1 - order.index(setting) for setting in rows["setting"]]
+        draw_points(ax, places, rows, [style.PALETTE[0]] * len(rows))
+        name_rows(ax, order)
+        ax.set_xlabel("share removed (%); 100: no rise")
+        ax.set_title(SHARES[metric])
+    return figure
+
+
+STUDY = Study(
+    "Which factor causes robust overfitting: what share of the rise after the decay is removed by keeping "
+    "the rate, restoring the noise, lowering the curvature, shrinking the radius, freezing BatchNorm or "
+    "averaging the weights, each by itself?",
+    answer,
+)
