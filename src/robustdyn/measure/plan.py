@@ -97,7 +97,7 @@ class MeasurementPlan:
             seed: See above.
             starts: See above.
             unperturbed: See above.
-            attack: What attacked the examples.
+            attack: What attacked the examples; PGD of radius 0 counts as none.
             initial: See above.
             group: Processes that share the measurement.
         """
@@ -122,7 +122,7 @@ class MeasurementPlan:
             eigenpairs=self.eigenpairs,
             starts=starts,
             unperturbed=unperturbed,
-            attack=attack if isinstance(attack, PGD) else None,
+            attack=attack if isinstance(attack, PGD) and attack.eps else None,
             initial=initial,
         )
 
