@@ -235,7 +235,8 @@ def outcomes_of(run: Run) -> dict[str, float]:
 def _last(run: Run, table: Table) -> pd.DataFrame:
     """The rows of the last measured epoch."""
     measured = read_table(run.path, table.name)
-    return measured[measured["epoch"] == measured["epoch"].max()]
+    last: pd.DataFrame = measured[measured["epoch"] == measured["epoch"].max()]
+    return last
 
 
 def _with_default_in_each_factor(rows: pd.DataFrame) -> pd.DataFrame:
