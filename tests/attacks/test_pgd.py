@@ -146,6 +146,17 @@ def test_train_mode_moves_running_statistics_once_a_step():
     assert not net.training
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_with_radius_zero_the_network_is_not_run(norm):
+    net, (images, labels) = conv_net(), batch()
+    statistics = net[1].running_mean.clone()
+    out = attack(norm=norm, eps=0.0, batchnorm="train").perturb(net, images, labels, generator(0, "attack"))
+    assert torch.equal(out, images)
+    assert out is not images
+    assert torch.equal(net[1].running_mean, statistics)
+    assert int(net[1].num_batches_tracked) == 0
+
+
 def test_the_generator_alone_decides_the_start():
     net, (images, labels) = conv_net(), batch()
     state = torch.get_rng_state()

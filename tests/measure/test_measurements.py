@@ -38,7 +38,7 @@ def snapshot():
         epoch=3,
         step=60,
         risk=risk,
-        again=lambda: again,
+        again=lambda theta: again,
         optimizer=OptimizerState(ETA, MU, OMEGA),
         train_examples=N,
         batch_size=B,
@@ -123,7 +123,7 @@ def test_values_along_them_are_those_of_the_second_attack(snapshot, spectrum, de
     values, vectors = torch.linalg.eigh(dense[0])
     values, vectors = values.flip(0)[:K].numpy(), vectors.flip(1)[:, :K]
     g, curved = gradients_and_gauss_newton(snapshot.risk, vectors)
-    other, curved_again = gradients_and_gauss_newton(snapshot.again(), vectors)
+    other, curved_again = gradients_and_gauss_newton(snapshot.again(None), vectors)
     rows = spectrum["spectrum"]
     change = (curved_again - curved[:SECOND]).mean(axis=0)
     np.testing.assert_allclose(column(rows, "curvature"), values + change, rtol=VECTORS["rtol"])
@@ -171,7 +171,10 @@ def test_values_along_eigenvectors_have_neither_bias_nor_wrong_errors(snapshot):
             )
 
         drawn = replace(
-            snapshot, risk=attacked(40), again=lambda a=attacked: a(30), eigenpairs=solver(directions=2)
+            snapshot,
+            risk=attacked(40),
+            again=lambda theta, a=attacked: a(30),
+            eigenpairs=solver(directions=2),
         )
         u, along = drawn.hessian.eigenvectors, drawn.along
         truth = []

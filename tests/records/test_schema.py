@@ -19,6 +19,8 @@ DESIGN = {
     "spectrum": "epoch index hessian_eigenvalue residual curvature curvature_se gradient_noise "
     "gradient_noise_se attack_noise noise_eigenvalue "
     "stable posterior_variance_stationary curvature_term log_variance_term",
+    "slopes": "epoch step index distance refreshed_slope refreshed_slope_se "
+    "refreshed_slope_ratio refreshed_slope_ratio_se",
     "rates": "epoch step lr",
     "posterior": "epoch step index posterior_variance posterior_variance_independent "
     "posterior_variance_stationary",

@@ -36,7 +36,7 @@ class PGD:
 
     Attributes:
         norm: ``"linf"`` or ``"l2"``.
-        eps: Radius ε ≥ 0.
+        eps: Radius ε ≥ 0. With 0 the images stay as they are and the network is not run.
         step_size: Step, > 0.
         steps: Number of gradient steps ≥ 0.
         random_start: Where to start: ``"uniform"`` in the ball (``l2``: in volume); ``"gaussian"``, x₀ plus
@@ -120,7 +120,7 @@ class PGD:
         adversarial = torch.empty_like(images).copy_(start.detach())  # in the images' memory layout
         step = self.stepper(images)
         with torch.enable_grad(), self.mode(model), frozen_parameters(model):
-            for _ in range(self.steps):
+            for _ in range(self.steps if self.eps else 0):
                 adversarial.requires_grad_(True)
                 objective = loss(model(adversarial), targets)
                 # backward passes belong outside autocast, as the optimiser's
@@ -135,7 +135,7 @@ class PGD:
         Raises:
             ValueError: ``images`` are outside ``valid_range``.
         """
-        if self.steps or (self.eps and self.random_start != "none"):
+        if self.eps and (self.steps or self.random_start != "none"):
             check_range(images, self.valid_range)
 
     def mode(self, model: nn.Module) -> AbstractContextManager[None]:

@@ -10,6 +10,7 @@ from robustdyn.measure.model_measurement import ModelMeasurement, measure_model,
 from robustdyn.measure.plan import Measurement, MeasurementPlan
 from robustdyn.measure.posterior import RecordPosterior, posterior_rows
 from robustdyn.measure.recorder import Recorder
+from robustdyn.measure.refreshed_slope import RefreshedSlope, RefreshedSlopes, refreshed_slopes
 from robustdyn.measure.snapshot import Eigenpairs, Snapshot
 from robustdyn.measure.spectrum import Spectrum
 from robustdyn.measure.timing import RecordTiming
@@ -31,6 +32,8 @@ __all__ = [
     "RecordPosterior",
     "RecordTiming",
     "Recorder",
+    "RefreshedSlope",
+    "RefreshedSlopes",
     "Snapshot",
     "Spectrum",
     "StopOnNonFinite",
@@ -38,5 +41,6 @@ __all__ = [
     "measure_model",
     "measured_epochs",
     "posterior_rows",
+    "refreshed_slopes",
     "standard_measurements",
 ]

@@ -151,9 +151,9 @@ class Measure(Callback):
         data = _data(trainer)
         evaluation = module.evaluation_attack if self._inputs == "adversarial" else None
 
-        def examples(draw: int, attack: PGD | None = evaluation) -> tuple[Tensor, Tensor]:
+        def examples(network: nn.Module, draw: int, attack: PGD | None = evaluation) -> tuple[Tensor, Tensor]:
             return attacked_images(
-                module.model,
+                network,
                 attack,
                 data.measurement_subset(self._counts[draw], module.seed),
                 seed=module.seed,
@@ -175,7 +175,7 @@ class Measure(Callback):
             batch_size=data.batch_size * trainer.accumulate_grad_batches,
             seed=module.seed,
             starts=self._starts,
-            unperturbed=lambda: examples(0, None)[0],
+            unperturbed=lambda: examples(module.model, 0, None)[0],
             attack=evaluation,
             initial=self._initial,
             added_noise=0.0 if module.added_noise is None else module.added_noise.factor,

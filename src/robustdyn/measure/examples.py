@@ -49,11 +49,11 @@ class Examples:
             inputs, targets = attacked(model, None, whole, loss=loss, seed=seed, draw=0)
         self._inputs, self._targets, self._count = inputs, targets, count
 
-    def __call__(self, draw: int, count: int | None) -> tuple[Structure, Structure]:
-        """The first ``count`` examples, or all, under the attack with this number."""
+    def __call__(self, model: nn.Module, draw: int, count: int | None) -> tuple[Structure, Structure]:
+        """The first ``count`` examples, or all, under the attack with this number on a network."""
         wanted = self._count if count is None else count
         part = first_examples(batches(self._inputs, self._targets), wanted)
-        return attacked(self._model, self._attack, part, loss=self._loss, seed=self._seed, draw=draw)
+        return attacked(model, self._attack, part, loss=self._loss, seed=self._seed, draw=draw)
 
     def unperturbed(self) -> Structure:
         """The inputs of all examples without the attack."""

@@ -179,7 +179,7 @@ def measure_model(
     state = _state(optimizer)
     with deployed(model):
         drawn = Examples(model, inputs, targets, loss=loss, attack=attack, seed=seed, count=examples)
-        first = drawn(0, None)
+        first = drawn(model, 0, None)
         count = length(first[0])
         if train_examples is not None and train_examples < count:
             raise ValueError(
@@ -188,7 +188,7 @@ def measure_model(
             )
         snapshot = plan.snapshot(
             model,
-            lambda draw: first if draw == 0 else drawn(draw, min(second_attack, count)),
+            lambda network, draw: drawn(network, draw, min(second_attack, count)) if draw else first,
             loss=loss,
             epoch=0,
             step=0,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from robustdyn.attacks import PGD
 from robustdyn.curvature import EmpiricalRisk, Precision, cross_entropy
 from robustdyn.curvature.examples import Structure
-from robustdyn.curvature.risk_function import PerExampleLoss
+from robustdyn.curvature.risk_function import PerExampleLoss, call_with
 from robustdyn.defaults import default
 from robustdyn.measure.snapshot import Eigenpairs, Snapshot
 from robustdyn.methods import OptimizerState
@@ -67,7 +67,7 @@ class MeasurementPlan:
     def snapshot(
         self,
         model: nn.Module,
-        examples: Callable[[int], tuple[Structure, Structure]],
+        examples: Callable[[nn.Module, int], tuple[Structure, Structure]],
         *,
         loss: PerExampleLoss = cross_entropy,
         epoch: int,
@@ -87,8 +87,8 @@ class MeasurementPlan:
 
         Args:
             model: In the mode in which it is measured.
-            examples: Returns this process's inputs and targets under the attack with a number: all of them
-                under attack 0, and the first ``second_attack`` under attack 1.
+            examples: Attacks a network and returns this process's inputs and targets, by the number of the
+                attack: all of them under attack 0, and the first ``second_attack`` under attack 1.
             loss: Per-example loss.
             epoch: As the attribute of ``Snapshot``, and so are the others.
             step: See above.
@@ -98,25 +98,32 @@ class MeasurementPlan:
             seed: See above.
             starts: See above.
             unperturbed: See above.
-            attack: What attacked the examples.
+            attack: What attacked the examples; PGD of radius 0 counts as none.
             initial: See above.
             added_noise: See above.
             group: Processes that share the measurement.
         """
         risk = EmpiricalRisk(
             model,
-            *examples(0),
+            *examples(model, 0),
             loss=loss,
             memory=self.memory_mib * 2**20,
             precision=self.precision,
             batchnorm="eval",
             group=group,
         )
+
+        def again(theta: Tensor | None) -> EmpiricalRisk:
+            if theta is None:
+                return risk.over(*examples(model, 1))
+            moved = risk.at(theta)
+            return moved.over(*examples(NetworkAt(moved), 1))
+
         return Snapshot(
             epoch=epoch,
             step=step,
             risk=risk,
-            again=lambda: risk.over(*examples(1)),
+            again=again,
             optimizer=optimizer,
             train_examples=train_examples,
             batch_size=batch_size,
@@ -124,7 +131,7 @@ class MeasurementPlan:
             eigenpairs=self.eigenpairs,
             starts=starts,
             unperturbed=unperturbed,
-            attack=attack if isinstance(attack, PGD) else None,
+            attack=attack if isinstance(attack, PGD) and attack.eps else None,
             initial=initial,
             added_noise=added_noise,
         )
@@ -169,6 +176,22 @@ class MeasurementPlan:
         if not self.eigenpairs.warm_start:
             return {}
         return {name: pairs.warm_start.bfloat16().cpu() for name, pairs in snapshot.solved.items()}
+
+
+class NetworkAt(nn.Module):
+    """The network of a risk as a module, at the risk's own point; the network's weights stay as they are.
+
+    Args:
+        risk: At a fixed point.
+    """
+
+    def __init__(self, risk: EmpiricalRisk) -> None:
+        super().__init__()
+        self._network, self._parameters_there = risk.model, risk.parameters()
+
+    def forward(self, inputs: Any) -> Any:
+        """What the network returns at that point."""
+        return call_with(self._network, self._parameters_there, inputs)
 
 
 def parameters_now(model: nn.Module) -> dict[str, Tensor]:

@@ -290,9 +290,9 @@ class Recorder:
             yield from self._plan.rows(snapshot, began)
             self._starts |= self._plan.next_starts(snapshot)
 
-    def _drawn(self, draw: int) -> tuple[Structure, Structure]:
+    def _drawn(self, model: nn.Module, draw: int) -> tuple[Structure, Structure]:
         """This process's examples under an attack; every process attacks them all, from the same starts."""
-        whole = self._examples(draw, min(self._plan.second_attack, self._count) if draw else None)
+        whole = self._examples(model, draw, min(self._plan.second_attack, self._count) if draw else None)
         inputs, targets = self._own(whole)
         return inputs, targets
 

@@ -126,11 +126,16 @@ class AlongEigenvectors:
             by_variance: (k,), by the variances.
         """
         samples = self.curvature_samples @ by_curvature + self.variance_samples @ by_variance
-        return float(_double_sampling_error(samples[:, :, None], self.examples)[0])
+        return float(double_sampling_error(samples[:, :, None], self.examples)[0])
 
 
-def _double_sampling_error(samples: Array, examples: int) -> Array:
-    """Standard errors (k,) under double sampling: s differences and values (2, s, k), m examples."""
+def double_sampling_error(samples: Array, examples: int) -> Array:
+    """Standard errors (k,) under double sampling.
+
+    Args:
+        samples: For s of the examples the difference and the whole value, (2, s, k).
+        examples: m, all examples.
+    """
     spread, whole = samples.var(axis=1, ddof=1)
     return np.asarray(np.sqrt(spread / samples.shape[1] + (whole - spread).clip(min=0.0) / examples))
 
@@ -143,7 +148,8 @@ class Snapshot:
         epoch: Epoch that just ended, from 0.
         step: Optimiser steps taken so far.
         risk: Mean loss over the measurement set, its adversarial examples held fixed.
-        again: The same over the first few of these examples, attacked from other random starts.
+        again: The same over the first few of these examples, attacked from other random starts; given θ (P,),
+            attacked and measured at θ, from the same starts.
         optimizer: Settings of the last optimiser step.
         train_examples: n, size of the training set.
         batch_size: B, examples that one optimiser step averages over, on all ranks together. None if it is
@@ -162,7 +168,7 @@ class Snapshot:
     epoch: int
     step: int
     risk: EmpiricalRisk
-    again: Callable[[], EmpiricalRisk]
+    again: Callable[[Tensor | None], EmpiricalRisk]
     optimizer: OptimizerState
     train_examples: int
     batch_size: int | None
@@ -218,7 +224,7 @@ class Snapshot:
     def along(self) -> AlongEigenvectors:
         """H and C₁ along the leading eigenvectors of H, from another attack than the eigenvectors."""
         directions, projections = self.hessian.eigenvectors, self.projected.projections.numpy()
-        again = self.again()
+        again = self.again(None)
         m, s = self.risk.examples, again.examples
         (_, curved), (g, curved_again) = (
             _of_examples(risk, directions) for risk in (_first(self.risk, s), again)
@@ -233,9 +239,9 @@ class Snapshot:
         same = (first * second).sum(axis=0) / np.sqrt((first**2).sum(axis=0) * (second**2).sum(axis=0))
         return AlongEigenvectors(
             curvature=self.hessian.eigenvalues.numpy() + apart.mean(axis=0),
-            curvature_standard_errors=_double_sampling_error(of_curvature, m),
+            curvature_standard_errors=double_sampling_error(of_curvature, m),
             variances=self.projected.variances.numpy() * ratio,
-            variance_standard_errors=_double_sampling_error(of_variance, m),
+            variance_standard_errors=double_sampling_error(of_variance, m),
             attack_shares=1 - same.clip(min=0.0),
             curvature_samples=of_curvature,
             variance_samples=of_variance,

@@ -37,6 +37,8 @@ CAPTURED_NOISE = "captured_noise"
 TOTAL_CORRELATION = "total_correlation"
 TOTAL_CORRELATION_NULL = "total_correlation_null"
 RITZ_VALUE = "ritz_value"
+REFRESHED_SLOPE = "refreshed_slope"
+SLOPE_RATIO = "refreshed_slope_ratio"
 POSTERIOR_VARIANCE = "posterior_variance"
 ACCURACY_SE = "accuracy_se"
 
@@ -151,6 +153,20 @@ SPECTRUM = parse_table("""
     log_variance_term float nats | −ln σ²_i | the direction's share of −Σ ln σ²
     log_variance_term_se float nats | s.e. of −ln σ²_i | standard error of log_variance_term over examples,
         to first order | optional
+""")
+
+SLOPES = parse_table("""
+    slopes | one tracked direction at one measured epoch | epoch index
+    epoch
+    step
+    index int | direction i | rank of the direction, 0 for the leading one
+    distance float | distance | from the weights to either point of the central difference
+    refreshed_slope float | slope J_i | slope along u_i of the gradient whose attack follows the weights
+    refreshed_slope_se float | s.e. of J_i | standard error of refreshed_slope over examples
+    refreshed_slope_ratio float | slope ratio J_i/λ_i | slope of some examples' gradient whose attack follows
+        the weights over their slope while they are held fixed; 1 without an attack
+    refreshed_slope_ratio_se float | s.e. of the slope ratio | standard error of refreshed_slope_ratio over
+        examples, to first order
 """)
 
 ALIGNMENT = parse_table("""
@@ -373,6 +389,7 @@ TABLES: dict[str, Table] = {
         WCI,
         LAYERS,
         SPECTRUM,
+        SLOPES,
         ALIGNMENT,
         BOUNDS,
         CATONI,

@@ -70,10 +70,12 @@ class CheckpointMeasurement:
         """
         cfg, began = self._cfg, time.perf_counter()
 
-        def examples(draw: int, attack: PGD | None = self._attack) -> tuple[Tensor, Tensor]:
+        def examples(
+            network: nn.Module, draw: int, attack: PGD | None = self._attack
+        ) -> tuple[Tensor, Tensor]:
             count = min(self._plan.second_attack, cfg.measure.examples) if draw else cfg.measure.examples
             return attacked_images(
-                model,
+                network,
                 attack,
                 Batch(*(part[:count] for part in self._subset)),
                 seed=cfg.seed,
@@ -93,7 +95,7 @@ class CheckpointMeasurement:
                     batch_size=cfg.batch_size,
                     seed=cfg.seed,
                     starts=starts,
-                    unperturbed=lambda: examples(0, None)[0],
+                    unperturbed=lambda: examples(model, 0, None)[0],
                     attack=self._attack,
                     added_noise=self._added_noise,
                 )
