@@ -74,7 +74,14 @@ def test_tests_compose_as_hydra_does(overrides, monkeypatch):
     assert OmegaConf.to_yaml(compose(*overrides)) == kept
 
 
-CHOICES = ((), ("method=trades_awp",), ("perturbation=sam",), ("schedule=wci",), ("stopping=early",))
+CHOICES = (
+    (),
+    ("method=trades_awp",),
+    ("perturbation=sam",),
+    ("schedule=wci",),
+    ("schedule=bound",),
+    ("stopping=early",),
+)
 
 
 @pytest.mark.parametrize("key", RULES)

@@ -19,6 +19,7 @@ from robustdyn.methods.objectives import (
 from robustdyn.methods.perturbations import AWP, SAM, GlobalAWP, WeightPerturbation
 from robustdyn.methods.regularizer import Regularizer
 from robustdyn.methods.schedules import (
+    BoundRate,
     Constant,
     Cosine,
     Interpolated,
@@ -35,6 +36,7 @@ __all__ = [
     "TRADES",
     "AdversarialCrossEntropy",
     "AdversarialTraining",
+    "BoundRate",
     "Constant",
     "Cosine",
     "CrossEntropy",
