@@ -68,7 +68,7 @@ def test_refuses_settings_outside_their_range(setting, message):
         rule(**setting)
 
 
-EPOCHS, START, BETA_PER_EXAMPLE = 6, 2, 0.3
+EPOCHS, START, BETA_PER_EXAMPLE = 6, 2, 20.0  # a rate at which this network trains
 BOUND = (
     *tiny_but("schedule.", "measure.epochs", "trainer.max_epochs"),
     "schedule=bound",
@@ -76,7 +76,7 @@ BOUND = (
     f"schedule.start_epoch={START}",
     "schedule.interval=1",
     f"schedule.beta_per_example={BETA_PER_EXAMPLE}",
-    "schedule.highest=100",  # never reached, and neither is the lowest
+    "schedule.lowest=1e-6",  # never reached, and neither is the highest
     "measure=none",
     "attack.steps=1",
     "data.test_size=20",
