@@ -77,6 +77,7 @@ SAYS = {  # what the papers say
     "awp": STUDY | AWP,
     "awp_global": STUDY | {"perturbation": "GlobalAWP"},
     "awp_wci_lr": STUDY | AWP | WCI,
+    "bound_lr": STUDY | {"schedule": "BoundRate", "schedule.start_epoch": 100, "schedule.learning_rate": 0.1},
     "mart": STUDY | MART,
     "mart_awp": STUDY | MART | AWP_TRADES,
     "sam": STUDY | {"perturbation": "SAM", "perturbation.rho": 0.05},

@@ -34,6 +34,12 @@ VARIANTS = {
     ),
     "float64": ("trainer.precision=64-true", "averaging=ema"),
     "wci_lr": ("method=wci_lr", "schedule.start_epoch=1", "schedule.threshold=1e-6", "schedule.interval=1"),
+    "bound": (
+        "schedule=bound",
+        "schedule.start_epoch=1",
+        "schedule.interval=1",
+        "schedule.beta_per_example=20",
+    ),
 }
 AT_ENDS = ("measure.epochs=every 1",)
 OFTEN = "checkpoint.every_minutes=1e-9"  # after every step

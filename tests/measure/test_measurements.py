@@ -11,6 +11,7 @@ from torch.func import functional_call, hessian
 
 from robustdyn.curvature import EmpiricalRisk
 from robustdyn.measure import Alignment, Eigenpairs, Snapshot, Spectrum, WeightCurvature
+from robustdyn.measure.spectrum import best_rate_terms
 from robustdyn.methods import OptimizerState
 from robustdyn.records import RunRecords
 from tests.tolerances import EXACT64, MC_SIGMAS
@@ -223,6 +224,32 @@ def test_a_direction_too_sharp_for_the_rate_has_no_variance(snapshot, dense):
     assert (variances[1:] > 0).all()
     assert rows["bounds"][0]["unstable_directions"] == 1
     assert np.isnan(rows["bounds"][0]["dominant_terms_top_k"])  # a sum over fewer directions has no such name
+
+
+def test_the_rate_that_minimises_the_dominating_terms(spectrum):
+    (row,) = spectrum["bounds"]
+    lam, gamma = (column(spectrum["spectrum"], name) for name in ("curvature", "gradient_noise"))
+    assert (lam > 0).all()
+
+    def best(lam, gamma):
+        return len(lam) / (lam * gamma / (2 * (lam + OMEGA) * (1 - MU))).sum()
+
+    assert row["best_rate_top_k"] == pytest.approx(best(lam, gamma), rel=1e-12)
+    assert row["best_rate_top_k_se"] > 0
+    # a direction without positive curvature is left out
+    term = best_rate_terms(OptimizerState(ETA, MU, OMEGA), np.array([*lam, -1.0]), np.array([*gamma, 5.0]))
+    assert term.values.sum() == pytest.approx(best(lam, gamma), rel=1e-12)
+    steps = 1e-6 * np.eye(K)
+    for found, moved in (
+        (term.by_curvature, [best(lam + s, gamma) - best(lam - s, gamma) for s in steps]),
+        (term.by_noise, [best(lam, gamma + s * gamma) - best(lam, gamma - s * gamma) for s in steps]),
+    ):
+        assert found[K] == 0
+        scale = gamma if found is term.by_noise else 1.0
+        # central differences of a smooth function; by λ it is a small one, with fewer digits
+        np.testing.assert_allclose(found[:K], np.array(moved) / (2e-6 * scale), rtol=1e-5, atol=1e-6)
+    assert np.isnan(best_rate_terms(OptimizerState(ETA, MU, OMEGA), -lam, gamma).values).all()
+    assert np.isnan(best_rate_terms(OptimizerState(ETA, MU, OMEGA, plain=False), lam, gamma).values).all()
 
 
 def test_an_optimiser_without_a_known_law_keeps_the_spectrum(snapshot):

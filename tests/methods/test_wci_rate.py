@@ -226,10 +226,10 @@ class Witness(Callback):
         (self._folder / f"{trainer.global_rank}.json").write_text(json.dumps(self._rates))
 
 
-@pytest.mark.slow  # starts two processes
-def test_two_ranks_step_at_the_same_rate(tmp_path):
+def two_ranks(folder, *overrides):
+    """The rate of every step on each of two ranks, which measure what the rule reads."""
     # PyTorch's own synchronised BatchNorm is for GPUs
-    cfg = compose(*WCI, "measure=none", "measure.examples=23", "trainer.sync_batchnorm=false")
+    cfg = compose(*overrides, "measure.examples=23", "trainer.sync_batchnorm=false")
     data = build(cfg, "data")
     data.prepare_data()
     data.setup("fit")
@@ -238,20 +238,25 @@ def test_two_ranks_step_at_the_same_rate(tmp_path):
         examples=cfg.measure.examples,
         inputs=cfg.measure.inputs,
         plan=measurement_plan(cfg),
-        records=RunRecords(tmp_path),
+        records=RunRecords(folder),
     )
     trainer = build(
         cfg,
         "trainer",
         devices=2,
         strategy="ddp_spawn",
-        callbacks=[measure, Witness(tmp_path)],
+        callbacks=[measure, Witness(folder)],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
     )
     trainer.fit(build_module(cfg, data), datamodule=data)
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.slow  # starts two processes
+def test_two_ranks_step_at_the_same_rate(tmp_path):
+    first, second = two_ranks(tmp_path, *WCI, "measure=none")
     assert first == second  # to the bit: the weights would drift apart
     assert first[::3] == expected_rates(tmp_path, 0.1)
     assert len(set(first)) == EPOCHS - START + 1

@@ -171,6 +171,8 @@ def measure_spectrum(records, rng, stamp, growth, directions):
         "curvature_term_top_k": np.nansum(curvature),
         "log_variance_term_top_k": np.nansum(log_variance),
         "dominant_terms_top_k": np.nansum(curvature + log_variance),
+        "best_rate_top_k": 0.2 * directions / noise.sum(),
+        "best_rate_top_k_se": 0.02 * directions / noise.sum(),
     }
     records.append("bounds", stamp | sums)
     measure_alignment(records, rng, stamp, directions)

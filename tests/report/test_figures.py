@@ -20,6 +20,7 @@ PANELS = {
     "spectrum": 4,  # the fourth is the colour bar
     "posterior_variance": 3,
     "bound_terms": 3,
+    "best_rate": 1,
 }
 
 

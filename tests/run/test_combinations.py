@@ -42,7 +42,12 @@ REFUSED = [
     (
         ("schedule=wci", "~measure.measurements.weight_curvature"),
         "schedule WCIRate follows the measured table wci, but measure.measurements has nothing that measures "
-        "it; keep measure.measurements.weight_curvature or choose another schedule",
+        "it; choose measure=default, or measure=none for nothing but what the schedule follows, or another",
+    ),
+    (
+        ("schedule=bound", "measure=index"),
+        "schedule BoundRate follows the measured table bounds, but measure.measurements has nothing that "
+        "measures it; choose measure=default, or measure=none",
     ),
     (
         ("schedule=wci", TEN, "schedule.start_epoch=10"),
@@ -124,6 +129,8 @@ def test_refuses(overrides, message):
 
 ALLOWED = [
     ("schedule=wci", "measure=none"),
+    ("schedule=bound", "measure=none"),
+    ("schedule=wci", "optimizer=adam"),
     ("schedule=wci", TEN, "schedule.start_epoch=9"),
     ("objective=mart", "++data.mixup=0"),
     ("objective=trades", "++data.mixup=0.5"),
@@ -172,11 +179,20 @@ LAWLESS = {
     "clipped": (("+trainer.gradient_clip_val=0.5",), "trainer.gradient_clip_val=0.5"),
 }
 TERMS = ("posterior_variance_stationary", "curvature_term", "log_variance_term")
-SUMS = ("curvature_term_top_k", "log_variance_term_top_k", "dominant_terms_top_k")
+SUMS = ("curvature_term_top_k", "log_variance_term_top_k", "dominant_terms_top_k", "best_rate_top_k")
 STATIONARY = {
     "spectrum": ("stable", *TERMS, *(f"{name}_se" for name in TERMS)),
     "bounds": ("unstable_directions", *SUMS, *(f"{name}_se" for name in SUMS)),
 }
+
+
+@pytest.mark.parametrize("name", LAWLESS)
+def test_without_plain_momentum_no_rate_follows_its_law(name):
+    with pytest.raises(
+        ConfigError, match=r"^schedule BoundRate .* momentum SGD; choose optimizer=sgd, "
+    ) as refusal:
+        check_combinations(compose("schedule=bound", *LAWLESS[name][0]))
+    assert LAWLESS[name][1].partition("=")[0] in str(refusal.value)
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,7 @@ CHOICES = (
     ("method=trades_awp",),
     ("perturbation=sam",),
     ("schedule=wci",),
+    ("schedule=bound",),
     ("stopping=early",),
     ("batchnorm.frozen_from=0",),
 )

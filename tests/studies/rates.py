@@ -88,6 +88,20 @@ def write_wci_rate(path, threshold, seed, *, slope, growth=2.0, **more):
     return write(path, schedule, seed, slope=slope, **choice, **more)
 
 
+def write_bound_rate(path, beta, seed, *, slope):
+    """A run whose rate follows the bound: 0.02 at every epoch after the decay."""
+    schedule = {
+        "_target_": "robustdyn.methods.BoundRate",
+        "start_epoch": "${first:${decay_epochs}}",
+        "interval": 5,
+        "beta_per_example": beta,
+        "learning_rate": "${optimizer.lr}",
+        "lowest": 0.01,
+        "highest": 1.0,
+    }
+    return write(path, schedule, seed, choice="bound", slope=slope, rate=lambda e: ETA if e < START else 0.02)
+
+
 def write_fixed_rate(path, choice, seed, *, slope, **more):
     """A run under another schedule; its rate falls in two steps whatever its name."""
 

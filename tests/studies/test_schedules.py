@@ -1,3 +1,5 @@
+import shutil
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,7 +15,7 @@ from robustdyn.studies.schedules import (
 )
 from robustdyn.studies.shared import study
 from tests.runs import compose
-from tests.studies.rates import error, interval, write_fixed_rate, write_wci_rate
+from tests.studies.rates import error, interval, write_bound_rate, write_fixed_rate, write_wci_rate
 from tests.tolerances import EXACT64
 
 EXACT = EXACT64["rtol"]
@@ -65,6 +67,25 @@ def test_others_against_the_wci_rate_seed_by_seed(answer):
     assert row["mean"] == pytest.approx(np.mean(differences), rel=1e-10)
     assert row["high"] - row["mean"] == pytest.approx(interval(differences), rel=1e-8)
     assert set(table["minus"]) == {WCI}
+
+
+def test_the_rate_of_the_bound_is_a_second_reference(sweep, tmp_path):
+    shutil.copytree(sweep, tmp_path, dirs_exist_ok=True)
+    for seed in SEEDS:
+        write_bound_rate(tmp_path / f"bound_{seed}", 0.3, seed, slope=0.003)
+    found, bound = STUDY.answer(find_runs(tmp_path)), "bound, β = 0.3 n"
+    assert list(dict.fromkeys(found.tables["schedules"]["setting"])) == [*ORDER[:-1], bound, WCI]
+    differences = found.tables["against_bound"].set_index(["setting", "metric", "moment"])["mean"]
+    assert differences[WCI, "test_robust_error", "final"] == pytest.approx(-100 * 29 * 0.003, rel=1e-10)
+    by_seed = [100 * 29 * (0.004 * (1 + 0.1 * seed) - 0.003) for seed in SEEDS]
+    assert differences["piecewise", "test_robust_error", "final"] == pytest.approx(
+        np.mean(by_seed), rel=1e-10
+    )
+    opposite = found.tables["against_wci"].set_index(["setting", "metric", "moment"])["mean"]
+    assert opposite[bound, "test_robust_error", "final"] == pytest.approx(100 * 29 * 0.003, rel=1e-10)
+    assert f"compared with {bound} seed by seed, the final test robust error is " in found.findings[0]
+    for picture in found.pictures:
+        picture.draw(picture.data)
 
 
 def test_costs(answer):

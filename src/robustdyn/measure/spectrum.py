@@ -9,7 +9,10 @@ from numpy.typing import NDArray
 
 from robustdyn.measure.plan import TableRow
 from robustdyn.measure.snapshot import Snapshot
+from robustdyn.methods import OptimizerState
 from robustdyn.records.schema import (
+    BEST_RATE,
+    BEST_RATE_SE,
     CURVATURE_TERM,
     GRADIENT_NOISE,
     HESSIAN_EIGENVALUE,
@@ -18,7 +21,7 @@ from robustdyn.records.schema import (
     POSTERIOR_VARIANCE_STATIONARY,
     TRACKED_DIRECTIONS,
 )
-from robustdyn.theory import is_stable, stationary_variance
+from robustdyn.theory import bound_minimising_rate, is_stable, stationary_variance
 
 Array = NDArray[np.float64]
 
@@ -44,6 +47,7 @@ class Spectrum:
         gamma, attack = minibatch_noise(snapshot)
         law = StationaryLaw.of(snapshot, along.curvature, gamma)
         curvature, log_variance = law.curvature_terms(), law.log_variance_terms()
+        best_rate = best_rate_terms(snapshot.optimizer, along.curvature, gamma)
         stable, plain = law.stable, snapshot.optimizer.plain
 
         def error(*terms: Term) -> float:
@@ -97,6 +101,8 @@ class Spectrum:
                 "log_variance_term_top_k_se": error(log_variance),
                 "dominant_terms_top_k": float(curvature.values.sum() + log_variance.values.sum()),
                 "dominant_terms_top_k_se": error(curvature, log_variance),
+                BEST_RATE: float(best_rate.values.sum()),
+                BEST_RATE_SE: error(best_rate),
             },
         )
 
@@ -130,6 +136,28 @@ class Term:
         """The term of one direction; derivatives by the others are 0."""
         chosen = np.arange(len(self.values)) == index
         return Term(self.values, *(np.where(chosen, d, 0.0) for d in (self.by_curvature, self.by_noise)))
+
+
+def best_rate_terms(optimizer: OptimizerState, eigenvalues: Array, gamma: Array) -> Term:
+    """Values that sum to the rate which minimises the dominating terms at β = 1, (37d) of docs/theory.md.
+
+    A direction without positive curvature and noise has no best rate and adds 0. All values are NaN if no
+    direction has one, or if the optimiser is not momentum SGD.
+    """
+    _, mu, omega, plain = optimizer
+    counted = (eigenvalues > 0) & (gamma > 0)
+    if not plain or not counted.any():
+        nothing = np.full(eigenvalues.shape, np.nan)
+        return Term(nothing, nothing, nothing)
+    lam, noise = eigenvalues[counted], gamma[counted]
+    best = bound_minimising_rate(lam, noise, beta=1.0, momentum=mu, weight_decay=omega)
+    # η* is k over a sum of λγ / (2 (λ + ω) (1 − μ))
+    by_summand = -(best**2) / (2 * (1 - mu) * len(lam))
+    values, by_curvature, by_noise = np.zeros((3, len(eigenvalues)))
+    values[counted] = best / len(lam)
+    by_curvature[counted] = by_summand * noise * omega / (lam + omega) ** 2
+    by_noise[counted] = by_summand * lam / (lam + omega)
+    return Term(values, by_curvature, by_noise)
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,6 +17,7 @@ from robustdyn.methods.optimizer_state import OptimizerState, is_plain_momentum,
 from robustdyn.methods.perturbations import AWP, SAM, GlobalAWP, WeightPerturbation
 from robustdyn.methods.regularizer import Regularizer
 from robustdyn.methods.schedules import (
+    BoundRate,
     Constant,
     Cosine,
     Interpolated,
@@ -33,6 +34,7 @@ __all__ = [
     "TRADES",
     "AdversarialCrossEntropy",
     "AdversarialTraining",
+    "BoundRate",
     "Constant",
     "Cosine",
     "CrossEntropy",

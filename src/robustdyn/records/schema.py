@@ -30,6 +30,8 @@ NOISE_EIGENVALUE = "noise_eigenvalue"
 POSTERIOR_VARIANCE_STATIONARY = "posterior_variance_stationary"
 CURVATURE_TERM = "curvature_term"
 LOG_VARIANCE_TERM = "log_variance_term"
+BEST_RATE = "best_rate_top_k"
+BEST_RATE_SE = "best_rate_top_k_se"
 TRACKED_DIRECTIONS = "tracked_directions"
 COMMUTATOR_NULL = "commutator_null"
 SUBSPACE_OVERLAP = "subspace_overlap"
@@ -218,6 +220,10 @@ BOUNDS = parse_table("""
         directions only: not the bound of the whole model | lower
     dominant_terms_top_k_se float | s.e. of the sum | standard error of dominant_terms_top_k over examples, to
         first order | optional
+    best_rate_top_k float | η* at β = 1 | learning rate that minimises Σ λσ² − Σ ln σ² / β over those of the
+        tracked top k directions with λ_i > 0, to leading order, times β | optional
+    best_rate_top_k_se float | s.e. of η* | standard error of best_rate_top_k over examples, to first order |
+        optional
 """)
 
 CATONI = parse_table("""

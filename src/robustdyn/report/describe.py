@@ -22,7 +22,17 @@ _SECTIONS = {  # section -> heading and the settings worth a reader's first glan
     "optimizer": ("optimiser", ("lr", "momentum", "weight_decay", "nesterov", "betas")),
     "schedule": (
         "schedule",
-        ("milestones", "start_epoch", "factor", "factors", "decays", "quantity", "threshold", "interval"),
+        (
+            "milestones",
+            "start_epoch",
+            "factor",
+            "factors",
+            "decays",
+            "quantity",
+            "threshold",
+            "interval",
+            "beta_per_example",
+        ),
     ),
     "averaging": ("weight averaging", ("decay", "start_epoch")),
     "stopping": ("early stopping", ("monitor", "patience")),

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from robustdyn.records.columns import Column
 from robustdyn.records.schema import (
     ALIGNMENT,
+    BEST_RATE,
+    BEST_RATE_SE,
     BOUNDS,
     CAPTURED_NOISE,
     CAUCHY_SCHWARZ_BOUND,
@@ -128,15 +130,19 @@ def learning_curves(metric: str, heading: str) -> Draw:
     return drawn
 
 
-def learning_rate(_: pd.DataFrame, epochs: pd.DataFrame, cast: Cast) -> Figure:
-    """Learning rate over epochs on a logarithmic axis."""
-    figure = style.new_figure("Learning rate", 3.0)
-    ax = figure.subplots()
-    Panel("", (Curve(EPOCHS["lr"], marker="", steps=True),)).draw(ax, epochs, cast)
-    log_axis(ax)
-    mark_decays([ax], epochs, cast)
-    group_legend(figure, cast)
-    return figure
+def rate(heading: str, panel: Panel) -> Draw:
+    """A learning rate over epochs on a logarithmic axis."""
+
+    def drawn(rates: pd.DataFrame, epochs: pd.DataFrame, cast: Cast) -> Figure:
+        figure = style.new_figure(heading, 3.0)
+        ax = figure.subplots()
+        panel.draw(ax, rates, cast)
+        log_axis(ax)
+        mark_decays([ax], epochs, cast)
+        group_legend(figure, cast)
+        return figure
+
+    return drawn
 
 
 def wci_and_gap(wci: pd.DataFrame, epochs: pd.DataFrame, cast: Cast) -> Figure:
@@ -288,7 +294,7 @@ FIGURES: tuple[FigureSpec, ...] = (
     FigureSpec(
         "learning_rate",
         "Learning rate",
-        learning_rate,
+        rate("Learning rate", Panel("", (Curve(EPOCHS["lr"], marker="", steps=True),))),
         "epochs",
         "lr",
         "The rate in force at the end of each epoch, on a logarithmic axis. Dashed vertical lines, here and "
@@ -402,6 +408,21 @@ FIGURES: tuple[FigureSpec, ...] = (
         "direction has no stationary law have no sum.",
         "Three line panels over epochs: curvature term, complexity term and their sum over the tracked "
         "directions.",
+    ),
+    FigureSpec(
+        "best_rate",
+        "The rate that the bound would choose",
+        rate(
+            "Rate that minimises the dominant terms, times β",
+            Panel("{top} directions (band: ±1 s.e.)", (Curve(BOUNDS[BEST_RATE], spread=BEST_RATE_SE),)),
+        ),
+        "bounds",
+        BEST_RATE,
+        "For a bound with a given β, divide by β. schedule=bound does so with β = beta_per_example · n and "
+        "then clips the rate. It falls where the gradient noise grows. The rate says nothing about how far "
+        "the loss has fallen.",
+        "Line over epochs: the rate that minimises the bound's dominant terms, at β = 1, on a logarithmic "
+        "axis.",
     ),
     FigureSpec(
         "alignment",

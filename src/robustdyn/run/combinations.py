@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from robustdyn.errors import ConfigError
+from robustdyn.methods import BoundRate, is_plain_momentum
 from robustdyn.methods.objectives.objective import Objective
 from robustdyn.methods.schedules import Schedule
 from robustdyn.records.schema import EPOCHS, TABLES
@@ -168,12 +169,14 @@ def _measured_rate(cfg: DictConfig, parts: Mapping[str, Any]) -> None:
     schedule: Schedule = parts["schedule"]
     if schedule.reads is None:
         return
+    if isinstance(schedule, BoundRate):
+        _plain_momentum(cfg, parts)
     measurements = [part for key, part in parts.items() if key.startswith("measure.measurements.")]
     if not any(schedule.reads in measurement.tables for measurement in measurements):
         raise ConfigError(
             f"{_choice(cfg, 'schedule')} follows the measured table {schedule.reads}, but "
-            "measure.measurements has nothing that measures it; keep measure.measurements.weight_curvature "
-            "or choose another schedule"
+            "measure.measurements has nothing that measures it; choose measure=default, or measure=none for "
+            "nothing but what the schedule follows, or another schedule"
         )
     if not schedule.reading_epochs(cfg.trainer.max_epochs):
         raise ConfigError(
@@ -196,6 +199,16 @@ def _frozen_batchnorm(cfg: DictConfig, model: torch.nn.Module) -> None:
         raise ConfigError(
             f"batchnorm.frozen_from={start} freezes the statistics of BatchNorm, and "
             f"{_choice(cfg, 'model')} has no BatchNorm; choose null, or another model"
+        )
+
+
+def _plain_momentum(cfg: DictConfig, parts: Mapping[str, Any]) -> None:
+    groups = parts["regularizer"].parameter_groups(torch.nn.Linear(1, 1))
+    if cfg.trainer.get("gradient_clip_val") or not is_plain_momentum(parts["optimizer"](groups)):
+        raise ConfigError(
+            f"{_choice(cfg, 'schedule')} follows the stationary law of momentum SGD; choose optimizer=sgd, "
+            "optimizer.nesterov=false, regularizer.weight_decay_on=all and trainer.gradient_clip_val=null, "
+            "or another schedule"
         )
 
 

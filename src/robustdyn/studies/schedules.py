@@ -1,4 +1,4 @@
-"""The WCI learning rate beside the usual schedules, and its cost (WCI paper, tables 1 and 2, figure 9 b)."""
+"""The learning rates that follow a measurement beside the usual schedules (WCI paper, tables 1 and 2)."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ NAMES = {
     "one_cycle": "one-cycle",
     "constant": "constant",
 }
-WCI_RATE = "WCI-LR"
+WCI_RATE, BOUND_RATE = "WCI-LR", "bound"
+AGAINST = {"against_wci": WCI_RATE, "against_bound": BOUND_RATE}
 MAY_DIFFER = ("schedule", "optimizer.lr")  # one-cycle has a higher peak
 CURVES = (TEST_ROBUST_ERROR, TEST_CLEAN_ERROR, RATE)
 PANELS = {
@@ -68,7 +69,7 @@ NEGLIGIBLE = 1e-3  # of the highest rate: curves of lower ones are cut
 
 
 def schedule_names(runs: Sequence[Run]) -> dict[str, str]:
-    """Label of each run -> name of its schedule, in the order of the paper's table, the WCI rate last.
+    """Label of each run -> name of its schedule, in the order of the paper's table, measured rates last.
 
     Raises:
         RecordError: A schedule is not known, runs differ in more, or there is no WCI rate to compare.
@@ -77,16 +78,20 @@ def schedule_names(runs: Sequence[Run]) -> dict[str, str]:
     names = {}
     for run in runs:
         choice = run.choices.get("schedule", "")
-        threshold = run.config["schedule"].get("threshold")
-        name = f"{WCI_RATE}, τ = {threshold:g}" if threshold is not None else NAMES.get(choice)
+        threshold, beta = (run.config["schedule"].get(key) for key in ("threshold", "beta_per_example"))
+        name = NAMES.get(choice)
+        if threshold is not None:
+            name = f"{WCI_RATE}, τ = {threshold:g}"
+        elif beta is not None:
+            name = f"{BOUND_RATE}, β = {beta:g} n"
         if name is None:
             raise RecordError(
-                f"{run.path}: schedule {choice or 'unknown'} is none of {', '.join(NAMES)}, wci"
+                f"{run.path}: schedule {choice or 'unknown'} is none of {', '.join(NAMES)}, bound, wci"
             )
         names[run.label] = name
     if len(set(names.values())) < 2 or not any(name.startswith(WCI_RATE) for name in names.values()):
         raise RecordError(f"{runs[0].path} and others: the study needs runs of schedule=wci and of another")
-    order = [*dict.fromkeys(NAMES.values()), *names.values()]
+    order = [*dict.fromkeys(NAMES.values()), *sorted(names.values(), key=lambda n: n.startswith(WCI_RATE))]
     return dict(sorted(names.items(), key=lambda item: order.index(item[1])))
 
 
@@ -153,12 +158,15 @@ def answer(runs: Sequence[Run]) -> Answer:
     )
     found = at_moments(rows)
     means = mean_with_interval(found, MOMENT)
-    reference = [name for name in order if name.startswith(WCI_RATE)][-1]
-    differences = against(found, reference, MOMENT[1:]).assign(minus=reference)
+    differences = {
+        table: against(found, name, MOMENT[1:]).assign(minus=name)
+        for table, prefix in AGAINST.items()
+        for name in [name for name in order if name.startswith(prefix)][-1:]
+    }
     tables = {
         "schedules": means,
         "schedules_shown": shown_table(means),
-        "against_wci": differences,
+        **differences,
         "runs": found,
     }
     pictures = [
@@ -174,10 +182,11 @@ def answer(runs: Sequence[Run]) -> Answer:
 
 
 def findings_of(tables: Mapping[str, pd.DataFrame]) -> list[str]:
-    """Which schedule is the most robust, which differ from the WCI rate, and what that costs."""
-    means, apart = tables["schedules"], tables["against_wci"]
-    reference = apart["minus"].iloc[0]
-    lowest = lowest_said(means[means["metric"] == TEST_ROBUST_ERROR])
+    """Which schedule is the most robust, which differ from the measured rates, and what WCI-LR costs."""
+    means, apart = tables["schedules"], [tables[name] for name in AGAINST if name in tables]
+    reference = apart[0]["minus"].iloc[0]
+    said = [lowest_said(means[means["metric"] == TEST_ROBUST_ERROR])]
+    said += [final_said(own, [TEST_ROBUST_ERROR], own["minus"].iloc[0]) for own in apart]
     cost_said = "The cost is not known: these runs have no table timing."
     if "cost" in tables:
         mean = tables["cost"].set_index(["setting", "quantity"])["mean"]
@@ -185,7 +194,7 @@ def findings_of(tables: Mapping[str, pd.DataFrame]) -> list[str]:
             f"An epoch of {reference} takes {mean[reference, 'all']:.3g} s, mean over the run, of which "
             f"measuring takes {mean[reference, 'measurement_share']:.0f} %."
         )
-    return [sentence(f"{lowest}; {final_said(apart, [TEST_ROBUST_ERROR], reference)}"), cost_said]
+    return [sentence("; ".join(said)), cost_said]
 
 
 @style.styled

@@ -38,6 +38,7 @@ from robustdyn.theory.preconditioned import (
     preconditioned_covariance,
     whiten,
 )
+from robustdyn.theory.rate import bound_minimising_rate
 from robustdyn.theory.shuffled import shuffled_variance
 from robustdyn.theory.stationary import (
     curvature_term_per_noise,
@@ -80,6 +81,7 @@ __all__ = [
     "adam_scale",
     "binary_kl",
     "binary_kl_upper",
+    "bound_minimising_rate",
     "bound_terms_under_rotation",
     "catoni_bound",
     "correlated_noise",
