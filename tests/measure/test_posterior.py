@@ -6,7 +6,12 @@ import pytest
 
 from robustdyn.measure import posterior_rows
 from robustdyn.replicas import Sampling
-from robustdyn.theory import MeasuredDrift, propagate_coupled, stationary_state_covariance
+from robustdyn.theory import (
+    MeasuredDrift,
+    propagate_coupled,
+    shuffled_covariance,
+    stationary_state_covariance,
+)
 from tests.tolerances import EXACT64
 
 MU, OMEGA = 0.9, 5e-4
@@ -132,6 +137,59 @@ def test_batches_of_shuffled_epochs_are_those_of_the_coupled_law(attack):
         assert (slow["posterior_variance"] < slow["posterior_variance_independent"]).all(axis=None)
 
 
+def test_the_part_of_each_law_that_is_left_is_the_law_without_later_noise():
+    """Two decays; from the last one before an epoch's end on, the truth draws no noise."""
+    given = tables(30, [(0, 0.1), (12, 0.01), (20, 0.001)], [(0, 0, 1.0, 0.2), (15, 0, 2.0, 0.3)])
+    found, step = posterior(given), np.arange(300)
+    lam, gamma = np.where(step < 160, 1.0, 2.0), np.where(step < 160, 0.2, 0.3)
+    eta = np.select([step < 120, step < 200], [0.1, 0.01], 0.001)
+    factor = (EXAMPLES - BATCH) / (BATCH * (EXAMPLES - 1))
+    sizes = np.where(step % 10 == 9, 10, 15)
+    for since, epochs in ((0, slice(0, 12)), (120, slice(12, 20)), (200, slice(20, 30))):
+        noise = gamma * (step < since)
+        independent = recursion(lam, noise, eta)[epochs]
+        np.testing.assert_allclose(
+            found["propagated_variance_independent"][0][epochs], independent, rtol=EXACT64["rtol"]
+        )
+        shuffled = shuffled_covariance(
+            lam,
+            0.7 * noise / factor,
+            0.3 * noise * BATCH,
+            eta,
+            examples=EXAMPLES,
+            sizes=sizes,
+            epoch_ends=np.arange(10, 301, 10),
+            momentum=MU,
+            weight_decay=OMEGA,
+            initial_covariance=np.zeros((2, 2)),
+        )
+        left = shuffled[9::10, 0, 0][epochs]
+        np.testing.assert_allclose(found["propagated_variance"][0][epochs], left, rtol=EXACT64["rtol"])
+    for law in ("", "_independent"):
+        parts = found["propagated_variance" + law] + found["injected_variance" + law]
+        # a difference and a sum, each rounded once
+        np.testing.assert_allclose(parts, found["posterior_variance" + law], rtol=2e-16)
+        assert (found["injected_variance" + law] > 0).all(axis=None)
+
+
+def test_smooth_schedules_inject_all_of_the_variance():
+    cosine = [(e, 0.05 * (1 + np.cos(np.pi * e / 20))) for e in range(20)]
+    found = posterior(tables(20, cosine, [(0, 0, 5.0, 0.2)]))
+    assert (found["propagated_variance"] == 0).all(axis=None)
+    np.testing.assert_array_equal(found["injected_variance"], found["posterior_variance"])
+
+
+def test_a_fall_within_an_epoch_is_found_at_its_step():
+    """A short last epoch of the old rate: the fall after 124 of 300 steps."""
+    given = tables(30, [(0, 0.1)], [(0, 0, 1.0, 0.2)])
+    given["rates"] = pd.DataFrame({"epoch": [0, 12], "step": [0, 124], "lr": [0.1, 0.01]})
+    step = np.arange(300)
+    truth = recursion(np.full(300, 1.0), 0.2 * (step < 124), np.where(step < 124, 0.1, 0.01))
+    found = posterior(given)["propagated_variance_independent"][0]
+    np.testing.assert_allclose(found[12:], truth[12:], rtol=EXACT64["rtol"])
+    assert (found[:12] == 0).all()
+
+
 def test_directions_go_their_own_ways():
     given = tables(5, [(0, 0.1)], [(0, 0, 5.0, 0.2), (0, 1, 1.0, 0.1)])
     found = posterior(given)["posterior_variance"]
@@ -148,6 +206,8 @@ def test_a_direction_without_a_law_has_no_variance_and_comes_back_settled():
     assert exact[:10].notna().all()
     assert exact[10:20].isna().all()
     assert stationary[10:20].isna().all()
+    assert found["injected_variance"][0][10:20].isna().all()
+    assert (found["propagated_variance"][0][20:] == 0).all()  # the law began again with the new rate
     np.testing.assert_allclose(exact[20:], stationary[20:], rtol=EXACT64["rtol"])
 
 

@@ -18,7 +18,7 @@ PANELS = {
     "norm_and_trace": 3,
     "layer_terms": 1,
     "spectrum": 4,  # the fourth is the colour bar
-    "posterior_variance": 3,
+    "posterior_variance": 5,
     "bound_terms": 3,
     "best_rate": 1,
 }
@@ -145,10 +145,25 @@ def test_negative_eigenvalues_are_open_circles(one_frames):
     assert list(circles.get_ydata()) == [0.5] * 3
 
 
-def test_time_resolved_variances_are_shown_where_recorded(one_frames):
-    spectrum = one_frames["spectrum"]
-    resolved = spectrum.assign(posterior_variance=2 * spectrum["posterior_variance_stationary"])
-    assert len(draw("posterior_variance", one_frames, posterior=resolved).axes) == 3
+def test_the_parts_of_the_variance_are_drawn_where_they_matter(one_frames):
+    """The first decay is at epoch 20: nothing is propagated before it, and in the end next to nothing."""
+    posterior = one_frames["posterior"]
+    axes = draw("posterior_variance", one_frames).axes
+    assert [ax.get_title(loc="left") for ax in axes[2:4]] == ["of it, propagated", "of it, injected"]
+    leading = posterior[posterior["index"] == 0]
+    for ax, part in zip(axes[2:4], ("propagated_variance", "injected_variance"), strict=True):
+        drawn = leading[part].where(leading[part] > 1e-3 * leading["posterior_variance"])
+        np.testing.assert_array_equal(curves(ax)[0].get_ydata(), drawn)
+        assert drawn.notna().any()
+    line = curves(axes[2])[0].get_ydata()
+    assert np.isnan(line[: DECAYS[0]]).all()
+    assert np.isfinite(line[list(DECAYS)]).all()
+
+
+def test_a_record_without_the_parts_of_the_variance_has_no_panels_of_them(one_frames):
+    parts = ["propagated_variance", "injected_variance"]
+    older = one_frames["posterior"].assign(**dict.fromkeys(parts, np.nan))
+    assert len(draw("posterior_variance", one_frames, posterior=older).axes) == 3
 
 
 def test_layers_are_rows_in_network_order(methods_frames):

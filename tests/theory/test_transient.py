@@ -7,6 +7,7 @@ from robustdyn.theory import (
     covariance_after,
     decay_transient,
     mean_after,
+    propagated_variance,
     slow_mode_variance,
     stationary_block_covariance,
 )
@@ -50,6 +51,39 @@ def test_diagonal_noise_gives_the_diagonal_blocks():
     for i in range(2):
         expected = plain_loop(lam[[i]], gamma[[i]][None], start[i], 0.01, 0.9, 0.0, TIMES)
         assert_allclose(got[:, i], expected, **EXACT64)
+
+
+def test_a_decay_leaves_one_part_and_the_new_rate_injects_the_other():
+    lam, gamma = np.array([0.02, 0.4, 2.0, 9.0]), np.array([1.0, 0.5, 3.0, 2.0])
+    found = decay_transient(
+        TIMES, lam, gamma, before=MomentumDynamics(0.1, 0.9, 5e-4), after=MomentumDynamics(0.01, 0.9, 5e-4)
+    )
+    for i in range(4):
+        a, b = full_system(np.diag(lam[[i]]), 0.01, 0.9, 5e-4)
+        old = lyapunov(np.diag(lam[[i]]), np.diag(gamma[[i]]), 0.1, 0.9, 5e-4)
+        powers = [np.linalg.matrix_power(a, t) for t in range(max(TIMES) + 1)]
+        kicks = [gamma[i] * (power @ b @ b.T @ power.T)[0, 0] for power in powers]
+        left = [(powers[t] @ old @ powers[t].T)[0, 0] for t in TIMES]
+        # SciPy's start is good to eps / (1 − ρ²) with 1 − ρ = 2e-3 · 10
+        assert_allclose(found.propagated[:, i], left, rtol=1e-8)
+        # the difference of two numbers near σ_0² at first, hence its scale
+        injected = [sum(kicks[:t]) for t in TIMES]
+        assert_allclose(found.injected[:, i], injected, rtol=1e-9, atol=1e-12 * old[0, 0])
+
+
+def test_what_is_left_when_everything_changes_at_every_step():
+    """λ through zero and η up and down, by the product of the dense matrices."""
+    rng = np.random.default_rng(5)
+    lam, eta = rng.uniform(-1, 9, 40), rng.uniform(0.01, 0.3, 40)
+    for start in (random_covariance(rng, 2), np.diag([0.0, 2.0]), np.zeros((2, 2))):
+        found = propagated_variance(start, lam, eta, momentum=0.9, weight_decay=0.01)
+        state = start
+        for t in range(40):
+            a, _ = full_system(np.diag(lam[[t]]), eta[t], 0.9, 0.01)
+            state = a @ state @ a.T
+            # near complex roots x passes close by zero: the scale is that of the whole state
+            assert_allclose(found[t], state[0, 0], rtol=1e-10, atol=1e-13 * np.trace(state))
+    assert not found.any()  # of a start without variance
 
 
 def test_long_times_reach_the_stationary_law():

@@ -13,19 +13,29 @@ from numpy.typing import NDArray
 
 from robustdyn.methods import AdversarialTraining
 from robustdyn.records import RunRecords, read_table
-from robustdyn.records.schema import GRADIENT_NOISE, POSTERIOR_VARIANCE, POSTERIOR_VARIANCE_STATIONARY
+from robustdyn.records.schema import (
+    GRADIENT_NOISE,
+    INJECTED_VARIANCE,
+    POSTERIOR_VARIANCE,
+    POSTERIOR_VARIANCE_STATIONARY,
+    PROPAGATED_VARIANCE,
+)
 from robustdyn.theory import (
     MeasuredSpectrum,
     is_stable,
     minibatch_noise_factor,
     propagate,
-    shuffled_variance,
+    propagated_variance,
+    shuffled_covariance,
     stationary_state_covariance,
     stationary_variance,
+    sudden_decays,
 )
 from robustdyn.theory.trajectory import Interpolation
 
 Array = NDArray[np.float64]
+
+LAWS = ("", "_independent")  # endings of the columns: shuffled and independent batches
 
 
 def posterior_rows(
@@ -43,6 +53,11 @@ def posterior_rows(
     and its variance is NaN. Afterwards it starts again from the stationary law of that moment. Before the
     first measurement, the values of the first measurement are used.
 
+    The variance of either law is the sum of two parts. The propagated part is what would be left if the noise
+    had ended with the last step before the learning rate last fell suddenly. The injected part is the rest,
+    made at the rates since then. Before the first sudden fall, and with a smooth schedule throughout, all of
+    the variance is injected. So it is where the law started again after the last fall.
+
     Args:
         tables: ``epochs``, ``rates``, ``spectrum`` and ``bounds`` of one run.
         momentum: μ of every step.
@@ -57,22 +72,21 @@ def posterior_rows(
         return
     rates = _rate_of_each_step(tables["rates"], int(ends[-1]))
     sampling = _Sampling.of(tables["bounds"], ends)
+    falls = _sudden_falls(rates, ends)
     columns = []
     for index, rows in tables["spectrum"].groupby("index", sort=True):
         usable = rows[rows[GRADIENT_NOISE] > 0]
         if len(usable):
-            direction = _Direction(usable, rates, momentum, weight_decay, interpolation, sampling)
-            columns.append((int(str(index)), *direction.propagated(ends), direction.stationary(ends)))
+            direction = _Direction(usable, rates, falls, momentum, weight_decay, interpolation, sampling)
+            columns.append((int(str(index)), direction.stationary(ends), *direction.propagated(ends)))
     for row, (epoch, step) in enumerate(zip(tables["epochs"]["epoch"], ends, strict=True)):
-        for index, shuffled, independent, stationary in columns:
-            yield {
-                "epoch": int(epoch),
-                "step": int(step),
-                "index": index,
-                POSTERIOR_VARIANCE: shuffled[row],
-                "posterior_variance_independent": independent[row],
-                POSTERIOR_VARIANCE_STATIONARY: stationary[row],
-            }
+        for index, stationary, variance, propagated in columns:
+            found: dict[str, Any] = {"epoch": int(epoch), "step": int(step), "index": index}
+            for law, whole, left in zip(LAWS, variance[:, row], propagated[:, row], strict=True):
+                found[POSTERIOR_VARIANCE + law] = whole
+                found[PROPAGATED_VARIANCE + law] = left
+                found[INJECTED_VARIANCE + law] = whole - left
+            yield found | {POSTERIOR_VARIANCE_STATIONARY: stationary[row]}
 
 
 def _rate_of_each_step(rates: pd.DataFrame, steps: int) -> Array:
@@ -80,6 +94,15 @@ def _rate_of_each_step(rates: pd.DataFrame, steps: int) -> Array:
     starts = rates["step"].to_numpy(dtype=int)
     held = np.diff(np.append(starts, steps))
     return np.repeat(rates["lr"].to_numpy(dtype=float), held)
+
+
+def _sudden_falls(rates: Array, ends: NDArray[np.int_]) -> list[int]:
+    """The first steps at rates that fell suddenly, as ``sudden_decays`` finds them over the epochs."""
+    found = []
+    for epoch in sudden_decays(rates[ends - 1]):
+        inside = slice(ends[epoch - 1] - 1, ends[epoch])
+        found.append(int(inside.start + np.argmin(rates[inside][1:] / rates[inside][:-1]) + 1))
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +130,7 @@ class _Direction:
 
     rows: pd.DataFrame
     rates: Array
+    falls: list[int]
     momentum: float
     weight_decay: float
     interpolation: Interpolation
@@ -150,16 +174,38 @@ class _Direction:
         return result
 
     def propagated(self, ends: NDArray[np.int_]) -> tuple[Array, Array]:
-        """σ² (E,) after ``ends`` steps, of shuffled and of independent batches; NaN without a law."""
-        result = np.full((2, len(ends)), np.nan)
+        """σ² (2, E) after ``ends`` steps, of shuffled and of independent batches; NaN without a law.
+
+        Returns:
+            All of it, and the part that noise before the last sudden fall of the rate left.
+        """
+        whole, left = np.full((2, 2, len(ends)), np.nan)
         edges = np.flatnonzero(np.diff(self.stable)) + 1
-        for first, last in zip([0, *edges], [*edges, len(self.rates)], strict=True):
+        for first, last in zip([0, *edges.tolist()], [*edges.tolist(), len(self.rates)], strict=True):
             inside = (ends > first) & (ends <= last)
             if self.stable[first] and inside.any():
                 start = self._settled(first) if first > 0 else np.zeros((1, 2, 2))
-                result[0, inside] = self._shuffled(int(first), int(last), start)[ends[inside] - first - 1]
-                result[1, inside] = self._window(int(first), ends[inside], start)
-        return result[0], result[1]
+                falls = [step for step in self.falls if first < step < last]
+                at = np.union1d(ends[inside], falls).astype(int)
+                laws = (self._shuffled(first, last, start)[at - first - 1], self._window(first, at, start))
+                for law, states in enumerate(laws):
+                    before = [states[np.searchsorted(at, step)] for step in falls]
+                    whole[law, inside] = states[np.isin(at, ends), 0, 0]
+                    left[law, inside] = self._left(first, last, falls, before)[ends[inside] - first - 1]
+        return whole, left
+
+    def _left(self, first: int, last: int, falls: list[int], states: list[Array]) -> Array:
+        """What is left, after each step of a stretch, of the states (2, 2) before the rate's falls in it."""
+        found = np.zeros(last - first)
+        for (since, until), state in zip(pairwise([*falls, last]), states, strict=True):
+            found[since - first : until - first] = propagated_variance(
+                state,
+                self.eigenvalue[since:until],
+                self.rates[since:until],
+                momentum=self.momentum,
+                weight_decay=self.weight_decay,
+            )
+        return found
 
     def _settled(self, step: int) -> Array:
         """The stationary covariance (1, 2, 2) of (x, v) at a step, for independent batches."""
@@ -172,13 +218,13 @@ class _Direction:
         )
 
     def _shuffled(self, first: int, last: int, start: Array) -> Array:
-        """σ² after each step of a stretch that is all stable."""
+        """Cov (x, v) after each step of a stretch that is all stable."""
         drawn, now = self.sampling, slice(first, last)
         factor = minibatch_noise_factor(drawn.examples, drawn.batch_size, replacement=False)
         attack = self.attack_share[now] * self.noise[now]
         # a batch of all examples has no sampling noise
         examples = (self.noise[now] - attack) / factor if factor > 0 else np.zeros(last - first)
-        return shuffled_variance(
+        return shuffled_covariance(
             self.eigenvalue[now],
             examples,
             attack * drawn.batch_size,
@@ -192,7 +238,7 @@ class _Direction:
         )
 
     def _window(self, first: int, ends: NDArray[np.int_], start: Array) -> Array:
-        """σ² after ``ends`` steps, in a stretch of steps from ``first`` on that are all stable."""
+        """Cov (x, v) after ``ends`` steps, in a stretch of steps from ``first`` on that are all stable."""
         path = propagate(
             self.spectrum,
             self.rates,
@@ -202,7 +248,7 @@ class _Direction:
             initial_covariance=start,
             first_step=first,
         )
-        return path.variance[:, 0]
+        return path.covariance[:, 0]
 
 
 class RecordPosterior(Callback):

@@ -42,6 +42,8 @@ RITZ_VALUE = "ritz_value"
 REFRESHED_SLOPE = "refreshed_slope"
 SLOPE_RATIO = "refreshed_slope_ratio"
 POSTERIOR_VARIANCE = "posterior_variance"
+PROPAGATED_VARIANCE = "propagated_variance"
+INJECTED_VARIANCE = "injected_variance"
 ACCURACY_SE = "accuracy_se"
 
 _HOW = {
@@ -295,8 +297,16 @@ POSTERIOR = parse_table("""
     index int | direction i | rank of the direction, 0 for the leading one
     posterior_variance float | σ²_i | variance along u_i at this time, through the run's rates and measured
         spectra, with shuffled epochs as in training and curvature at fixed adversarial examples
-    posterior_variance_independent float | σ²_i of independent batches | the same if every step drew its
-        batch independently, as the papers assume
+    propagated_variance float | propagated σ²_i | the part of posterior_variance left by the noise before the
+        last sudden fall of the learning rate; 0 before the first one | optional
+    injected_variance float | injected σ²_i | the rest of posterior_variance, made by the noise since then |
+        optional
+    posterior_variance_independent float | σ²_i of independent batches | posterior_variance if every step drew
+        its batch independently, as the papers assume
+    propagated_variance_independent float | propagated σ²_i of independent batches | the propagated part of
+        posterior_variance_independent | optional
+    injected_variance_independent float | injected σ²_i of independent batches | the injected part of
+        posterior_variance_independent | optional
     posterior_variance_stationary float | stationary σ²_i | variance along u_i that the epoch's last step
         would settle to
 """)

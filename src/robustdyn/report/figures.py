@@ -26,9 +26,7 @@ from robustdyn.records.schema import (
     HESSIAN_EIGENVALUE,
     HESSIAN_TRACE,
     NOISE_EIGENVALUE,
-    POSTERIOR,
     POSTERIOR_VARIANCE,
-    POSTERIOR_VARIANCE_STATIONARY,
     RITZ_VALUE,
     ROBUST_LOSS_GAP,
     SPECTRUM,
@@ -56,6 +54,7 @@ from robustdyn.report.plotting import (
     named,
     note,
 )
+from robustdyn.report.posterior_variances import posterior_variances
 from robustdyn.report.reference import Reference
 from robustdyn.report.spectral_density import spectral_density
 from robustdyn.report.statistics import correlation, decay_epochs, format_number
@@ -372,20 +371,17 @@ FIGURES: tuple[FigureSpec, ...] = (
     FigureSpec(
         POSTERIOR_VARIANCE,
         "Posterior variances",
-        over_epochs(
-            "Posterior variance of the weights, {top} directions",
-            Panel("Stationary at the present rate", (Curve(POSTERIOR[POSTERIOR_VARIANCE_STATIONARY]),)),
-            Panel("Time-resolved, with shuffled epochs", (Curve(POSTERIOR[POSTERIOR_VARIANCE]),)),
-            one_scale=True,
-        ),
+        posterior_variances,
         "posterior",
         POSTERIOR_VARIANCE,
-        "Variance of the weights along each tracked direction. Left: what momentum SGD would settle to at "
-        "the present rate; it jumps at a decay. Right: where it is on its way there, from the run's own "
-        "rates; the posterior contracts as fast as curvature and momentum let it. Epochs where a direction "
-        "has no stationary law are left out.",
+        "Variance of the weights along each tracked direction. From left to right: what momentum SGD would "
+        "settle to at the present rate; where it is on its way there, from the run's own rates; the part of "
+        "that which the rates before the last decay left; and the part injected since. Right after a decay "
+        "nearly all of it is left over, and it contracts as fast as curvature and momentum let it. Before "
+        "the first decay all of it is injected. Left out are parts below 0.1 % of the whole, and epochs "
+        "where a direction has no stationary law.",
         "Lines over epochs on a logarithmic axis: posterior variance along each tracked direction, "
-        "stationary and time-resolved.",
+        "stationary and time-resolved, with the latter's propagated and injected parts.",
     ),
     FigureSpec(
         "bound_terms",

@@ -168,7 +168,7 @@ def over_epochs(
     def drawn(frame: pd.DataFrame, epochs: pd.DataFrame, cast: Cast) -> Figure:
         title, ranked = heading.format(top=_top(frame)), "index" in frame
         figure = style.new_figure(cast.with_repeats(title) if ranked else title, PANEL + 0.2 * ranked)
-        axes = list(np.atleast_1d(figure.subplots(1, len(panels), sharey=one_scale)))
+        axes = list(np.atleast_1d(figure.subplots(1, len(panels), sharex=True, sharey=one_scale)))
         for ax, panel in zip(axes, panels, strict=True):
             panel.draw(ax, frame, cast)
         mark_decays(axes, epochs, cast)

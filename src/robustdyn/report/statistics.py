@@ -22,9 +22,8 @@ from robustdyn.records.schema import (
     TEST_ROBUST_LOSS,
 )
 from robustdyn.records.writer import summarise
+from robustdyn.theory import sudden_decays
 
-DECAY = 0.2  # a drop by more than this share is a decay ...
-HELD = 0.02  # ... if the rate moved by less than this in the epoch before: the end of a cosine is no decay
 TOLD = 4  # groups that fit one line of a terminal
 
 FINAL = "final"
@@ -41,11 +40,9 @@ SHOWN_METRICS = (
 
 
 def decay_epochs(epochs: pd.DataFrame) -> list[int]:
-    """Epochs at which the learning rate drops: the first epochs at the lower rate.
+    """Epochs at which the learning rate drops suddenly: the first epochs at the lower rate.
 
-    A drop counts when the rate falls by more than 20 % from one recorded epoch to the next after an epoch in
-    which it was held, so that smooth schedules (linear, exponential, cosine, cyclic) have none. After the
-    first epoch it counts if the new rate is held in the next.
+    Smooth schedules (linear, exponential, cosine, cyclic) have none; see ``robustdyn.theory.sudden_decays``.
 
     Args:
         epochs: ``epochs`` rows of one run.
@@ -54,16 +51,8 @@ def decay_epochs(epochs: pd.DataFrame) -> list[int]:
         Epoch numbers, ascending.
     """
     known = epochs.dropna(subset=["lr"]).sort_values("epoch")
-    rates = known["lr"].to_numpy(dtype=float)
     numbers = known["epoch"].to_numpy(dtype=int)
-    drops = []
-    for i in range(1, len(rates)):
-        # no epoch before the first can tell; a schedule that goes on to fall is a smooth one
-        before, after = (i - 2, i - 1) if i > 1 else (i, min(i + 1, len(rates) - 1))
-        held = abs(rates[after] - rates[before]) <= HELD * rates[before]
-        if held and rates[i] < (1.0 - DECAY) * rates[i - 1]:
-            drops.append(int(numbers[i]))
-    return drops
+    return [int(numbers[i]) for i in sudden_decays(known["lr"].to_numpy(dtype=float))]
 
 
 def of_run(frame: pd.DataFrame, run: str) -> pd.DataFrame:

@@ -30,7 +30,6 @@ from robustdyn.replicas.prediction import (
     refreshed_with_error,
     sampling_of,
 )
-from robustdyn.report.statistics import DECAY
 from robustdyn.studies.shared.ensemble_figures import (
     DRAWN,
     GOAL,
@@ -44,6 +43,7 @@ from robustdyn.studies.shared.ensemble_figures import (
 )
 from robustdyn.studies.shared.expansion_figures import BREAKS, draw_expansion, expansion_tables
 from robustdyn.studies.shared.study import Answer, Picture, Study
+from robustdyn.theory.transient import DECAY
 
 CONFIDENCE, RESAMPLES, DRAWS = 0.95, 1000, 40
 MANY = 4  # changes of the rate from which on a schedule counts as smooth

@@ -39,7 +39,7 @@ from robustdyn.theory.preconditioned import (
     whiten,
 )
 from robustdyn.theory.rate import bound_minimising_rate
-from robustdyn.theory.shuffled import shuffled_variance
+from robustdyn.theory.shuffled import shuffled_covariance
 from robustdyn.theory.stationary import (
     curvature_term_per_noise,
     stationary_block_covariance,
@@ -54,7 +54,9 @@ from robustdyn.theory.transient import (
     covariance_after,
     decay_transient,
     mean_after,
+    propagated_variance,
     slow_mode_variance,
+    sudden_decays,
 )
 from robustdyn.theory.weight_curvature_index import (
     WeightCurvatureIndex,
@@ -99,16 +101,18 @@ __all__ = [
     "preconditioned_covariance",
     "propagate",
     "propagate_coupled",
+    "propagated_variance",
     "regularised_minimum",
     "risk_certificate",
     "rotated_noise",
-    "shuffled_variance",
+    "shuffled_covariance",
     "slow_mode_variance",
     "stationary_block_covariance",
     "stationary_covariance",
     "stationary_state_covariance",
     "stationary_variance",
     "subspace_kl",
+    "sudden_decays",
     "total_correlation",
     "weight_curvature_index",
     "whiten",

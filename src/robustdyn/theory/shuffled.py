@@ -1,4 +1,4 @@
-"""The variance of one direction if batches are drawn without replacement and everything may change.
+"""The covariance of one direction if batches are drawn without replacement and everything may change.
 
 This is ``robustdyn.theory.propagate_coupled`` for a single direction and in plain floats: a whole training of
 80,000 steps takes a fraction of a second.
@@ -24,7 +24,7 @@ from robustdyn.theory._validation import (
 )
 
 
-def shuffled_variance(
+def shuffled_covariance(
     eigenvalue: ArrayLike,
     example_noise: ArrayLike,
     attack_noise: ArrayLike,
@@ -37,7 +37,7 @@ def shuffled_variance(
     weight_decay: float,
     initial_covariance: ArrayLike,
 ) -> Array:
-    """σ² along one direction after each step, of batches between which no example comes twice in an epoch.
+    """Cov (x, v) of one direction after each step, if no example comes twice in an epoch.
 
     With s = (x, v), A and b as in (4), G the response of s to one noise vector in all steps of an epoch,
 
@@ -60,7 +60,7 @@ def shuffled_variance(
         initial_covariance: (2, 2) of (x, v), independent of the batches.
 
     Returns:
-        (N,).
+        (N, 2, 2) of (x, v).
 
     Raises:
         ValueError: Invalid hyperparameter, fewer than two examples, an epoch of more than n, a start that is
@@ -85,7 +85,7 @@ def shuffled_variance(
     start = state_covariances("initial_covariance", np.asarray(initial_covariance)[None], (1, 2, 2))[0]
     a, p, w = float(start[0, 0]), float(start[0, 1]), float(start[1, 1])
     of_x = of_v = 0.0  # G
-    found = np.empty(rates.size)
+    moments = []
     shuffled_after = set(ends.tolist())
     rows = zip(*(column.tolist() for column in columns), strict=True)
     for step, (lam, one, attack, eta, size) in enumerate(rows, start=1):
@@ -97,15 +97,16 @@ def shuffled_variance(
         p = crossed - eta * w
         of_v = mu * of_v + pull * of_x + sqrt(one)
         of_x -= eta * of_v
-        found[step - 1] = a - of_x * of_x / (examples - 1)
+        shared = of_v / (examples - 1)
+        moments.append((a - of_x * of_x / (examples - 1), p - of_x * shared, w - of_v * shared))
         if step in shuffled_after:
-            a -= of_x * of_x / (examples - 1)
-            p -= of_x * of_v / (examples - 1)
-            w -= of_v * of_v / (examples - 1)
+            a, p, w = moments[-1]
             of_x = of_v = 0.0
-    if not np.isfinite(found).all():
+    found = np.array(moments)
+    good = np.isfinite(found).all(axis=1)
+    if not good.all():
         raise ValueError(
-            f"the variance left the range of float64 at step {int(np.argmin(np.isfinite(found))) + 1}; "
+            f"the variance left the range of float64 at step {int(np.argmin(good)) + 1}; "
             "eigenvalue must be stable, or the run shorter"
         )
-    return found
+    return found[:, [0, 1, 1, 2]].reshape(-1, 2, 2)

@@ -1,10 +1,11 @@
-"""Mean and covariance at any time after a change of the learning rate, in closed form.
+"""Mean and covariance at any time after a change of the learning rate, and what earlier rates left of it.
 
 Shapes: k directions, T times. Covariances end in (2, 2) over (x, v); with a full noise covariance (k, k) they
 are (..., k, k, 2, 2), one block for each pair of directions.
 """
 
 from dataclasses import asdict, dataclass
+from math import sqrt
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -15,8 +16,10 @@ from robustdyn.theory._validation import (
     IntArray,
     finite,
     first_offender,
+    momentum_range,
     non_negative,
     positive,
+    scalar,
     state_covariances,
     vector,
     whole,
@@ -27,6 +30,31 @@ from robustdyn.theory.stationary import (
     stationary_state_covariance,
     stationary_variance,
 )
+
+DECAY = 0.2  # a fall by more than this share is a decay ...
+HELD = 0.02  # ... if the rate moved by less than this in the epoch before: the end of a cosine is no decay
+
+
+def sudden_decays(rates: ArrayLike) -> list[int]:
+    """Where a rate that was held falls by more than 20 %, so that smooth schedules have no such place.
+
+    After the first epoch a fall counts if the new rate is held in the next.
+
+    Args:
+        rates: η (E,) of one epoch after the other.
+
+    Returns:
+        The first epochs at the lower rates, as indices into ``rates``.
+    """
+    eta = np.asarray(rates, dtype=np.float64)
+    found = []
+    for i in range(1, len(eta)):
+        # no epoch before the first can tell; a schedule that goes on to fall is a smooth one
+        before, after = (i - 2, i - 1) if i > 1 else (i, min(i + 1, len(eta) - 1))
+        held = abs(eta[after] - eta[before]) <= HELD * eta[before]
+        if held and eta[i] < (1.0 - DECAY) * eta[i - 1]:
+            found.append(i)
+    return found
 
 
 def _times(steps: ArrayLike) -> IntArray:
@@ -74,9 +102,14 @@ def covariance_after(
     limit = _limit(lam, finite("noise", noise), dynamics)
     start = state_covariances("initial", initial, limit.shape)
     power = _powers(dynamics, lam, times)
-    left, right = (power, power) if limit.ndim == 3 else (power[..., :, None], power[..., None, :])
-    excess = np.moveaxis(start - limit, (-2, -1), (0, 1))[:, :, None]
-    return np.moveaxis(_evolution.congruence(left, excess, right), (0, 1), (-2, -1)) + limit
+    return _carried(power, start - limit) + limit
+
+
+def _carried(power: Array, block: Array) -> Array:
+    """A^t S A^tᵀ (T, ..., 2, 2) of powers (2, 2, T, k) and one block for each direction or pair."""
+    left, right = (power, power) if block.ndim == 3 else (power[..., :, None], power[..., None, :])
+    first = np.moveaxis(block, (-2, -1), (0, 1))[:, :, None]
+    return np.moveaxis(_evolution.congruence(left, first, right), (0, 1), (-2, -1))
 
 
 def _limit(eigenvalue: Array, noise: Array, dynamics: MomentumDynamics) -> Array:
@@ -123,6 +156,49 @@ def mean_after(
     return np.asarray(mean)
 
 
+def propagated_variance(
+    initial: ArrayLike,
+    eigenvalue: ArrayLike,
+    learning_rate: ArrayLike,
+    *,
+    momentum: float,
+    weight_decay: float,
+) -> Array:
+    """What is left of one direction's variance after each of N steps, equation (18a) of docs/theory.md.
+
+    It is the position's part of (A_t ⋯ A_1) S_0 (A_t ⋯ A_1)ᵀ: the law of ``propagate``, and of
+    ``shuffled_covariance``, without any noise after the start. What these give beyond it is the part that the
+    noise after the start injects.
+
+    Args:
+        initial: S_0 (2, 2) of (x, v), as it was before the first of the steps.
+        eigenvalue: λ (N,) of each step, any finite number.
+        learning_rate: η (N,) > 0.
+        momentum: μ in [0, 1).
+        weight_decay: ω ≥ 0.
+
+    Returns:
+        (N,), squared unit of θ; never negative.
+
+    Raises:
+        ValueError: Invalid hyperparameter, a start that is no covariance, or shapes that disagree.
+    """
+    eta = vector("learning_rate", positive("learning_rate", learning_rate))
+    lam = vector("eigenvalue", finite("eigenvalue", eigenvalue), eta.size)
+    mu = scalar("momentum", momentum_range(momentum))
+    pull = lam + scalar("weight_decay", non_negative("weight_decay", weight_decay))
+    (a, p), (_, w) = state_covariances("initial", np.asarray(initial)[None], (1, 2, 2))[0].tolist()
+    # two paths without noise, from the columns of a square root of S_0
+    x, v = sqrt(a), p / sqrt(a) if a > 0 else 0.0
+    y, u = 0.0, sqrt(max(w - v * v, 0.0))
+    found = np.empty(eta.size)
+    for step, (slope, rate) in enumerate(zip(pull.tolist(), eta.tolist(), strict=True)):
+        v, u = mu * v + slope * x, mu * u + slope * y
+        x, y = x - rate * v, y - rate * u
+        found[step] = x * x + y * y
+    return found
+
+
 def slow_mode_variance(
     steps: ArrayLike,
     initial_variance: ArrayLike,
@@ -163,6 +239,7 @@ class DecayTransient:
     Attributes:
         steps: t (T,), optimiser steps since the decay.
         covariance: (T, k, 2, 2) of (x, v), exact.
+        propagated: (T, k), the part of σ_t² that the old rate left, equation (18a).
         slow_mode_variance: (T, k), the papers' approximation.
         stationary_before: (k,), σ² the run came from.
         stationary_after: (k,), σ² it goes to.
@@ -170,6 +247,7 @@ class DecayTransient:
 
     steps: Array
     covariance: Array
+    propagated: Array
     slow_mode_variance: Array
     stationary_before: Array
     stationary_after: Array
@@ -178,6 +256,11 @@ class DecayTransient:
     def variance(self) -> Array:
         """σ_t² (T, k), exact."""
         return self.covariance[..., 0, 0]
+
+    @property
+    def injected(self) -> Array:
+        """The part of σ_t² (T, k) that the noise since the decay made."""
+        return self.variance - self.propagated
 
     @property
     def slow_mode_relative_error(self) -> Array:
@@ -218,6 +301,7 @@ def decay_transient(
     return DecayTransient(
         steps=_times(steps).astype(np.float64),
         covariance=covariance_after(steps, start, lam, gamma, after),
+        propagated=_carried(_powers(after, lam, _times(steps)), start)[..., 0, 0],
         slow_mode_variance=slow_mode_variance(steps, start[:, 0, 0], lam, gamma, after),
         stationary_before=start[:, 0, 0],
         stationary_after=limit[:, 0, 0],

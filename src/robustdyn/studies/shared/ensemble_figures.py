@@ -23,7 +23,7 @@ from robustdyn.replicas.prediction import (
 )
 from robustdyn.report import style
 from robustdyn.report.plotting import End, key, label_ends, log_axis
-from robustdyn.report.statistics import DECAY
+from robustdyn.theory.transient import DECAY
 
 GOAL = (0.9, 1.11)  # of a geometric mean that counts as agreement
 FLOOR = 0.02  # of a ratio to the start, below which the drift's axis does not go
