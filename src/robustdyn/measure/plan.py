@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
+import pandas as pd
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -80,6 +81,7 @@ class MeasurementPlan:
         unperturbed: Callable[[], Structure] | None = None,
         attack: object = None,
         initial: Mapping[str, Tensor] | None = None,
+        past: Callable[[str], pd.DataFrame] | None = None,
         group: dist.ProcessGroup | None = None,
     ) -> Snapshot:
         """The state of a run that measurements see.
@@ -99,6 +101,7 @@ class MeasurementPlan:
             unperturbed: See above.
             attack: What attacked the examples.
             initial: See above.
+            past: See above.
             group: Processes that share the measurement.
         """
         risk = EmpiricalRisk(
@@ -124,6 +127,7 @@ class MeasurementPlan:
             unperturbed=unperturbed,
             attack=attack if isinstance(attack, PGD) else None,
             initial=initial,
+            past=past,
         )
 
     def rows(

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -155,6 +156,8 @@ class Snapshot:
         attack: The attack, if it is PGD.
         initial: The parameters before training by name; None if they are not known.
         rows: What the epoch's measurements have found so far, by table.
+        past: Reads a table of the run's record, which holds the rates of all steps so far; None if there is
+            no record, and on all processes but the first.
     """
 
     epoch: int
@@ -171,6 +174,7 @@ class Snapshot:
     attack: PGD | None = None
     initial: Mapping[str, Tensor] | None = None
     rows: dict[str, list[Mapping[str, Any]]] = field(default_factory=dict)
+    past: Callable[[str], pd.DataFrame] | None = None
 
     @property
     def batch(self) -> float:

@@ -1,8 +1,9 @@
 """Measures a network from a checkpoint, on the examples and with the attack of its run's own measurements."""
 
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
+import pandas as pd
 import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
@@ -49,6 +50,7 @@ class CheckpointMeasurement:
         step: int,
         optimizer: OptimizerState | None,
         starts: Mapping[str, Tensor],
+        past: Callable[[str], pd.DataFrame],
     ) -> tuple[list[TableRow], dict[str, Tensor]]:
         """The rows of one epoch, the last one its whole cost, and the starting vectors for the next epoch.
 
@@ -58,6 +60,7 @@ class CheckpointMeasurement:
             step: Optimiser steps up to the checkpoint.
             optimizer: The settings of the last step; None if they are not known.
             starts: Starting vectors that the epoch before left.
+            past: Reads a table of the record of the epochs before.
 
         Raises:
             TrainingError: The network cannot be measured, for instance because losses are not finite.
@@ -89,6 +92,7 @@ class CheckpointMeasurement:
                     starts=starts,
                     unperturbed=lambda: examples(0, None)[0],
                     attack=self._attack,
+                    past=past,
                 )
                 rows = list(self._plan.rows(snapshot, began))
         except UserError:
