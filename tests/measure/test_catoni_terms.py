@@ -117,6 +117,7 @@ def test_every_term_is_that_of_the_dense_matrices(trained):
         d, prior = law.directions, row.prior_variance
         truth = {
             "curvature": law.curvature_sum / 2,
+            "negative_curvature": law.negative_curvature_sum / 2,
             "kl_trace": (law.variance_sum / prior - d) / 2,
             "kl_log_determinant": (d * np.log(prior) - law.log_variance_sum) / 2,
         }
@@ -143,7 +144,8 @@ def test_traces_need_no_assumption_on_the_noise(trained):
     )
     path = propagate(held, RATES, momentum=MU, weight_decay=OMEGA, record_steps=[int(row["step"])])
     variance = path.variance[0]
-    assert abs(row["curvature"] - lam @ variance / 2) < MC_SIGMAS * row["curvature_se"]
+    for name, part in (("curvature", lam.clip(min=0)), ("negative_curvature", lam.clip(max=0))):
+        assert abs(row[name] - part @ variance / 2) < MC_SIGMAS * row[f"{name}_se"]
     trace = gaussian_kl(variance[variance > 0], distance_sq=0.0, prior_variance=row["prior_variance"]).trace
     missing = (variance.size - row["noise_free_parameters"]) - (variance > 0).sum()
     assert abs(row["kl_trace"] - (trace - missing / 2)) < MC_SIGMAS * row["kl_trace_se"]

@@ -29,7 +29,8 @@ DESIGN = {
     "measurement_share seconds",
     "catoni": "epoch step empirical_loss empirical_loss_se curvature kl_mean kl_trace kl_log_determinant "
     "kl_total_correlation kl kl_over_beta confidence complexity total total_se beta prior_variance "
-    "loss_range alpha directions parameters covers curvature_se kl_se vacuous noise_free_parameters",
+    "loss_range alpha directions parameters covers curvature_se negative_curvature kl_se "
+    "vacuous noise_free_parameters",
     "curvature_cells": "epoch step cell directions curvature gradient_noise gradient_noise_se "
     "posterior_variance",
     "density": "epoch kind probe index ritz_value mass",

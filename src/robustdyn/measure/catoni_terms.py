@@ -35,7 +35,8 @@ class CatoniTerms:
     """Rows of the tables ``catoni`` and ``curvature_cells``: docs/theory.md, section 8.
 
     The bound is on the expectation of the loss clipped at c. It contains the empirical loss without clipping,
-    which is never smaller, so that the curvature is that of the other tables and the bound still holds. The
+    which is never smaller, so that the curvature is that of the other tables and the bound still holds. What
+    negative curvature takes from the loss to second order is recorded, but not taken off the bound. The
     posterior is centred at the present weights, the prior at zero. The variance along a direction is a
     function of its curvature, and follows the law of momentum SGD with independent batches through the rates
     of the run so far. Parameters along which no example's gradient varies keep the variance of the prior.
@@ -151,10 +152,12 @@ class CatoniTerms:
 
         def terms(law: WholeSpaceLaw) -> Array:
             own = bound(law, found.prior_variance, found.beta)
-            return np.array([own.curvature, own.kl.trace, own.kl.log_determinant, own.kl.total, own.total])
+            values = (own.curvature, own.kl.trace, own.kl.log_determinant, own.kl.total, own.total)
+            return np.array([*values, law.negative_curvature_sum / 2])
 
         errors, changes = errors_of(terms), np.abs(terms(coarse) / terms(whole) - 1)
-        errors[-1] = math.hypot(errors[-1], loss_error)
+        total = _ESTIMATED.index("total")
+        errors[total] = math.hypot(errors[total], loss_error)
         flat = found.as_row()
         yield (
             "catoni",
@@ -162,6 +165,7 @@ class CatoniTerms:
                 **when,
                 **{name: flat[name] for name in _RECORDED},
                 "kl_total_correlation": correlation,
+                "negative_curvature": whole.negative_curvature_sum / 2,
                 "empirical_loss_se": loss_error,
                 "kl_over_beta": found.kl.total / found.beta,
                 "noise_free_parameters": noise_free,
@@ -173,7 +177,7 @@ class CatoniTerms:
         )
 
 
-_ESTIMATED = ("curvature", "kl_trace", "kl_log_determinant", "kl", "total")
+_ESTIMATED = ("curvature", "kl_trace", "kl_log_determinant", "kl", "total", "negative_curvature")
 _RECORDED = (
     "empirical_loss",
     "curvature",

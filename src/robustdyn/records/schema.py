@@ -210,7 +210,10 @@ CATONI = parse_table("""
     step
     empirical_loss float nats | L_S | mean loss of the measured examples, on the training set | lower
     empirical_loss_se float nats | s.e. of L_S | standard error of empirical_loss over the measured examples
-    curvature float | ½ Tr(HΣ) | expected rise of the loss over the posterior | s.e. | truncation
+    curvature float | ½ Tr(H₊Σ) | expected rise of the loss over the posterior, along directions of positive
+        curvature | s.e. | truncation
+    negative_curvature float | ½ Tr(H₋Σ) | the same along directions of negative curvature, which is not in
+        the total | s.e. | truncation
     kl_mean float nats | KL, mean | ‖μ − θ_P‖² / (2σ_P²) | lower
     kl_trace float nats | KL, trace | ½ Tr(Σ/σ_P² − 1) | s.e. | truncation
     kl_log_determinant float nats | KL, log determinant | −½ ln det(Σ/σ_P²), noise being a function of
@@ -235,8 +238,8 @@ CATONI = parse_table("""
     parameters int parameters | parameters | number of parameters of the model
     noise_free_parameters int parameters | noise-free parameters | parameters along which no example's
         gradient varies; there the posterior has the prior's variance
-    negative_directions float directions | λ < 0 | directions of negative curvature, which the law follows as
-        if they were flat
+    negative_directions float directions | λ < 0 | directions of negative curvature, as far as the
+        quadrature tells them from flat ones, and which the law follows as if they were flat
 """)
 
 CURVATURE_CELLS = parse_table("""

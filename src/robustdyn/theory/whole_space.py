@@ -178,7 +178,8 @@ class WholeSpaceLaw:
     """Sums over all directions of the posterior at one step, and its cells.
 
     Attributes:
-        curvature_sum: Tr(HΣ).
+        curvature_sum: Σ λσ² over the directions of positive curvature.
+        negative_curvature_sum: The same over those of negative curvature; together they are Tr(HΣ).
         variance_sum: Tr Σ.
         log_variance_sum: ln det Σ, if the noise is a function of the curvature.
         directions: How many the sums cover.
@@ -186,6 +187,7 @@ class WholeSpaceLaw:
     """
 
     curvature_sum: float
+    negative_curvature_sum: float
     variance_sum: float
     log_variance_sum: float
     directions: float
@@ -242,8 +244,10 @@ def whole_space_law(
     held = weights > 0  # no direction of a node without mass is followed
     np.add.at(mean, cell[of_plain][held], weights[held, None, None] * covariance[of_plain][held])
     middle = np.bincount(cell[of_plain], weights=weights * plain.curvature, minlength=count.size)
+    heard = noise.curvature[loud]
     return WholeSpaceLaw(
-        curvature_sum=float(per_noise @ noise.curvature[loud]),
+        curvature_sum=float(per_noise @ heard.clip(min=0.0)),
+        negative_curvature_sum=float(per_noise @ heard.clip(max=0.0)),
         variance_sum=float(per_noise.sum()),
         log_variance_sum=float(plain.share[held] @ np.log(covariance[of_plain, 0, 0][held])),
         directions=float(count.sum()),
