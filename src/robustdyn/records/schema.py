@@ -216,8 +216,7 @@ CATONI = parse_table("""
         the total | s.e. | truncation
     kl_mean float nats | KL, mean | ‖μ − θ_P‖² / (2σ_P²) | lower
     kl_trace float nats | KL, trace | ½ Tr(Σ/σ_P² − 1) | s.e. | truncation
-    kl_log_determinant float nats | KL, log determinant | −½ ln det(Σ/σ_P²), noise being a function of
-        curvature | s.e. | truncation
+    kl_log_determinant float nats | KL, log determinant | −½ ln det(Σ/σ_P²) | s.e. | truncation
     kl_total_correlation float nats | KL, total correlation | what correlated tracked directions cost, in the
         stationary law; null, and not in the sum, where it is not known or infinite | lower
     kl float nats | KL(Q‖P) | sum of its four parts | lower | s.e. | truncation
@@ -238,8 +237,8 @@ CATONI = parse_table("""
     parameters int parameters | parameters | number of parameters of the model
     noise_free_parameters int parameters | noise-free parameters | parameters along which no example's
         gradient varies; there the posterior has the prior's variance
-    negative_directions float directions | λ < 0 | directions of negative curvature, as far as the
-        quadrature tells them from flat ones, and which the law follows as if they were flat
+    negative_directions float directions | λ < 0 | directions of negative curvature, as far as the nodes
+        tell them from flat ones; the law takes them to be flat
 """)
 
 CURVATURE_CELLS = parse_table("""
@@ -247,8 +246,7 @@ CURVATURE_CELLS = parse_table("""
     epoch
     step
     cell int | cell | number of the interval, 0 for the sharpest
-    directions float directions | directions | how many of H's eigenvalues lie in the interval, without
-        noise-free parameters
+    directions float directions | directions | H's eigenvalues in it, without noise-free parameters
     curvature float | mean λ | mean eigenvalue of these directions
     gradient_noise float | γ(λ) | mean noise of the mini-batch gradient along one of these directions | s.e.
     posterior_variance float | σ²(λ) | mean posterior variance along one of these directions at this time,
