@@ -22,6 +22,7 @@ FACTOR = (N - B) / (B * N)  # of an unbiased covariance (Cochran, Sampling Techn
 
 
 def measured(snapshot, **settings):
+    assert snapshot.hessian.all_converged  # another measurement has found them
     size = snapshot.risk.numel
     chosen = {"probes": 3, "steps": size, "noise_probes": 4, **settings}
     tables = by_table(Density(**chosen).measure(snapshot))
@@ -194,6 +195,16 @@ def test_the_share_below_zero_is_right_to_its_resolution(snapshot, dense, vector
     assert row["negative_share_resolution"] > 0
 
 
+def test_without_eigenpairs_there_is_no_control(snapshot, dense, vectors):
+    tables = by_table(Density(probes=2, steps=40, noise_probes=4).measure(replace(snapshot)))
+    check(tables["whole_space"][0], "noise_trace", forms(dense, vectors[1], torch.ones_like))
+
+
+def test_parameters_without_noise_are_counted(full, dense):
+    spread = dense[1].std(dim=0)
+    assert full[1]["noise_free_parameters"] == int((spread == 0).sum())
+
+
 def test_every_row_fits_its_table(full, tmp_path):
     records = RunRecords(tmp_path)
     records.extend("density", full[0])
@@ -217,6 +228,7 @@ def test_refuses_what_has_no_error(settings, message):
 
 def test_sums_over_a_law_are_null_where_the_optimiser_has_none_that_is_known(snapshot):
     other = replace(snapshot, optimizer=OptimizerState(ETA, MU, OMEGA, plain=False))
+    assert other.hessian.all_converged
     settings = {"probes": 2, "steps": 6, "noise_probes": 2}
     (ours,) = by_table(Density(**settings).measure(snapshot))["whole_space"]
     (theirs,) = by_table(Density(**settings).measure(other))["whole_space"]

@@ -6,18 +6,16 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import robustdyn
 from robustdyn.attacks import PGD
 from robustdyn.commands.report import main as report
 from robustdyn.errors import RecordError
-from robustdyn.measure import CatoniTerms, Eigenpairs, Spectrum, WeightCurvature
+from robustdyn.measure import Eigenpairs, Spectrum, WeightCurvature
 from robustdyn.measure.spectrum import StationaryLaw, Term
 from robustdyn.methods import OptimizerState
 from robustdyn.records import read_table
-from robustdyn.theory import catoni_bound
 from tests.curvature.reference import dense_gradients, dense_hessian, random
 from tests.curvature.test_any_model import risk_on
 
@@ -268,41 +266,3 @@ def test_standard_errors_are_those_of_repeated_samples():
     values, errors = np.array(found).T
     # with 30 samples the spread is known to 13 %; eigenvectors that follow the sample add to it
     assert 0.6 < values.std(ddof=1) / np.sqrt((errors**2).mean()) < 1.6
-
-
-def test_catoni_terms_are_the_bound_of_the_recorded_spectrum():
-    grid, betas = [0.01, 0.1], [0.05, 0.5]
-    bound = CatoniTerms(prior_variance=grid, beta_per_example=betas, loss_range=4.0, alpha=0.05)
-    result = measure(measurements={"s": Spectrum(), "b": bound})
-    (row,), spectrum = result.rows["catoni"], result.to_frames()["spectrum"]
-    theta = torch.cat([p.detach().reshape(-1) for p in small().parameters()])
-    model, (x, y) = small().eval(), examples()
-    losses = F.cross_entropy(model(x), y, reduction="none").detach()
-    expected = catoni_bound(
-        empirical_loss=float(losses.mean()),
-        eigenvalues=spectrum["curvature"].to_numpy(),
-        variances=spectrum["posterior_variance_stationary"].to_numpy(),
-        distance_sq=float((result.hessian.eigenvectors.T @ theta).square().sum()),
-        prior_location="zero",
-        prior_variance=grid,
-        beta=np.array(betas) * N,
-        n=N,
-        alpha=0.05,
-        loss_range=4.0,
-        parameters=len(theta),
-    ).as_row()
-    for name, value in row.items():
-        if name in expected:
-            assert value == pytest.approx(expected[name], rel=1e-6), name
-    assert row["total"] == pytest.approx(
-        row["empirical_loss"] + row["curvature"] + row["kl_over_beta"] + row["confidence"] + row["complexity"]
-    )
-    assert row["empirical_loss_se"] == pytest.approx(float(losses.std()) / 40**0.5)
-    assert row["total_se"] > row["empirical_loss_se"]
-
-
-@pytest.mark.parametrize(
-    "optimizer", [None, OptimizerState(1e3, 0.9, 0.0), OptimizerState(0.1, 0.9, 0.0, plain=False)]
-)
-def test_no_bound_where_a_direction_has_no_law(optimizer):
-    assert "catoni" not in measure(optimizer=optimizer).rows

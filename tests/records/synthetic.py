@@ -7,6 +7,7 @@ import numpy as np
 
 from robustdyn.measure import posterior_rows
 from robustdyn.records import RunRecords, read_table, summarise
+from robustdyn.records.schema import CATONI
 
 DECAYS = (20, 32)
 RATES = (0.1, 0.01, 0.001)
@@ -96,6 +97,7 @@ def measure(records, rng, method, epoch, directions):
     measure_curvature(records, rng, stamp, growth)
     measure_spectrum(records, rng, stamp, growth, directions)
     measure_density(records, rng, stamp, growth)
+    measure_bound(records, stamp, growth)
 
 
 def measure_curvature(records, rng, stamp, growth):
@@ -232,6 +234,17 @@ def measure_density(records, rng, stamp, growth, probes=3, parameters=2000):
     }
     row |= {"negative_share_resolution": 0.3}
     records.append("whole_space", stamp | row | {"products": 6 * 23, "seconds": 0.7})
+
+
+def measure_bound(records, stamp, growth, parameters=2000):
+    """Write a bound that is vacuous as soon as the network overfits."""
+    kl = 900.0 * growth
+    row = {"empirical_loss": 1.0, "curvature": 0.02 * growth, "kl_over_beta": kl / 300, "kl": kl}
+    row |= {"confidence": 0.02, "complexity": 0.3}
+    total = sum(value for name, value in row.items() if name != "kl")
+    row |= {"total": total, "total_se": 0.1, "loss_range": 5.0, "vacuous": total >= 5, "beta": 300.0}
+    row |= {"parameters": parameters, "directions": parameters, "covers": f"all {parameters} parameters"}
+    records.append("catoni", dict.fromkeys(CATONI.required) | stamp | row)
 
 
 def rate_rows(epochs):

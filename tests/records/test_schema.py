@@ -31,7 +31,10 @@ DESIGN = {
     "measurement_share seconds",
     "catoni": "epoch step empirical_loss empirical_loss_se curvature kl_mean kl_trace kl_log_determinant "
     "kl_total_correlation kl kl_over_beta confidence complexity total total_se beta prior_variance "
-    "loss_range alpha directions parameters",
+    "loss_range alpha directions parameters covers curvature_se negative_curvature kl_se "
+    "vacuous noise_free_parameters",
+    "curvature_cells": "epoch step cell directions curvature gradient_noise gradient_noise_se "
+    "posterior_variance",
     "density": "epoch kind probe index ritz_value mass",
     "whole_space": "epoch step hessian_trace hessian_trace_se hessian_squared_norm hessian_squared_norm_se "
     "hessian_negative_trace hessian_negative_trace_truncation negative_share negative_share_se "
@@ -76,7 +79,7 @@ def test_truncations_say_so():
     sums = [c for c in TABLES["bounds"].columns if c.kind == "float"]
     assert all(c.name.removesuffix("_se").endswith("_top_k") for c in sums)
     assert all("top k" in c.meaning for c in sums if not c.name.endswith("_se"))
-    assert "tracked directions" in TABLES["catoni"]["total"].meaning
+    assert "what covers names" in TABLES["catoni"]["total"].meaning
 
 
 def test_an_unknown_table_names_the_known_ones():

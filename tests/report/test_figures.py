@@ -21,6 +21,7 @@ PANELS = {
     "posterior_variance": 5,
     "bound_terms": 3,
     "best_rate": 1,
+    "whole_bound": 3,
 }
 
 
@@ -53,6 +54,19 @@ def test_every_figure_has_its_panels_labels_and_decays(name, one_frames):
         assert [t for t in texts(ax) if t.startswith("η")] == ["η → 0.01", "η → 0.001"]
         marks = [line.get_xdata()[0] for line in ax.lines if list(line.get_ydata()) == [0, 1]]
         assert sorted(set(marks)) == list(DECAYS)
+
+
+def test_the_bound_says_whether_it_is_vacuous(one_frames):
+    catoni = one_frames["catoni"]
+    figure = draw("whole_bound", one_frames)
+    said = f"vacuous at {catoni['vacuous'].sum()} of {len(catoni)} measured epochs"
+    assert figure.get_suptitle() == f"Catoni's bound over all parameters: {said}"
+    ceiling, total = curves(figure.axes[0])
+    np.testing.assert_allclose(ceiling.get_ydata(), 5.0)
+    np.testing.assert_allclose(total.get_ydata(), catoni["total"])
+    for flag, words in ((True, "at every epoch"), (False, "at no epoch")):
+        title = draw("whole_bound", one_frames, catoni=catoni.assign(vacuous=flag)).get_suptitle()
+        assert title.endswith(f"vacuous {words}")
 
 
 def test_one_run_is_told_apart_by_colour_and_labelled_at_its_ends(one_frames):

@@ -129,8 +129,7 @@ def test_tables_are_the_records_with_settings(report, methods):
     names = {path.name for path in report.tables}
     tables = (
         *("epochs", "rates", "wci", "layers", "spectrum", "alignment", "bounds", "density", "whole_space"),
-        "posterior",
-        "final_and_best",
+        *("catoni", "posterior", "final_and_best"),
     )
     assert names == {f"{name}.{ending}" for name in tables for ending in ("parquet", "csv")}
     folder = report.html.parent / "tables"

@@ -4,6 +4,7 @@ import logging
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,7 @@ def measure_checkpoints(given: DictConfig) -> None:
             series.check(file.epoch, file.path, digests[file.epoch])
         _write_config(output, cfg, run, training)
         _say_what(cfg, chosen, series, training, len(train))
+        _write_history(output, training)
         starts: Mapping[str, Tensor] = series.starts()
         for file in chosen:
             if file.epoch in series.done:
@@ -113,11 +115,12 @@ def measure_checkpoints(given: DictConfig) -> None:
                 step=training.step(file),
                 optimizer=optimizers[file.epoch],
                 starts=starts,
+                past=partial(read_table, output),
             )
             series.add(file.epoch, digests[file.epoch], rows, starts, after)
             starts = after
             say(f"epoch {file.epoch}: {file.path.name} ({layout}), {time.perf_counter() - began:.0f} s")
-        _write_history(output, training, cfg.measure.interpolation)
+        _write_posterior(output, training, cfg.measure.interpolation)
         mark_done(output)
         if cfg.report:
             announce(build_report([output], RunDirectory(output).report))
@@ -236,8 +239,8 @@ def _say_what(
         say(f"optimiser   {rate} at the last checkpoint; batches of {cfg.batch_size}")
 
 
-def _write_history(output: Path, training: Training, interpolation: Any) -> None:
-    """What is known of the training itself, and the posterior if the rates of all steps are."""
+def _write_history(output: Path, training: Training) -> None:
+    """What is known of the training itself."""
     records = RunRecords(output)
     epochs, rates = training.history()
     try:
@@ -248,17 +251,21 @@ def _write_history(output: Path, training: Training, interpolation: Any) -> None
             f"{training.run_dir}: its records cannot be copied ({error}); restore them"
         ) from error
     records.write_summary(summarise(read_table(output, "epochs")))
+
+
+def _write_posterior(output: Path, training: Training, interpolation: Any) -> None:
+    """The posterior, if the rates of all steps are known."""
     last = training.optimizer(training.checkpoints[-1])
     tables = {name: read_table(output, name) for name in ("epochs", "rates", "spectrum", "bounds")}
     if last is None or not last.plain or tables["spectrum"].empty:
         return
-    if not rates:
+    if tables["rates"].empty:
         say(
             "the rates between the checkpoints are not known, therefore no posterior through time: give "
             "learning_rate='{0: 0.1, ...}' with every epoch from which another rate held"
         )
         return
-    records.replace(
+    RunRecords(output).replace(
         "posterior",
         posterior_rows(
             tables, momentum=last.momentum, weight_decay=last.weight_decay, interpolation=interpolation

@@ -1,8 +1,8 @@
 """Measures networks: any model in one call, and any training through a recorder or Lightning callbacks."""
 
 from robustdyn.measure.alignment import Alignment
-from robustdyn.measure.bound import CatoniTerms
 from robustdyn.measure.callback import Measure
+from robustdyn.measure.catoni_terms import CatoniTerms
 from robustdyn.measure.complexity import ComplexityMeasures
 from robustdyn.measure.density import Density
 from robustdyn.measure.epochs import RecordEpochs

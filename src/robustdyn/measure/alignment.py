@@ -88,6 +88,11 @@ class Alignment:
         )
 
 
+def stationary_total_correlation(snapshot: Snapshot) -> float:
+    """Total correlation of the stationary posterior in the tracked directions; NaN if it does not exist."""
+    return _total_correlation(snapshot)(snapshot.projected.covariance)
+
+
 def _total_correlation(snapshot: Snapshot) -> Callable[[Tensor], float]:
     """The stationary posterior's total correlation as a function of C₁ (k, k); NaN if it does not exist."""
     eta, mu, omega, _ = snapshot.optimizer

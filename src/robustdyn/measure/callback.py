@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal
 
 import lightning
@@ -21,7 +22,7 @@ from robustdyn.measure.plan import Measurement, MeasurementPlan, deployed, param
 from robustdyn.measure.snapshot import Snapshot
 from robustdyn.measure.when import EpochSpec, measured_epochs
 from robustdyn.methods import AdversarialTraining
-from robustdyn.records import RunRecords
+from robustdyn.records import RunRecords, read_table
 
 _log = logging.getLogger(__name__)
 _INITIAL = "initial"  # beside the names of the warm starts
@@ -179,6 +180,7 @@ class Measure(Callback):
             attack=evaluation,
             initial=self._initial,
             added_noise=0.0 if module.added_noise is None else module.added_noise.factor,
+            past=partial(read_table, self._records.run_dir) if trainer.is_global_zero else None,
             group=_group(trainer),
         )
 

@@ -50,13 +50,13 @@ class Density:
         plain = spectral_density(
             hessian, probes=self._probes, steps=self._steps, generator=snapshot.generator("density-hessian")
         )
-        tracked = _Tracked(snapshot, covariance)
+        draws = _Draws(snapshot, covariance)
         noise = spectral_density(
             hessian,
             probes=self._noise_probes,
             steps=self._steps,
             generator=snapshot.generator("density-noise"),
-            draw=tracked.draw,
+            draw=draws.draw,
         )
         # draws have the denominator m, an unbiased C₁ has m − 1
         examples = snapshot.risk.examples
@@ -69,39 +69,52 @@ class Density:
                 "epoch": snapshot.epoch,
                 "step": snapshot.step,
                 **_of_hessian(plain),
-                **_of_noise(noise, tracked, factor, snapshot.optimizer),
+                **_of_noise(noise, draws, factor, snapshot.optimizer),
+                "noise_free_parameters": draws.noise_free,
                 "products": plain.products + noise.products,
                 "seconds": plain.seconds + noise.seconds,
             },
         )
 
 
-class _Tracked:
-    """The tracked eigenpairs as a control variate of sums over the noise.
+class _Draws:
+    """Draws of the noise, and tracked eigenpairs as a control variate of sums over it.
 
-    The part of a draw z along them, Σ_i (u_iᵀz)² h(λ_i), has the known mean Σ_i γ_i h(λ_i). The leading
-    directions are few and noisy, and without this control nearly all of the error would come from them. The
-    estimate is unbiased for eigenpairs of any quality.
+    The part of a draw z along the eigenpairs, Σ_i (u_iᵀz)² h(λ_i), has the known mean Σ_i γ_i h(λ_i). The
+    leading directions are few and noisy, and without this control most of the error would come from them. The
+    estimate is unbiased for eigenpairs of any quality. It does without where no measurement before has found
+    the eigenpairs.
     """
 
     def __init__(self, snapshot: Snapshot, covariance: GradientCovariance) -> None:
-        self._covariance, self._vectors = covariance, snapshot.hessian.eigenvectors
-        self._eigenvalues = snapshot.hessian.eigenvalues
-        projected = snapshot.projected
-        # draws have the denominator m, the projected variances m − 1
-        self._expected = projected.variances * (projected.examples - 1) / projected.examples
+        self._covariance = covariance
         self._squares: list[Tensor] = []
+        self._moved: Tensor | None = None
+        self._pairs = snapshot.solved.get("hessian")
+        if self._pairs is not None:
+            projected = snapshot.projected
+            # draws have the denominator m, the projected variances m − 1
+            self._expected = projected.variances * (projected.examples - 1) / projected.examples
 
     def draw(self, generator: torch.Generator) -> Tensor:
         """A draw of the noise (P,); its components along the eigenvectors are kept."""
         z = self._covariance.sample(generator)
-        self._squares.append((z @ self._vectors).double().square().cpu())
+        self._moved = z != 0 if self._moved is None else self._moved | (z != 0)
+        if self._pairs is not None:
+            self._squares.append((z @ self._pairs.eigenvectors).double().square().cpu())
         return z
+
+    @property
+    def noise_free(self) -> int:
+        """Parameters that no draw has moved: no example's gradient differs along them."""
+        assert self._moved is not None
+        return int((~self._moved).sum())
 
     def trace_of(self, density: SpectralDensity, function: Callable[[Tensor], Tensor]) -> tuple[float, float]:
         """The same as the density's own ``trace_of``, but with the control variate."""
         samples = density.masses * (density.weights * function(density.nodes)).sum(dim=1)
-        samples -= (torch.stack(self._squares) - self._expected) @ function(self._eigenvalues)
+        if self._pairs is not None:
+            samples -= (torch.stack(self._squares) - self._expected) @ function(self._pairs.eigenvalues)
         return float(samples.mean()), float(samples.std() / len(samples) ** 0.5)
 
 
@@ -138,11 +151,11 @@ def _of_hessian(density: SpectralDensity) -> dict[str, float]:
 
 
 def _of_noise(
-    density: SpectralDensity, tracked: _Tracked, factor: float, optimizer: OptimizerState
+    density: SpectralDensity, draws: _Draws, factor: float, optimizer: OptimizerState
 ) -> dict[str, float | None]:
     """Columns of ``whole_space`` on C, whose draws lack ``factor``; some are null except for momentum SGD."""
     law_free = {
-        **_with_error("noise_trace", tracked.trace_of(density, lambda v: torch.full_like(v, factor))),
+        **_with_error("noise_trace", draws.trace_of(density, lambda v: torch.full_like(v, factor))),
         **_with_error("noise_share_nonpositive", density.cumulative(torch.zeros(1))),
     }
     if not optimizer.plain:
@@ -156,7 +169,7 @@ def _of_noise(
         **_with_error("noise_share_unstable", (1.0 - stable, error)),
         **_truncated(
             "curvature_term_positive_stable",
-            lambda part: tracked.trace_of(part, _curvature_term(factor, dynamics)),
+            lambda part: draws.trace_of(part, _curvature_term(factor, dynamics)),
             density,
         ),
     }

@@ -21,7 +21,6 @@ from robustdyn.curvature.risk_function import PerExampleLoss
 from robustdyn.defaults import default
 from robustdyn.errors import RecordError
 from robustdyn.measure.alignment import Alignment
-from robustdyn.measure.bound import CatoniTerms
 from robustdyn.measure.examples import Attack, Examples
 from robustdyn.measure.plan import Measurement, MeasurementPlan, deployed
 from robustdyn.measure.snapshot import Eigenpairs
@@ -47,12 +46,11 @@ UNKNOWN_OPTIMIZER = OptimizerState(float("nan"), float("nan"), float("nan"), pla
 
 
 def standard_measurements() -> dict[str, Measurement]:
-    """The measurements of ``measure_model`` where none are given: index, spectrum, alignment and bound."""
+    """The measurements of ``measure_model`` where none are given: index, spectrum and alignment."""
     return {
         "spectrum": Spectrum(),
         "alignment": Alignment(),
         "weight_curvature": WeightCurvature(),
-        "bound": CatoniTerms(),
     }
 
 
@@ -147,7 +145,7 @@ def measure_model(
         attack: PGD, which climbs ``loss``; or a function of (model, inputs, targets) that returns the inputs
             to measure on; or None to measure on the inputs as they are.
         optimizer: The optimiser that trains the model, or the settings of its last step. Without it there is
-            no stationary law, and no bound.
+            no stationary law.
         train_examples: n, size of the training set; None takes the number of examples given.
         batch_size: B, over which one optimiser step averages. Without it the noise of a mini-batch is not
             known, nor what follows from it.
@@ -289,10 +287,8 @@ def summary_lines(
         k = row[TRACKED_DIRECTIONS]
         yield line(f"Σ λσ² over {k} directions", row, "curvature_term_top_k")
         yield line(f"−Σ ln σ² over {k} directions", row, "log_variance_term_top_k", " nats")
-    for row in rows.get("catoni", ()):
-        yield line(f"Catoni bound over {row['directions']} directions", row, "total", " nats")
     if settings["optimizer"] is None:
-        yield "  Give optimizer= for the stationary variances and the bound."
+        yield "  Give optimizer= for the stationary variances."
     if settings["data"]["batch_size"] is None:
         yield "  Give batch_size= for the noise of a mini-batch."
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
+import pandas as pd
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -81,6 +82,7 @@ class MeasurementPlan:
         attack: object = None,
         initial: Mapping[str, Tensor] | None = None,
         added_noise: float = 0.0,
+        past: Callable[[str], pd.DataFrame] | None = None,
         group: dist.ProcessGroup | None = None,
     ) -> Snapshot:
         """The state of a run that measurements see.
@@ -101,6 +103,7 @@ class MeasurementPlan:
             attack: What attacked the examples; PGD of radius 0 counts as none.
             initial: See above.
             added_noise: See above.
+            past: See above.
             group: Processes that share the measurement.
         """
         risk = EmpiricalRisk(
@@ -134,6 +137,7 @@ class MeasurementPlan:
             attack=attack if isinstance(attack, PGD) and attack.eps else None,
             initial=initial,
             added_noise=added_noise,
+            past=past,
         )
 
     def rows(

@@ -70,7 +70,7 @@ def posterior_rows(
     ends = tables["epochs"]["step"].to_numpy(dtype=int)
     if not len(ends) or tables["spectrum"].empty:
         return
-    rates = _rate_of_each_step(tables["rates"], int(ends[-1]))
+    rates = rate_of_each_step(tables["rates"], int(ends[-1]))
     sampling = _Sampling.of(tables["bounds"], ends)
     falls = _sudden_falls(rates, ends)
     columns = []
@@ -89,8 +89,8 @@ def posterior_rows(
             yield found | {POSTERIOR_VARIANCE_STATIONARY: stationary[row]}
 
 
-def _rate_of_each_step(rates: pd.DataFrame, steps: int) -> Array:
-    """η (N,), from the steps at which it changed."""
+def rate_of_each_step(rates: pd.DataFrame, steps: int) -> Array:
+    """η (N,) of a run's first N steps, from the ``rates`` table: the steps before N at which it changed."""
     starts = rates["step"].to_numpy(dtype=int)
     held = np.diff(np.append(starts, steps))
     return np.repeat(rates["lr"].to_numpy(dtype=float), held)

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -285,6 +286,7 @@ class Recorder:
                 unperturbed=lambda: self._own(self._examples.unperturbed()),
                 attack=self._attack,
                 initial=self._initial,
+                past=None if self._records is None else partial(read_table, self.run_dir),
                 group=self._group,
             )
             yield from self._plan.rows(snapshot, began)

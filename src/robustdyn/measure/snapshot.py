@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -163,6 +164,8 @@ class Snapshot:
         added_noise: Covariance of the Gaussian noise that is added to a step's gradient, in multiples of
             C₁ / B, with the attack's noise in C₁; see ``robustdyn.methods.GradientNoise``.
         rows: What the epoch's measurements have found so far, by table.
+        past: Reads a table of the run's record, which holds the rates of all steps so far; None if there is
+            no record, and on all processes but the first.
     """
 
     epoch: int
@@ -180,6 +183,7 @@ class Snapshot:
     initial: Mapping[str, Tensor] | None = None
     added_noise: float = 0.0
     rows: dict[str, list[Mapping[str, Any]]] = field(default_factory=dict)
+    past: Callable[[str], pd.DataFrame] | None = None
 
     @property
     def batch(self) -> float:

@@ -5,7 +5,7 @@ from typing import Any
 
 from robustdyn.records.schema import TABLES
 
-NODES = ("density",)
+NODES = ("density", "curvature_cells")
 """Tables whose rows are the nodes of a distribution and not points of curves."""
 
 

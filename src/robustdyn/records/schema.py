@@ -234,24 +234,49 @@ CATONI = parse_table("""
     step
     empirical_loss float nats | L_S | mean loss of the measured examples, on the training set | lower
     empirical_loss_se float nats | s.e. of L_S | standard error of empirical_loss over the measured examples
-    curvature float | ½ Σ λσ² | expected rise of the loss over the posterior, tracked directions only | lower
-    kl_mean float nats | KL, mean | ‖μ − θ_P‖² / (2σ_P²) in the tracked directions | lower
-    kl_trace float nats | KL, trace | ½ Σ (σ²/σ_P² − 1) over the tracked directions
-    kl_log_determinant float nats | KL, log determinant | −½ Σ ln(σ²/σ_P²) over the tracked directions
-    kl_total_correlation float nats | KL, total correlation | what correlated directions cost | lower
-    kl float nats | KL(Q‖P) | sum of its four parts | lower
+    curvature float | ½ Tr(H₊Σ) | expected rise of the loss over the posterior, along directions of positive
+        curvature | s.e. | truncation
+    negative_curvature float | ½ Tr(H₋Σ) | the same along directions of negative curvature, which is not in
+        the total | s.e. | truncation
+    kl_mean float nats | KL, mean | ‖μ − θ_P‖² / (2σ_P²) | lower
+    kl_trace float nats | KL, trace | ½ Tr(Σ/σ_P² − 1) | s.e. | truncation
+    kl_log_determinant float nats | KL, log determinant | −½ ln det(Σ/σ_P²) | s.e. | truncation
+    kl_total_correlation float nats | KL, total correlation | what correlated tracked directions cost, in the
+        stationary law; null, and not in the sum, where it is not known or infinite | lower
+    kl float nats | KL(Q‖P) | sum of its four parts | lower | s.e. | truncation
     kl_over_beta float nats | KL / β | the part of the bound that the distance from the prior makes | lower
     confidence float nats | confidence | ln(grid points / α) / β
     complexity float nats | complexity | β c² / (8n)
-    total float nats | Catoni bound | bound on the expected loss, clipped at c, over the tracked directions
-        only: not the bound of the whole model | lower
-    total_se float nats | s.e. of the bound | standard error of total over examples, to first order
+    total float nats | Catoni bound | bound on the expected loss, clipped at c, for a posterior over what
+        covers names | lower | truncation
+    total_se float nats | s.e. of the bound | standard error of total over random vectors, and of its
+        empirical loss over examples
+    vacuous bool | vacuous | whether the bound is no better than c
     beta float | β | the β of the grid with the lowest bound
     prior_variance float | σ_P² | the prior variance of the grid with the lowest KL
     loss_range float nats | c | where the loss is clipped
     alpha float | α | the bound may fail with this probability
-    directions int directions | tracked directions | number of directions summed over
+    covers str | covers | the directions over which the sums run, in words
+    directions int directions | directions | number of directions summed over
     parameters int parameters | parameters | number of parameters of the model
+    noise_free_parameters int parameters | noise-free parameters | parameters along which no example's
+        gradient varies; there the posterior has the prior's variance
+    negative_directions float directions | λ < 0 | directions of negative curvature, as far as the nodes
+        tell them from flat ones; the law takes them to be flat
+""")
+
+CURVATURE_CELLS = parse_table("""
+    curvature_cells | one interval of curvature at one measured epoch | epoch cell
+    epoch
+    step
+    cell int | cell | number of the interval, 0 for the sharpest
+    directions float directions | directions | H's eigenvalues in it, without noise-free parameters
+    curvature float | mean λ | mean eigenvalue of these directions
+    gradient_noise float | γ(λ) | mean noise of the mini-batch gradient along one of these directions | s.e.
+    posterior_variance float | σ²(λ) | mean posterior variance along one of these directions at this time,
+        through the run's rates; null where one is too sharp | s.e.
+    buffer_covariance float | Cov(x, v) | mean covariance with the momentum buffer
+    buffer_variance float | Var v | mean variance of the momentum buffer
 """)
 
 DENSITY = parse_table("""
@@ -284,6 +309,8 @@ WHOLE_SPACE = parse_table("""
         at or below zero | s.e.
     noise_share_unstable float | share of Tr C, unstable | share of noise_trace along directions too sharp
         for a stationary law, η(λ + ω) ≥ 2(1 + μ) | s.e.
+    noise_free_parameters int parameters | noise-free parameters | parameters along which no example's
+        gradient varies | optional
     curvature_term_positive_stable float | Σ λσ², λ > 0 and stable | Σ λ_i σ²_i of the stationary posterior
         over all directions with λ_i > 0 that have one | s.e. | truncation
     products int products | products | products with the Hessian
@@ -409,6 +436,7 @@ TABLES: dict[str, Table] = {
         ALIGNMENT,
         BOUNDS,
         CATONI,
+        CURVATURE_CELLS,
         DENSITY,
         WHOLE_SPACE,
         POSTERIOR,

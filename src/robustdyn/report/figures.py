@@ -58,6 +58,7 @@ from robustdyn.report.posterior_variances import posterior_variances
 from robustdyn.report.reference import Reference
 from robustdyn.report.spectral_density import spectral_density
 from robustdyn.report.statistics import correlation, decay_epochs, format_number
+from robustdyn.report.whole_bound import BOUND_ALT, BOUND_CAPTION, whole_bound
 
 
 @dataclass(frozen=True)
@@ -405,6 +406,7 @@ FIGURES: tuple[FigureSpec, ...] = (
         "Three line panels over epochs: curvature term, complexity term and their sum over the tracked "
         "directions.",
     ),
+    FigureSpec("whole_bound", "Bound and gap", whole_bound, "catoni", "total", BOUND_CAPTION, BOUND_ALT),
     FigureSpec(
         "best_rate",
         "The rate that the bound would choose",

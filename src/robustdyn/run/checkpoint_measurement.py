@@ -1,8 +1,9 @@
 """Measures a network from a checkpoint, on the examples and with the attack of its run's own measurements."""
 
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
+import pandas as pd
 import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
@@ -55,6 +56,7 @@ class CheckpointMeasurement:
         step: int,
         optimizer: OptimizerState | None,
         starts: Mapping[str, Tensor],
+        past: Callable[[str], pd.DataFrame],
     ) -> tuple[list[TableRow], dict[str, Tensor]]:
         """The rows of one epoch, the last one its whole cost, and the starting vectors for the next epoch.
 
@@ -64,6 +66,7 @@ class CheckpointMeasurement:
             step: Optimiser steps up to the checkpoint.
             optimizer: The settings of the last step; None if they are not known.
             starts: Starting vectors that the epoch before left.
+            past: Reads a table of the record of the epochs before.
 
         Raises:
             TrainingError: The network cannot be measured, for instance because losses are not finite.
@@ -98,6 +101,7 @@ class CheckpointMeasurement:
                     unperturbed=lambda: examples(model, 0, None)[0],
                     attack=self._attack,
                     added_noise=self._added_noise,
+                    past=past,
                 )
                 rows = list(self._plan.rows(snapshot, began))
         except UserError:

@@ -125,12 +125,38 @@ def gaussian_kl(
 
     Source: textbook; the split of the log-determinant is ours.
     """
-    prior = float(positive("prior_variance", prior_variance))
-    ratio = vector("variances", positive("variances", variances)) / prior
+    sigma2 = vector("variances", positive("variances", variances))
+    sums = PosteriorSums(0.0, float(sigma2.sum()), float(np.log(sigma2).sum()), sigma2.size)
+    return _kl_of_sums(
+        sums, distance_sq, float(positive("prior_variance", prior_variance)), total_correlation
+    )
+
+
+@dataclass(frozen=True)
+class PosteriorSums:
+    """What the bound needs of a posterior: sums over the directions along which it is not the prior.
+
+    Attributes:
+        curvature: Σ λ_i σ_i², any sign.
+        variance: Σ σ_i² > 0.
+        log_variance: Σ ln σ_i².
+        directions: How many; whole, unless it was estimated.
+    """
+
+    curvature: float
+    variance: float
+    log_variance: float
+    directions: float
+
+
+def _kl_of_sums(
+    sums: PosteriorSums, distance_sq: float, prior: float, total_correlation: float
+) -> GaussianKL:
+    """Equation (31) from its sums."""
     return GaussianKL(
         mean=float(non_negative("distance_sq", distance_sq)) / (2 * prior),
-        trace=0.5 * float((ratio - 1).sum()),
-        log_determinant=-0.5 * float(np.log(ratio).sum()),
+        trace=0.5 * (sums.variance / prior - sums.directions),
+        log_determinant=-0.5 * (sums.log_variance - sums.directions * math.log(prior)),
         total_correlation=float(non_negative("total_correlation", total_correlation)),
     )
 
@@ -260,21 +286,77 @@ def catoni_bound(
         raise ValueError(f"prior_location is {prior_location!r}; it must be 'zero' or 'initialisation'")
     if count("parameters", parameters) < lam.size:
         raise ValueError(f"parameters is {parameters}; it must be >= {lam.size}, the number of directions")
+    return bound_of_sums(
+        PosteriorSums(
+            float(lam @ sigma2), float(sigma2.sum()), float(np.log(sigma2).sum()), float(sigma2.size)
+        ),
+        empirical_loss=empirical_loss,
+        distance_sq=distance_sq,
+        prior_location=prior_location,
+        prior_variance=prior_variance,
+        beta=beta,
+        n=n,
+        alpha=alpha,
+        loss_range=loss_range,
+        directions=lam.size,
+        parameters=parameters,
+        mean_offset=0.5 * float(lam @ offset**2),
+        gradient=float(slope @ offset),
+        total_correlation=total_correlation,
+    )
+
+
+def bound_of_sums(
+    sums: PosteriorSums,
+    *,
+    empirical_loss: float,
+    distance_sq: float,
+    prior_location: PriorLocation,
+    prior_variance: ArrayLike,
+    beta: ArrayLike,
+    n: int,
+    alpha: float,
+    loss_range: float,
+    directions: int,
+    parameters: int,
+    mean_offset: float = 0.0,
+    gradient: float = 0.0,
+    total_correlation: float = 0.0,
+) -> CatoniBound:
+    """``catoni_bound`` of a posterior of which only sums over its directions are known.
+
+    Args:
+        sums: Over the directions along which the posterior is not the prior; along others it adds nothing to
+            the trace and the log-determinant.
+        empirical_loss: As for ``catoni_bound``, and so are the others.
+        distance_sq: See there.
+        prior_location: See there.
+        prior_variance: See there.
+        beta: See there.
+        n: See there.
+        alpha: See there.
+        loss_range: See there.
+        directions: Directions that are covered, those along which the posterior is the prior included.
+        parameters: See there.
+        mean_offset: ½ Σ λ_i m_i².
+        gradient: Σ g_i m_i.
+        total_correlation: See there.
+
+    Raises:
+        ValueError: As ``catoni_bound``.
+    """
     bound = float(positive("loss_range", loss_range))
     betas, priors = _grid("beta", beta), _grid("prior_variance", prior_variance)
     log_price = math.log(betas.size * priors.size / probability("alpha", alpha))
     complexity = betas * bound**2 / (8 * count("n", n))
-    kls = [
-        gaussian_kl(sigma2, distance_sq=distance_sq, prior_variance=p, total_correlation=total_correlation)
-        for p in priors.tolist()
-    ]
+    kls = [_kl_of_sums(sums, distance_sq, p, total_correlation) for p in priors.tolist()]
     kl = min(kls, key=lambda parts: parts.total)  # for every β the best σ_P² is the one of smallest KL
     best = int(np.argmin((kl.total + log_price) / betas + complexity))
     return CatoniBound(
         empirical_loss=_loss(empirical_loss, bound),
-        gradient=float(slope @ offset),
-        curvature=0.5 * float(lam @ sigma2),
-        mean_offset=0.5 * float(lam @ offset**2),
+        gradient=gradient,
+        curvature=0.5 * sums.curvature,
+        mean_offset=mean_offset,
         confidence=log_price / float(betas[best]),
         complexity=float(complexity[best]),
         kl=kl,
@@ -284,7 +366,7 @@ def catoni_bound(
         loss_range=bound,
         alpha=alpha,
         grid_points=betas.size * priors.size,
-        directions=lam.size,
+        directions=directions,
         parameters=parameters,
     )
 

@@ -18,6 +18,7 @@ from robustdyn.records.columns import Column
 from robustdyn.records.labels import SEED, differences, format_value
 from robustdyn.records.reader import Run, combine, read_table
 from robustdyn.records.schema import (
+    CATONI,
     EPOCHS,
     HESSIAN_EIGENVALUE,
     ROBUST_ERROR_GAP,
@@ -36,7 +37,8 @@ BOUNDS = ("mean", "low", "high")
 
 INDEX, RATE = "wci", "lr"
 COLUMNS: dict[str, Column] = {
-    column.name: column for column in (SPECTRUM[HESSIAN_EIGENVALUE], *WCI.columns, *EPOCHS.columns)
+    column.name: column
+    for column in (SPECTRUM[HESSIAN_EIGENVALUE], *CATONI.columns, *WCI.columns, *EPOCHS.columns)
 }
 DATA_SETS = {"CIFAR10": "CIFAR-10", "CIFAR100": "CIFAR-100", "SVHN": "SVHN", "Digits": "digits"}
 BEST, FINAL, RISE = "best", "final", "final − best"
@@ -142,8 +144,8 @@ def values(
 
     Args:
         runs: Runs to compare.
-        quantities: Columns of the ``epochs`` or ``wci`` records that every run must have, or the largest
-            ``hessian_eigenvalue``.
+        quantities: Columns of the ``epochs``, ``wci`` or ``catoni`` records that every run must have, or the
+            largest ``hessian_eigenvalue``.
         setting: A run's level of what is compared.
         panel: What is drawn apart; ``None`` for one panel, and no such column.
         optional: Further columns, taken where recorded.
@@ -281,8 +283,8 @@ def pearson(x: pd.Series, y: pd.Series) -> dict[str, float]:
     return {"r": found.statistic, "low": low, "high": high, "p": found.pvalue}
 
 
-def correlations(rows: pd.DataFrame) -> pd.DataFrame:
-    """Correlation of WCI and robust gaps over the measured epochs of each run.
+def correlations(rows: pd.DataFrame, index: str = INDEX) -> pd.DataFrame:
+    """Correlation of an index, such as the WCI, and robust gaps over the measured epochs of each run.
 
     Between evaluated epochs a gap is interpolated linearly. No p-values: epochs of a run are not independent
     of one another.
@@ -294,7 +296,7 @@ def correlations(rows: pd.DataFrame) -> pd.DataFrame:
     found = []
     for (panel, setting, seed), own in rows.groupby(["panel", "setting", SEED], sort=False):
         wide = own.pivot(index="epoch", columns="quantity", values="value")
-        wide = wide.reindex(columns=[ROBUST_LOSS_GAP, ROBUST_ERROR_GAP, INDEX])
+        wide = wide.reindex(columns=[ROBUST_LOSS_GAP, ROBUST_ERROR_GAP, index])
         wide[[ROBUST_LOSS_GAP, ROBUST_ERROR_GAP]] = wide[[ROBUST_LOSS_GAP, ROBUST_ERROR_GAP]].interpolate(
             "index", limit_area="inside"
         )
@@ -304,10 +306,10 @@ def correlations(rows: pd.DataFrame) -> pd.DataFrame:
             phases["after the first decay"] = wide[wide.index >= decay]
         for gap in (ROBUST_LOSS_GAP, ROBUST_ERROR_GAP):
             for phase, part in phases.items():
-                pairs = part[[INDEX, gap]].dropna()
+                pairs = part[[index, gap]].dropna()
                 if len(pairs) > 2 and (pairs.nunique() > 1).all():
-                    r = stats.pearsonr(pairs[INDEX], pairs[gap]).statistic
-                    rank = stats.spearmanr(pairs[INDEX], pairs[gap]).statistic
+                    r = stats.pearsonr(pairs[index], pairs[gap]).statistic
+                    rank = stats.spearmanr(pairs[index], pairs[gap]).statistic
                     found.append((panel, setting, seed, gap, phase, len(pairs), r, rank))
     names = ["panel", "setting", SEED, "quantity", "phase", "epochs", "pearson", "spearman"]
     return pd.DataFrame(found, columns=names)
@@ -380,6 +382,8 @@ def _ordered(frame: pd.DataFrame) -> pd.DataFrame:
 def _table_of(quantity: str) -> str:
     if quantity in EPOCHS.names:
         return EPOCHS.name
+    if quantity in CATONI.names:
+        return CATONI.name
     return SPECTRUM.name if quantity == HESSIAN_EIGENVALUE else WCI.name
 
 
@@ -401,4 +405,6 @@ def _lacks(quantity: str) -> str:
         return (
             f"no epoch has a {quantity}; train until the first evaluation (trainer.check_val_every_n_epoch)"
         )
+    if quantity in CATONI.names:
+        return "needs a measured bound; train with measure=bound or full"
     return "needs measured WCI; train with measure=index or default"

@@ -14,6 +14,7 @@ from matplotlib.text import Annotation
 
 from robustdyn.records.labels import SEED
 from robustdyn.records.schema import (
+    CATONI,
     EPOCHS,
     ROBUST_ERROR_GAP,
     ROBUST_LOSS_GAP,
@@ -258,7 +259,7 @@ def _draw_quantity(ax: Axes, table: pd.DataFrame, panel: Panel, cast: Cast, alon
     """The recorded quantities of a panel, as shown; its axis ends where they do."""
     quantities = [name for name in (panel.quantity, panel.second) if name]
     points = table.groupby(["quantity", "setting"])["epoch"].nunique().groupby("quantity").max()
-    measured = [name for name in quantities if name in WCI.names and name in points]
+    measured = [name for name in quantities if name in (*WCI.names, *CATONI.names) and name in points]
     ends = draw_panel(
         ax,
         table,
