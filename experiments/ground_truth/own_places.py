@@ -13,11 +13,13 @@ start from a point put together from parts, x along the tracked directions and t
 
 If the loss were quadratic, with one minimum along the tracked directions, means would come together in all
 three as the slopes say. If the rest sets a place for each parent, ``rest`` goes to where ``whole`` is, though
-it starts elsewhere, and ``tracked`` forgets where it started. Writes ``NAME_step_STEP`` as CSV, PNG and PDF.
+it starts elsewhere, and ``tracked`` forgets where it started. Writes ``NAME_step_STEP`` as CSV, PNG and PDF,
+and the children of ``whole`` into the ensemble's directory, from which ``robustdyn-study ground_truth`` reads
+them.
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +40,8 @@ from robustdyn.replicas import (
     TrainingState,
     moved,
 )
+from robustdyn.replicas.ensemble_record import write_families
+from robustdyn.replicas.families import Families, between, jackknifed, within
 from robustdyn.replicas.prediction import example_noise, momentum_dynamics, sampling_of
 from robustdyn.report import style
 from robustdyn.theory import MeasuredDrift, propagate_coupled
@@ -132,15 +136,6 @@ def predicted(
     return Prediction(variance=np.asarray(variance), kept=np.stack(kept, axis=2))
 
 
-def between(first: Array, second: Array, *, same: bool) -> Array:
-    """Covariance (S, k) between parents of two families' places x (N, C, S, k), without children's noise."""
-    one, other = (x.mean(axis=1) - x.mean(axis=(0, 1)) for x in (first, second))
-    found = (one * other).sum(axis=0) / (len(one) - 1)
-    if same:
-        found = found - first.var(axis=1, ddof=1).mean(axis=0) / first.shape[1]
-    return np.asarray(found)
-
-
 def rows(found: dict[str, Array], law: Prediction, steps: Sequence[int]) -> pd.DataFrame:
     """By family and step, with jackknife errors over parents; means over directions.
 
@@ -149,15 +144,6 @@ def rows(found: dict[str, Array], law: Prediction, steps: Sequence[int]) -> pd.D
     places. ``within``: variance about the parent's mean, measured / predicted.
     """
     unit = law.variance[-1]
-    parents = found["whole"].shape[0]
-
-    def jackknifed(statistic: Callable[[dict[str, Array]], Array]) -> tuple[Array, Array]:
-        each = np.stack(
-            [statistic({f: np.delete(x, p, axis=0) for f, x in found.items()}) for p in range(parents)]
-        )
-        spread = each - each.mean(axis=0)
-        return statistic(found), np.sqrt((parents - 1) / parents * (spread**2).sum(axis=0))
-
     table = []
     for family in FAMILIES:
 
@@ -175,12 +161,13 @@ def rows(found: dict[str, Array], law: Prediction, steps: Sequence[int]) -> pd.D
             with np.errstate(divide="ignore", invalid="ignore"):
                 return np.asarray(shared.mean(axis=-1) / own.mean(axis=-1))
 
-        def within(x: dict[str, Array], family: str = family) -> Array:
-            found = x[family].var(axis=1, ddof=1).mean(axis=0)
-            ratio = np.divide(found, law.variance, where=law.variance > 0, out=np.full(found.shape, np.nan))
+        def about(x: dict[str, Array], family: str = family) -> Array:
+            spread = within(x[family])
+            ratio = np.divide(spread, law.variance, where=law.variance > 0, out=np.full(spread.shape, np.nan))
             return np.asarray(ratio.mean(axis=-1))
 
-        values = {f.__name__: jackknifed(f) for f in (apart, expected, like_whole, within)}
+        named = {"apart": apart, "expected": expected, "like_whole": like_whole, "within": about}
+        values = {name: jackknifed(statistic, found) for name, statistic in named.items()}
         for row, step in enumerate(steps):
             line: dict[str, object] = {"family": family, "steps_after": step}
             for name, (value, error) in values.items():
@@ -266,6 +253,15 @@ def main() -> None:
                 )
             )
         found[family] = np.stack(each)
+    write_families(
+        args.ensemble,
+        Families(
+            step=args.step,
+            learning_rate=float(rates[0]),
+            steps=np.array(steps),
+            places=found["whole"],
+        ),
+    )
     table = rows(found, law, steps)
     run = args.ensemble.parent.parent.name
     table.insert(0, "parents", args.replicas)

@@ -5,9 +5,13 @@ import yaml
 
 from robustdyn.errors import RecordError
 from robustdyn.records.reader import find_runs
+from robustdyn.replicas.ensemble_record import write_families
+from robustdyn.replicas.families import Families
 from robustdyn.studies import ground_truth
+from robustdyn.studies.shared.normality import normality
 from robustdyn.studies.shared.study import conduct, load
 from tests.replicas.ensembles import BATCH, point, recorded, simulate, write
+from tests.tolerances import MC_SIGMAS
 
 LAM = np.array([20.0, 8.0, 3.0])
 SLOPES = np.array([[30.0, 2.0, 0.0], [2.0, 12.0, 0.5], [0.0, 0.5, 4.5]])
@@ -65,6 +69,73 @@ def test_the_law_that_made_the_replicas_agrees_and_the_other_does_not(answer):
     assert (late.loc["refreshed", "prediction_error"] > 0).all()
     assert late.loc["exact", "prediction_error"].isna().all()
     assert "refreshed_path" in late.index.get_level_values("law")
+
+
+def test_replicas_of_a_linear_problem_are_gaussian(answer):
+    """200 replicas of two ensembles that share their places."""
+    tested = answer.tables["gaussianity"]
+    own = tested[tested["ensemble"] == "Digits, AT"].set_index("step")
+    assert own.index.tolist() == STEPS[1:]
+    assert (own[["replicas", "directions"]] == [200, 3]).all(axis=None)
+    # nine steps: the smallest of nine p-values is below this in 1 of 100 trials at most
+    assert (own[["skewness_p", "kurtosis_p"]] > 0.01 / 9).all(axis=None)
+    # Mardia's exact mean; the drawn one is off by 2 % of the spread
+    assert own.loc[100, "kurtosis_expected"] == pytest.approx(15 * 199 / 201, abs=0.1)
+    each = answer.tables["gaussianity_of_directions"]
+    assert set(zip(each["step"], each["direction"], strict=True)) == {
+        (s, d) for s in (60, 100) for d in (1, 2, 3)
+    }
+    smallest = each[each["ensemble"] == "Digits, AT"].groupby("step")[["skewness_p", "kurtosis_p"]].min()
+    np.testing.assert_array_equal(own.loc[[60, 100], "smallest_p"], smallest.min(axis=1))
+    assert "gaussianity" in {picture.name for picture in answer.pictures}
+    assert any(
+        text.startswith("Mardia's joint tests reject") and "of 18 recorded" in text
+        for text in answer.findings
+    )
+
+
+def test_replicas_with_two_places_are_not(runs, tmp_path):
+    run = run_directory(tmp_path / "run")
+    draws = np.random.default_rng(7)
+    x = draws.standard_normal((40, 3, 3)) * 0.2
+    x += np.where(draws.random((40, 1, 3)) < 0.5, -1.0, 1.0)
+    start = point(np.diag(LAM), NOISE, np.zeros(3), slopes=SLOPES)
+    write(run / "replicas" / "last", recorded(start, x, [1, 10, 20], np.full(20, 0.01)))
+    tested = load("ground_truth").answer(find_runs(run)).tables["gaussianity"]
+    assert (tested["kurtosis"] < tested["kurtosis_expected"]).all()
+    assert (tested["kurtosis_p"] < 0.01).all()
+    assert (tested["rejected"] >= 3).all()  # the kurtosis of each direction
+
+
+def test_replicas_that_diverged_or_did_not_spread_have_no_test():
+    places = np.random.default_rng(9).standard_normal((8, 3, 3))
+    places[:, 0], places[2, 2] = 1.0, np.inf
+    assert normality(places)["kurtosis"].notna().tolist() == [False, True, False]
+    assert normality(places[:4])["kurtosis"].isna().all()  # four replicas of three directions
+    assert normality(places[:4])["rejected"].notna().tolist() == [False, True, False]
+    assert normality(places[:2])["rejected"].isna().all()
+
+
+def test_children_tell_the_parents_places_from_noise(tmp_path):
+    """Places with deviations 2 and noise with 0.5: 4 and 0.25 by direction, times its scale."""
+    run = run_directory(tmp_path / "run")
+    draws, scale = np.random.default_rng(8), np.array([1.0, 3.0, 0.1])
+    start = point(np.diag(LAM), NOISE, np.zeros(3), slopes=SLOPES)
+    x = draws.standard_normal((8, 2, 3))
+    write(run / "replicas" / "last", recorded(start, x, [1, 20], np.full(20, 0.01)))
+    parents = 2 * draws.standard_normal((60, 1, 1, 3))
+    places = (parents + 0.5 * draws.standard_normal((60, 4, 2, 3))) * scale
+    families = Families(step=20, learning_rate=0.001, steps=np.array([0, 50]), places=places)
+    write_families(run / "replicas" / "last", families)
+    table = load("ground_truth").answer(find_runs(run)).tables["between_and_within"]
+    assert table["direction"].tolist() == [1, 2, 3] * 2
+    assert table["steps_after"].tolist() == [0] * 3 + [50] * 3
+    for name, truth in (("between", 4.0), ("within", 0.25)):
+        away = np.abs(table[name] - truth * np.tile(scale**2, 2)) / table[f"{name}_error"]
+        assert (away < MC_SIGMAS).all()
+    # of a variance from 60 parents, and from 60 times 3 degrees of freedom
+    assert (table["between_error"] / table["between"]).between(0.1, 0.3).all()
+    assert (table["within_error"] / table["within"]).between(0.05, 0.2).all()
 
 
 def test_what_drifts_is_told_from_what_replicas_see(answer):

@@ -1,9 +1,10 @@
 """Writes and reads an ensemble's directory: settings, starting point, and one file per chunk of replicas.
 
 ``settings.json`` contains everything on which the numbers depend, ``start.npz`` the starting point,
-``lines.npz`` the loss along the directions, ``chunks/*.npz`` the replicas, and ``path/*.npz`` the
-measurements at their mean. Every file is either complete or absent. A command that was killed can therefore
-always be resumed, and several commands can work on parts of the ensemble.
+``lines.npz`` the loss along the directions, ``chunks/*.npz`` the replicas, ``path/*.npz`` the measurements at
+their mean, and ``families/*.npz`` children of some of the replicas. Every file is either complete or absent.
+A command that was killed can therefore always be resumed, and several commands can work on parts of the
+ensemble.
 """
 
 import io
@@ -25,9 +26,11 @@ from robustdyn.records.labels import changes
 from robustdyn.records.writer import jsonable
 from robustdyn.replicas.ensemble import EXPANDED, Arrays
 from robustdyn.replicas.expansion import Lines
+from robustdyn.replicas.families import Families
 from robustdyn.replicas.point import MeasuredPoint
 
 SETTINGS, START, LINES, CHUNKS, PATH = "settings.json", "start.npz", "lines.npz", "chunks", "path"
+FAMILIES = "families"
 _ANOTHER = "choose another output=DIR, or delete this one"
 
 
@@ -159,6 +162,7 @@ class RecordedEnsemble:
         path_steps: (Q,), the mean steps at which the path was measured for all these replicas.
         path: Q points at the mean of the replicas' weights, along the directions of the start.
         lines: The loss along the directions; None where it was not measured.
+        families: Children of some of the replicas, for each step from which they were trained.
         replicas: (R,) numbers of the finished replicas.
         steps: (S,) recorded steps.
         loss_steps: (L,).
@@ -185,6 +189,7 @@ class RecordedEnsemble:
     path_steps: NDArray[np.int64]
     path: tuple[MeasuredPoint, ...]
     lines: Lines | None = None
+    families: tuple[Families, ...] = ()
     replicas: NDArray[np.int64]
     steps: NDArray[np.int64]
     loss_steps: NDArray[np.int64]
@@ -234,6 +239,7 @@ def read_ensemble(directory: Path) -> RecordedEnsemble:
             path_steps=np.array([int(path.stem.partition("-")[0]) for path in measured], dtype=np.int64),
             path=tuple(_point({**_unpacked(path), **shared}) for path in measured),
             lines=Lines.from_arrays(_unpacked(lines)) if (lines := directory / LINES).exists() else None,
+            families=tuple(_families(path) for path in sorted((directory / FAMILIES).glob("*.npz"))),
             replicas=np.concatenate([np.arange(settings["chunk"]) + first for first in firsts]),
             steps=np.array(settings["record.steps"], dtype=np.int64),
             loss_steps=np.array(settings["record.loss_steps"], dtype=np.int64),
@@ -245,6 +251,30 @@ def read_ensemble(directory: Path) -> RecordedEnsemble:
         raise RecordError(
             f"{directory}: not an ensemble of robustdyn-replicas ({error}); {_ANOTHER}"
         ) from error
+
+
+def write_families(directory: Path, families: Families) -> None:
+    """Add children to an ensemble's directory, in place of any from the same step.
+
+    Raises:
+        RecordError: They cannot be written.
+    """
+    path = directory / FAMILIES / f"{families.step:06d}.npz"
+    try:
+        path.parent.mkdir(exist_ok=True)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    _write(path, _packed(vars(families)))
+
+
+def _families(path: Path) -> Families:
+    arrays = _unpacked(path)
+    return Families(
+        step=int(arrays["step"]),
+        learning_rate=float(arrays["learning_rate"]),
+        steps=arrays["steps"],
+        places=arrays["places"],
+    )
 
 
 def _point(arrays: dict[str, Any]) -> MeasuredPoint:

@@ -19,6 +19,7 @@ from robustdyn.records.reader import Run
 from robustdyn.records.schema import TOTAL_CORRELATION
 from robustdyn.replicas.agreement import Agreement, agreement
 from robustdyn.replicas.ensemble_record import RecordedEnsemble, read_ensemble
+from robustdyn.replicas.families import between, jackknifed, within
 from robustdyn.replicas.memory import memory
 from robustdyn.replicas.own_gradients import own_gradients
 from robustdyn.replicas.prediction import (
@@ -35,6 +36,7 @@ from robustdyn.studies.shared.ensemble_figures import (
     GOAL,
     NAMES,
     draw_drift,
+    draw_gaussianity,
     draw_mean,
     draw_memory,
     draw_ratio,
@@ -42,6 +44,7 @@ from robustdyn.studies.shared.ensemble_figures import (
     draw_variances,
 )
 from robustdyn.studies.shared.expansion_figures import BREAKS, draw_expansion, expansion_tables
+from robustdyn.studies.shared.normality import LEVEL, normality, normality_of_directions
 from robustdyn.studies.shared.study import Answer, Picture, Study
 from robustdyn.theory.transient import DECAY
 
@@ -57,6 +60,11 @@ MISFITS = (
     "total_correlation_commuting",
 )
 REMEMBERED = ["ensemble", "reference", "step", "learning_rate", "correlation", "error", "expected"]
+OF_DIRECTION = ["ensemble", "step", "direction", "skewness", "skewness_p", "kurtosis", "kurtosis_p"]
+MIXTURE = [
+    *("ensemble", "step", "learning_rate", "parents", "children", "steps_after", "direction"),
+    *("between", "between_error", "within", "within_error"),
+]
 SEEN = ["ensemble", "step", "learning_rate", "slope", "slope_error", "noise", "noise_error"]
 
 # by what ensembles of one kind are told apart, where they differ
@@ -134,6 +142,7 @@ def answer(runs: Sequence[Run]) -> Answer:
 
     steps, directions = each(_steps, agreements), each(_directions, agreements)
     path, replicas, remembered = each(_path), each(_seen_at_replicas), each(_memory)
+    gaussian, mixture = each(_gaussianity), each(_mixture)
     described = pd.DataFrame([_described(name, e) for name, e in ensembles.items()])
     pictures = [
         Picture("ratio", steps[steps["step"] >= 1].reset_index(drop=True), draw_ratio),
@@ -148,6 +157,8 @@ def answer(runs: Sequence[Run]) -> Answer:
         pictures.append(Picture("drift", both, draw_drift))
     if not remembered.empty:
         pictures.append(Picture("memory", remembered, draw_memory))
+    if gaussian["kurtosis"].notna().any():
+        pictures.append(Picture("gaussianity", gaussian, draw_gaussianity))
     expanded = {name: e for name, e in ensembles.items() if e.lines is not None}
     tables = {
         "within_goal": within_goal(steps),
@@ -156,7 +167,11 @@ def answer(runs: Sequence[Run]) -> Answer:
         "along_the_path": path,
         "at_the_replicas": replicas,
         "memory": remembered,
+        "gaussianity": gaussian,
+        "gaussianity_of_directions": each(_gaussianity_of_directions),
     }
+    if not mixture.empty:
+        tables["between_and_within"] = mixture
     if expanded:
         tables |= expansion_tables(expanded)
         pictures.append(Picture("expansion", tables["expansion_means"], draw_expansion))
@@ -296,13 +311,52 @@ def _memory(name: str, ensemble: RecordedEnsemble) -> pd.DataFrame:
     sampled = sampling_of(ensemble).replacement
     if not (sampled and np.isfinite(ensemble.start.slopes).all()):
         return pd.DataFrame(columns=REMEMBERED)
-    steps = ensemble.steps.tolist()
-    decay = _described(name, ensemble)["decay_step"]
-    references = [s for s in (decay, steps[-1]) if isinstance(s, int) and s in steps]
+    references = _before_and_after(name, ensemble)
     found = pd.concat([memory(ensemble, reference) for reference in references], ignore_index=True)
     return found.assign(ensemble=name, learning_rate=_rates_before(ensemble, found["step"].to_numpy()))[
         REMEMBERED
     ]
+
+
+def _before_and_after(name: str, ensemble: RecordedEnsemble) -> list[int]:
+    """The recorded step at which the rate falls, if it does so once, and the last one."""
+    steps = ensemble.steps.tolist()
+    decay = _described(name, ensemble)["decay_step"]
+    return [s for s in (decay, steps[-1]) if isinstance(s, int) and s in steps]
+
+
+def _gaussianity(name: str, ensemble: RecordedEnsemble) -> pd.DataFrame:
+    """One row per recorded step after the start: Mardia's tests of the replicas' places."""
+    moved = np.flatnonzero(ensemble.steps > 0)
+    found = normality(ensemble.position[:, moved])
+    steps = ensemble.steps[moved]
+    head = {"ensemble": name, "step": steps, "learning_rate": _rates_before(ensemble, steps)}
+    return pd.concat([pd.DataFrame(head), found], axis=1)
+
+
+def _gaussianity_of_directions(name: str, ensemble: RecordedEnsemble) -> pd.DataFrame:
+    """One row per direction at the decay and at the end: skewness and kurtosis of the replicas' places."""
+    steps = ensemble.steps.tolist()
+    parts = [
+        normality_of_directions(ensemble.position[:, steps.index(step)]).assign(step=step)
+        for step in _before_and_after(name, ensemble)
+    ]
+    return pd.concat(parts, ignore_index=True).assign(ensemble=name)[OF_DIRECTION]
+
+
+def _mixture(name: str, ensemble: RecordedEnsemble) -> pd.DataFrame:
+    """One row per direction and step of recorded children: their variance between and within parents."""
+    rows = []
+    for families in ensemble.families:
+        places = {"whole": families.places}
+        apart = jackknifed(lambda x: between(x["whole"], x["whole"], same=True), places)
+        noise = jackknifed(lambda x: within(x["whole"]), places)
+        parents, children, _, k = families.places.shape
+        head = (name, families.step, families.learning_rate, parents, children)
+        for row, after in enumerate(families.steps.tolist()):
+            values = np.stack([part[row] for part in (*apart, *noise)], axis=1)
+            rows += [(*head, after, i + 1, *values[i]) for i in range(k)]
+    return pd.DataFrame(rows, columns=MIXTURE)
 
 
 def _shown(directions: pd.DataFrame) -> pd.DataFrame:
@@ -351,6 +405,13 @@ def findings_of(tables: Mapping[str, pd.DataFrame]) -> list[str]:
         f"Measured / predicted variance lies within {GOAL[0]} to {GOAL[1]} at these of the recorded steps "
         f"from step {SETTLED} on, all ensembles together: {said or 'none recorded'}."
     ]
+    if "gaussianity" in tables and len(tested := tables["gaussianity"].dropna(subset=["kurtosis"])):
+        rejected = [int((tested[f"{name}_p"] <= LEVEL).sum()) for name in ("skewness", "kurtosis")]
+        findings.append(
+            f"Mardia's joint tests reject that replicas are Gaussian, at the {LEVEL:.0%} level, at "
+            f"{rejected[0]} (skewness) and {rejected[1]} (kurtosis) of {len(tested)} recorded steps, each "
+            "tested by itself."
+        )
     if "expansion" in tables:
         findings.append(
             "From the distance in expansion_breaks on, in predicted deviations (along random directions, "

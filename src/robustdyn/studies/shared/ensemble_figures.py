@@ -320,3 +320,28 @@ def draw_memory(data: pd.DataFrame) -> Figure:
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=3)
     return figure
+
+
+@style.styled
+def draw_gaussianity(data: pd.DataFrame) -> Figure:
+    """Mardia's skewness and kurtosis in deviations of their law under normality, a panel for each ensemble.
+
+    Args:
+        data: Table ``gaussianity``.
+    """
+    title, ylabel = (
+        "Are replicas Gaussian? Mardia's statistics of all directions",
+        "(measured − expected) / s.d.",
+    )
+    figure, panels = _per_ensemble(data, title, ylabel)
+    looks = dict(zip(("skewness", "kurtosis"), style.PALETTE, strict=False))
+    for ax, own, axis in panels:
+        ax.axhspan(-2, 2, color=style.MARK, alpha=0.15, linewidth=0, zorder=0.9)
+        ax.axhline(0, color=style.MARK, linewidth=0.8)
+        for name, colour in looks.items():
+            away = (own[name] - own[f"{name}_expected"]) / own[f"{name}_spread"]
+            ax.plot(axis.place(own["step"]), away, "o-", color=colour, markersize=3, linewidth=1.2)
+    handles = [key(name, marker="o", colour=colour) for name, colour in looks.items()]
+    handles += [key("learning rate falls", "--"), key("Gaussian replicas, ± 2 s.d.", linewidth=6, alpha=0.2)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4)
+    return figure
