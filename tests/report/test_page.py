@@ -75,7 +75,7 @@ def test_the_page_is_accessible(page):
     assert page.named("html")[0]["lang"] == "en"
     assert page.named("meta")[1]["name"] == "viewport"
     images = page.named("img")
-    assert len(images) == 12
+    assert len(images) == 13
     assert all(len(image["alt"]) > 20 for image in images)
     assert len(page.named("caption")) == len(page.named("table"))
     assert all("scope" in header for header in page.named("th"))
@@ -145,7 +145,7 @@ def test_tables_are_the_records_with_settings(report, methods):
 
 
 def test_figures_lie_beside_the_page(report):
-    assert len(report.figures) == 24
+    assert len(report.figures) == 26
     assert all(path.is_file() and path.parent.name == "figures" for path in report.figures)
     starts = {".png": b"\x89PNG", ".pdf": b"%PDF-"}
     assert all(path.read_bytes().startswith(starts[path.suffix]) for path in report.figures)

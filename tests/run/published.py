@@ -29,6 +29,10 @@ def row_of(table, epoch, **keys):
     return row | {"epoch": epoch, "step": STEPS * (epoch + 1)} | keys
 
 
+KEYS = {"spectrum": "index", "slopes": "index", "layers": "layer", "costs": "part", "measures": "measure"}
+"""The column that tells the rows of an epoch apart."""
+
+
 def write_epoch(records, epoch):
     """Rows in the order in which a run writes them."""
     records.append("rates", {"epoch": epoch, "step": STEPS * epoch, "lr": 0.1 / (epoch + 1)})
@@ -36,6 +40,7 @@ def write_epoch(records, epoch):
         records.append(table, row_of(table, epoch))
     for index in range(2):
         records.append("spectrum", row_of("spectrum", epoch, index=index, curvature_term=None))
+        records.append("slopes", row_of("slopes", epoch, index=index))
         for kind in ("hessian", "noise"):
             records.append("density", row_of("density", epoch, kind=kind, probe=0, index=index))
     records.append("layers", row_of("layers", epoch))
@@ -57,7 +62,7 @@ def recorded(run_dir, *, but=()):
         table = path.stem
         if table in ("density", "posterior", *but):
             continue
-        extra = {"spectrum": "index", "layers": "layer", "costs": "part", "measures": "measure"}.get(table)
+        extra = KEYS.get(table)
         for line in path.read_text().splitlines():
             row = json.loads(line)
             step = row["step"] + 1 if table == "rates" else row["step"]

@@ -218,7 +218,7 @@ def configured():
         cfg = copy.deepcopy(composed)
         for setting in settings:
             key, _, value = setting.partition("=")
-            OmegaConf.update(cfg, key, yaml.safe_load(value), force_add=key.startswith("trainer."))
+            OmegaConf.update(cfg, key, yaml.safe_load(value), force_add=True)
         return cfg
 
     return changed

@@ -18,7 +18,13 @@ from robustdyn.records.files import read_object
 from robustdyn.records.labels import SEED, format_value
 from robustdyn.records.reader import Run, read_table
 from robustdyn.records.run_directory import RunDirectory
-from robustdyn.records.schema import EPOCHS, TEST_ROBUST_ERROR, TEST_ROBUST_LOSS
+from robustdyn.records.schema import (
+    EPOCHS,
+    GRADIENT_NOISE,
+    HESSIAN_EIGENVALUE,
+    TEST_ROBUST_ERROR,
+    TEST_ROBUST_LOSS,
+)
 from robustdyn.report import style
 from robustdyn.studies.shared.comparing import (
     BOUNDS,
@@ -46,7 +52,7 @@ from robustdyn.studies.shared.wording import seeds_said, sentence, told_apart
 UNCHANGED = "unchanged"
 EFFECTS = tuple(
     f"{name}{kind}"
-    for name in ("hessian_eigenvalue", "gradient_noise", "stationary_variance", "resolved_variance")
+    for name in (HESSIAN_EIGENVALUE, GRADIENT_NOISE, "stationary_variance", "resolved_variance")
     for kind in (TOP, MEAN)
 )
 """What a factor did to curvature, noise and posterior: quantities of ``tracked_quantities``."""
