@@ -29,7 +29,7 @@ def test_leaves_the_unit_of_truth_behind(finished):
         "best_on_test",
         "best_on_validation",
     }
-    assert (finished / "report" / "index.html").exists()
+    assert "1 unfinished" not in (finished / "report" / "index.html").read_text(encoding="utf-8")
     environment = json.loads((finished / "environment.json").read_text())
     assert environment["packages"]["torch"] == torch.__version__
 

@@ -90,7 +90,7 @@ def test_random_signs_are_unbiased(name):
 
 @pytest.mark.parametrize("examples", [None, 1, 2, 3])
 def test_shares_of_processes_add_up_in_expectation(examples):
-    """Parts of one and two examples; with signs drawn anew, the sum of shares has the mean of the whole."""
+    """Parts of one and two examples; over many signs, the sum of shares has the mean of the whole."""
     net, images = small()
     images = torch.cat([images, 1.5 * images[:1].flip(1)])
     penalty = GaussNewtonPenalty(strength=0.5, examples=examples)

@@ -69,6 +69,11 @@ REFUSED = [
         "added_noise.factor must be at least 0, got -1",
     ),
     (
+        ("measure=full", "measure.measurements.density=null"),
+        "measure.measurements.bound needs the tables density, whole_space, which no measurement before it "
+        "gives; choose measure=bound or measure=full, or measure.measurements.bound=null",
+    ),
+    (
         ("stopping=early",),
         "stopping=early watches held-out training images, but data.validation_size=0; choose a size, or "
         "stopping=none",

@@ -6,6 +6,7 @@ from scipy import stats
 
 from robustdyn.errors import RecordError
 from robustdyn.records import find_runs
+from robustdyn.run.combinations import check_combinations
 from robustdyn.run.config import build
 from robustdyn.studies.regimes import STUDY
 from tests.runs import compose
@@ -168,6 +169,7 @@ def test_a_run_of_the_sweep_changes_one_factor(name, radius, images):
         ("{eps_255:0}", {"eps": 0.0}),
     ):
         cfg = compose(f"experiment={name}", f"regime={regime}")
+        check_combinations(cfg)
         for attack in (build(cfg, "attack.train"), build(cfg, "attack.evaluation")):
             found = {
                 "train_size": cfg.data.train_size,

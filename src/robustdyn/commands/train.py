@@ -23,6 +23,7 @@ from robustdyn.launch.resume import log_changes, resumed
 from robustdyn.launch.states import announce
 from robustdyn.methods import AdversarialTraining
 from robustdyn.records import RunRecords
+from robustdyn.records.progress import mark_done
 from robustdyn.records.run_directory import RunDirectory
 from robustdyn.report.page import build_report
 from robustdyn.run.checkpointing import AtomicCheckpointIO, resume_from
@@ -107,6 +108,7 @@ def _train(cfg: DictConfig) -> None:
         with publisher:
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
             if cfg.report and trainer.is_global_zero and (alone or publisher.shows_figures):
+                mark_done(run_dir)
                 if alone:
                     sys.stdout.write("building the report\n")
                     sys.stdout.flush()

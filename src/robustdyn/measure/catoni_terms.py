@@ -54,6 +54,8 @@ class CatoniTerms:
     """
 
     tables: ClassVar[tuple[str, ...]] = ("catoni", "curvature_cells")
+    needs: ClassVar[tuple[str, ...]] = ("density", "whole_space")
+    """The tables that measurements before it must give."""
 
     def __init__(
         self,
@@ -82,9 +84,11 @@ class CatoniTerms:
         loss, loss_error = _losses(snapshot.risk)  # on all processes
         if not snapshot.rows.get("density"):
             raise ValueError("the bound needs the density: measurements.density must come before it")
+        if math.isnan(snapshot.batch):
+            return
         noise_free = int(snapshot.rows["whole_space"][-1]["noise_free_parameters"])
         plain, noise = (_measure_of(snapshot.rows["density"], kind) for kind in ("hessian", "noise"))
-        if math.isnan(snapshot.batch) or not noise.mass.any():
+        if not noise.mass.any():
             return
         plain = plain.without_zeros(noise_free)
         rates, before, wider = _past(snapshot)
@@ -202,7 +206,7 @@ def _measure_of(rows: Iterable[Mapping[str, Any]], kind: str) -> SpectralMeasure
     """The nodes of one kind."""
     own = [row for row in rows if row["kind"] == kind]
     curvature, mass, probe = (np.array([row[name] for row in own]) for name in (RITZ_VALUE, "mass", "probe"))
-    return SpectralMeasure(curvature, np.nan_to_num(mass), probe)
+    return SpectralMeasure(curvature, mass, probe)
 
 
 def _past(snapshot: Snapshot) -> tuple[Array, CurvatureCells | None, CurvatureCells | None]:

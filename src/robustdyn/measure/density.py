@@ -106,7 +106,10 @@ class _Draws:
 
     @property
     def noise_free(self) -> int:
-        """Parameters that no draw has moved: no example's gradient differs along them."""
+        """Parameters that no draw has moved, because no example's gradient differs along them.
+
+        Examples whose gradients differ would have to cancel exactly in every draw to be missed.
+        """
         assert self._moved is not None
         return int((~self._moved).sum())
 

@@ -56,6 +56,7 @@ def check_combinations(cfg: DictConfig) -> None:
     _optimizer(parts["optimizer"])
     _rates(cfg, parts["schedule"])
     _measured_rate(cfg, parts)
+    _needed_tables(parts)
     _frozen_batchnorm(cfg, model)
     _averaging(cfg)
     _early_stopping(cfg)
@@ -184,6 +185,21 @@ def _measured_rate(cfg: DictConfig, parts: Mapping[str, Any]) -> None:
             f"{cfg.trainer.max_epochs}, so that no rate follows a measurement; choose an earlier "
             "start_epoch, or schedule=constant"
         )
+
+
+def _needed_tables(parts: Mapping[str, Any]) -> None:
+    """Refuse a measurement that takes what no measurement before it gives."""
+    given: set[str] = set()
+    for key, part in parts.items():
+        if not key.startswith("measure.measurements."):
+            continue
+        # not a part of the protocol: most measurements need no other
+        if missing := set(getattr(part, "needs", ())) - given:
+            raise ConfigError(
+                f"{key} needs the tables {', '.join(sorted(missing))}, which no measurement before it gives; "
+                f"choose measure=bound or measure=full, or {key}=null"
+            )
+        given.update(part.tables)
 
 
 def _frozen_batchnorm(cfg: DictConfig, model: torch.nn.Module) -> None:

@@ -78,9 +78,6 @@ def begin_branch(cfg: DictConfig, run_dir: Path) -> None:
         RecordError: The run's records cannot be read or written.
     """
     branch = RunDirectory(run_dir)
-    if getattr(rank_zero_only, "rank", 0) != 0:
-        while not branch.last_checkpoint.is_file():  # it is written last
-            time.sleep(_POLL)
     if branch.last_checkpoint.is_file():
         return
     source = Path(cfg.fork.path)
@@ -101,6 +98,10 @@ def begin_branch(cfg: DictConfig, run_dir: Path) -> None:
                 f"{name}={new} cannot take over the optimiser's state, which was made with {old}; leave it "
                 "out, or train a run of its own with robustdyn-train"
             )
+    if getattr(rank_zero_only, "rank", 0) != 0:  # all ranks have refused what cannot work
+        while not branch.last_checkpoint.is_file():  # it is written last
+            time.sleep(_POLL)
+        return
     if "averaging._target_" in changed and "current_model_state" in checkpoint:
         # go on with the weights that were trained, and not with the average in their place
         checkpoint["state_dict"] = checkpoint.pop("current_model_state")

@@ -328,19 +328,19 @@ def bound_of_sums(
     Args:
         sums: Over the directions along which the posterior is not the prior; along others it adds nothing to
             the trace and the log-determinant.
-        empirical_loss: As for ``catoni_bound``, and so are the others.
-        distance_sq: See there.
-        prior_location: See there.
-        prior_variance: See there.
-        beta: See there.
-        n: See there.
-        alpha: See there.
-        loss_range: See there.
+        empirical_loss: L_S at the expansion point, in [0, c].
+        distance_sq: ‖μ − θ_P‖² ≥ 0 in the span of the directions that are covered.
+        prior_location: What θ_P was in ``distance_sq``.
+        prior_variance: σ_P² > 0, one value or a grid fixed before S was seen.
+        beta: β > 0, one value or a grid fixed before S was seen.
+        n: Examples in S.
+        alpha: In (0, 1).
+        loss_range: c > 0, the largest value of the loss.
         directions: Directions that are covered, those along which the posterior is the prior included.
-        parameters: See there.
+        parameters: d, the number of parameters of the model.
         mean_offset: ½ Σ λ_i m_i².
         gradient: Σ g_i m_i.
-        total_correlation: See there.
+        total_correlation: TC(Σ) ≥ 0.
 
     Raises:
         ValueError: As ``catoni_bound``.
