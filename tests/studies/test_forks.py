@@ -8,7 +8,8 @@ from scipy import stats
 from robustdyn.errors import RecordError
 from robustdyn.records import find_runs
 from robustdyn.records.labels import SEED
-from robustdyn.studies.forks import OVER, STUDY, branch, shares_removed
+from robustdyn.studies.forks import OVER, STUDY, branch, moments_of, rises, shares_removed
+from robustdyn.studies.shared.comparing import METRICS
 from tests.records.synthetic import config, write_hydra
 from tests.studies.tracked_runs import EPOCHS, row_of, write_run
 from tests.tolerances import EXACT64
@@ -68,11 +69,43 @@ def test_the_interval_of_the_share_covers_it():
             removed = 0.3 * rise + draws.normal(0.0, 0.1)
             rows.append(("unchanged", seed, str(trial), 0.0, rise))
             rows.append(("other", seed, str(trial), 0.0, rise - removed))
-    found = shares_removed(pd.DataFrame(rows, columns=["setting", SEED, "metric", "fork", "end"]))
+    found = shares_removed(pd.DataFrame(rows, columns=["setting", SEED, "metric", "lowest", "end"]))
     covered = ((found["low"] < 0.3) & (found["high"] > 0.3)).sum()
     assert len(found) == trials
     # four standard deviations of the number of successes; the ratio is to first order
     assert abs(covered - 0.95 * trials) < 4 * np.sqrt(trials * 0.95 * 0.05)
+
+
+def test_the_rise_is_from_the_lowest_mean_of_the_unchanged_branch():
+    """No seed's own minimum counts, nor that of the other branch."""
+    curves = {
+        ("unchanged", 0): [9.0, 2.0, 4.0, 8.0],
+        ("unchanged", 1): [9.0, 5.0, 2.0, 6.0],
+        ("other", 0): [9.0, 4.0, 1.0, 5.0],
+        ("other", 1): [9.0, 4.0, 1.0, 7.0],
+    }
+    rows = pd.DataFrame(
+        [
+            (setting, seed, epoch, metric, value)
+            for metric in METRICS
+            for (setting, seed), values in curves.items()
+            for epoch, value in zip((1, 3, 5, 7), values, strict=True)
+        ],
+        columns=["setting", SEED, "epoch", "quantity", "value"],
+    )
+    moments = moments_of(rows, 2)
+    assert set(moments["lowest_epoch"]) == {5}  # means 3.5 and 3
+    assert moments[moments["metric"] == METRICS[0]][["fork", "lowest", "end"]].to_numpy().tolist() == [
+        [9.0, 1.0, 5.0],
+        [9.0, 1.0, 7.0],
+        [9.0, 4.0, 8.0],
+        [9.0, 2.0, 6.0],
+    ]
+    found = rises(moments)
+    assert row_of(found, setting="unchanged", metric=METRICS[0])["mean"] == 4.0
+    assert row_of(found, setting="other", metric=METRICS[0])["mean"] == 5.0
+    with pytest.raises(RecordError, match="no epoch before the fork was evaluated"):
+        moments_of(rows, 1)
 
 
 def test_differences_are_paired_by_seed(answered):
@@ -95,10 +128,10 @@ def test_effects_are_factors_of_the_unchanged_branch(answered, quantity, moment)
 
 def test_findings_and_figure_say_what_the_table_says(answered):
     assert answered.findings[0] == (
-        "The test robust loss rises by 1.000 nats after the fork: less of it with (awp), not clearly "
-        "different with (averaging)."
+        "The test robust loss rises by 1.000 nats in the unchanged branch: less of it with (awp), not "
+        "clearly different with (averaging)."
     )
-    (picture,) = answered.pictures
+    picture, _ = answered.pictures
     figure = picture.draw(picture.data)
     assert [ax.get_title(loc="left") for ax in figure.axes] == ["Test robust loss", "Test robust error"]
     seen = [line.get_xdata()[0] for line in figure.axes[0].get_lines() if line.get_marker() == "o"]
@@ -112,7 +145,7 @@ def test_without_a_rise_there_is_no_share(tmp_path):
     answer = STUDY.answer(find_runs(tmp_path))
     assert answer.tables["shares"]["mean"].isna().all()
     assert answer.findings[0].endswith("not clearly above 0.")
-    assert not answer.pictures
+    assert [picture.name for picture in answer.pictures] == ["curves"]
 
 
 def test_a_branch_without_a_preset_is_named_after_what_was_typed(tmp_path):

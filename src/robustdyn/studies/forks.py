@@ -7,6 +7,7 @@ random starts of the attack. All of them are compared with the branch that chang
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -16,12 +17,13 @@ from scipy import stats
 from robustdyn.errors import RecordError
 from robustdyn.records.files import read_object
 from robustdyn.records.labels import SEED, format_value
-from robustdyn.records.reader import Run, read_table
+from robustdyn.records.reader import Run
 from robustdyn.records.run_directory import RunDirectory
 from robustdyn.records.schema import (
     EPOCHS,
     GRADIENT_NOISE,
     HESSIAN_EIGENVALUE,
+    ROBUST_LOSS_GAP,
     TEST_ROBUST_ERROR,
     TEST_ROBUST_LOSS,
 )
@@ -31,12 +33,16 @@ from robustdyn.studies.shared.comparing import (
     COLUMNS,
     LEVEL,
     METRICS,
+    RATE,
     against,
+    in_shown_units,
+    mean_curves,
     mean_with_interval,
     require_complete,
     require_repetitions,
+    values,
 )
-from robustdyn.studies.shared.comparison_figures import draw_points, name_rows
+from robustdyn.studies.shared.comparison_figures import Panel, draw_points, figure_of_curves, name_rows
 from robustdyn.studies.shared.study import Answer, Picture, Study
 from robustdyn.studies.shared.tracked import (
     MEAN,
@@ -79,46 +85,59 @@ def branch(run: Run) -> str:
     return ", ".join(f"{name}={format_value(values[-1])}" for name, values in changed.items())
 
 
-def values_of(runs: Sequence[Run]) -> pd.DataFrame:
-    """``METRICS`` of every branch where it left its run and at its end, in the units that people read.
+def moments_of(rows: pd.DataFrame, fork: int) -> pd.DataFrame:
+    """``METRICS`` of every branch where it left its run, at the lowest point after that, and at its end.
+
+    The lowest point is one epoch for each metric: among those evaluated since the fork, the last one before
+    it included, the one at which the mean of the unchanged branches is lowest. So no branch is taken at its
+    own lucky epoch.
+
+    Args:
+        rows: As ``robustdyn.studies.shared.comparing.values`` returns them, in shown units.
+        fork: The first epoch of the branches.
 
     Returns:
-        ``setting``, ``seed``, ``metric``, ``unit``, ``fork`` (last evaluated epoch before it), ``end``.
+        ``setting``, ``seed``, ``metric``, ``unit``, ``fork``, ``lowest``, ``end``, ``lowest_epoch``.
 
     Raises:
-        RecordError: A run was not evaluated before the fork.
+        RecordError: No epoch before the fork was evaluated.
     """
-    rows = []
-    for run in runs:
-        epochs = read_table(run.path, "epochs").dropna(subset=[TEST_ROBUST_ERROR])
-        shared = epochs[epochs["epoch"] < int(run.config["fork"]["epoch"])]
-        if shared.empty:
+    found = []
+    for metric in METRICS:
+        own = rows[rows["quantity"] == metric]
+        curves = own.pivot(index=["setting", SEED], columns="epoch", values="value").sort_index(axis=1)
+        before = max((int(epoch) for epoch in own["epoch"] if epoch < fork), default=None)
+        if before is None:
             raise RecordError(
-                f"{run.path}: no epoch before the fork was evaluated; train the run with a smaller "
+                "no epoch before the fork was evaluated; train the runs with a smaller "
                 "trainer.check_val_every_n_epoch"
             )
-        for metric in METRICS:
-            before, end = (float(part[metric].iloc[-1]) * COLUMNS[metric].scale for part in (shared, epochs))
-            rows.append((branch(run), run.config[SEED], metric, COLUMNS[metric].shown_unit, before, end))
-    return pd.DataFrame(rows, columns=["setting", SEED, "metric", "unit", "fork", "end"])
+        after = curves.loc[:, before:].dropna(axis=1)
+        epochs = [int(epoch) for epoch in after.columns]
+        lowest = epochs[np.argmin(after.loc[[UNCHANGED]].mean())]
+        moments = {"fork": before, "lowest": lowest, "end": epochs[-1]}
+        table = pd.DataFrame({name: after[epoch] for name, epoch in moments.items()}).reset_index()
+        found.append(table.assign(metric=metric, unit=COLUMNS[metric].shown_unit, lowest_epoch=lowest))
+    names = ["setting", SEED, "metric", "unit", "fork", "lowest", "end", "lowest_epoch"]
+    return pd.concat(found, ignore_index=True)[names]
 
 
 def shares_removed(values: pd.DataFrame) -> pd.DataFrame:
     """The share of the rise after the fork that each factor removes, over seeds.
 
-    The rise is that of the unchanged branch, from the fork to its end. The share is the mean of what a branch
-    ends below the unchanged one, divided by the mean rise. Its interval is Student's, of the ratio to first
-    order. Without a rise, that is where its own interval does not lie above 0, there is no share.
+    The rise is that of the unchanged branch, from its lowest point to its end. The share is the mean of what
+    a branch ends below the unchanged one, divided by the mean rise. Its interval is Student's, of the ratio
+    to first order. Without a rise, that is where its own interval does not lie above 0, there is no share.
 
     Args:
-        values: As ``values_of`` returns them.
+        values: As ``moments_of`` returns them.
 
     Returns:
         ``setting``, ``metric``, ``rise``, ``rise_low``, ``rise_high``, ``mean`` (the share), ``low``,
         ``high``, ``seeds``.
     """
     own = values["setting"] == UNCHANGED
-    base = values[own].assign(rise=values["end"] - values["fork"])
+    base = values[own].assign(rise=values["end"] - values["lowest"])
     rises = mean_with_interval(base, ["metric"], "rise").set_index("metric")[list(BOUNDS)]
     pairs = values[~own].merge(
         base[[SEED, "metric", "end", "rise"]], on=[SEED, "metric"], suffixes=("", "_base")
@@ -174,20 +193,38 @@ def answer(runs: Sequence[Run]) -> Answer:
     require_repetitions(runs, branch)
     require_complete(runs)
     ordered = sorted(runs, key=lambda run: (branch(run) != UNCHANGED, branch(run), run.config[SEED]))
-    values = values_of(ordered)
-    if set(values["setting"]) == {UNCHANGED} or UNCHANGED not in set(values["setting"]):
+    settings = {branch(run) for run in ordered}
+    if settings == {UNCHANGED} or UNCHANGED not in settings:
         raise RecordError(
             "nothing to compare: give branch=unchanged and other branches, as experiment=forks trains them"
         )
-    shares = shares_removed(values)
+    rows = values(ordered, METRICS, setting=branch)
+    fork = min(int(run.config["fork"]["epoch"]) for run in ordered)
+    moments = moments_of(in_shown_units(rows), fork)
+    shares = shares_removed(moments)
+    curves = mean_curves(rows[rows["epoch"] >= fork - 1])
     tables = {
         "shares": shares,
-        "differences": against(values.rename(columns={"end": "value"}), UNCHANGED, ["metric", "unit"]),
+        "rises": rises(moments),
+        "differences": against(moments.rename(columns={"end": "value"}), UNCHANGED, ["metric", "unit"]),
         "effects": effects(ordered),
-        "runs": values,
+        "curves": curves,
+        "runs": moments,
     }
+    panels = [Panel(COLUMNS[metric].label, metric) for metric in (*SHARES, ROBUST_LOSS_GAP)]
+    shown = curves[curves["quantity"].isin([RATE, *(panel.quantity for panel in panels)])]
+    title = "Branches that differ in one factor"
+    pictures = [Picture("curves", shown, partial(figure_of_curves, title=title, panels=panels))]
     drawn = shares[shares["metric"].isin(SHARES)].dropna(subset=["mean"]).reset_index(drop=True)
-    return Answer(tables, [Picture("shares", drawn, draw_shares)] if len(drawn) else [], findings_of(tables))
+    if len(drawn):
+        pictures.insert(0, Picture("shares", drawn, draw_shares))
+    return Answer(tables, pictures, findings_of(tables))
+
+
+def rises(moments: pd.DataFrame) -> pd.DataFrame:
+    """How far each branch itself rises from that epoch to its end: mean over seeds and Student's interval."""
+    own = moments.assign(value=moments["end"] - moments["lowest"])
+    return mean_with_interval(own, ["setting", "metric", "unit", "lowest_epoch"])
 
 
 def findings_of(tables: Mapping[str, pd.DataFrame]) -> list[str]:
@@ -200,7 +237,7 @@ def findings_of(tables: Mapping[str, pd.DataFrame]) -> list[str]:
         known = rows.dropna(subset=["mean"])
         words = ("less of it with", "more of it with", "not clearly different with")
         said = told_apart(known, list(known["setting"]), words) if len(known) else "not clearly above 0"
-        found.append(sentence(f"the {name.lower()} rises by {height} after the fork: {said}"))
+        found.append(sentence(f"the {name.lower()} rises by {height} in the unchanged branch: {said}"))
     return found
 
 
@@ -210,7 +247,7 @@ def draw_shares(shares: pd.DataFrame) -> Figure:
     order = list(dict.fromkeys(shares["setting"]))
     panels = [metric for metric in SHARES if (shares["metric"] == metric).any()]
     figure = style.new_figure(
-        f"Share of the rise after the fork that each factor removes ({seeds_said(shares)}, 95 % interval)",
+        f"Share of the rise that each factor removes ({seeds_said(shares)}, 95 % interval)",
         1.5 + 0.36 * len(order),
     )
     for ax, metric in zip(
