@@ -24,6 +24,7 @@ def test_simple_has_the_seconds_of_every_hook(monkeypatch, tmp_path):
     assert "RecordTiming.on_train_epoch_end" in files["fit-profile.txt"]
 
 
+@pytest.mark.slow  # profiles every function
 def test_advanced_has_the_functions_within_the_hooks(monkeypatch, tmp_path):
     files = profiled(monkeypatch, tmp_path, "advanced", "trainer.max_epochs=1")
     report = files["fit-profile.txt"]

@@ -96,7 +96,7 @@ def resumed(tmp_path_factory):
     return functools.cache(run)
 
 
-@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("fused", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("wrote", LAYOUTS)
 def test_goes_on_from_a_checkpoint_in_the_other_layout(resumed, wrote, fused):
     module, trainer = resumed(wrote, not wrote, fused)
