@@ -75,11 +75,7 @@ def picture(folder):
 # offline
 
 
-def test_every_number_of_every_table_is_in_the_offline_file(
-    tmp_path, tmp_path_factory, alone, monkeypatch, capfd
-):
-    elsewhere = tmp_path_factory.mktemp("elsewhere")
-    monkeypatch.chdir(elsewhere)
+def test_every_number_of_every_table_is_in_the_offline_file(tmp_path, capfd):
     checkpoints = tmp_path / "checkpoints"
     checkpoints.mkdir()
     for name in ("best_on_test", "last"):
@@ -139,7 +135,12 @@ def test_every_number_of_every_table_is_in_the_offline_file(
     assert output.err == f"wandb: offline, to upload: wandb sync {folder}\n"
     assert output.out == ""
 
-    # nothing is written elsewhere
+
+def test_nothing_is_written_elsewhere(tmp_path, alone, monkeypatch):
+    elsewhere, run_dir = tmp_path / "elsewhere", tmp_path / "run"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    train(logger_for(run_dir, offline=True), run_dir, range(1))
     assert list(elsewhere.iterdir()) == []
     assert list(alone.iterdir()) == []
 
@@ -156,7 +157,7 @@ def test_a_resumed_offline_run_leaves_one_whole_file(tmp_path):
     assert {key: value for key, value in values.items() if key[0] <= 4 * STEPS} == recorded(tmp_path)
 
 
-@pytest.mark.slow  # a service of wandb's for each
+@pytest.mark.slow  # starts wandb's service
 def test_what_modules_log_themselves_hides_no_record(tmp_path):
     logger = logger_for(tmp_path, offline=True)
 
@@ -210,7 +211,7 @@ def test_rows_that_the_server_never_got_are_sent_when_the_run_goes_on(tmp_path, 
     assert not list(tmp_path.glob("wandb/offline*"))  # it would overwrite the longer run
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # starts wandb's service
 def test_what_a_killed_process_left_open_is_completed(tmp_path, server):
     train(logger_for(tmp_path), tmp_path, range(2), end=False)
     write_epoch(RunRecords(tmp_path), 2)
@@ -329,7 +330,7 @@ def test_only_the_first_rank_publishes(tmp_path):
     assert not (tmp_path / "wandb").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # starts wandb's service
 def test_an_agents_run_has_the_agents_id(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SWEEP_ID", "sweep1")
     monkeypatch.setenv("WANDB_RUN_ID", "given1")
