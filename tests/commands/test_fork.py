@@ -86,6 +86,7 @@ def test_what_is_changed_is_changed_from_there_on(trunk, checkpoint, tmp_path, m
     assert {name.partition(".")[0] for name in origin["changed"]} == {"optimizer", "perturbation", "data"}
 
 
+@pytest.mark.slow  # three runs
 def test_a_branch_of_a_run_with_an_average_can_go_on_without(tmp_path, monkeypatch):
     """It goes on with the weights that were trained."""
     for name, averaging in (("plain", "none"), ("averaged", "ema")):

@@ -223,7 +223,13 @@ def test_a_run_can_be_made_longer_and_changed_on_request(finished, tmp_path, mon
     assert "weight_decay: 0.1" in (moved / ".hydra" / "config.yaml").read_text()
 
 
-@pytest.mark.parametrize("typed", [(), ("trainer.max_epochs=3",)], ids=["nothing", "more epochs"])
+@pytest.mark.parametrize(
+    "typed",
+    [
+        pytest.param((), id="nothing", marks=pytest.mark.slow),
+        pytest.param(("trainer.max_epochs=3",), id="more epochs"),
+    ],
+)
 def test_a_refusal_prints_a_command_that_goes_on(typed, tmp_path, monkeypatch, capsys):
     first = [o for o in arguments("at", "optimizer.lr=0.2", "method=awp") if "milestones" not in o]
     first = [o for o in first if not o.startswith(("trainer.max_epochs", "measure."))]

@@ -174,6 +174,7 @@ def test_other_inputs_are_let_alone():
     assert linear.weight.data_ptr() == before
 
 
+@pytest.mark.slow  # two runs
 def test_averages_do_not_depend_on_the_layout():
     """This is in float32, because Lightning makes the average before the weights become double."""
     ends = {}

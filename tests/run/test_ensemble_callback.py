@@ -133,6 +133,7 @@ def test_an_ensemble_is_that_of_the_command_from_the_checkpoint(runs, method, tm
     assert (read_ensemble(live).buffer[:, 0] != 0).all()  # training's momentum
 
 
+@pytest.mark.slow  # a run of its own
 def test_the_rate_is_that_of_the_next_step(runs, tmp_path):
     assert train(tmp_path, *WCI, *ENSEMBLE, "ensemble.epochs=0") == 0
     for run_dir in (runs("at") / "with", tmp_path):
