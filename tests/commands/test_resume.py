@@ -26,6 +26,7 @@ VARIANTS = {
         "model.depth=10",
         "model.dropout=0.3",
         "model.widen_factor=1",
+        "model.base_channels=4",
         "method=awp",
         "perturbation.warmup_epochs=1",
         "data.mixup=0.7",
