@@ -31,7 +31,7 @@ demo: $(READY) ## Train on digits with AT, AWP and WCI-LR, and open up robust ov
 test: $(READY) ## Run the tests
 	@$(BIN)/python -m pytest $(SPREAD)
 
-test-slow: $(READY) ## Run all tests, the minutes-long ones included
+test-slow: $(READY) ## Run all tests, the long ones included
 	@$(BIN)/python -m pytest -m 'slow or not slow' $(SPREAD)
 
 slurm-test: $(READY) ## Test sweeps on a real SLURM on this machine, from Debian packages

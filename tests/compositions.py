@@ -9,7 +9,7 @@ import functools
 
 import omegaconf.base
 import yaml
-from hydra._internal import config_loader_impl
+from hydra._internal import config_loader_impl, defaults_list
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from omegaconf import _utils, grammar_parser
 
@@ -19,6 +19,7 @@ CREATE, COMPOSE = (
     config_loader_impl.create_defaults_list,
     ConfigLoaderImpl._compose_config_from_defaults_list,
 )
+CHOICES = defaults_list._create_interpolation_map
 
 
 def keep_compositions():
@@ -46,6 +47,12 @@ def keep_compositions():
             configs[id(defaults)] = COMPOSE(self, defaults, repo)
         return copy.deepcopy(configs[id(defaults)])
 
+    def choices(overrides, defaults, self_added):
+        """Collected for each file in a quarter of the time; only lists with an interpolation read them."""
+        options = [getattr(default, "path", getattr(default, "value", None)) for default in defaults]
+        return CHOICES(overrides, defaults, self_added) if "${" in str(options) else None
+
+    defaults_list._create_interpolation_map = choices
     config_loader_impl.create_defaults_list = create_defaults_list
     ConfigLoaderImpl._compose_config_from_defaults_list = compose
     # Interpolations are parsed over and over, and whoever gets the trees only reads them.

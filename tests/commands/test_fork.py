@@ -6,7 +6,6 @@ import shutil
 import pytest
 import torch
 
-from robustdyn.records import TABLES
 from tests.commands.test_resume import assert_same_end, end_of
 from tests.runs import command, invoke, rows, tiny_but
 
@@ -16,7 +15,7 @@ EVERYTHING = (
     "schedule.start_epoch=1",
     "schedule.threshold=1e-6",
     "averaging=ema",
-    "measure.epochs=every 1",
+    "measure.epochs=[0]",
 )
 PLAIN = (*tiny_but("measure.", "schedule."), "measure=none", "decay_epochs=[2]")
 KEEP = ("report=false", "checkpoint.keep_epochs=[0]")
@@ -87,6 +86,7 @@ def test_what_is_changed_is_changed_from_there_on(trunk, checkpoint, tmp_path, m
     assert {name.partition(".")[0] for name in origin["changed"]} == {"optimizer", "perturbation", "data"}
 
 
+@pytest.mark.slow  # three runs
 def test_a_branch_of_a_run_with_an_average_can_go_on_without(tmp_path, monkeypatch):
     """It goes on with the weights that were trained."""
     for name, averaging in (("plain", "none"), ("averaged", "ema")):
@@ -198,13 +198,3 @@ def test_a_run_of_somebody_else_names_no_class_of_its_own(trunk, tmp_path, monke
     torch.save(state, path)
     assert fork(monkeypatch, path) == 1
     assert "objective._target_=os.system is not allowed" in capsys.readouterr().err
-
-
-def test_all_tables_begin_with_those_of_the_run(trunk, checkpoint, tmp_path, monkeypatch):
-    branch = tmp_path / "branch"
-    assert fork(monkeypatch, checkpoint, f"hydra.run.dir={branch}") == 0
-    for table in TABLES:
-        if (trunk / "records" / f"{table}.jsonl").exists():
-            assert [row for row in rows(branch, table) if row["epoch"] == 0] == [
-                row for row in rows(trunk, table) if row["epoch"] == 0
-            ]

@@ -26,7 +26,7 @@ def last_line(capsys):
     return capsys.readouterr().err.strip().splitlines()[-1]
 
 
-@pytest.mark.parametrize("method", ["at", "awp"])
+@pytest.mark.parametrize("method", [pytest.param("at", marks=pytest.mark.slow), "awp"])
 def test_a_loss_that_is_no_number_stops_the_run(method, tmp_path, monkeypatch, capsys):
     step = AdversarialTraining.training_step
 
@@ -151,9 +151,8 @@ def test_what_a_killed_process_was_writing_does_not_stay(tmp_path, monkeypatch):
     assert not any(path.exists() for path in left)
 
 
-@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "module://nowhere"])
-def test_a_notebook_s_backend_that_is_not_here_does_not_matter(backend):
-    environment = os.environ | {"MPLBACKEND": backend}
+def test_a_notebook_s_backend_that_is_not_here_does_not_matter():
+    environment = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     line = [sys.executable, "-c", "import robustdyn.commands, matplotlib.pyplot"]
     subprocess.run(line, env=environment, check=True)
 

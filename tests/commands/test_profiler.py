@@ -24,6 +24,7 @@ def test_simple_has_the_seconds_of_every_hook(monkeypatch, tmp_path):
     assert "RecordTiming.on_train_epoch_end" in files["fit-profile.txt"]
 
 
+@pytest.mark.slow  # profiles every function
 def test_advanced_has_the_functions_within_the_hooks(monkeypatch, tmp_path):
     files = profiled(monkeypatch, tmp_path, "advanced", "trainer.max_epochs=1")
     report = files["fit-profile.txt"]
@@ -31,7 +32,8 @@ def test_advanced_has_the_functions_within_the_hooks(monkeypatch, tmp_path):
     assert "(_attacked)" in report
 
 
-@pytest.mark.parametrize(("batch_size", "epochs"), [(32, 3), pytest.param(8, 1, marks=pytest.mark.slow)])
+@pytest.mark.slow  # traces every operation
+@pytest.mark.parametrize(("batch_size", "epochs"), [(32, 3), (8, 1)])
 def test_pytorch_traces_training_steps(batch_size, epochs, monkeypatch, tmp_path):
     """Steps five to seven are traced: in the second epoch, after an evaluation, or all in the first epoch."""
     overrides = (f"data.batch_size={batch_size}", f"trainer.max_epochs={epochs}")

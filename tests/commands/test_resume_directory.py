@@ -8,10 +8,9 @@ import pytest
 
 from robustdyn.methods import AdversarialTraining
 from tests.commands.test_resume import OFTEN, assert_same_end, end_of
-from tests.runs import TINY, command, rows
+from tests.runs import command, rows, tiny_but
 
-SHORT = [o for o in TINY if not o.startswith(("schedule.", "trainer.max_epochs", "measure.epochs"))]
-ARGUMENTS = [*SHORT, "measure.epochs=every 1", "report=false"]
+ARGUMENTS = [*tiny_but("schedule.", "trainer.max_epochs", "measure."), "measure=none", "report=false"]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +63,7 @@ def test_an_interrupted_run_with_a_network_of_one_s_own(tmp_path, monkeypatch, c
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
     mine = ["--config-dir", "conf", "model=net", *(o for o in ARGUMENTS if not o.startswith("model."))]
-    mine = [*mine, "trainer.max_epochs=2", "measure=none", OFTEN]
+    mine = [*mine, "trainer.max_epochs=2", OFTEN]
     assert command(monkeypatch, *mine, "hydra.run.dir=alone") == 0
     step = AdversarialTraining.training_step
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from robustdyn.commands.posterior import main as posterior_command
+from robustdyn.report import page
 from tests.runs import TINY, UNMEASURED, command, rows, tiny_but, weights
 
 
@@ -18,6 +19,7 @@ def finished(tmp_path_factory):
     """One finished run of three epochs, measured after epochs 0 and 2, with a validation split."""
     run_dir = tmp_path_factory.mktemp("runs") / "undisturbed"
     with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(page, "FIGURES", ())
         assert command(monkeypatch, *TINY, f"hydra.run.dir={run_dir}", "data.validation_size=40") == 0
     return run_dir
 
@@ -104,21 +106,21 @@ def test_goes_on_where_it_stopped(finished, tmp_path, monkeypatch):
 
 
 def test_seeds_differ_and_zero_is_one(tmp_path, monkeypatch):
-    for name, seed in (("a", 0), ("b", 0), ("c", 1), ("d", 2**32), ("e", 2**63 - 1)):
+    for name, seed in (("a", 0), ("b", 0), ("c", 2**32), ("d", 2**63 - 1)):
         arguments = (f"seed={seed}", "trainer.max_epochs=1", f"hydra.run.dir={tmp_path / name}")
         assert command(monkeypatch, *UNMEASURED, *arguments) == 0
-    a, b, *others = (rows(tmp_path / name, "epochs") for name in "abcde")
+    a, b, *others = (rows(tmp_path / name, "epochs") for name in "abcd")
     assert a == b
     assert all(one != other for one, other in itertools.combinations([a, *others], 2))
 
 
-def test_a_sweep_ends_in_one_report(tmp_path, monkeypatch, capsys):
+def test_a_sweep_ends_in_one_report(without_figures, tmp_path, monkeypatch, capsys):
     short = tiny_but("trainer.max_epochs", "schedule.", "measure.")
     arguments = ("-m", "seed=0,1", "trainer.max_epochs=1", "measure=none", f"hydra.sweep.dir={tmp_path}")
     assert command(monkeypatch, *short, *arguments) == 0
-    page = (tmp_path / "report" / "index.html").read_text()
-    assert "seed=0" in page
-    assert "seed=1" in page
+    text = (tmp_path / "report" / "index.html").read_text()
+    assert "seed=0" in text
+    assert "seed=1" in text
     assert str(tmp_path / "report" / "index.html") in capsys.readouterr().out
 
 

@@ -53,6 +53,7 @@ def test_the_average_is_that_of_copies_that_are_moved_and_attacked(build):
     assert found.value > MC_SIGMAS * error  # zero would not pass
 
 
+@pytest.mark.slow  # many samples
 def test_the_standard_error_of_the_average_is_the_spread_over_seeds():
     model = initialised(relu_network)
     like = on_examples(model)

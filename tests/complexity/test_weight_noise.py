@@ -84,6 +84,7 @@ def test_public_code_finds_the_same_sigma():
     assert error < 0.1 * found.value
 
 
+@pytest.mark.slow  # many samples
 def test_the_standard_error_is_the_spread_over_seeds():
     found = [pacbayes_sigma(published_network(seed)) for seed in range(16)]
     spread = float(torch.tensor([one.value for one in found]).std())

@@ -107,12 +107,16 @@ def weights(model):
 @pytest.mark.parametrize(
     ("when", "mixup"),
     [
-        ({"every_n_epochs": 1, "save_on_train_epoch_end": True}, 0.0),
-        ({"every_n_epochs": 1, "save_on_train_epoch_end": False}, 0.0),
-        ({"every_n_train_steps": 1}, 0.0),
-        ({"every_n_train_steps": 1}, 0.7),
+        pytest.param({"every_n_epochs": 1, "save_on_train_epoch_end": True}, 0.0, id="epoch end"),
+        pytest.param(
+            {"every_n_epochs": 1, "save_on_train_epoch_end": False},
+            0.0,
+            id="validation end",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param({"every_n_train_steps": 1}, 0.0, id="every step", marks=pytest.mark.slow),
+        pytest.param({"every_n_train_steps": 1}, 0.7, id="every step, mixed"),
     ],
-    ids=["epoch end", "validation end", "every step", "every step, mixed"],
 )
 def test_resumed_runs_see_the_same_batches(tmp_path, when, mixup):
     whole = fit(tmp_path, 3, callbacks=[SaveAt(tmp_path / "saved", **when)], mixup=mixup)

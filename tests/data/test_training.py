@@ -14,6 +14,7 @@ def run(monkeypatch, run_dir, *overrides):
     return command(monkeypatch, *MIXED, f"hydra.run.dir={run_dir}", *overrides)
 
 
+@pytest.mark.slow  # three runs; tests/commands/test_resume.py kills one with mixup
 def test_goes_on_where_it_stopped(tmp_path, monkeypatch):
     whole, broken_off = tmp_path / "whole", tmp_path / "broken_off"
     assert run(monkeypatch, whole, "trainer.max_epochs=2") == 0

@@ -42,7 +42,9 @@ def by_the_package(model, data, attacks, ball, *, batch_size, seed):
 FAST = ("apgd-ce", "apgd-dlr")  # 100 gradients each; the targeted ones take 900
 
 
-@pytest.mark.parametrize(("norm", "eps", "batch_size"), [("linf", 0.15, 50), ("l2", 0.6, 17)])
+@pytest.mark.parametrize(
+    ("norm", "eps", "batch_size"), [("linf", 0.15, 50), pytest.param("l2", 0.6, 17, marks=pytest.mark.slow)]
+)
 def test_attack_by_attack_is_the_package_s_own_result(norm, eps, batch_size, robust_net, tmp_path):
     data, ball = digits(50), Ball(norm, eps)
     evaluators = {"aa": autoattack(*FAST)}
@@ -72,6 +74,7 @@ def test_each_attack_gets_what_the_others_left(robust_net, tmp_path):
     assert result.accuracy("aa") == result.accuracy("aa/apgd-dlr") <= result.accuracy("aa/apgd-ce")
 
 
+@pytest.mark.slow
 def test_is_no_weaker_than_pgd(robust_net, tmp_path):
     evaluators = {"pgd": pgd(), "cw": pgd(loss="margin"), "aa": autoattack("apgd-ce", "apgd-t")}
     result = run(tmp_path, robust_net, digits(40), evaluators, ball=BALL, batch_size=40)
@@ -79,7 +82,7 @@ def test_is_no_weaker_than_pgd(robust_net, tmp_path):
     assert result.accuracy("worst_case") <= result.accuracy("aa")
 
 
-@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.015), ("l2", 0.06)])
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.015), pytest.param("l2", 0.06, marks=pytest.mark.slow)])
 def test_five_classes_have_four_targets(norm, eps, tmp_path):
     """Four are fewer than the standard version's nine, and the distance to each boundary is known."""
     ball, model = Ball(norm, eps), Linear(5, 16)

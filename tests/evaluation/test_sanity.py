@@ -191,6 +191,7 @@ def test_a_suite_weaker_than_one_attack_is_seen(robust_net, tmp_path, monkeypatc
     assert "pgd alone only" in result.warnings["suite_weaker", "aa"]
 
 
+@pytest.mark.slow
 def test_a_black_box_attack_may_be_weaker(robust_net, tmp_path, monkeypatch):
     shorten_square(monkeypatch, queries=2)
     evaluators = {"pgd": pgd(), "aa": AutoAttackEvaluator(attack_list=["square"])}

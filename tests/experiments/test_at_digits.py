@@ -20,6 +20,7 @@ def benchmark(monkeypatch):
         sys.modules.pop(name, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batchnorm", ["train", "eval"])
 def test_training_equals_a_bare_loop_bit_for_bit(benchmark, batchnorm):
     changes = ("schedule.milestones=[50]", f"attack.train.batchnorm={batchnorm}", *benchmark.PLAIN)

@@ -76,6 +76,7 @@ def test_no_times_of_products_that_disagree(benchmark):
         products.disagreements(problem, calls, vector)
 
 
+@pytest.mark.slow
 def test_layer_traces(benchmark, tmp_path):
     traces = benchmark("layer_traces")
     traces.main([*TINY, "--rounds=1", "--probes=30", "--draws=2", "--products=3"])

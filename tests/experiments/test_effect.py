@@ -123,6 +123,7 @@ def rendering(model, x, y, start, on):
     return images[9], images[19]
 
 
+@pytest.mark.slow  # a run of its own
 def test_effect_equals_a_plain_rendering(run, script):
     effect = script("effect")
     model, batches, pgd = problem(run)
@@ -176,6 +177,7 @@ def test_effect_equals_a_plain_rendering(run, script):
     assert 0 < found["float32 / float32"].double().mean() < 1
 
 
+@pytest.mark.slow  # a run of its own
 def test_without_half_precision_nothing_differs(run, script, monkeypatch):
     effect = script("effect")
     model, batches, pgd = problem(run)
@@ -190,6 +192,7 @@ def test_without_half_precision_nothing_differs(run, script, monkeypatch):
             assert torch.equal(found[first], found[second]), name
 
 
+@pytest.mark.slow  # a run of its own
 def test_command_writes_all_stages(run, script, tmp_path, monkeypatch, capsys):
     effect = script("effect")
     arguments = ["effect.py", str(run), "--early", str(run), "--output", str(tmp_path)]

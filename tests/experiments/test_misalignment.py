@@ -67,6 +67,7 @@ def written(script, tmp_path_factory):
     return output
 
 
+@pytest.mark.slow  # many replicas
 def test_it_writes_what_it_promises(written):
     tables = ("terms", "curves", "variances", "pairs", "references")
     files = {f"{name}.csv" for name in tables} | {"misalignment.png", "misalignment.pdf"}
@@ -91,6 +92,7 @@ def test_it_writes_what_it_promises(written):
     ]
 
 
+@pytest.mark.slow
 def test_replicas_of_the_quadratic_problem_agree_with_the_closed_form(written):
     terms, variances, pairs = (
         (table := pd.read_csv(written / f"{name}.csv"))[table["problem"] == "quadratic"]
@@ -119,6 +121,7 @@ def test_what_is_predicted_is_the_stationary_law_of_each_noise(problems, tables)
         assert_allclose(found["curvature"][1], problem.eigenvalue @ np.diag(sigma), **EXACT64)
 
 
+@pytest.mark.slow
 def test_the_bootstrap_covers_and_removes_bias(problems, tables):
     rng = np.random.default_rng(0)
     problem = problems.quadratic(4, 0.01, 100, 0)
@@ -202,6 +205,7 @@ def test_curvature_and_noise_of_the_network_are_those_of_its_examples(problems):
     assert_allclose(found.distance_sq, 0.01 * (directions.sum(0) ** 2).sum().item(), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_network_stands_at_a_minimum_for_its_held_attack(written):
     facts = json.loads((written / "settings.json").read_text())["problems"]["network"]
     assert facts["largest_gradient"] < 1e-5  # L-BFGS stops at 1e-6

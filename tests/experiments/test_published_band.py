@@ -22,7 +22,7 @@ def script():
     sys.modules.pop("published_band", None)
 
 
-@pytest.mark.parametrize("runs", [2, 3])
+@pytest.mark.parametrize("runs", [2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("offset", "noise", "lowest", "highest"),
     [

@@ -61,6 +61,7 @@ def test_a_step(benchmark, tmp_path, monkeypatch, capsys):
     assert "| ours, AWP, bf16 |" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_no_times_of_a_step_that_differs(benchmark, monkeypatch):
     at_step = benchmark("at_step")
     monkeypatch.setattr(at_step, "WARM", 1)
@@ -69,6 +70,7 @@ def test_no_times_of_a_step_that_differs(benchmark, monkeypatch):
         at_step.main([*TINY, "--no-compile", "--batches=1", "--updates=1", "--compared=4"])
 
 
+@pytest.mark.slow
 def test_the_limit_is_as_many_passes_as_it_says(benchmark):
     at_step = benchmark("at_step")
     with at_step.images_in(None, 16, 8) as root:
@@ -84,6 +86,7 @@ def test_the_limit_is_as_many_passes_as_it_says(benchmark):
     assert all(p.equal(q) for p, q in zip(before, run.module.model.parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_the_bare_loop_is_ours_bit_for_bit(benchmark):
     at_step = benchmark("at_step")
     with at_step.images_in(None, 24, 8) as root:
@@ -116,6 +119,7 @@ def test_the_studys_images_are_crops_of_the_mirrored_border(benchmark):
     np.testing.assert_array_equal(shown.numpy(), images.numpy().astype(np.float32) / 255)
 
 
+@pytest.mark.slow
 def test_an_epoch(benchmark, tmp_path, monkeypatch):
     at_epoch = benchmark("at_epoch")
     monkeypatch.setattr(
@@ -142,6 +146,7 @@ def test_an_epoch_of_the_command(benchmark, tmp_path):
     assert sum(ours["shares of an epoch"].values()) == pytest.approx(1, abs=0.2)
 
 
+@pytest.mark.slow
 def test_scaling(benchmark, tmp_path):
     scaling = benchmark("step_scaling")
     grid = ["--batch-sizes", "8", "16", "--widths", "4", "--attack-steps", "1", "2"]

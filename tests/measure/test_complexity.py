@@ -191,6 +191,7 @@ def test_a_measure_is_computed_once_where_it_is_known():
     assert math.isfinite(known.value)
 
 
+@pytest.mark.slow  # three runs
 def test_a_resumed_run_compares_with_the_weights_before_training(tmp_path, monkeypatch):
     settings = (
         *tiny_but("measure.", "trainer.max_epochs"),

@@ -134,12 +134,14 @@ def test_epochs_without_evaluation(clock, tmp_path, monkeypatch):
     assert found[0]["evaluation_share"] == found[0]["measurement_share"] == 0
 
 
+@pytest.mark.slow
 def test_evaluation_within_the_epoch(clock, tmp_path, monkeypatch):
     arguments = ("+trainer.val_check_interval=1", "trainer.max_epochs=2", "measure.epochs=[]")
     found = run(tmp_path, monkeypatch, *arguments)
     assert [seconds_of(row) for row in found] == [taken(evaluations=3)] * 2
 
 
+@pytest.mark.slow
 def test_epochs_that_are_cut_short_count_the_images_seen(clock, tmp_path, monkeypatch):
     arguments = ("+trainer.limit_train_batches=2", "trainer.max_epochs=2", "measure.epochs=[]")
     for row in run(tmp_path, monkeypatch, *arguments):
@@ -147,6 +149,7 @@ def test_epochs_that_are_cut_short_count_the_images_seen(clock, tmp_path, monkey
         assert row["images_per_second"] == pytest.approx(64 / (2 * 3.5))
 
 
+@pytest.mark.slow
 def test_resumed_runs_have_one_row_per_epoch(clock, tmp_path, monkeypatch):
     first = run(tmp_path, monkeypatch, "trainer.max_epochs=1", "measure.epochs=[]", "resume=changed")
     found = run(tmp_path, monkeypatch, "measure.epochs=[]", "resume=changed")

@@ -281,6 +281,7 @@ def test_a_stopped_run_is_a_whole_run(stopped):
     assert saved(stopped)["epoch"] == len(epochs) - 1
 
 
+@pytest.mark.slow  # two runs
 def test_started_again_it_stays_stopped_unless_it_is_given_more_patience(stopped, tmp_path, monkeypatch):
     before, last = rows(stopped, "epochs"), (stopped / "checkpoints" / "last.ckpt").read_bytes()
     assert command(monkeypatch, *STOPPING, f"hydra.run.dir={stopped}", "report=false") == 0

@@ -136,6 +136,7 @@ def test_a_resumed_run_draws_the_same_signs(tmp_path):
     torch.testing.assert_close(values(resumed), values(whole), **EXACTLY)
 
 
+@pytest.mark.slow  # two runs
 def test_training_with_it_lowers_the_trace():
     def trace(*overrides):
         module, trainer = fit(*SMALLER, "data.train_size=160", "attack.steps=1", *overrides)

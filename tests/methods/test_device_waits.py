@@ -84,7 +84,12 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("case", METHODS)
+COVERED = ("at", "sam")  # by the command below, and by AWP
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.slow] if case in COVERED else []) for case in METHODS]
+)
 def test_the_host_never_waits_within_a_step(case, monkeypatch):
     """Neither Lightning's loop nor the module nor the optimiser waits."""
     notes, steps = watched(monkeypatch)

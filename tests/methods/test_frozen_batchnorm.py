@@ -47,7 +47,8 @@ def same(found, wanted):
     return all(torch.equal(found[name], value) for name, value in wanted.items())
 
 
-@pytest.mark.parametrize("method", ["at", "awp"])  # the attack, too, would update the statistics
+# the attack, too, would update the statistics
+@pytest.mark.parametrize("method", [pytest.param("at", marks=pytest.mark.slow), "awp"])
 def test_statistics_are_kept_from_the_epoch_on(method):
     plain, frozen = (
         watched(f"method={method}", f"batchnorm.frozen_from={epoch}").ends for epoch in ("null", 1)
@@ -68,7 +69,7 @@ def test_steps_normalise_with_the_running_statistics():
     assert ((loss - deployed)[:3].abs() > 1e-2).all()
 
 
-@pytest.mark.parametrize("epoch", [0, 1])  # saved within epoch 0
+@pytest.mark.parametrize("epoch", [pytest.param(0, marks=pytest.mark.slow), 1])  # saved within epoch 0
 def test_a_resumed_run_ends_the_same(epoch, tmp_path):
     settings = (*SMALL, "trainer.max_epochs=2", f"batchnorm.frozen_from={epoch}")
     whole, _ = fit(*settings, callbacks=[SaveWithin(tmp_path / "within.ckpt")])

@@ -96,7 +96,7 @@ def resumed(tmp_path_factory):
     return functools.cache(run)
 
 
-@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("fused", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("wrote", LAYOUTS)
 def test_goes_on_from_a_checkpoint_in_the_other_layout(resumed, wrote, fused):
     module, trainer = resumed(wrote, not wrote, fused)
@@ -174,6 +174,7 @@ def test_other_inputs_are_let_alone():
     assert linear.weight.data_ptr() == before
 
 
+@pytest.mark.slow  # two runs
 def test_averages_do_not_depend_on_the_layout():
     """This is in float32, because Lightning makes the average before the weights become double."""
     ends = {}

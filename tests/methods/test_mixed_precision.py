@@ -132,7 +132,7 @@ def test_an_overflow_perturbs_nothing(name, bad, scale):
 
 # ---------------------------------------------------------------------- through the trainer
 
-METHODS = ("at", "awp", "sam", "trades", "trades_awp")
+METHODS = ["awp", "trades_awp", *(pytest.param(m, marks=pytest.mark.slow) for m in ("at", "sam", "trades"))]
 every_method = pytest.mark.parametrize("method", METHODS)
 
 

@@ -110,7 +110,11 @@ RECIPES = {
 }  # fmt: skip
 
 
-SLOW = (  # faster recipes cover each of their choices
+SLOW = (  # other recipes cover each of their choices
+    "method=awp",
+    "method=trades",
+    "method=mart",
+    "attack.train.batchnorm=eval",
     "method=standard objective.label_smoothing=0.1",
     "optimizer=adam optimizer.weight_decay=0.1",
     "method=trades perturbation=sam optimizer=adamw",

@@ -175,9 +175,8 @@ def test_only_what_the_rule_reads_is_measured(alone):
     ]
 
 
-@pytest.mark.parametrize(
-    "killed_in", [4, pytest.param(3, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow  # two more runs; tests/methods/test_averaging.py kills one that follows the index too
+@pytest.mark.parametrize("killed_in", [4, 3, 2])
 def test_goes_on_where_it_was_killed(killed_in, alone, tmp_path, monkeypatch):
     # 4: between two readings; 3: the next epoch ends with one; 2: right after the first
     step = AdversarialTraining.training_step

@@ -45,6 +45,7 @@ def legend(figure):
 @pytest.mark.parametrize("name", PANELS)
 def test_every_figure_has_its_panels_labels_and_decays(name, one_frames):
     figure = draw(name, one_frames)
+    figure.draw_without_rendering()  # every text can be set
     assert len(figure.axes) == PANELS[name]
     assert figure.get_suptitle()
     for ax in figure.axes:

@@ -44,14 +44,11 @@ def test_every_experiment_composes_and_passes_its_checks(experiment):
             "model",
             "attack",
             "objective",
-            "perturbation",
             "added_noise",
             "curvature_penalty",
             "optimizer",
             "regularizer",
-            "schedule",
             "averaging",
-            "method",
             "measure",
             "ensemble",
             "trainer",
@@ -61,6 +58,7 @@ def test_every_experiment_composes_and_passes_its_checks(experiment):
     ],
 )
 def test_every_option_composes_and_passes_its_checks(choice):
+    """Methods, schedules and perturbations do in tests/commands/test_presets.py."""
     cfg = compose(*choice.split())
     check(cfg)
     check_combinations(cfg)

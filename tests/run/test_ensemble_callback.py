@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -70,12 +71,16 @@ def train(run_dir, *overrides):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Run directories by method: with ensembles after every epoch, and without any."""
+    """Two runs of a method that is asked for: with ensembles after every epoch, and without any."""
     folder = tmp_path_factory.mktemp("runs")
-    for name, method in METHODS.items():
-        assert train(folder / name / "with", *method, *ALL) == 0
-        assert train(folder / name / "without", *method) == 0
-    return folder
+
+    @cache
+    def of(method):
+        assert train(folder / method / "with", *METHODS[method], *ALL) == 0
+        assert train(folder / method / "without", *METHODS[method]) == 0
+        return folder / method
+
+    return of
 
 
 def state_of(run_dir):
@@ -98,9 +103,9 @@ def same_ensembles(one, other):
     return all(np.array_equal(getattr(one, n), getattr(other, n), equal_nan=True) for n in names)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["at", pytest.param("awp", marks=pytest.mark.slow)])
 def test_training_is_the_same_bit_for_bit(runs, method):
-    ours, theirs = (state_of(runs / method / which) for which in ("with", "without"))
+    ours, theirs = (state_of(runs(method) / which) for which in ("with", "without"))
     assert ours["state_dict"].keys() == theirs["state_dict"].keys()
     for name, value in theirs["state_dict"].items():
         assert torch.equal(ours["state_dict"][name], value), name
@@ -108,13 +113,13 @@ def test_training_is_the_same_bit_for_bit(runs, method):
         found = ours["optimizer_states"][0]["state"][number]["momentum_buffer"]
         assert torch.equal(found, state["momentum_buffer"])
     for table in ("epochs", "rates"):
-        assert rows(runs / method / "with", table) == rows(runs / method / "without", table)
+        assert rows(runs(method) / "with", table) == rows(runs(method) / "without", table)
 
 
 @pytest.mark.parametrize("method", ["at", pytest.param("awp", marks=pytest.mark.slow)])
 def test_an_ensemble_is_that_of_the_command_from_the_checkpoint(runs, method, tmp_path, monkeypatch):
     """Which reads weights, statistics, optimiser, data and settings from files."""
-    run_dir = runs / method / "with"
+    run_dir = runs(method) / "with"
     given = [f"{key}={value}" for key, value in SMALL.items()]
     arguments = [f"checkpoint={run_dir}/checkpoints/last.ckpt", f"output={tmp_path / 'file'}", "device=cpu"]
     monkeypatch.setattr(sys, "argv", ["robustdyn-replicas", *arguments, *given])
@@ -128,9 +133,10 @@ def test_an_ensemble_is_that_of_the_command_from_the_checkpoint(runs, method, tm
     assert (read_ensemble(live).buffer[:, 0] != 0).all()  # training's momentum
 
 
+@pytest.mark.slow  # a run of its own
 def test_the_rate_is_that_of_the_next_step(runs, tmp_path):
     assert train(tmp_path, *WCI, *ENSEMBLE, "ensemble.epochs=0") == 0
-    for run_dir in (runs / "at" / "with", tmp_path):
+    for run_dir in (runs("at") / "with", tmp_path):
         begun, decayed = (row["lr"] for row in rows(run_dir, "epochs"))
         assert decayed < begun
         found = read_ensemble(run_dir / "replicas" / "epoch_0001")
@@ -142,7 +148,7 @@ def test_the_rate_is_that_of_the_next_step(runs, tmp_path):
 def test_their_time_counts_as_measurement(runs):
     shares = {}
     for which in ("with", "without"):
-        lines = (runs / "at" / which / "records" / "timing.jsonl").read_text().splitlines()
+        lines = (runs("at") / which / "records" / "timing.jsonl").read_text().splitlines()
         shares[which] = [json.loads(line)["measurement_share"] for line in lines]
     assert min(shares["with"]) > 0
     assert shares["without"] == [0, 0]
@@ -174,7 +180,7 @@ def test_a_killed_run_goes_on_with_what_is_missing(runs, tmp_path, monkeypatch):
     assert started == [("epoch_0002", 2)]
     assert {path: path.stat().st_mtime_ns for path in finished} == before
     for name in ("epoch_0001", "epoch_0002"):
-        undisturbed = runs / "at" / "with" / "replicas" / name
+        undisturbed = runs("at") / "with" / "replicas" / name
         assert same_ensembles(tmp_path / "replicas" / name, undisturbed)
         assert read_ensemble(tmp_path / "replicas" / name).settings == read_ensemble(undisturbed).settings
 
@@ -188,7 +194,7 @@ def test_a_finished_run_may_get_another_ensemble_when_it_goes_on(runs, tmp_path,
     assert train(tmp_path, *arguments, *ENSEMBLE) == 0
     assert ": replicas    0 to " in capsys.readouterr().err  # it takes long: one wants to see that it goes on
     assert same_ensembles(
-        tmp_path / "replicas" / "epoch_0002", runs / "at" / "with" / "replicas" / "epoch_0002"
+        tmp_path / "replicas" / "epoch_0002", runs("at") / "with" / "replicas" / "epoch_0002"
     )
 
 

@@ -157,6 +157,7 @@ def test_a_resumed_offline_run_leaves_one_whole_file(tmp_path):
     assert {key: value for key, value in values.items() if key[0] <= 4 * STEPS} == recorded(tmp_path)
 
 
+@pytest.mark.slow  # starts wandb's service
 def test_what_modules_log_themselves_hides_no_record(tmp_path):
     logger = logger_for(tmp_path, offline=True)
 
@@ -210,6 +211,7 @@ def test_rows_that_the_server_never_got_are_sent_when_the_run_goes_on(tmp_path, 
     assert not list(tmp_path.glob("wandb/offline*"))  # it would overwrite the longer run
 
 
+@pytest.mark.slow  # starts wandb's service
 def test_what_a_killed_process_left_open_is_completed(tmp_path, server):
     train(logger_for(tmp_path), tmp_path, range(2), end=False)
     write_epoch(RunRecords(tmp_path), 2)
@@ -255,7 +257,13 @@ def test_without_a_login_nobody_is_asked(tmp_path, monkeypatch, caplog):
     assert (STEPS, "wci/wci") in run_file(tmp_path).values()
 
 
-@pytest.mark.parametrize("answers", [False, None], ids=["refuses", "never answers"])
+@pytest.mark.parametrize(
+    "answers",
+    [
+        pytest.param(False, id="refuses"),
+        pytest.param(None, id="never answers", marks=pytest.mark.slow),
+    ],
+)
 def test_without_a_connection_the_run_goes_on_offline(tmp_path, monkeypatch, caplog, answers):
     with socket.socket() as port:
         port.bind(("127.0.0.1", 0))
@@ -280,7 +288,7 @@ def test_a_connection_lost_before_the_end_leaves_the_whole_run_offline(tmp_path,
     assert {key: value for key, value in values.items() if key[0] <= 3 * STEPS} == recorded(tmp_path)
 
 
-@pytest.mark.parametrize("offline", [False, True])
+@pytest.mark.parametrize("offline", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_service_that_dies_does_not_end_the_run(tmp_path, server, caplog, offline):
     logger = logger_for(tmp_path, offline=offline)
 
@@ -322,6 +330,7 @@ def test_only_the_first_rank_publishes(tmp_path):
     assert not (tmp_path / "wandb").exists()
 
 
+@pytest.mark.slow  # starts wandb's service
 def test_an_agents_run_has_the_agents_id(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SWEEP_ID", "sweep1")
     monkeypatch.setenv("WANDB_RUN_ID", "given1")

@@ -6,6 +6,7 @@ import re
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, cast, get_args
 
 Kind = Literal["int", "float", "str", "bool"]
@@ -73,12 +74,12 @@ class Table:
                 return column
         raise KeyError(f"table {self.name!r} has no column {name!r}")
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """Names of all columns, in order."""
         return tuple(column.name for column in self.columns)
 
-    @property
+    @cached_property
     def required(self) -> tuple[str, ...]:
         """Names of the columns that every row must have."""
         return tuple(column.name for column in self.columns if column.required)
