@@ -60,16 +60,16 @@ def trained(weights, images, targets, epochs, draws, batch):
 def eigenvectors(network, images, targets, draws):
     """The leading K of the dense Hessian (P, K), under another attack than the measurement's."""
     weights = [w.detach()[None] for w in network.parameters()]
-    here = attacked(weights, images[None], targets[None], draws)
+    here = attacked(weights, images[None], targets[None], draws).double()
 
     def loss(theta):
         parts = theta.split([w.numel() for w in weights])
         shaped = [part.view(w.shape) for part, w in zip(parts, weights, strict=True)]
         return F.cross_entropy(logits(shaped, here)[0], targets)
 
-    theta = torch.cat([w.flatten() for w in weights])
+    theta = torch.cat([w.flatten() for w in weights]).double()
     hessian = torch.func.jacrev(torch.func.grad(loss), chunk_size=256)(theta)
-    return torch.linalg.eigh(hessian).eigenvectors[:, -K:].flip(1)
+    return torch.linalg.eigh(hessian).eigenvectors[:, -K:].flip(1).float()
 
 
 @pytest.mark.slow  # 15 s: the Hessians of 1,210 parameters, and the imports

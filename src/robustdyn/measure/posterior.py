@@ -62,8 +62,8 @@ def posterior_rows(
     the variance is injected. So it is where the law started again after the last fall.
 
     The standard errors are over the measured examples, to first order. All measured epochs have the same
-    examples, so their errors are taken to go the same way. The errors of slope and noise are taken to be
-    independent of each other.
+    examples, and so the errors of all epochs are taken to have one sign. The errors of slope and noise are
+    taken to be independent of each other. The two parts of a variance have no errors of their own.
 
     Args:
         tables: ``POSTERIOR_TABLES`` of one run.
@@ -180,8 +180,8 @@ def _columns(measured: pd.DataFrame, run: _Run, slope_of_training: str) -> dict[
         values = {name: measured[name].to_numpy(dtype=float) for name in (slope, GRADIENT_NOISE)}
         if moved is not None:
             values[moved] = values[moved] + measured[f"{moved}_se"].to_numpy(dtype=float)
-        along = (run.interpolated(step, value)[:-1] for value in values.values())
-        return _Law(run, *along, attack_share[:-1], shuffled)
+        steepness, noise = (run.interpolated(step, value)[:-1] for value in values.values())
+        return _Law(run, steepness, noise, attack_share[:-1], shuffled)
 
     found = {
         "slope": run.interpolated(step, measured[slope_of_training].to_numpy(dtype=float))[run.ends],

@@ -330,7 +330,7 @@ POSTERIOR = parse_table("""
     posterior_variance float | σ²_i | variance along u_i at this time by training's law: through the run's
         rates and measured noise, with shuffled epochs, a short last batch and the slope given
     posterior_variance_se float | s.e. of σ²_i | standard error of posterior_variance over the measured
-        examples, to first order, as if errors went the same way at all epochs | optional
+        examples, to first order, as if the errors of all epochs had one sign | optional
     propagated_variance float | propagated σ²_i | the part of posterior_variance left by the noise before the
         last sudden fall of the learning rate; 0 before the first one | optional
     injected_variance float | injected σ²_i | the rest of posterior_variance, made by the noise since then |
