@@ -17,10 +17,14 @@ from tests.tolerances import EXACT64
 MU, OMEGA = 0.9, 5e-4
 STEPS_PER_EPOCH = 10
 EXAMPLES, BATCH = 145, 15  # the last batch has ten
+ERROR = 1e-4  # standard errors, relative
 
 
-def tables(epochs, rates, spectrum, attack=0.3):
-    """``rates`` as (first epoch, lr), ``spectrum`` as (epoch, index, λ, γ), measured at the epoch's end."""
+def tables(epochs, rates, spectrum, attack=0.3, slopes=()):
+    """``rates`` as (first epoch, lr), measured at an epoch's end: ``spectrum`` as (epoch, index, λ, γ).
+
+    ``slopes`` as (epoch, index, J).
+    """
     ends = [(e + 1) * STEPS_PER_EPOCH for e in range(epochs)]
     return {
         "epochs": pd.DataFrame({"epoch": range(epochs), "step": ends}),
@@ -32,11 +36,17 @@ def tables(epochs, rates, spectrum, attack=0.3):
                     "step": ends[e],
                     "index": i,
                     "curvature": lam,
+                    "curvature_se": ERROR * abs(lam),
                     "gradient_noise": gamma,
+                    "gradient_noise_se": ERROR * gamma,
                     "attack_noise": attack * gamma,
                 }
                 for e, i, lam, gamma in spectrum
             ]
+        ),
+        "slopes": pd.DataFrame(
+            [(e, i, slope, ERROR * slope) for e, i, slope in slopes],
+            columns=["epoch", "index", "refreshed_slope", "refreshed_slope_se"],
         ),
         "bounds": pd.DataFrame([{"train_examples": EXAMPLES, "batch_size": BATCH}]),
     }
@@ -188,6 +198,53 @@ def test_a_fall_within_an_epoch_is_found_at_its_step():
     found = posterior(given)["propagated_variance_independent"][0]
     np.testing.assert_allclose(found[12:], truth[12:], rtol=EXACT64["rtol"])
     assert (found[:12] == 0).all()
+
+
+def test_training_has_the_slope_where_it_was_measured_and_the_papers_have_the_curvature():
+    rates, measured = [(0, 0.1), (7, 0.01)], [(0, 0, 2.0, 0.2), (5, 0, 2.5, 0.3)]
+    plain = posterior(tables(12, rates, measured))
+    found = posterior(tables(12, rates, measured, slopes=[(0, 0, 3.0), (5, 0, 4.0)]))
+    steep = posterior(tables(12, rates, [(0, 0, 3.0, 0.2), (5, 0, 4.0, 0.3)]))
+    for part in ("posterior_variance", "propagated_variance", "injected_variance"):
+        np.testing.assert_array_equal(found[part], steep[part])
+        np.testing.assert_array_equal(found[f"{part}_independent"], plain[f"{part}_independent"])
+    np.testing.assert_array_equal(
+        found["posterior_variance_stationary"], plain["posterior_variance_stationary"]
+    )
+    assert list(found["slope"][0]) == [3.0] * 5 + [4.0] * 7
+    assert list(plain["slope"][0]) == [2.0] * 5 + [2.5] * 7
+    assert found["attack_follows"].all(axis=None)
+    assert not plain["attack_follows"].any(axis=None)
+
+
+def test_slopes_of_some_epochs_only_are_not_mixed_with_curvature():
+    measured = [(0, 0, 2.0, 0.2), (5, 0, 2.5, 0.3)]
+    pd.testing.assert_frame_equal(
+        posterior(tables(12, [(0, 0.1)], measured, slopes=[(0, 0, 3.0)])),
+        posterior(tables(12, [(0, 0.1)], measured)),
+    )
+
+
+def test_a_slope_too_steep_for_the_rate_takes_the_variance_from_training_alone():
+    found = posterior(tables(4, [(0, 0.1)], [(0, 0, 2.0, 0.2)], slopes=[(0, 0, 50.0)]))
+    assert found["posterior_variance"].isna().all(axis=None)
+    assert found["posterior_variance_independent"].notna().all(axis=None)
+
+
+def test_standard_errors_are_those_of_slope_and_noise():
+    """After 2,000 steps the papers' law is the stationary one, whose derivatives are known."""
+    curvature, eta, gamma = 2.0, 0.05, 0.2
+    found = posterior(tables(200, [(0, eta)], [(0, 0, curvature, gamma)]))
+    pull = curvature + OMEGA
+    by_slope = eta / (2 * (1 + MU) - eta * pull) - 1 / pull
+    relative = np.hypot(by_slope * ERROR * curvature, ERROR)
+    last = found.loc[199]
+    assert last["posterior_variance_independent_se", 0] == pytest.approx(
+        relative * last["posterior_variance_independent", 0],
+        rel=1e-3,  # a difference over 1e-4 of the curvature
+    )
+    # shuffling takes most from slow directions, whose variance grows with the curvature; the noise is a factor
+    assert (found["posterior_variance_se"] >= ERROR * found["posterior_variance"] * (1 - 1e-9)).all(axis=None)
 
 
 def test_directions_go_their_own_ways():

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from robustdyn.measure import posterior_rows
+from robustdyn.measure import POSTERIOR_TABLES, posterior_rows
 from robustdyn.records import RunRecords, read_table, summarise
 from robustdyn.records.schema import CATONI
 
@@ -272,7 +272,7 @@ def write_run(path, method="at", seed=0, *, epochs=40, measured=MEASURED, direct
         if epoch < epochs:
             measure(records, rng, method, epoch, directions)
     records.extend("rates", rate_rows(read_table(path, "epochs")))
-    tables = {name: read_table(path, name) for name in ("epochs", "rates", "spectrum", "bounds")}
+    tables = {name: read_table(path, name) for name in POSTERIOR_TABLES}
     rows = posterior_rows(tables, momentum=0.9, weight_decay=5e-4, interpolation="log_linear")
     records.replace("posterior", rows)
     records.write_summary(summarise(tables["epochs"]))

@@ -10,7 +10,7 @@ from robustdyn.records import find_runs
 from robustdyn.report.plotting import decay_epochs
 from robustdyn.studies.dynamics import STUDY
 from robustdyn.studies.shared.tracked import moments, tracked_quantities
-from tests.studies.tracked_runs import K, drawn, row_of, write_run
+from tests.studies.tracked_runs import STEEPER, K, drawn, row_of, write_run
 from tests.tolerances import EXACT64
 
 GROWTH = {"at": (3.0, 4.0, 5.0), "awp": (1.2, 1.5, 1.3)}
@@ -102,9 +102,12 @@ def test_sums_and_means_are_over_the_tracked_directions(tmp_path):
     assert at_3["hessian_eigenvalue_top"] == pytest.approx(12.0)
     assert at_3["hessian_eigenvalue_mean"] == pytest.approx(6.0)
     assert at_3["curvature_term_stationary"] == pytest.approx(15.0 * sigma)
-    assert at_3["curvature_term_resolved"] == pytest.approx(15.0 * 2 * sigma)
-    assert at_3["dominant_terms_resolved"] == pytest.approx(30.0 * sigma - 2 * math.log(2 * sigma))
+    assert at_3["curvature_term_resolved"] == pytest.approx(STEEPER * 15.0 * 2 * sigma)
+    assert at_3["dominant_terms_resolved"] == pytest.approx(STEEPER * 30.0 * sigma - 2 * math.log(2 * sigma))
     assert at_3["resolved_variance_mean"] == pytest.approx(2 * sigma)
+    assert at_3["curvature_term_independent"] == pytest.approx(15.0 * 3 * sigma)
+    assert at_3["dominant_terms_independent"] == pytest.approx(45.0 * sigma - 2 * math.log(3 * sigma))
+    assert at_3["independent_variance_mean"] == pytest.approx(3 * sigma)
 
 
 def test_moments_are_about_the_decays(tmp_path):
@@ -129,17 +132,25 @@ def test_an_epoch_that_one_seed_lacks_is_left_out_of_the_curve(tmp_path):
     epochs = terms[terms["quantity"] == "dominant_terms_stationary"]["epoch"]
     assert list(epochs) == [0, 4, 7, 8, 11]
     lacking = found.tables["no_stationary_law"]
-    assert lacking.to_dict("records") == [{"method": "AT", "lacking": 1, "measurements": 12}]
+    assert lacking.to_dict("records") == [
+        {"method": "AT", "lacking": 1, "measurements": 12, "law": "papers"},
+        {"method": "AT", "lacking": 0, "measurements": 12, "law": "training"},
+    ]
     assert "against_at" not in found.tables
 
 
 def test_findings_say_what_rises_and_what_falls(answered):
     across, against = answered.findings
-    at, awp = across.removeprefix("From before the first decay to late: ").split("; ")
+    training, papers = across.removeprefix("From before the first decay to late: ").split(
+        " By the papers' law: "
+    )
+    at, awp = training.split("; ")
     rises, falls = at.removeprefix("AT rises (").split("), falls (")
     assert rises.startswith("leading λ, leading noise eigenvalue")
     assert falls.startswith("σ², ")
     assert awp.startswith("AWP rises (")
+    assert papers.startswith("AT rises (−Σ ln σ²")
+    assert "falls (stationary σ², " in papers
     assert against.startswith("Late, compared with AT seed by seed: AWP lower (leading λ")
 
 

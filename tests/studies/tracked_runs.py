@@ -8,6 +8,7 @@ import numpy as np
 
 from tests.records.synthetic import config, write_hydra
 
+STEEPER = 1.5  # J / λ
 EPOCHS, DECAYS, MEASURED, K = 12, (4, 8), (0, 3, 4, 7, 8, 11), 2
 
 
@@ -34,9 +35,10 @@ def write_run(
     lr=rate,
     **changed,
 ):
-    """λ = 2a and a/2, a = curvature(epoch); noise ten times smaller; σ² = ``variance`` η, twice that in time.
+    """λ = 2a and a/2, a = curvature(epoch); noise ten times smaller; σ² = ``variance`` η.
 
-    ``above(epoch)`` is how many spreads the commutator is above its null.
+    The time-resolved σ² is twice that, and three times that by the papers' law. ``above(epoch)`` is how many
+    spreads the commutator is above its null.
     """
     path = Path(path)
     write_hydra(path, config(method, seed, **changed), [], {"method": method})
@@ -50,17 +52,20 @@ def write_run(
         for index in range(K):
             sigma = variance * lr(epoch)
             gone = epoch in unstable and index == 1
+            eigenvalue = curvature(epoch) * (2.0, 0.5)[index]
             tables["posterior"].append(
                 {
                     "epoch": epoch,
                     "step": epoch + 1,
                     "index": index,
+                    "slope": STEEPER * eigenvalue,
+                    "attack_follows": True,
                     "posterior_variance": 2 * sigma,
+                    "posterior_variance_independent": 3 * sigma,
                     "posterior_variance_stationary": None if gone else sigma,
                 }
             )
             if epoch in measured:
-                eigenvalue = curvature(epoch) * (2.0, 0.5)[index]
                 tables["spectrum"].append(
                     {
                         "epoch": epoch,

@@ -18,7 +18,7 @@ from robustdyn.launch.application import run_app
 from robustdyn.launch.of_run import Typed, deferred, of_run
 from robustdyn.launch.paths import load_run
 from robustdyn.launch.states import announce
-from robustdyn.measure import measured_epochs, posterior_rows
+from robustdyn.measure import POSTERIOR_TABLES, measured_epochs, posterior_rows
 from robustdyn.models import load_weights
 from robustdyn.models.weight_files import read_weight_file
 from robustdyn.records import RunRecords, read_table, summarise
@@ -256,7 +256,7 @@ def _write_history(output: Path, training: Training) -> None:
 def _write_posterior(output: Path, training: Training, interpolation: Any) -> None:
     """The posterior, if the rates of all steps are known."""
     last = training.optimizer(training.checkpoints[-1])
-    tables = {name: read_table(output, name) for name in ("epochs", "rates", "spectrum", "bounds")}
+    tables = {name: read_table(output, name) for name in POSTERIOR_TABLES}
     if last is None or not last.plain or tables["spectrum"].empty:
         return
     if tables["rates"].empty:

@@ -54,11 +54,11 @@ def write_posterior(run: "Run", interpolation: "Interpolation | None") -> int:
         RecordError: The run recorded no spectrum, or was not trained with momentum SGD, or its configuration
             lacks the optimiser's settings.
     """
-    from robustdyn.measure import posterior_rows
+    from robustdyn.measure import POSTERIOR_TABLES, posterior_rows
     from robustdyn.records import RunRecords, read_table
 
     _require_plain_momentum(run)
-    tables = {name: read_table(run.path, name) for name in ("epochs", "rates", "spectrum", "bounds")}
+    tables = {name: read_table(run.path, name) for name in POSTERIOR_TABLES}
     if tables["spectrum"].empty:
         raise RecordError(f"{run.path}: no spectrum was recorded; train with measure.measurements.spectrum")
     for name in ("epochs", "rates"):

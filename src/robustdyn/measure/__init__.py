@@ -8,7 +8,7 @@ from robustdyn.measure.density import Density
 from robustdyn.measure.epochs import RecordEpochs
 from robustdyn.measure.model_measurement import ModelMeasurement, measure_model, standard_measurements
 from robustdyn.measure.plan import Measurement, MeasurementPlan
-from robustdyn.measure.posterior import RecordPosterior, posterior_rows
+from robustdyn.measure.posterior import POSTERIOR_TABLES, RecordPosterior, posterior_rows
 from robustdyn.measure.recorder import Recorder
 from robustdyn.measure.refreshed_slope import RefreshedSlope, RefreshedSlopes, refreshed_slopes
 from robustdyn.measure.snapshot import Eigenpairs, Snapshot
@@ -19,6 +19,7 @@ from robustdyn.measure.weight_curvature import WeightCurvature
 from robustdyn.measure.when import measured_epochs
 
 __all__ = [
+    "POSTERIOR_TABLES",
     "Alignment",
     "CatoniTerms",
     "ComplexityMeasures",

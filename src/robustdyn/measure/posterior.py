@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -15,27 +16,28 @@ from robustdyn.methods import AdversarialTraining
 from robustdyn.records import RunRecords, read_table
 from robustdyn.records.schema import (
     GRADIENT_NOISE,
+    INDEPENDENT,
     INJECTED_VARIANCE,
     POSTERIOR_VARIANCE,
     POSTERIOR_VARIANCE_STATIONARY,
     PROPAGATED_VARIANCE,
+    REFRESHED_SLOPE,
 )
 from robustdyn.theory import (
     MeasuredSpectrum,
     is_stable,
     minibatch_noise_factor,
-    propagate,
     propagated_variance,
     shuffled_covariance,
     stationary_state_covariance,
-    stationary_variance,
     sudden_decays,
 )
 from robustdyn.theory.trajectory import Interpolation
 
 Array = NDArray[np.float64]
 
-LAWS = ("", "_independent")  # endings of the columns: shuffled and independent batches
+POSTERIOR_TABLES = ("epochs", "rates", "spectrum", "slopes", "bounds")
+"""The tables of a run from which its posterior is computed."""
 
 
 def posterior_rows(
@@ -43,13 +45,14 @@ def posterior_rows(
 ) -> Iterator[dict[str, Any]]:
     """σ² of every tracked direction after every epoch, propagated through the run's rates and spectra.
 
-    There are two laws: one for batches as training draws them, with shuffled epochs and a short last batch,
-    and one for the papers' independent batches. Both take the curvature at fixed adversarial examples. The
-    gradient in training is steeper, because the attack follows the weights, and real variances are therefore
-    smaller.
+    There are two laws. One is the law of training: shuffled epochs with a short last batch, and the slope J
+    of the gradient whose attack follows the weights. If J is not known at every epoch at which the spectrum
+    was measured, it has the curvature λ at fixed adversarial examples instead. J is steeper, and the
+    variances with λ are therefore too large. The other one is the papers' law, which has independent batches
+    and λ.
 
-    Directions are matched by rank between measurements. The law starts without variance, at the point where
-    the run started. While a direction overshoots, η(λ + ω) ≥ 2(1 + μ), or is flat, it has no stationary law
+    Directions are matched by rank between measurements. A law starts without variance, at the point where
+    the run started. While a direction overshoots, η(J + ω) ≥ 2(1 + μ), or is flat, it has no stationary law
     and its variance is NaN. Afterwards it starts again from the stationary law of that moment. Before the
     first measurement, the values of the first measurement are used.
 
@@ -58,11 +61,15 @@ def posterior_rows(
     made at the rates since then. Before the first sudden fall, and with a smooth schedule throughout, all of
     the variance is injected. So it is where the law started again after the last fall.
 
+    The standard errors are over the measured examples, to first order. All measured epochs have the same
+    examples, and so the errors of all epochs are taken to have one sign. The errors of slope and noise are
+    taken to be independent of each other. The two parts of a variance have no errors of their own.
+
     Args:
-        tables: ``epochs``, ``rates``, ``spectrum`` and ``bounds`` of one run.
+        tables: ``POSTERIOR_TABLES`` of one run.
         momentum: μ of every step.
         weight_decay: ω of every step.
-        interpolation: How (λ, γ) run between measured epochs; see ``robustdyn.theory.MeasuredSpectrum``.
+        interpolation: How J, λ and γ run between measured epochs; see ``robustdyn.theory.MeasuredSpectrum``.
 
     Yields:
         Rows of the ``posterior`` table, epoch by epoch.
@@ -71,22 +78,27 @@ def posterior_rows(
     if not len(ends) or tables["spectrum"].empty:
         return
     rates = rate_of_each_step(tables["rates"], int(ends[-1]))
-    sampling = _Sampling.of(tables["bounds"], ends)
-    falls = _sudden_falls(rates, ends)
-    columns = []
-    for index, rows in tables["spectrum"].groupby("index", sort=True):
-        usable = rows[rows[GRADIENT_NOISE] > 0]
-        if len(usable):
-            direction = _Direction(usable, rates, falls, momentum, weight_decay, interpolation, sampling)
-            columns.append((int(str(index)), direction.stationary(ends), *direction.propagated(ends)))
+    run = _Run(
+        rates=rates,
+        ends=ends,
+        falls=_sudden_falls(rates, ends),
+        sampling=_Sampling.of(tables["bounds"], ends),
+        momentum=momentum,
+        weight_decay=weight_decay,
+        interpolation=interpolation,
+    )
+    slopes = tables["slopes"][["epoch", "index", REFRESHED_SLOPE, f"{REFRESHED_SLOPE}_se"]]
+    spectrum = tables["spectrum"].merge(slopes, on=["epoch", "index"], how="left", validate="one_to_one")
+    usable = spectrum[spectrum[GRADIENT_NOISE] > 0]
+    follows = bool(usable[REFRESHED_SLOPE].notna().all())
+    columns = [
+        (int(str(index)), _columns(rows, run, REFRESHED_SLOPE if follows else "curvature"))
+        for index, rows in usable.groupby("index", sort=True)
+    ]
     for row, (epoch, step) in enumerate(zip(tables["epochs"]["epoch"], ends, strict=True)):
-        for index, stationary, variance, propagated in columns:
-            found: dict[str, Any] = {"epoch": int(epoch), "step": int(step), "index": index}
-            for law, whole, left in zip(LAWS, variance[:, row], propagated[:, row], strict=True):
-                found[POSTERIOR_VARIANCE + law] = whole
-                found[PROPAGATED_VARIANCE + law] = left
-                found[INJECTED_VARIANCE + law] = whole - left
-            yield found | {POSTERIOR_VARIANCE_STATIONARY: stationary[row]}
+        for index, values in columns:
+            found = {"epoch": int(epoch), "step": int(step), "index": index, "attack_follows": follows}
+            yield found | {name: value[row] for name, value in values.items()}
 
 
 def rate_of_each_step(rates: pd.DataFrame, steps: int) -> Array:
@@ -124,131 +136,158 @@ class _Sampling:
         return cls(examples=n, batch_size=size, sizes=sizes, ends=ends)
 
 
-@dataclass
-class _Direction:
-    """One direction's measured spectrum through a run of N steps."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Run:
+    """What the laws of all directions share, for a run of N steps and E epochs."""
 
-    rows: pd.DataFrame
-    rates: Array
+    rates: Array  # (N,)
+    ends: NDArray[np.int_]  # (E,), steps after which the epochs end
     falls: list[int]
+    sampling: _Sampling
     momentum: float
     weight_decay: float
     interpolation: Interpolation
-    sampling: _Sampling
 
-    def __post_init__(self) -> None:
-        measured = self.rows["step"].to_numpy(dtype=int)
-        spectrum = MeasuredSpectrum(
-            step=measured,
-            eigenvalue=self.rows[["curvature"]].to_numpy(dtype=float),
-            noise=self.rows[[GRADIENT_NOISE]].to_numpy(dtype=float),
-            interpolation=self.interpolation,
-        )
-        cuts = [0, *[int(s) for s in measured if 0 < s < len(self.rates)], len(self.rates)]
-        parts = [spectrum.between(a, b) for a, b in pairwise(cuts) if b > a]
-        self.eigenvalue = np.concatenate([part[0][:, 0] for part in parts])  # (N,), at every step
-        self.noise = np.concatenate([part[1][:, 0] for part in parts])
-        self.stable = is_stable(self.eigenvalue, self.rates, self.momentum, self.weight_decay)
-        self.spectrum = spectrum
-        share = (self.rows["attack_noise"] / self.rows[GRADIENT_NOISE]).to_numpy(dtype=float).clip(0, 1)
-        step = np.arange(len(self.rates))
+    def interpolated(self, step: NDArray[np.int_], value: Array) -> Array:
+        """A measured slope or noise (N + 1,), before every step and after the last one."""
+        known = MeasuredSpectrum(step, value[:, None], np.ones((len(step), 1)), self.interpolation)
+        count = len(self.rates) + 1
+        cuts = [0, *[int(s) for s in step if 0 < s < count], count]
+        return np.concatenate([known.between(a, b)[0][:, 0] for a, b in pairwise(cuts) if b > a])
+
+    def interpolated_share(self, step: NDArray[np.int_], share: Array) -> Array:
+        """The same for a share, which may be 0."""
+        every = np.arange(len(self.rates) + 1)
         if self.interpolation == "log_linear":
-            self.attack_share = np.interp(step, measured, share)
-        else:
-            self.attack_share = share[(np.searchsorted(measured, step, side="right") - 1).clip(min=0)]
+            return np.interp(every, step, share)
+        return np.asarray(share[(np.searchsorted(step, every, side="right") - 1).clip(min=0)])
 
-    def stationary(self, ends: NDArray[np.int_]) -> Array:
-        """σ² (E,) that the last step before each of ``ends`` would settle to; NaN where there is none."""
-        at = np.asarray(ends) - 1
-        result = np.full(len(at), np.nan)
-        good = self.stable[at]
-        if good.any():
-            at = at[good]
-            result[good] = stationary_variance(
-                self.eigenvalue[at],
-                self.noise[at],
-                learning_rate=self.rates[at],
-                momentum=self.momentum,
-                weight_decay=self.weight_decay,
-            )
-        return result
 
-    def propagated(self, ends: NDArray[np.int_]) -> tuple[Array, Array]:
-        """σ² (2, E) after ``ends`` steps, of shuffled and of independent batches; NaN without a law.
+def _columns(measured: pd.DataFrame, run: _Run, slope_of_training: str) -> dict[str, Array]:
+    """The columns (E,) of one direction.
+
+    Args:
+        measured: Its rows of the table ``spectrum``, with the columns of ``slopes``.
+        run: The run.
+        slope_of_training: The column that is the slope of training's law.
+    """
+    step = measured["step"].to_numpy(dtype=int)
+    share = (measured["attack_noise"] / measured[GRADIENT_NOISE]).to_numpy(dtype=float).clip(0, 1)
+    attack_share = run.interpolated_share(step, share)
+
+    def law(slope: str, *, shuffled: bool, moved: str | None = None) -> _Law:
+        """The law; or the law with one measured column larger by its standard errors."""
+        values = {name: measured[name].to_numpy(dtype=float) for name in (slope, GRADIENT_NOISE)}
+        if moved is not None:
+            values[moved] = values[moved] + measured[f"{moved}_se"].to_numpy(dtype=float)
+        steepness, noise = (run.interpolated(step, value)[:-1] for value in values.values())
+        return _Law(run, steepness, noise, attack_share[:-1], shuffled)
+
+    found = {
+        "slope": run.interpolated(step, measured[slope_of_training].to_numpy(dtype=float))[run.ends],
+        POSTERIOR_VARIANCE_STATIONARY: law("curvature", shuffled=False).stationary(),
+    }
+    for ending, slope, shuffled in (("", slope_of_training, True), (INDEPENDENT, "curvature", False)):
+        whole, left = law(slope, shuffled=shuffled).propagated()
+        changes = [
+            law(slope, shuffled=shuffled, moved=moved).propagated()[0] - whole
+            for moved in (slope, GRADIENT_NOISE)
+        ]
+        found |= {
+            POSTERIOR_VARIANCE + ending: whole,
+            f"{POSTERIOR_VARIANCE}{ending}_se": np.hypot(*changes),
+            PROPAGATED_VARIANCE + ending: left,
+            INJECTED_VARIANCE + ending: whole - left,
+        }
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class _Law:
+    """The law of one direction through a run of N steps."""
+
+    run: _Run
+    slope: Array  # (N,)
+    noise: Array  # (N,), γ
+    attack_share: Array  # (N,), the part of γ that no shuffling takes back
+    shuffled: bool  # whether epochs are, or else all batches are independent and of one size
+
+    @cached_property
+    def stable(self) -> NDArray[np.bool_]:
+        """At which steps (N,) there is a stationary law."""
+        return is_stable(self.slope, self.run.rates, self.run.momentum, self.run.weight_decay)
+
+    def stationary(self) -> Array:
+        """σ² (E,) that the last step of each epoch would settle to; NaN where there is none."""
+        at = self.run.ends - 1
+        settled = [self._settled(step)[0, 0] if self.stable[step] else np.nan for step in at]
+        return np.array(settled)
+
+    def propagated(self) -> tuple[Array, Array]:
+        """σ² (E,) after each epoch; NaN without a law.
 
         Returns:
             All of it, and the part that noise before the last sudden fall of the rate left.
         """
-        whole, left = np.full((2, 2, len(ends)), np.nan)
+        ends = self.run.ends
+        whole, left = np.full((2, len(ends)), np.nan)
         edges = np.flatnonzero(np.diff(self.stable)) + 1
-        for first, last in zip([0, *edges.tolist()], [*edges.tolist(), len(self.rates)], strict=True):
+        for first, last in pairwise([0, *edges.tolist(), len(self.slope)]):
             inside = (ends > first) & (ends <= last)
             if self.stable[first] and inside.any():
-                start = self._settled(first) if first > 0 else np.zeros((1, 2, 2))
-                falls = [step for step in self.falls if first < step < last]
-                at = np.union1d(ends[inside], falls).astype(int)
-                laws = (self._shuffled(first, last, start)[at - first - 1], self._window(first, at, start))
-                for law, states in enumerate(laws):
-                    before = [states[np.searchsorted(at, step)] for step in falls]
-                    whole[law, inside] = states[np.isin(at, ends), 0, 0]
-                    left[law, inside] = self._left(first, last, falls, before)[ends[inside] - first - 1]
+                at = ends[inside] - first - 1
+                states = self._states(first, last)
+                whole[inside] = states[at, 0, 0]
+                left[inside] = self._left(first, last, states)[at]
         return whole, left
 
-    def _left(self, first: int, last: int, falls: list[int], states: list[Array]) -> Array:
-        """What is left, after each step of a stretch, of the states (2, 2) before the rate's falls in it."""
-        found = np.zeros(last - first)
-        for (since, until), state in zip(pairwise([*falls, last]), states, strict=True):
+    def _states(self, first: int, last: int) -> Array:
+        """Cov (x, v) after each step of a stretch that is all stable."""
+        run, now = self.run, slice(first, last)
+        drawn, noise, attack = run.sampling, self.noise[now], self.attack_share[now] * self.noise[now]
+        factor = minibatch_noise_factor(drawn.examples, drawn.batch_size, replacement=False)
+        if self.shuffled:
+            # a batch of all examples has no sampling noise
+            examples = (noise - attack) / factor if factor > 0 else np.zeros_like(noise)
+            attack, sizes = attack * drawn.batch_size, drawn.sizes[now]
+        else:
+            examples, attack, sizes = np.zeros_like(noise), noise, np.ones_like(noise)
+        return shuffled_covariance(
+            self.slope[now],
+            examples,
+            attack,
+            run.rates[now],
+            examples=drawn.examples,
+            sizes=sizes,
+            epoch_ends=run.ends - first,
+            momentum=run.momentum,
+            weight_decay=run.weight_decay,
+            initial_covariance=self._settled(first) if first > 0 else np.zeros((2, 2)),
+        )
+
+    def _left(self, first: int, last: int, states: Array) -> Array:
+        """What each step of a stretch leaves of the variance before the last sudden fall of the rate."""
+        run, found = self.run, np.zeros(last - first)
+        falls = [step for step in run.falls if first < step < last]
+        for since, until in pairwise([*falls, last]):
             found[since - first : until - first] = propagated_variance(
-                state,
-                self.eigenvalue[since:until],
-                self.rates[since:until],
-                momentum=self.momentum,
-                weight_decay=self.weight_decay,
+                states[since - first - 1],
+                self.slope[since:until],
+                run.rates[since:until],
+                momentum=run.momentum,
+                weight_decay=run.weight_decay,
             )
         return found
 
     def _settled(self, step: int) -> Array:
-        """The stationary covariance (1, 2, 2) of (x, v) at a step, for independent batches."""
+        """The stationary covariance (2, 2) of (x, v) at a step, for independent batches."""
         return stationary_state_covariance(
-            self.eigenvalue[[step]],
-            self.noise[[step]],
-            learning_rate=float(self.rates[step]),
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
+            self.slope[step],
+            self.noise[step],
+            learning_rate=float(self.run.rates[step]),
+            momentum=self.run.momentum,
+            weight_decay=self.run.weight_decay,
         )
-
-    def _shuffled(self, first: int, last: int, start: Array) -> Array:
-        """Cov (x, v) after each step of a stretch that is all stable."""
-        drawn, now = self.sampling, slice(first, last)
-        factor = minibatch_noise_factor(drawn.examples, drawn.batch_size, replacement=False)
-        attack = self.attack_share[now] * self.noise[now]
-        # a batch of all examples has no sampling noise
-        examples = (self.noise[now] - attack) / factor if factor > 0 else np.zeros(last - first)
-        return shuffled_covariance(
-            self.eigenvalue[now],
-            examples,
-            attack * drawn.batch_size,
-            self.rates[now],
-            examples=drawn.examples,
-            sizes=drawn.sizes[now],
-            epoch_ends=drawn.ends - first,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-            initial_covariance=start[0],
-        )
-
-    def _window(self, first: int, ends: NDArray[np.int_], start: Array) -> Array:
-        """Cov (x, v) after ``ends`` steps, in a stretch of steps from ``first`` on that are all stable."""
-        path = propagate(
-            self.spectrum,
-            self.rates,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-            record_steps=ends,
-            initial_covariance=start,
-            first_step=first,
-        )
-        return path.covariance[:, 0]
 
 
 class RecordPosterior(Callback):
@@ -268,10 +307,7 @@ class RecordPosterior(Callback):
         assert isinstance(pl_module, AdversarialTraining)
         if not trainer.is_global_zero or pl_module.last_step is None or not pl_module.last_step.plain:
             return
-        tables = {
-            name: read_table(self._records.run_dir, name)
-            for name in ("epochs", "rates", "spectrum", "bounds")
-        }
+        tables = {name: read_table(self._records.run_dir, name) for name in POSTERIOR_TABLES}
         if tables["spectrum"].empty:
             return
         rows = posterior_rows(

@@ -26,7 +26,7 @@ from robustdyn.measure.model_measurement import (
     standard_measurements,
 )
 from robustdyn.measure.plan import Measurement, MeasurementPlan, TableRow, deployed, parameters_now
-from robustdyn.measure.posterior import posterior_rows
+from robustdyn.measure.posterior import POSTERIOR_TABLES, posterior_rows
 from robustdyn.measure.snapshot import Eigenpairs
 from robustdyn.methods import OptimizerState, optimizer_state
 from robustdyn.records import RunRecords, read_table, summarise
@@ -315,8 +315,7 @@ class Recorder:
             The run directory.
         """
         if self._records is not None:
-            names = ("epochs", "rates", "spectrum", "bounds")
-            tables = {name: read_table(self.run_dir, name) for name in names}
+            tables = {name: read_table(self.run_dir, name) for name in POSTERIOR_TABLES}
             state = self._state
             lawful = state is not None and state.plain and self._one_law
             if state is not None and lawful and self._batch_size and not tables["spectrum"].empty:

@@ -32,7 +32,7 @@ class RefreshedSlope:
     tables: ClassVar[tuple[str, ...]] = ("slopes",)
 
     def __init__(
-        self, *, distance: float = default("measure/full", "measurements.refreshed_slope.distance")
+        self, *, distance: float = default("measure/slopes", "measurements.refreshed_slope.distance")
     ) -> None:
         if not distance > 0:
             raise ValueError(f"distance must be positive, got {distance}")

@@ -44,6 +44,7 @@ SLOPE_RATIO = "refreshed_slope_ratio"
 POSTERIOR_VARIANCE = "posterior_variance"
 PROPAGATED_VARIANCE = "propagated_variance"
 INJECTED_VARIANCE = "injected_variance"
+INDEPENDENT = "_independent"  # ending of the columns of the papers' law
 ACCURACY_SE = "accuracy_se"
 
 _HOW = {
@@ -322,20 +323,28 @@ POSTERIOR = parse_table("""
     epoch
     step
     index int | direction i | rank of the direction, 0 for the leading one
-    posterior_variance float | σ²_i | variance along u_i at this time, through the run's rates and measured
-        spectra, with shuffled epochs as in training and curvature at fixed adversarial examples
+    slope float | slope of training's law | slope of the gradient along u_i at the epoch's end, for
+        posterior_variance: J_i if the run measured it at every measured epoch, else the curvature
+    attack_follows bool | attack follows the weights | whether slope is J_i, for an attack that follows the
+        weights as in training, and not the curvature at fixed adversarial examples
+    posterior_variance float | σ²_i | variance along u_i at this time by training's law: through the run's
+        rates and measured noise, with shuffled epochs, a short last batch and the slope given
+    posterior_variance_se float | s.e. of σ²_i | standard error of posterior_variance over the measured
+        examples, to first order, as if the errors of all epochs had one sign | optional
     propagated_variance float | propagated σ²_i | the part of posterior_variance left by the noise before the
         last sudden fall of the learning rate; 0 before the first one | optional
     injected_variance float | injected σ²_i | the rest of posterior_variance, made by the noise since then |
         optional
-    posterior_variance_independent float | σ²_i of independent batches | posterior_variance if every step drew
-        its batch independently, as the papers assume
-    propagated_variance_independent float | propagated σ²_i of independent batches | the propagated part of
+    posterior_variance_independent float | σ²_i by the papers' law | variance along u_i at this time if every
+        step drew its batch independently and the curvature were that at fixed adversarial examples
+    posterior_variance_independent_se float | s.e. of σ²_i by the papers' law | standard error of
+        posterior_variance_independent, as for posterior_variance | optional
+    propagated_variance_independent float | propagated σ²_i by the papers' law | the propagated part of
         posterior_variance_independent | optional
-    injected_variance_independent float | injected σ²_i of independent batches | the injected part of
+    injected_variance_independent float | injected σ²_i by the papers' law | the injected part of
         posterior_variance_independent | optional
     posterior_variance_stationary float | stationary σ²_i | variance along u_i that the epoch's last step
-        would settle to
+        would settle to, by the papers' law
 """)
 
 MEASURES = parse_table("""

@@ -54,7 +54,7 @@ from robustdyn.report.plotting import (
     named,
     note,
 )
-from robustdyn.report.posterior_variances import posterior_variances
+from robustdyn.report.posterior_variances import CAPTION, posterior_variances
 from robustdyn.report.reference import Reference
 from robustdyn.report.spectral_density import spectral_density
 from robustdyn.report.statistics import correlation, decay_epochs, format_number
@@ -375,12 +375,7 @@ FIGURES: tuple[FigureSpec, ...] = (
         posterior_variances,
         "posterior",
         POSTERIOR_VARIANCE,
-        "Variance of the weights along each tracked direction. From left to right: what momentum SGD would "
-        "settle to at the present rate; where it is on its way there, from the run's own rates; the part of "
-        "that which the rates before the last decay left; and the part injected since. Right after a decay "
-        "nearly all of it is left over, and it contracts as fast as curvature and momentum let it. Before "
-        "the first decay all of it is injected. Left out are parts below 0.1 % of the whole, and epochs "
-        "where a direction has no stationary law.",
+        CAPTION,
         "Lines over epochs on a logarithmic axis: posterior variance along each tracked direction, "
         "stationary and time-resolved, with the latter's propagated and injected parts.",
     ),

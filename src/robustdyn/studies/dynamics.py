@@ -61,14 +61,21 @@ OTHER, NULL = "--", ":"
 TOLD = {
     "hessian_eigenvalue_top": "leading λ",
     "noise_eigenvalue_top": "leading noise eigenvalue",
-    "stationary_variance_mean": "σ²",
-    "curvature_term_stationary": "Σ λσ²",
-    "log_variance_term_stationary": "−Σ ln σ²",
-    "dominant_terms_stationary": "their sum",
+    "resolved_variance_mean": "σ²",
+    "curvature_term_resolved": "Σ Jσ²",
+    "log_variance_term_resolved": "−Σ ln σ²",
+    "dominant_terms_resolved": "their sum",
     TEST_ROBUST_LOSS: "test robust loss",
     ROBUST_LOSS_GAP: "robust loss gap",
 }
-"""What findings are about, in short; all of the stationary law."""
+"""What findings are about, in short; the variances are those of training's law."""
+TOLD_OF_PAPERS = {
+    "stationary_variance_mean": "stationary σ²",
+    "curvature_term_stationary": "Σ λσ²",
+    "log_variance_term_stationary": "−Σ ln σ²",
+    "dominant_terms_stationary": "their sum",
+}
+"""The same by the papers' law."""
 
 
 def answer(runs: Sequence[Run]) -> Answer:
@@ -172,38 +179,44 @@ def _above_null(values: pd.DataFrame) -> pd.DataFrame:
 
 
 def findings_of(tables: Mapping[str, pd.DataFrame]) -> list[str]:
-    """What moves across the decay by method, and how methods differ from the reference late."""
+    """What moves across the decay by method, and how methods differ from the reference late, by both laws."""
 
     def said(rows: pd.DataFrame, *words: tuple[str, str, str]) -> str:
+        return f"{of(rows, TOLD, *words)}. By the papers' law: {of(rows, TOLD_OF_PAPERS, *words)}."
+
+    def of(rows: pd.DataFrame, told: Mapping[str, str], *words: tuple[str, str, str]) -> str:
         parts = []
-        for method, own in rows[rows["quantity"].isin(TOLD)].groupby("method", sort=False):
+        for method, own in rows[rows["quantity"].isin(told)].groupby("method", sort=False):
             # a factor's interval is about 1
             unchanged = own["change"].map({"factor": 1.0, "difference": 0.0})
             bounds = own[["low", "high"]].sub(unchanged, axis=0)
-            parts.append(f"{method} {told_apart(bounds, list(own['quantity'].map(TOLD)), *words)}")
+            parts.append(f"{method} {told_apart(bounds, list(own['quantity'].map(told)), *words)}")
         return "; ".join(parts)
 
     changes = tables["changes"]
     across = changes[(changes["from"] == BEFORE) & (changes["to"] == LATE)]
     sentences = [
-        f"From {BEFORE} the first decay to {LATE}: {said(across, ('rises', 'falls', 'no clear change'))}."
+        f"From {BEFORE} the first decay to {LATE}: {said(across, ('rises', 'falls', 'no clear change'))}"
     ]
     for against in (table for name, table in tables.items() if name.startswith("against_")):
         late, reference = against[against["moment"] == LATE], against["against"].iloc[0]
-        sentences.append(f"{LATE.capitalize()}, compared with {reference} seed by seed: {said(late)}.")
+        sentences.append(f"{LATE.capitalize()}, compared with {reference} seed by seed: {said(late)}")
     return sentences
 
 
 def _lacking(values: pd.DataFrame) -> pd.DataFrame:
-    """At how many measurements of a method some direction has no stationary law, and sums are missing."""
-    sums = values[values["quantity"] == "dominant_terms_stationary"]
-    of_method = sums["value"].isna().groupby(sums["method"], sort=False)
-    return of_method.agg(lacking="sum", measurements="size").reset_index()
+    """At how many measurements of a method some direction has no law, and sums are missing, by law."""
+    found = []
+    for law, kind in (("papers", "stationary"), ("training", "resolved")):
+        sums = values[values["quantity"] == f"dominant_terms_{kind}"]
+        of_method = sums["value"].isna().groupby(sums["method"], sort=False)
+        found.append(of_method.agg(lacking="sum", measurements="size").reset_index().assign(law=law))
+    return pd.concat(found, ignore_index=True)
 
 
 def _pictures(curves: pd.DataFrame, k: int) -> Iterator[Picture]:
     ranked = (HESSIAN_EIGENVALUE, GRADIENT_NOISE, NOISE_EIGENVALUE)
-    variances = ("stationary_variance", "resolved_variance")
+    variances = ("stationary_variance", "independent_variance", "resolved_variance")
     terms = (CURVATURE_TERM, LOG_VARIANCE_TERM, "dominant_terms")
     kinds = [f"{n}_{e}" for n in terms for e in ("stationary", "resolved")]
     nulls = [f"{n}{e}" for n in ("commutator", TOTAL_CORRELATION) for e in ("", "_null")]
@@ -235,10 +248,11 @@ def _curvature_and_noise(data: pd.DataFrame, k: int) -> Figure:
 def _posterior_variance(data: pd.DataFrame, k: int) -> Figure:
     figure = style.new_figure(f"Posterior variance of the weights, {k} tracked directions", 4.4)
     panels = [
-        _ranked("Stationary at the present rate", "σ²", "stationary_variance"),
-        _ranked("Time-resolved, through the run's rates", "", "resolved_variance"),
+        _ranked("Stationary, papers' law", "σ²", "stationary_variance"),
+        _ranked("Time-resolved, papers' law", "", "independent_variance"),
+        _ranked("Time-resolved, training's law", "", "resolved_variance"),
     ]
-    axes = figure.subplots(1, 2, sharey=True)
+    axes = figure.subplots(1, 3, sharey=True)
     return _draw(figure, axes, panels, data, _ranks(k), marker="")
 
 
@@ -259,7 +273,7 @@ def _bound_terms(data: pd.DataFrame, k: int) -> Figure:
         Panel("Robust loss, test", TEST_ROBUST_LOSS, "nats"),
         Panel("Robust loss gap, test − train", ROBUST_LOSS_GAP, "nats"),
     ]
-    keys = [key("stationary σ²"), key("time-resolved σ²", OTHER)]
+    keys = [key("papers' law: stationary σ², λ"), key("training's law: time-resolved σ², J", OTHER)]
     return _draw(figure, figure.subplots(2, 3).ravel(), panels, data, keys)
 
 

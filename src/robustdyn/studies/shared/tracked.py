@@ -21,6 +21,7 @@ from robustdyn.records.schema import (
     CURVATURE_TERM,
     GRADIENT_NOISE,
     HESSIAN_EIGENVALUE,
+    INDEPENDENT,
     LOG_VARIANCE_TERM,
     NOISE_EIGENVALUE,
     POSTERIOR_VARIANCE,
@@ -70,10 +71,15 @@ _RANKED = {
     HESSIAN_EIGENVALUE: "Hessian eigenvalue λ",
     GRADIENT_NOISE: "gradient noise γ along H's directions",
     NOISE_EIGENVALUE: "noise eigenvalue (of C)",
-    "stationary_variance": "stationary σ²",
-    "resolved_variance": "time-resolved σ²",
+    "stationary_variance": "stationary σ² (papers' law)",
+    "independent_variance": "time-resolved σ² (papers' law)",
+    "resolved_variance": "time-resolved σ² (training's law)",
 }
-_SUMS = {"stationary": "stationary σ²", "resolved": "time-resolved σ²"}
+_SUMS = {
+    "stationary": "stationary σ² (papers' law)",
+    "independent": "time-resolved σ² (papers' law)",
+    "resolved": "time-resolved σ² and slope (training's law)",
+}
 _TERMS: Mapping[str, tuple[str, Change]] = {
     CURVATURE_TERM: ("Σ λσ²", "factor"),
     LOG_VARIANCE_TERM: ("−Σ ln σ² (nats)", "difference"),
@@ -161,14 +167,17 @@ def tracked_quantities(run: Run) -> pd.DataFrame:
     )
     if spectrum[POSTERIOR_VARIANCE_STATIONARY].isna().all():
         raise RecordError(f"{run.path}: no stationary posterior recorded; train with optimizer=sgd")
-    own = posterior[["epoch", "index", POSTERIOR_VARIANCE]]
+    own = posterior[["epoch", "index", "slope", POSTERIOR_VARIANCE, POSTERIOR_VARIANCE + INDEPENDENT]]
     spectrum = spectrum.merge(own, on=["epoch", "index"], how="left", validate="one_to_one")
     measured = _ranked(spectrum, [HESSIAN_EIGENVALUE, GRADIENT_NOISE, NOISE_EIGENVALUE])
-    resolved = spectrum[POSTERIOR_VARIANCE]
+    resolved, independent = spectrum[POSTERIOR_VARIANCE], spectrum[POSTERIOR_VARIANCE + INDEPENDENT]
     terms = {
         "curvature_term_stationary": spectrum[CURVATURE_TERM],
         "log_variance_term_stationary": spectrum[LOG_VARIANCE_TERM],
-        "curvature_term_resolved": spectrum["curvature"] * resolved,
+        "curvature_term_independent": spectrum["curvature"] * independent,
+        "log_variance_term_independent": -np.log(independent.where(independent > 0)),
+        # the robust loss is attacked at the weights that are drawn, and bends with the slope
+        "curvature_term_resolved": spectrum["slope"] * resolved,
         "log_variance_term_resolved": -np.log(resolved.where(resolved > 0)),
     }
     sums = _whole_sums(spectrum[["epoch"]].assign(**terms))
@@ -180,6 +189,7 @@ def tracked_quantities(run: Run) -> pd.DataFrame:
     variances = posterior.rename(
         columns={
             POSTERIOR_VARIANCE_STATIONARY: "stationary_variance",
+            POSTERIOR_VARIANCE + INDEPENDENT: "independent_variance",
             POSTERIOR_VARIANCE: "resolved_variance",
         }
     )
@@ -190,7 +200,7 @@ def tracked_quantities(run: Run) -> pd.DataFrame:
     evaluated = epochs.set_index("epoch")[[*_ROBUSTNESS, RATE]]
     parts = [
         _long(measured),
-        _long(_ranked(variances, ["stationary_variance", "resolved_variance"])),
+        _long(_ranked(variances, ["stationary_variance", "independent_variance", "resolved_variance"])),
         _long(sums),
         _long(alignment[list(_ALIGNMENT)]),
         _long(evaluated).dropna(subset=["value"]),
