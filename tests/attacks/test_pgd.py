@@ -86,6 +86,39 @@ def test_matches_an_independent_rendering_step_by_step():
     assert torch.equal(out, x)
 
 
+N_FGSM = {"steps": 1, "step_size": 0.1, "relative_start": 2.0, "projection": "range"}  # of the radius 0.1
+
+
+def test_n_fgsm_is_one_step_from_large_noise_without_projection():
+    """De Jorge et al. (NeurIPS 2022): noise in 2 ε, then ε sign(∇); both are only clipped to the range."""
+    net, (images, labels) = conv_net(torch.float64), batch(dtype=torch.float64)
+    out = attack(**N_FGSM).perturb(net, images, labels, generator(0, "attack"))
+    noise = torch.empty_like(images).uniform_(-0.2, 0.2, generator=generator(0, "attack"))
+    noisy = (images + noise).clamp(0, 1).requires_grad_()
+    nn.functional.cross_entropy(net(noisy), labels, reduction="sum").backward()
+    assert torch.equal(out, (noisy.detach() + 0.1 * noisy.grad.sign()).clamp(0, 1))
+    assert 0.25 < (out - images).abs().max() <= 0.3  # ε is 0.1: the ball plays no part
+
+
+def test_without_noise_n_fgsm_is_fgsm():
+    net, (images, labels) = conv_net(torch.float64), batch(dtype=torch.float64)
+    fgsm = attack(steps=1, step_size=0.1, random_start="none")
+    none = attack(**N_FGSM | {"relative_start": 0.0})
+    found, wanted = (a.perturb(net, images, labels, generator(0, "attack")) for a in (none, fgsm))
+    torch.testing.assert_close(found, wanted, **EXACT64)  # images + ε and images + ε sign are rounded alike
+
+
+def test_in_l2_the_noise_has_the_relative_radius_and_the_step_leaves_the_ball():
+    images = torch.full((2000, 1, 1, 2), 0.5, dtype=torch.float64)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(2, 2)).double()
+    one = attack(norm="l2", eps=0.1, **N_FGSM)
+    start = one.start(images, generator(0, "attack"))
+    lengths = (start - images).flatten(1).norm(dim=1)
+    assert 0.199 < lengths.max() <= 0.2  # in two dimensions one of 2000 is within 0.1 % of the edge, p < 0.02
+    out = one.climb(net, images, torch.zeros(2000, dtype=torch.int64), start)
+    torch.testing.assert_close((out - start).flatten(1).norm(dim=1), torch.full_like(lengths, 0.1), **EXACT64)
+
+
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("start", ["uniform", "gaussian", "none"])
 def test_normalised_inputs_are_attacked_as_the_pixels_are(norm, start):
@@ -196,6 +229,13 @@ def test_refuses_inference_mode():
         ({"eps": -0.1}, "eps must be at least 0, got -0.1"),
         ({"step_size": 0}, "step_size must be positive, got 0"),
         ({"steps": -1}, "steps must be at least 0, got -1"),
+        ({"projection": "box"}, "projection must be ball or range, got box"),
+        ({"relative_start": -1}, "relative_start must be at least 0 and finite, got -1"),
+        ({"relative_start": 2}, "relative_start=2 starts outside the ball .* or projection=range"),
+        (
+            {"relative_start": 2, "projection": "range", "random_start": "none"},
+            "relative_start=2 is the radius of a uniform start, but random_start=none; choose",
+        ),
         ({"batchnorm": "frozen"}, "batchnorm must be train or eval, got frozen"),
         ({"eps": 8}, r"eps=8 exceeds the width 1\.0 of the valid range.*255"),
         ({"eps": math.inf, "norm": "l2"}, "eps=inf exceeds"),

@@ -207,6 +207,10 @@ def test_what_was_measured_stays_what_it_is(run_dir, tmp_path, monkeypatch, caps
         (("checkpoint=theirs", *TYPED, "learning_rate={1: 0.1}"), "begins after epoch 0, of model_0.pth"),
         (("checkpoint=theirs", *TYPED, "learning_rate={0: -0.1}"), "must be a positive number"),
         (("checkpoint=theirs", *TYPED, "measure.examples=81"), "measure.examples=81 must be between 1 and"),
+        (
+            ("checkpoint=theirs", *TYPED, "measure.weights=averaged"),
+            "model_0.pth holds no average of trained weights; choose measure.weights=trained",
+        ),
         (("checkpoint=theirs", *TYPED, "model.width=8"), "model.width=8 does not fit"),
         (("checkpoint=theirs", *TYPED, "batch_size=0"), "batch_size=0 must be a whole number of at least 1"),
         (

@@ -73,12 +73,21 @@ WCI = {
 }
 SAYS = {  # what the papers say
     "at": STUDY,
+    "at_ema": STUDY | {"averaging": "ExponentialAveraging", "measure.weights": "averaged"},
     "awp": STUDY | AWP,
     "awp_global": STUDY | {"perturbation": "GlobalAWP"},
     "awp_wci_lr": STUDY | AWP | WCI,
     "bound_lr": STUDY | {"schedule": "BoundRate", "schedule.start_epoch": 100, "schedule.learning_rate": 0.1},
     "mart": STUDY | MART,
     "mart_awp": STUDY | MART | AWP_TRADES,
+    "nfgsm": STUDY
+    | {
+        "attack.train.steps": 1,
+        "attack.train.step_size": 8 / 255,
+        "attack.train.random_start": "uniform",
+        "attack.train.relative_start": 2,
+        "attack.train.projection": "range",
+    },
     "sam": STUDY | {"perturbation": "SAM", "perturbation.rho": 0.05},
     "standard": STUDY | {"objective": "CrossEntropy", "measure.inputs": "clean"},
     "trades": STUDY | TRADES,
@@ -94,7 +103,7 @@ def test_a_preset_sets_what_its_paper_says(method):
     check_combinations(cfg)
     assert {key: setting(cfg, key) for key in SAYS[method]} == SAYS[method]
     evaluation = cfg.attack.evaluation  # the same for every method
-    assert (evaluation.random_start, evaluation.batchnorm) == ("uniform", "eval")
+    assert (evaluation.steps, evaluation.random_start, evaluation.batchnorm) == (10, "uniform", "eval")
 
 
 def test_the_command_line_has_the_last_word():

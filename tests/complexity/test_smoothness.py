@@ -114,6 +114,14 @@ def test_gradient_alignment_is_the_mean_cosine_between_the_input_and_a_random_po
     assert min(cosines) < 0.99
 
 
+@pytest.mark.parametrize("name", ["local_lipschitz", "gradient_alignment"])
+def test_the_ball_is_searched_also_of_an_attack_that_leaves_it(name):
+    network = on_examples(initialised(relu_network))
+    assert network.attack.random_start == "uniform"
+    leaving = replace(network, attack=replace(network.attack, relative_start=2.0, projection="range"))
+    assert BY_NAME[name](leaving) == BY_NAME[name](network)
+
+
 def test_examples_without_an_input_gradient_have_no_direction():
     model = initialised(relu_network)
     network = on_examples(model)

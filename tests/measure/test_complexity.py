@@ -44,6 +44,13 @@ def network_of(model, inputs, targets, **settings):
     )
 
 
+def test_a_measure_has_one_row_an_epoch():
+    model, inputs, targets = problem()
+    some, more = (ComplexityMeasures(names=names) for names in (SOME, [*SOME[:2], "path_norm"]))
+    found = measure_model(model, inputs, targets, attack=ATTACK, measurements={"some": some, "more": more})
+    assert [row["measure"] for row in found.rows["measures"]] == [*SOME, "path_norm"]
+
+
 def test_rows_are_the_measures_of_the_attacked_examples():
     model, inputs, targets = problem()
     start = {name: torch.zeros_like(p) for name, p in model.named_parameters()}

@@ -8,13 +8,14 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from robustdyn.commands import train as train_module
+from robustdyn.commands.measure import main as measure
 from robustdyn.methods import AdversarialTraining, EpochAveraging
 from robustdyn.methods.averaging import ExponentialAveraging
 from robustdyn.run.config import build
-from tests.runs import command, compose, rows, tiny_but
+from tests.runs import command, compose, invoke, rows, tiny_but
 from tests.tolerances import EXACT32
 
-EPOCHS, STEPS, DECAY = 4, 3, 0.8
+EPOCHS, STEPS, DECAY = 4, 3, 0.3  # which is below (1 + t) / (10 + t) from the third average on
 SHORT = (
     *tiny_but("schedule.", "measure.epochs", "trainer.max_epochs"),
     "schedule=wci",
@@ -78,9 +79,9 @@ def assert_close(found, expected, **tolerance):
 def ema_by_hand(trained):
     """w̄ after every step."""
     averages = [trained[0]]
-    for weights in trained[1:]:
-        last = averages[-1]
-        averages.append({k: DECAY * last[k] + (1 - DECAY) * weights[k] for k in weights})
+    for t, weights in enumerate(trained[1:], start=1):
+        last, decay = averages[-1], min(DECAY, (1 + t) / (10 + t))
+        averages.append({k: decay * last[k] + (1 - decay) * weights[k] for k in weights})
     return averages
 
 
@@ -143,6 +144,37 @@ def test_measured_are_the_weights(name, runs):
             k: v for k, v in other.items() if k.startswith("train_")
         }
     assert ours[-1]["test_robust_loss"] != theirs[-1]["test_robust_loss"]
+
+
+@pytest.mark.parametrize("name", ["ema", "swa"])
+def test_the_average_can_be_measured_and_the_rule_then_follows_it(name, tmp_path, monkeypatch):
+    overrides = {"ema": EMA, "swa": SWA}[name]
+    ledger = run(monkeypatch, tmp_path, *overrides, "measure.weights=averaged")
+    averages = (
+        ema_by_hand(ledger.trained)[STEPS - 1 :: STEPS]
+        if name == "ema"
+        else swa_by_hand(ledger.trained, start=1)
+    )
+    measured = rows(tmp_path, "layers")
+    assert {row["epoch"] for row in measured} == {1, 2, 3}  # those after which the rule sets a rate
+    for row in measured:
+        weights = averages[row["epoch"]][row["layer"]]
+        assert row["weight_norm_sq"] == pytest.approx(float(weights.double().square().sum()), rel=1e-5)
+    index = {row["epoch"]: row["wci"] for row in rows(tmp_path, "wci")}
+    rates = {row["epoch"]: row["lr"] for row in rows(tmp_path, "epochs")}
+    for epoch in (2, 3):
+        assert rates[epoch] == pytest.approx(0.01 * min(1, 3 / index[epoch - 1]))
+    # both are in the checkpoint
+    for choice, weights in (("averaged", averages[-1]), ("trained", ledger.trained[-1])):
+        settings = (f"measure.weights={choice}", f"output={tmp_path / choice}", "measure=index", "report=false")
+        last = tmp_path / "checkpoints" / "last.ckpt"
+        small = ("measure.examples=24", "device=cpu")
+        assert invoke(measure, monkeypatch, f"checkpoint={last}", *settings, *small) == 0
+        for row in rows(tmp_path / choice, "layers"):
+            squared = float(weights[row["layer"]].double().square().sum())
+            assert row["weight_norm_sq"] == pytest.approx(squared, rel=1e-5)
+    # afterwards the weights that are trained are in place again
+    assert_close(model_of(saved(tmp_path)["current_model_state"]), ledger.trained[-1], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["none", "ema", "swa"])

@@ -8,7 +8,28 @@ import torch
 from robustdyn.errors import DataFileError
 from robustdyn.models import load_weights
 from robustdyn.models.weight_files import read_weight_file
-from tests.models.test_checkpoints import parallel, preact, public_preact, refused, same, saved
+from tests.models.test_checkpoints import parallel, preact, public_preact, randomised, refused, same, saved
+
+
+def test_of_an_average_and_the_weights_beside_it_the_reader_chooses(tmp_path):
+    average, weights = (randomised(preact()).state_dict() for _ in range(2))
+    states = {
+        entry: {f"model.{name}": value for name, value in state.items()}
+        for entry, state in (("state_dict", average), ("current_model_state", weights))
+    }
+    both = saved({"pytorch-lightning_version": "2.6.0", **states}, tmp_path)
+    assert read_weight_file(both).averaged
+    for trained, wanted in ((False, average), (True, weights)):
+        model = preact()
+        load_weights(model, both, layout="auto", trained=trained)
+        assert same(model, wanted)
+    one = {"pytorch-lightning_version": "2.6.0", "state_dict": states["state_dict"]}
+    alone = saved(one, tmp_path)
+    assert not read_weight_file(alone).averaged
+    model = preact()
+    load_weights(model, alone, layout="auto", trained=True)  # of a run without averaging, there is no other
+    assert same(model, average)
+
 
 # ---------------------------------------------------------------------- safetensors
 

@@ -93,6 +93,20 @@ REFUSED = [
         "choose an earlier start_epoch, or averaging=none",
     ),
     (
+        ("measure.weights=averaged",),
+        "measure.weights=averaged measures the average of the weights, but this run keeps none; choose "
+        "averaging=ema or swa, or measure.weights=trained",
+    ),
+    (
+        ("+attack.evaluation.projection=range",),
+        "attack.evaluation.projection=range lets the attack leave the ball in which robustness is evaluated; "
+        "choose ball",
+    ),
+    (
+        ("method=nfgsm", "attack.train.projection=ball"),
+        "attack.train.relative_start=2 starts outside the ball onto which projection=ball projects; choose",
+    ),
+    (
         ("batchnorm.frozen_from=10", TEN),
         "batchnorm.frozen_from=10 is not reached by trainer.max_epochs=10, so that no statistics are frozen; "
         "choose an earlier epoch, or null",
@@ -147,6 +161,8 @@ ALLOWED = [
     ("averaging=swa", TEN, "averaging.start_epoch=9"),
     ("batchnorm.frozen_from=9", TEN, "averaging=ema", "method=awp"),
     ("measure.inputs=clean", "objective=at"),
+    ("averaging=swa", "measure.weights=averaged", "schedule=wci"),
+    ("method=nfgsm", "attack.train.relative_start=0", "measure=measures"),
     ("optimizer.nesterov=true",),
     ("optimizer=adamw", "regularizer.weight_decay_on=weights"),
 ]

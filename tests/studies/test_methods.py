@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 from robustdyn.records import RunRecords, find_runs
+from robustdyn.records.schema import SPECTRUM, TIMING
 from robustdyn.studies.methods import EARLY, STUDY, answer_from
 from tests.records.synthetic import config, write_hydra
 
@@ -28,6 +29,17 @@ def write(root, method, seed, shift=0.0):
                 error = test + shift + 0.01 * seed
                 row |= {f"{split}_{inputs}_error": error, f"{split}_{inputs}_loss": 2 * error}
         records.append("epochs", row)
+    direction = dict.fromkeys(SPECTRUM.names) | {"epoch": 4, "step": 5, "stable": True}
+    for index in range(2):
+        own = {"index": index, "hessian_eigenvalue": 3.0 + seed - index, "gradient_noise": 0.5}
+        records.append("spectrum", direction | own)
+    for name, value in (("path_norm", 7.0), ("gradient_alignment", 0.9)):
+        row = {"epoch": 4, "step": 5, "measure": name, "value": value, "gradients": 2.0, "seconds": 1.0}
+        records.append("measures", row)
+    for epoch, speed in enumerate((1.0, 100.0 + seed, 900.0)):
+        shares = dict.fromkeys((name for name in TIMING.names if name.endswith("_share")), 0.1)
+        row = {"epoch": epoch, "step": epoch + 1, "images_per_second": speed, "seconds": 1.0}
+        records.append("timing", row | shares)
 
 
 @pytest.fixture
@@ -53,6 +65,15 @@ def test_early_stopping_ends_where_held_out_images_are_best(found):
     assert "of “AT” at the best epoch (31.0 ± 2.5 %) and of “AT, early stopping” at the" in found.findings[0]
     (picture,) = found.pictures
     assert len(picture.draw(picture.data).axes) == 4
+
+
+def test_what_the_last_weights_are_and_the_speed_are_compared_where_recorded(found):
+    means = found.tables["measured"].set_index(["quantity", "setting"])["mean"]
+    quantities = {"hessian_eigenvalue": 4.0, "gradient_noise": 0.5, "gradient_alignment": 0.9}
+    quantities["images_per_second"] = 101.0  # the median over epochs
+    for quantity, mean in quantities.items():
+        assert means[quantity].to_dict() == pytest.approx({"AT": mean, "WCI-LR, τ = 10": mean})
+    assert "wci" not in means  # no run measured it
 
 
 def test_the_stored_tables_are_those_of_the_stored_runs():

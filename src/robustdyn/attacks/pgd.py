@@ -34,14 +34,22 @@ class PGD:
     The direction is sign(∇) for ``linf`` and ∇/‖∇‖₂ for ``l2``. Only input gradients are computed:
     parameters receive none, and their ``.grad`` is not touched.
 
+    One step is FGSM (Goodfellow et al., ICLR 2015) without a random start, and RS-FGSM (Wong et al., ICLR
+    2020) from a uniform one. N-FGSM (de Jorge et al., NeurIPS 2022) starts from noise that is larger than the
+    ball and is not projected onto it: ``steps=1``, ``step_size=eps``, ``relative_start=2`` and
+    ``projection="range"``.
+
     Attributes:
         norm: ``"linf"`` or ``"l2"``.
         eps: Radius ε ≥ 0. With 0 the images stay as they are and the network is not run.
         step_size: Step, > 0.
         steps: Number of gradient steps ≥ 0.
-        random_start: Where to start: ``"uniform"`` in the ball (``l2``: in volume); ``"gaussian"``, x₀ plus
+        random_start: Where to start: ``"uniform"`` in a ball (``l2``: in volume); ``"gaussian"``, x₀ plus
             normal noise, as TRADES and MART do; ``"none"``, at x₀.
+        relative_start: Radius of the uniform start as a multiple of ε, ≥ 0, and at most 1 with ``"ball"``.
         start_std: Standard deviation of the Gaussian start, > 0.
+        projection: ``"ball"`` projects every step onto the ball and the valid range, ``"range"`` onto the
+            range alone, so that the result may leave the ball.
         batchnorm: ``"eval"`` attacks the network with its running statistics. ``"train"`` uses the statistics
             of the batch and also updates the running statistics at every step, as the robust-overfitting
             study (Rice et al., ICML 2020) does.
@@ -57,7 +65,9 @@ class PGD:
     step_size: float = default("attack/linf", "step_255") / 255
     steps: int = default("attack/linf", "steps")
     random_start: Literal["uniform", "gaussian", "none"] = default("attack/linf", "evaluation.random_start")
+    relative_start: float = default("attack/linf", "train.relative_start")
     start_std: float = default("attack/linf", "evaluation.start_std")
+    projection: Literal["ball", "range"] = default("attack/linf", "train.projection")
     batchnorm: Literal["train", "eval"] = default("attack/linf", "evaluation.batchnorm")
     valid_range: tuple[float, float] = (0.0, 1.0)
 
@@ -72,8 +82,22 @@ class PGD:
             raise ValueError(f"steps must be at least 0, got {self.steps}")
         if self.random_start not in ("uniform", "gaussian", "none"):
             raise ValueError(f"random_start must be uniform, gaussian or none, got {self.random_start}")
+        if not 0 <= self.relative_start < math.inf:
+            raise ValueError(f"relative_start must be at least 0 and finite, got {self.relative_start}")
+        if self.relative_start != 1 and self.random_start != "uniform":
+            raise ValueError(
+                f"relative_start={self.relative_start:g} is the radius of a uniform start, but random_start="
+                f"{self.random_start}; choose random_start=uniform, or relative_start=1"
+            )
         if not self.start_std > 0:
             raise ValueError(f"start_std must be positive, got {self.start_std}")
+        if self.projection not in ("ball", "range"):
+            raise ValueError(f"projection must be ball or range, got {self.projection}")
+        if self.projection == "ball" and self.relative_start > 1:
+            raise ValueError(
+                f"relative_start={self.relative_start:g} starts outside the ball onto which projection=ball "
+                "projects; choose at most 1, or projection=range"
+            )
         if self.batchnorm not in ("train", "eval"):
             raise ValueError(f"batchnorm must be train or eval, got {self.batchnorm}")
         low, high = self.valid_range
@@ -89,7 +113,7 @@ class PGD:
         generator: torch.Generator,
         loss: AttackLoss = summed_cross_entropy,
     ) -> Tensor:
-        """Adversarial images (B, C, H, W) in ``valid_range`` within ε of ``images``.
+        """Adversarial images (B, C, H, W) in ``valid_range``, and with ``projection="ball"`` within ε.
 
         Args:
             model: Network; its mode flags are as before afterwards.
@@ -143,7 +167,7 @@ class PGD:
         return mode(model, training=self.batchnorm == "train")
 
     def start(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Where the attack begins: a random point of the ball, or a copy of ``images`` (B, C, H, W)."""
+        """Where the attack begins: a random point near ``images`` (B, C, H, W), or a copy of them."""
         if self.random_start == "none" or self.eps == 0:
             return images.clone()
         # numbers are drawn in memory order: one order, so that they do not depend on the images' layout
@@ -151,12 +175,13 @@ class PGD:
         if self.random_start == "gaussian":
             noise.normal_(generator=generator)
             return self._project(images, noise.mul_(self.start_std))
+        reach = self.relative_start * self.eps
         if self.norm == "linf":
-            noise.uniform_(-self.eps, self.eps, generator=generator)
+            noise.uniform_(-reach, reach, generator=generator)
             return (images + noise).clamp_(*self.valid_range)
         noise.normal_(generator=generator)
         radius = torch.rand(len(images), generator=generator, device=images.device, dtype=images.dtype)
-        scale = self.eps * radius.pow(1 / images[0].numel()) / _norms(noise)
+        scale = reach * radius.pow(1 / images[0].numel()) / _norms(noise)
         return (images + noise * _per_example(scale, noise)).clamp_(*self.valid_range)
 
     def stepper(self, images: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
@@ -169,7 +194,7 @@ class PGD:
         if self.norm == "linf":
             # the ball cut with the box is a box
             least, greatest = self.valid_range
-            low, high = (images - self.eps).clamp_(min=least), (images + self.eps).clamp_(max=greatest)
+            low, high = (images - self._bound).clamp_(min=least), (images + self._bound).clamp_(max=greatest)
             return lambda adversarial, gradient: torch.clamp(
                 adversarial.add_(gradient.sign_(), alpha=self.step_size), low, high
             )
@@ -180,11 +205,16 @@ class PGD:
 
         return step
 
+    @property
+    def _bound(self) -> float:
+        """Radius of the ball onto which steps are projected."""
+        return self.eps if self.projection == "ball" else math.inf
+
     def _project(self, images: Tensor, delta: Tensor) -> Tensor:
         """The point of the ball and the box next to ``images`` + ``delta``."""
         if self.norm == "linf":
-            return (images + delta.clamp(-self.eps, self.eps)).clamp_(*self.valid_range)
-        shrink = (self.eps / _norms(delta)).clamp_(max=1)
+            return (images + delta.clamp(-self._bound, self._bound)).clamp_(*self.valid_range)
+        shrink = (self._bound / _norms(delta)).clamp_(max=1)
         # The box is convex and holds x₀, so clamping only shortens delta: the ball is kept.
         return (images + delta * _per_example(shrink, delta)).clamp_(*self.valid_range)
 

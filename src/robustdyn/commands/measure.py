@@ -82,6 +82,12 @@ def measure_checkpoints(given: DictConfig) -> None:
     check(cfg)
     check_rules(cfg, RULES)
     chosen = _chosen(cfg, found)
+    trained = cfg.measure.weights == "trained"
+    if not trained and (without := [file.path for file in chosen if not file.averaged]):
+        raise ConfigError(
+            f"measure.weights=averaged: {without[0]} holds no average of trained weights; choose "
+            "measure.weights=trained, which takes the weights that a file has"
+        )
     device = device_of(cfg.device)
     model: nn.Module = build(cfg, "model", allow=allow)
     data: ImageDataModule = build(cfg, "data", allow=allow)
@@ -108,7 +114,7 @@ def measure_checkpoints(given: DictConfig) -> None:
             if file.epoch in series.done:
                 continue
             began = time.perf_counter()
-            layout = _load(model, file.path, cfg.layout)
+            layout = _load(model, file.path, cfg.layout, trained=trained)
             rows, after = measurement(
                 model.to(device),
                 epoch=file.epoch,
@@ -211,11 +217,11 @@ def _write_config(output: Path, cfg: DictConfig, run: DictConfig | None, trainin
 # ---------------------------------------------------------------------- what is measured
 
 
-def _load(model: nn.Module, path: Path, layout: Any) -> str:
+def _load(model: nn.Module, path: Path, layout: Any, *, trained: bool) -> str:
     """Put the weights into the network, in double precision if the file has it."""
     weights = read_weight_file(path).weights.values()
     model.to(torch.float64 if any(value.dtype == torch.float64 for value in weights) else torch.float32)
-    return load_weights(model, path, layout=layout)
+    return load_weights(model, path, layout=layout, trained=trained)
 
 
 def _say_what(
@@ -226,6 +232,8 @@ def _say_what(
     epochs = f"epoch {chosen[0].epoch}" + (f" to {chosen[-1].epoch}" if len(chosen) > 1 else "")
     say(f"checkpoints {len(chosen)} ({epochs}){done}")
     say(f"examples    {cfg.measure.examples} of the {examples:,} training images of {type_name(cfg.data)}")
+    if any(file.averaged for file in chosen):
+        say(f"weights     {cfg.measure.weights}")
     if cfg.measure.inputs == "adversarial":
         say(f"attack      {cfg.attack.norm}, radius {cfg.attack.eps_255:g}/255, {cfg.attack.steps} steps")
     last = training.optimizer(chosen[-1])

@@ -45,7 +45,9 @@ def local_lipschitz(network: NetworkOnExamples) -> MeasureValue:
         steps=_LIPSCHITZ_STEPS,
         step_size=attack.eps / _LIPSCHITZ_STEPS,
         random_start="gaussian",
+        relative_start=1.0,
         start_std=attack.eps / 30,
+        projection="ball",
         batchnorm="eval",
     )
     order = math.inf if attack.norm == "linf" else 2.0
@@ -117,7 +119,7 @@ def gradient_alignment(network: NetworkOnExamples) -> MeasureValue:
     Cost: two gradients. The standard error is over examples, each with noise of its own.
     """
     attack = network.ball
-    noise = replace(attack, random_start="uniform", valid_range=(-math.inf, math.inf))
+    noise = replace(attack, random_start="uniform", relative_start=1.0, valid_range=(-math.inf, math.inf))
     shifted = noise.start(network.clean, network.generator("gradient-alignment"))
     here, there = _input_gradients(network, network.clean), _input_gradients(network, shifted)
     lengths = here.norm(dim=1) * there.norm(dim=1)

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from robustdyn.measure.plan import Measurement, MeasurementPlan, deployed, param
 from robustdyn.measure.snapshot import Snapshot
 from robustdyn.measure.when import EpochSpec, measured_epochs
 from robustdyn.methods import AdversarialTraining
+from robustdyn.methods.averaging import Averaging
 from robustdyn.records import RunRecords, read_table
 
 _log = logging.getLogger(__name__)
@@ -48,6 +50,8 @@ class Measure(Callback):
         epochs: When to measure; see ``robustdyn.measure.when.measured_epochs``.
         examples: Size of the measurement set, over all ranks.
         inputs: ``"adversarial"``, or ``"clean"`` for the loss of the unperturbed examples.
+        weights: ``"trained"``, or ``"averaged"`` for the average that an ``Averaging`` callback keeps. A
+            learning-rate rule follows the same weights.
         plan: What is measured and how.
         records: The run's record; only the first rank writes.
     """
@@ -58,12 +62,14 @@ class Measure(Callback):
         epochs: EpochSpec,
         examples: int,
         inputs: Literal["adversarial", "clean"],
+        weights: Literal["trained", "averaged"],
         plan: MeasurementPlan,
         records: RunRecords,
     ) -> None:
         self._spec = epochs
         self._counts = examples, min(plan.second_attack, examples)
         self._inputs = inputs
+        self._weights = weights
         self._plan = plan
         self._records = records
         self._epochs: frozenset[int] = frozenset()
@@ -120,6 +126,7 @@ class Measure(Callback):
         with (
             pl_module.stopwatch.section("measurement"),
             pl_module.execution.eager(),
+            self._measured_weights(trainer, pl_module),
             deployed(pl_module.model, _group(trainer)),
         ):
             began = time.perf_counter()
@@ -137,6 +144,15 @@ class Measure(Callback):
                     "training diverged, a lower optimizer.lr may help"
                 ) from error
         self._starts |= self._plan.next_starts(snapshot)
+
+    def _measured_weights(
+        self, trainer: lightning.Trainer, module: AdversarialTraining
+    ) -> AbstractContextManager[None]:
+        """The scope in which the network has the weights that are measured."""
+        if self._weights == "trained":
+            return nullcontext()
+        (averaging,) = (c for c in trainer.callbacks if isinstance(c, Averaging))  # type: ignore[attr-defined]
+        return averaging.in_place(module)
 
     def _due(self, epoch: int, read: str | None) -> list[Measurement]:
         """What to measure after ``epoch``: everything, what the rule reads, or nothing."""

@@ -28,7 +28,8 @@ _MEASURED_ELSEWHERE = {
 class ComplexityMeasures:
     """Rows of the ``measures`` table, one for each measure.
 
-    What another measurement of the plan has computed before is taken from it. Several processes gather the
+    What another measurement of the plan has computed before is taken from it, and a measure that has its row
+    already gets no second one. Several processes gather the
     examples, and each computes all measures: they cost little, and so need nothing from each other.
 
     Args:
@@ -64,7 +65,10 @@ class ComplexityMeasures:
     def measure(self, snapshot: Snapshot) -> Iterator[TableRow]:
         """One ``measures`` row for each measure; without a value where it is undefined."""
         network = _network(snapshot)
+        recorded = {row["measure"] for row in snapshot.rows.get("measures", ())}
         for measure in self.measures:
+            if measure.name in recorded:
+                continue
             known = not isinstance(network, str) and measure.name in network.known
             if measure.searches and not (self._searches or known):
                 continue

@@ -1,13 +1,16 @@
 """Weight averaging: Lightning's callback, and when to average."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning
 from lightning.pytorch.callbacks import WeightAveraging
+from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
-class _Averaging(WeightAveraging):
+class Averaging(WeightAveraging):
     """An average that replaces the weights during evaluation and in checkpoints.
 
     BatchNorm's running statistics are averaged with the weights. Izmailov et al. estimate them again from
@@ -42,20 +45,32 @@ class _Averaging(WeightAveraging):
         self._follow(pl_module)
         super().on_train_end(trainer, pl_module)
 
+    @contextmanager
+    def in_place(self, module: lightning.LightningModule) -> Iterator[None]:
+        """The average in place of the module's weights inside the scope; afterwards they are as before."""
+        self._follow(module)
+        self._swap_models(module)
+        try:
+            yield
+        finally:
+            self._swap_models(module)
+
     def _follow(self, module: lightning.LightningModule) -> None:
         """Until something was averaged, the average equals the weights."""
         if self._average_model is not None and self._average_model.n_averaged == 0:
             self._average_model.module.load_state_dict(module.state_dict())
 
 
-class ExponentialAveraging(_Averaging):
-    """w̄ ← decay · w̄ + (1 − decay) · w after every optimiser step, from the first step's w on.
+class ExponentialAveraging(Averaging):
+    """w̄ ← d · w̄ + (1 − d) · w after every optimiser step, from the first step's w on.
 
     It replaces the weights during evaluation and in checkpoints. BatchNorm's running statistics are averaged
-    with the weights.
+    with the weights. After t averages d is (1 + t) / (10 + t), as in TensorFlow's ExponentialMovingAverage,
+    but at most ``decay``. Without this warm-up, the average of a short run would remain close to the weights
+    before training.
 
     Args:
-        decay: In [0, 1).
+        decay: The decay after the warm-up, in [0, 1).
 
     Raises:
         ValueError: ``decay`` outside its range.
@@ -64,10 +79,18 @@ class ExponentialAveraging(_Averaging):
     def __init__(self, *, decay: float) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"decay must lie in [0, 1), got {decay}")
-        super().__init__(use_buffers=True, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        self._decay = decay
+        super().__init__(use_buffers=True, multi_avg_fn=self._update)
+
+    def _update(self, averages: list[Tensor], weights: list[Tensor], _: Tensor | int) -> None:
+        """Update some of the averages in place."""
+        assert self._average_model is not None
+        averaged = int(self._average_model.n_averaged)  # this one is on the host
+        decay = min(self._decay, (1 + averaged) / (10 + averaged))
+        get_ema_multi_avg_fn(decay)(averages, weights, averaged)
 
 
-class EpochAveraging(_Averaging):
+class EpochAveraging(Averaging):
     """Equal average of the weights at the ends of epochs from ``start_epoch`` on (Izmailov et al., UAI 2018).
 
     It replaces the weights during evaluation, including the evaluation of the averaged epoch, and in

@@ -39,7 +39,7 @@ MOST_CHANNELS = 16  # of images: more are no normalisation of pixels
 _COUNTER = ".num_batches_tracked"  # of BatchNorm: old files lack it, and it has no effect
 
 
-def load_weights(model: nn.Module, path: Path, *, layout: Layout) -> str:
+def load_weights(model: nn.Module, path: Path, *, layout: Layout, trained: bool = False) -> str:
     """Put the weights and BatchNorm statistics of a file into ``model``; on an error it stays as it was.
 
     Layouts:
@@ -69,6 +69,7 @@ def load_weights(model: nn.Module, path: Path, *, layout: Layout) -> str:
         model: Takes the weights, in its own dtype and on its own device.
         path: The file.
         layout: One of the layouts, or ``"auto"``.
+        trained: Of a run with weight averaging, take the weights that were trained and not their average.
 
     Returns:
         The layout used. Files of ``"awp"`` without the unused block cannot be distinguished from
@@ -81,7 +82,7 @@ def load_weights(model: nn.Module, path: Path, *, layout: Layout) -> str:
     if layout not in get_args(Layout):
         raise ConfigError(f"layout={layout} is not known; choose one of {', '.join(get_args(Layout))}")
     own = model.state_dict()
-    whole = dict(read_weight_file(path).weights)
+    whole = dict(read_weight_file(path, trained=trained).weights)
     if not whole:
         raise DataFileError(
             f"{path}: it has the state of an optimiser and no weights; give the network's file"

@@ -24,6 +24,7 @@ SUFFIXES = (".ckpt", ".pt", ".pth", ".pth.tar", ".tar", ".bin", ".safetensors")
 # Entries under which checkpoints keep their weights, the first that is there counts
 _ENTRIES = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "ema")
 _LIGHTNING = "pytorch-lightning_version"
+_TRAINED = "current_model_state"  # in Lightning's checkpoints, where the entry state_dict is their average
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -50,6 +51,7 @@ class WeightFile:
         epoch: The entry ``epoch``, if it has one.
         step: Optimiser steps taken, if it says so.
         groups: The optimiser's parameter groups without their parameters; none if it has no optimiser.
+        averaged: Whether it holds an average of the weights beside the weights that were trained.
     """
 
     path: Path
@@ -58,16 +60,27 @@ class WeightFile:
     epoch: int | None
     step: int | None
     groups: Sequence[Mapping[str, Any]]
+    averaged: bool
 
 
-def read_weight_file(path: Path) -> WeightFile:
+def read_weight_file(path: Path, *, trained: bool = False) -> WeightFile:
     """Read a file of ``torch.save`` or of safetensors.
+
+    Args:
+        path: The file.
+        trained: Of a file with both, take the weights that were trained and not their average.
 
     Raises:
         DataFileError: The file cannot be read, holds more than tensors and plain values, or has neither
             weights nor an optimiser's state.
     """
     content = _read(path)
+    averaged = (
+        isinstance(content, Mapping) and _LIGHTNING in content and _holds_weights(content.get(_TRAINED))
+    )
+    if averaged and trained:
+        assert isinstance(content, Mapping)
+        content = {**content, "state_dict": content[_TRAINED]}
     groups = _groups(content)
     try:
         entry, weights = _weights(content, path)
@@ -83,6 +96,7 @@ def read_weight_file(path: Path) -> WeightFile:
         epoch=_whole(named.get("epoch")),
         step=_whole(named.get("global_step")),
         groups=groups,
+        averaged=averaged,
     )
 
 

@@ -91,6 +91,13 @@ def _attack(section: Mapping[str, Any]) -> str:
     parts.append(f"ε = {format_value(section['eps_255'])}/255")
     if "step_255" in section:
         parts.append(f"step {format_value(section['step_255'])}/255")
+    trained = section.get("train")
+    if isinstance(trained, Mapping) and trained.get("projection") == "range":
+        steps = "1 step" if trained.get("steps") == 1 else f"{trained.get('steps', '?')} steps"
+        start = format_value(trained.get("relative_start", "?"))
+        parts.append(f"trained with {steps} from {start} ε, not projected onto the ball")
+    elif isinstance(trained, Mapping) and trained.get("steps", section.get("steps")) != section.get("steps"):
+        parts.append(f"trained with PGD-{trained['steps']}")
     tested = section.get("evaluation")
     if isinstance(tested, Mapping) and tested.get("steps", section.get("steps")) != section.get("steps"):
         parts.append(f"tested with PGD-{tested['steps']}")
@@ -159,7 +166,8 @@ def _measured(section: object) -> str:
     """``every 5, on 256 training examples``."""
     if not isinstance(section, Mapping) or not section.get("epochs"):
         return ""
-    return f"{format_value(section['epochs'])}, on {section.get('examples', '?')} training examples"
+    averaged = ", with averaged weights" if section.get("weights") == "averaged" else ""
+    return f"{format_value(section['epochs'])}, on {section.get('examples', '?')} training examples{averaged}"
 
 
 def _value(config: Mapping[str, Any], section: str, key: str) -> str:

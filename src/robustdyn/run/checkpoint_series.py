@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from robustdyn.errors import ConfigError, DataFileError
-from robustdyn.models.weight_files import SUFFIXES, read_weight_file
+from robustdyn.models.weight_files import SUFFIXES, WeightFile, read_weight_file
 from robustdyn.records.run_directory import RunDirectory
 
 _MAGIC = re.compile(r"[*?\[]")
@@ -28,12 +28,14 @@ class Checkpoint:
         step: Optimiser steps taken; None if the file does not say.
         groups: The optimiser's parameter groups, from the file or from a file ``opt*`` of this epoch beside
             it; none if neither has them.
+        averaged: Whether the file holds an average of the weights beside the weights that were trained.
     """
 
     path: Path
     epoch: int
     step: int | None
     groups: Sequence[Mapping[str, Any]]
+    averaged: bool
 
 
 def find_checkpoints(given: str, say: Callable[[str], object]) -> list[Checkpoint]:
@@ -51,7 +53,7 @@ def find_checkpoints(given: str, say: Callable[[str], object]) -> list[Checkpoin
         DataFileError: A file that was named cannot be read.
     """
     named = not Path(given).is_dir()
-    found: list[tuple[Path, int | None, int | None, Sequence[Mapping[str, Any]]]] = []
+    found: list[tuple[int | None, WeightFile]] = []
     for path in _files(given):
         try:
             file = read_weight_file(path)
@@ -62,24 +64,25 @@ def find_checkpoints(given: str, say: Callable[[str], object]) -> list[Checkpoin
             continue
         if file.weights:  # which are not kept: there may be hundreds of files
             epoch = _number(path) if file.epoch is None else file.epoch
-            found.append((path, epoch, file.step, file.groups))
+            found.append((epoch, replace(file, weights={})))
     if not found:
         raise ConfigError(f"checkpoint={given}: no file with weights; give one, or the folder of several")
     chosen: dict[int, Checkpoint] = {}
-    for path, epoch, step, groups in found:
+    for epoch, file in found:
+        path, step = file.path, file.step
         if epoch is None and len(found) > 1:
             raise ConfigError(
                 f"{path}: neither the file nor its name says its epoch; leave it out with a pattern, such as "
                 f"checkpoint='{path.parent}/*_[0-9]*{path.suffix}'"
             )
-        here = Checkpoint(path, epoch or 0, step, groups)
+        here = Checkpoint(path, epoch or 0, step, file.groups, file.averaged)
         other = chosen.setdefault(here.epoch, here)
         if other is not here and (step is None or other.step != step):  # of one step: the last is the best
             raise ConfigError(
                 f"{other.path} and {path.name} are both of epoch {epoch}; leave one out with a pattern, such "
                 f"as checkpoint='{path.parent}/NAME_*{path.suffix}'"
             )
-    beside = _optimisers({(path.parent, epoch) for path, epoch, _, groups in found if not groups})
+    beside = _optimisers({(file.path.parent, epoch) for epoch, file in found if not file.groups})
     return [
         replace(one, groups=beside.get((one.path.parent, one.epoch), one.groups))
         for _, one in sorted(chosen.items())

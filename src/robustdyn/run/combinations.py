@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from robustdyn.errors import ConfigError
 from robustdyn.methods import BoundRate, is_plain_momentum
+from robustdyn.methods.averaging import Averaging
 from robustdyn.methods.objectives.objective import Objective
 from robustdyn.methods.schedules import Schedule
 from robustdyn.records.schema import EPOCHS, TABLES
@@ -58,7 +59,8 @@ def check_combinations(cfg: DictConfig) -> None:
     _measured_rate(cfg, parts)
     _needed_tables(parts)
     _frozen_batchnorm(cfg, model)
-    _averaging(cfg)
+    _averaging(cfg, parts["averaging"])
+    _evaluation_attack(cfg)
     _early_stopping(cfg)
     _metric(cfg)
 
@@ -228,12 +230,26 @@ def _plain_momentum(cfg: DictConfig, parts: Mapping[str, Any]) -> None:
         )
 
 
-def _averaging(cfg: DictConfig) -> None:
+def _averaging(cfg: DictConfig, averaging: object) -> None:
+    if cfg.measure.weights == "averaged" and not isinstance(averaging, Averaging):
+        raise ConfigError(
+            "measure.weights=averaged measures the average of the weights, but this run keeps none; choose "
+            "averaging=ema or swa, or measure.weights=trained"
+        )
     start = cfg.averaging.get("start_epoch")
     if start is not None and start >= cfg.trainer.max_epochs:
         raise ConfigError(
             f"averaging.start_epoch={start} is not reached by trainer.max_epochs={cfg.trainer.max_epochs}, "
             "so that nothing is averaged; choose an earlier start_epoch, or averaging=none"
+        )
+
+
+def _evaluation_attack(cfg: DictConfig) -> None:
+    projection = cfg.attack.evaluation.get("projection", "ball")
+    if projection != "ball":
+        raise ConfigError(
+            f"attack.evaluation.projection={projection} lets the attack leave the ball in which "
+            "robustness is evaluated; choose ball"
         )
 
 

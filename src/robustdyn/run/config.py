@@ -108,6 +108,7 @@ RULES: Mapping[str, Rule] = {
     "optimizer.fused": SWITCH,
     "stopping.patience": COUNT,
     "measure.inputs": _one_of("adversarial", "clean"),
+    "measure.weights": _one_of("trained", "averaged"),
     "measure.examples": TYPES[int],
     "measure.second_attack": TYPES[int],
     "measure.memory_mib": COUNT,

@@ -80,6 +80,7 @@ def build_callbacks(
         epochs=settings["epochs"],
         examples=settings["examples"],
         inputs=settings["inputs"],
+        weights=settings["weights"],
         plan=measurement_plan(cfg),
         records=records,
     )
