@@ -123,6 +123,12 @@ def test_a_branch_without_a_preset_is_named_after_what_was_typed(tmp_path):
     assert branch(run) == "no decay"
 
 
+def test_what_is_measured_is_no_factor(tmp_path):
+    changed = {"measure.epochs": ["every 10", "last"], "measure.examples": [150, 64]}
+    (run,) = find_runs(write_branch(tmp_path, "unchanged", 0, changed=changed))
+    assert branch(run) == "unchanged"
+
+
 def test_other_runs_are_refused(tmp_path):
     write_branch(tmp_path / "alone", "unchanged", 0)
     with pytest.raises(RecordError, match="nothing to compare: give branch=unchanged and other"):

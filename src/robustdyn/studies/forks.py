@@ -63,14 +63,18 @@ SHARES = {TEST_ROBUST_LOSS: "Test robust loss", TEST_ROBUST_ERROR: "Test robust 
 def branch(run: Run) -> str:
     """What the branch changes: its preset, or else the settings that were typed.
 
+    What is measured, and when, is no part of it, because it does not change the training.
+
     Raises:
         RecordError: The run is no branch.
     """
     origin = read_object(RunDirectory(run.path).fork)
     if origin is None or not isinstance(run.config.get("fork"), Mapping):
         raise RecordError(f"{run.path}: is no branch of a run; robustdyn-fork makes them, or leave it out")
-    preset, changed = run.choices.get("branch", UNCHANGED), origin.get("changed")
-    if preset != UNCHANGED or not isinstance(changed, dict) or not changed:
+    preset, recorded = run.choices.get("branch", UNCHANGED), origin.get("changed")
+    changed = recorded if isinstance(recorded, dict) else {}
+    changed = {name: values for name, values in changed.items() if not name.startswith("measure.")}
+    if preset != UNCHANGED or not changed:
         return preset.replace("_", " ")
     return ", ".join(f"{name}={format_value(values[-1])}" for name, values in changed.items())
 
