@@ -181,8 +181,8 @@ def certificate_lines(result: Mapping[str, Any]) -> Iterator[str]:
         best = gaussian["certificates"][gaussian["best"]]
         yield (
             f"Gaussian posteriors: {best['risk_bound']:.3f}; all their bounds hold with probability "
-            f"{gaussian['confidence']:g}; largest part of the best: {best['limited_by']}. With KL = 0 it would "
-            f"be {best['bound_at_zero_kl']:.3f}, with no error on S {best['bound_at_zero_error']:.3f}"
+            f"{gaussian['confidence']:g}; largest part of the best: {best['limited_by']}. With KL = 0 it "
+            f"would be {best['bound_at_zero_kl']:.3f}, with no error on S {best['bound_at_zero_error']:.3f}"
         )
 
 
@@ -296,9 +296,9 @@ def _examples(cfg: DictConfig, run_dir: Path) -> tuple[DictConfig, dict[str, Ima
         )
     if len(rest) < 8:
         raise ConfigError(
-            f"run.data: of {len(together)} training images the run has seen all but {len(rest)}, and only the "
-            "others count; give +run.data.train_size=null, for which the run must have been trained "
-            f"with a smaller data.train_size, such as {len(together) // 2}"
+            f"run.data: of {len(together)} training images the run has seen all but {len(rest)}, and only "
+            "the others count; give +run.data.train_size=null, for which the run must have been trained with "
+            f"a smaller data.train_size, such as {len(together) // 2}"
         )
     held = [_split(run, "validation", allow)] if run.data.validation_size else []
     for name, split in [*(("validation", part) for part in held), ("test", _split(run, "test", allow))]:
