@@ -244,7 +244,7 @@ class FiniteCertificate:
 
 
 def finite_certificate(losses: ArrayLike, *, alpha: float) -> FiniteCertificate:
-    """Chernoff's bound for the mean of R networks and for the best, (37a) and (37d) of docs/theory.md.
+    """Chernoff's bound for the mean of R networks and for the best, (37a) and (37a') of docs/theory.md.
 
     Args:
         losses: (R, n) in [0, 1], loss of each network on each example of S. The networks were fixed before S
