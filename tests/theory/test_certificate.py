@@ -159,8 +159,8 @@ def test_finite_certificate_step_by_step():
 
 
 def test_both_finite_bounds_cover_together_as_often_as_they_say():
-    """Exact, by all counts of the outcomes 00, 01, 10, 11 that two networks have together on 25 examples."""
-    n, alpha, outcomes = 25, 0.2, np.array([[0, 0], [0, 1], [1, 0], [1, 1]])
+    """Exact, by all counts of the outcomes 00, 01, 10, 11 that two networks have together on ten examples."""
+    n, alpha, outcomes = 10, 0.2, np.array([[0, 0], [0, 1], [1, 0], [1, 1]])
     chances = np.array([0.6, 0.12, 0.13, 0.15])
     risks = chances @ outcomes
     missed = 0.0

@@ -26,8 +26,8 @@ FINDINGS = "findings.md"
 SHORT = 40  # rows of a table that findings show in full
 ASSUMED = (
     "Student's intervals take the values of different seeds for independent draws from one normal "
-    "distribution. If a quantity is skewed over seeds or falls into two groups, they cover it in 70 to 90 % of "
-    "cases only."
+    "distribution. If a quantity is skewed over seeds or falls into two groups, they cover it in 70 to "
+    "90 % of cases only."
 )
 _STUDENT = " with Student's 95 % interval"
 
