@@ -111,7 +111,8 @@ def run_certify(cfg: DictConfig) -> None:
             "attack.evaluation.batchnorm=train would change the running statistics; choose eval"
         )
     data = {
-        name: (to_unit(part.images).to(device), part.labels.to(device)) for name, part in examples.items()
+        name: (to_unit(examples[name].images).to(device), examples[name].labels.to(device))
+        for name in ("prior", "S", "test")
     }
     stacked = StackedNetwork(model.to(device).eval(), cfg.engine)
     networks = AttackedNetworks(stacked, attack, seed=cfg.seed)
