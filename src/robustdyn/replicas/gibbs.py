@@ -203,9 +203,10 @@ class AttackedNetworks:
         draws: Sequence[torch.Generator],
         batch_size: int,
     ) -> NDArray[np.bool_]:
-        parts = zip(images.split(batch_size), targets.split(batch_size), strict=True)
+        many = len(theta)
         robust = [
-            self._robust(theta, *(x.expand(len(theta), *x.shape) for x in part), draws) for part in parts
+            self._robust(theta, part.expand(many, *part.shape), labels.expand(many, -1), draws)
+            for part, labels in zip(images.split(batch_size), targets.split(batch_size), strict=True)
         ]
         return ~torch.cat(robust, dim=1).cpu().numpy()
 
