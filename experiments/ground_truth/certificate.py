@@ -33,7 +33,7 @@ def label(row: dict[str, Any]) -> str:
 
 
 def _panel(axes: Axes, result: dict[str, Any], title: str) -> None:
-    rows = result["certificates"]
+    rows = result["gaussian"]["certificates"]
     held = result["held_out"]
     for place, row in enumerate(rows):
         left = 0.0

@@ -222,6 +222,16 @@ def test_a_run_can_be_made_longer_and_changed_on_request(finished, tmp_path, mon
     assert [row["epoch"] for row in rows(moved, "epochs")] == [0, 1, 2]
     assert (rows(moved, "epochs")[:2]) == rows(finished, "epochs")
     assert "weight_decay: 0.1" in (moved / ".hydra" / "config.yaml").read_text()
+    images = {where: training_images(where) for where in (finished, moved)}
+    assert len(images[finished]) == 1
+    assert images[moved] == images[finished]  # the same images again
+    fewer = (*run, "trainer.max_epochs=4", "data.train_size=40", "resume=changed")
+    assert command(monkeypatch, *fewer) == 0
+    assert set(training_images(moved)) > set(images[finished])
+
+
+def training_images(run_dir):
+    return torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)["training_images"]
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ EVERY = Recorded(
     mean_steps=(),
     loss_draws=1,
     expansion=False,
+    weights=True,
 )
 SETTINGS = {
     "at": {},
@@ -72,6 +73,7 @@ def test_a_replica_is_a_plain_pytorch_loop(name, engine):
         np.testing.assert_allclose(
             found["buffer"][row, 1:], (velocity @ along).numpy(), rtol=1e-8, atol=1e-10
         )
+        np.testing.assert_allclose(found["weights"][row], path[-1].numpy(), **EXACT64)
 
 
 def test_the_model_is_never_changed():

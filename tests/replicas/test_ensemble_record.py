@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from robustdyn.errors import ConfigError, RecordError
-from robustdyn.replicas import Directions, EnsembleRecord, MeasuredPoint, read_ensemble
+from robustdyn.replicas import Directions, EnsembleRecord, MeasuredPoint, read_ensemble, read_weights
 
 SETTINGS = {
     "learning_rate": [0.1, 0.1],
@@ -70,6 +70,21 @@ def test_an_ensemble_grows_by_what_is_missing(tmp_path):
     assert found.learning_rate.tolist() == [0.1, 0.1]
     assert found.start.loss == 0.5
     assert found.start.converged is True
+
+
+def test_weights_are_kept_beside_the_chunks(tmp_path):
+    found, both = record(tmp_path), range(2)
+    found.start(start, torch.device("cpu"))
+    found.add(both, arrays(both))
+    with pytest.raises(RecordError, match="run the same robustdyn-replicas command again"):
+        next(read_weights(tmp_path))
+    assert list(found.missing(2)) == []
+    assert list(found.missing(2, weights=True)) == [both]
+    weights = np.arange(8, dtype=np.float32).reshape(2, 4)
+    found.add(both, arrays(both) | {"weights": weights})
+    assert list(found.missing(2, weights=True)) == []
+    np.testing.assert_array_equal(np.concatenate(list(read_weights(tmp_path))), weights)
+    assert read_ensemble(tmp_path).position[:, 0, 0].tolist() == [0.0, 1.0]
 
 
 def test_shards_share_the_chunks(tmp_path):

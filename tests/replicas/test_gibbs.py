@@ -94,6 +94,27 @@ def test_the_error_of_one_network_on_all_examples():
     assert 0 < got < 1
 
 
+@pytest.mark.parametrize("threat", [attack(), attack(steps=0, eps=1.0)], ids=["attack", "random start"])
+def test_which_examples_each_network_misclassifies(threat):
+    model = network()
+    inputs, targets = images()
+    stacked = StackedNetwork(model, "vmapped")
+    theta = noisy(model).draw([generator(0, "test", j) for j in range(3)])
+    networks = AttackedNetworks(stacked, threat, seed=1)
+    expected = []
+    for j, row in enumerate(theta):
+        other, draws = copy.deepcopy(model), generator(1, "wrong", 5 + j)
+        torch.nn.utils.vector_to_parameters(row, other.parameters())
+        adversarial = [
+            threat.perturb(other, *part, draws)
+            for part in zip(inputs.split(4), targets.split(4), strict=True)
+        ]
+        expected.append(other(torch.cat(adversarial)).argmax(dim=1) != targets)
+    got = networks.wrong(theta, inputs, targets, batch_size=4, stream="wrong", first=5)
+    assert_allclose(got, torch.stack(expected).numpy())
+    assert 0 < got.mean() < 1
+
+
 def test_a_network_that_says_nothing_is_wrong():
     """All-NaN logits must not count as class 0."""
     model = network()

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from robustdyn.studies.shared import one_factor
-from robustdyn.studies.shared.study import findings_page, load
+from robustdyn.studies.shared.study import ASSUMED, findings_page, load
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 STUDIES = (
@@ -73,9 +73,13 @@ def test_a_page_says_what_a_table_of_means_holds():
         "",
         "`tables/long.csv`, 41 rows",
         "",
+        ASSUMED,
+        "",
         "![curve](figures/curve.png)",
     ]
     empty = findings_page("Why?", ["So."], {"means": means[:0]}, [])  # no run of the baseline, say
     assert empty.endswith("\n`tables/means.csv`, 0 rows\n")
+    assert ASSUMED not in empty
     one_seed = findings_page("Why?", ["So."], {"means": means.assign(seeds=1)}, [])
     assert "`tables/means.csv`, 2 rows: means over 1 seed\n" in one_seed
+    assert ASSUMED not in one_seed

@@ -8,7 +8,7 @@ from robustdyn.errors import RecordError
 from robustdyn.records import find_runs
 from robustdyn.run.combinations import check_combinations
 from robustdyn.run.config import build
-from robustdyn.studies.regimes import STUDY
+from robustdyn.studies.regimes import DEFAULT, STUDY
 from tests.runs import compose
 from tests.studies.curve_runs import decayed, write_curves
 from tests.studies.tracked_runs import row_of
@@ -102,6 +102,20 @@ def test_outcomes_are_those_after_the_last_epoch(answered):
     assert own["total"] == pytest.approx(2.0)
     assert own["refreshed_slope_ratio"] == pytest.approx(1 + gap)  # over two directions
     assert "kl" not in own  # it has no value
+
+
+def test_slope_ratios_are_compared_as_factors(answered):
+    ratios = answered.tables["runs"].query("outcome == 'refreshed_slope_ratio'").set_index(["level", "seed"])
+    own, usual = (np.log(ratios.loc[level, "value"].to_numpy()) for level in ("×0", DEFAULT))
+    effects = answered.tables["effects"].set_index(["level", "outcome"])
+    row = effects.loc["×0", "refreshed_slope_ratio"]
+    change, half = own - usual, stats.t.ppf(0.975, 2) * stats.sem(own - usual)
+    expected = np.exp([change.mean(), change.mean() - half, change.mean() + half])
+    np.testing.assert_allclose(row[["mean", "low", "high"]].astype(float), expected, rtol=1e-9)
+    assert row["change"] == "factor"
+    assert effects.loc["×0", "final robust_loss_gap"]["change"] == "difference"
+    levels = answered.tables["levels"].set_index(["level", "outcome"])
+    assert levels.loc["×0", "refreshed_slope_ratio"]["mean"] == pytest.approx(np.exp(own.mean()))
 
 
 def test_findings_and_figures(answered):

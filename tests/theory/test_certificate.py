@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import numpy as np
@@ -6,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 from scipy.optimize import brentq
-from scipy.stats import binom
+from scipy.stats import binom, multinomial
 
-from robustdyn.theory import binary_kl, binary_kl_upper, risk_certificate
+from robustdyn.theory import binary_kl, binary_kl_upper, finite_certificate, risk_certificate
 from tests.theory.reference import properties
 from tests.tolerances import EXACT64
 
@@ -141,3 +142,61 @@ def test_the_prior_itself_has_chernoffs_bound_and_it_covers_as_often_as_it_says(
     paid = risk_certificate([0.3], kl=0.0, n=n, alpha=alpha, alpha_sampling=alpha_sampling)
     free = risk_certificate([0.3], kl=None, n=n, alpha=alpha, alpha_sampling=alpha_sampling)
     assert free.risk_bound < paid.risk_bound
+
+
+def test_finite_certificate_step_by_step():
+    losses = np.array([[1, 0, 0, 0, 0, 1, 0, 0], [0, 0, 0, 1, 0, 0, 0, 0], [0.5] * 8])
+    got = finite_certificate(losses, alpha=0.1)
+    assert_allclose(got.uniform_error, (2 / 8 + 1 / 8 + 1 / 2) / 3, **EXACT64)
+    assert (got.best, got.best_error, got.networks, got.n, got.alpha) == (1, 1 / 8, 3, 8, 0.1)
+    for bound, error, price in (
+        (got.uniform_bound, got.uniform_error, math.log(2 / 0.1)),
+        (got.best_bound, got.best_error, math.log(2 * 3 / 0.1)),
+    ):
+        assert_allclose(
+            bound, brentq(lambda p, e=error, c=price: kl_by_hand(e, p) - c / 8, error, 1 - 1e-15), rtol=1e-9
+        )
+
+
+def test_both_finite_bounds_cover_together_as_often_as_they_say():
+    """Exact, by all counts of the outcomes 00, 01, 10, 11 that two networks have together on ten examples."""
+    n, alpha, outcomes = 10, 0.2, np.array([[0, 0], [0, 1], [1, 0], [1, 1]])
+    chances = np.array([0.6, 0.12, 0.13, 0.15])
+    risks = chances @ outcomes
+    missed = 0.0
+    for counts in itertools.product(range(n + 1), repeat=3):
+        if sum(counts) > n:
+            continue
+        whole = (n - sum(counts), *counts)
+        got = finite_certificate(np.repeat(outcomes, whole, axis=0).T, alpha=alpha)
+        if got.uniform_bound < risks.mean() or got.best_bound < risks[got.best]:
+            missed += multinomial.pmf(whole, n, chances)
+    assert alpha / 20 < missed <= alpha
+
+
+@properties
+@given(st.integers(8, 2000), st.data())
+def test_no_reweighting_beats_the_best_of_few_networks(n, data):
+    """Where R ≤ 2 √n, Maurer's bound for any weights is above that of the best network, at equal α."""
+    networks = data.draw(st.integers(1, math.floor(2 * math.sqrt(n))))
+    errors = np.array(data.draw(st.lists(shares, min_size=networks, max_size=networks)))
+    weights = np.exp(-data.draw(st.floats(0.0, 100.0)) * errors)
+    weights /= weights.sum()
+    kl = float((weights * np.log(np.maximum(weights, 1e-300) * networks)).sum())
+    maurer = binary_kl_upper(weights @ errors, (max(kl, 0) + math.log(2 * math.sqrt(n) / 0.025)) / n)
+    best = binary_kl_upper(errors.min(), math.log(networks / 0.025) / n)
+    assert best <= maurer + 1e-12  # rounding of the mean error
+
+
+@pytest.mark.parametrize(
+    ("losses", "alpha", "message"),
+    [
+        ([0.1, 0.2], 0.1, r"losses must be \(R, n\) with R, n >= 1, got \(2,\)"),
+        (np.empty((0, 3)), 0.1, r"got \(0, 3\)"),
+        ([[2.0]], 0.1, r"losses is 2 at index \(0, 0\); it must be in \[0, 1\]"),
+        ([[1.0]], 1.0, r"alpha is 1; it must be in \(0, 1\)"),
+    ],
+)
+def test_bad_losses_are_refused(losses, alpha, message):
+    with pytest.raises(ValueError, match=message):
+        finite_certificate(losses, alpha=alpha)

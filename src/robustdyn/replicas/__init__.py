@@ -17,7 +17,7 @@ short:
 """
 
 from robustdyn.replicas.ensemble import Directions, Ensemble, Recorded, Training, loss_around
-from robustdyn.replicas.ensemble_record import EnsembleRecord, RecordedEnsemble, read_ensemble
+from robustdyn.replicas.ensemble_record import EnsembleRecord, RecordedEnsemble, read_ensemble, read_weights
 from robustdyn.replicas.expansion import Lines, RobustLoss, measure_lines
 from robustdyn.replicas.network import Engine, StackedNetwork
 from robustdyn.replicas.point import (
@@ -60,6 +60,7 @@ __all__ = [
     "moved",
     "predicted_deviations",
     "read_ensemble",
+    "read_weights",
     "sampled_gradients",
     "second_moment",
 ]

@@ -65,6 +65,7 @@ class Recorded:
         loss_draws: Random starts of the attack for each example, ≥ 1; the losses are means over these.
         expansion: Whether at the loss steps the robust loss is also measured on the adversarial examples of
             θ_0, and expanded around θ_0.
+        weights: Whether the weights of every replica after the last step are kept.
 
     Raises:
         ValueError: Steps do not increase, there is no draw, or positions are not recorded for an expansion.
@@ -76,6 +77,7 @@ class Recorded:
     mean_steps: tuple[int, ...]
     loss_draws: int
     expansion: bool
+    weights: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "loss_steps", "mean_steps"):
@@ -190,7 +192,7 @@ class Ensemble:
             Arrays by name, as ``robustdyn.replicas.RecordedEnsemble`` describes them: ``position``,
             ``buffer``, ``gradient``, ``distance``, ``batch_loss``, ``robust_loss``, ``robust_error`` and,
             with an expansion, ``EXPANDED``. All are float64 except ``mean_move`` (1, M, P) float32, the mean
-            over these R replicas.
+            over these R replicas, and, if they are kept, ``weights`` (R, P), θ after the last step.
 
         Raises:
             FloatingPointError: A replica's weights are not finite.
@@ -225,7 +227,7 @@ class Ensemble:
         if not bool(finite.all()):
             worst = [number for number, good in zip(replicas, finite.tolist(), strict=True) if not good]
             raise FloatingPointError(f"replicas {worst} diverged within {steps} steps")
-        return record.arrays
+        return record.arrays | ({"weights": theta.cpu().numpy()} if self.recorded.weights else {})
 
     def _note_loss(self, record: "_Record", step: int, theta: Tensor, statistics: dict[str, Tensor]) -> None:
         if step not in self.recorded.loss_steps:

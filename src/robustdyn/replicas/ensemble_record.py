@@ -2,9 +2,9 @@
 
 ``settings.json`` contains everything on which the numbers depend, ``start.npz`` the starting point,
 ``lines.npz`` the loss along the directions, ``chunks/*.npz`` the replicas, ``path/*.npz`` the measurements at
-their mean, and ``families/*.npz`` children of some of the replicas. Every file is either complete or absent.
-A command that was killed can therefore always be resumed, and several commands can work on parts of the
-ensemble.
+their mean, ``weights/*.npz`` the weights of every replica after the last step, and ``families/*.npz``
+children of some of the replicas. Every file is either complete or absent. A command that was killed can
+therefore always be resumed, and several commands can work on parts of the ensemble.
 """
 
 import io
@@ -30,7 +30,7 @@ from robustdyn.replicas.families import Families
 from robustdyn.replicas.point import MeasuredPoint
 
 SETTINGS, START, LINES, CHUNKS, PATH = "settings.json", "start.npz", "lines.npz", "chunks", "path"
-FAMILIES = "families"
+FAMILIES, WEIGHTS = "families", "weights"
 _ANOTHER = "choose another output=DIR, or delete this one"
 
 
@@ -117,10 +117,13 @@ class EnsembleRecord:
                 _write(path, _packed(measure().arrays()))
             return _unpacked(path)
 
-    def missing(self, replicas: int, *, shard: int = 0, shards: int = 1) -> Iterator[range]:
+    def missing(
+        self, replicas: int, *, shard: int = 0, shards: int = 1, weights: bool = False
+    ) -> Iterator[range]:
         """Chunks among the first ``replicas`` that a shard still has to run.
 
-        Whole chunks belong to a shard, so that no number depends on how many shards there are.
+        Whole chunks belong to a shard, so that no number depends on how many shards there are. If the weights
+        are to be kept, a chunk without them is missing too.
 
         Raises:
             ConfigError: ``replicas`` is not a multiple of the chunk, or there is no such shard.
@@ -134,19 +137,25 @@ class EnsembleRecord:
             )
         for number in range(shard, replicas // self.chunk, shards):
             first = number * self.chunk
-            if not self._chunk(first).exists():
+            if not self._chunk(first).exists() or (weights and not self._weights(first).exists()):
                 yield range(first, first + self.chunk)
 
     def add(self, replicas: range, arrays: Arrays) -> None:
-        """Write a finished chunk.
+        """Write a finished chunk, its weights into a file of their own.
 
         Raises:
             RecordError: It cannot be written.
         """
-        _write(self._chunk(replicas.start), _packed(arrays))
+        weights = {name: arrays[name] for name in (WEIGHTS,) if name in arrays}
+        if weights:
+            _add(self._weights(replicas.start), weights)
+        _write(self._chunk(replicas.start), _packed({k: v for k, v in arrays.items() if k not in weights}))
 
     def _chunk(self, first: int) -> Path:
         return self.directory / CHUNKS / f"{first:06d}.npz"
+
+    def _weights(self, first: int) -> Path:
+        return self.directory / WEIGHTS / f"{first:06d}.npz"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -253,18 +262,38 @@ def read_ensemble(directory: Path) -> RecordedEnsemble:
         ) from error
 
 
+def read_weights(directory: Path) -> Iterator[NDArray[np.float32]]:
+    """θ (R, P) of the replicas after the last step, chunk by chunk.
+
+    Raises:
+        RecordError: The weights of a finished chunk were not kept, or a file cannot be read.
+    """
+    files = [directory / WEIGHTS / path.name for path in sorted((directory / CHUNKS).glob("*.npz"))]
+    if not files or not all(path.exists() for path in files):
+        raise RecordError(
+            f"{directory}: does not hold the weights of all replicas; run the same robustdyn-replicas "
+            "command again with record.weights=true"
+        )
+    for path in files:
+        yield _unpacked(path)[WEIGHTS]
+
+
 def write_families(directory: Path, families: Families) -> None:
     """Add children to an ensemble's directory, in place of any from the same step.
 
     Raises:
         RecordError: They cannot be written.
     """
-    path = directory / FAMILIES / f"{families.step:06d}.npz"
+    _add(directory / FAMILIES / f"{families.step:06d}.npz", vars(families))
+
+
+def _add(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Write a file into a folder that may not be there yet."""
     try:
         path.parent.mkdir(exist_ok=True)
     except OSError as error:
         raise _unwritable(path, error) from error
-    _write(path, _packed(vars(families)))
+    _write(path, _packed(arrays))
 
 
 def _families(path: Path) -> Families:

@@ -166,10 +166,49 @@ class AttackedNetworks:
 
     def error(self, theta: Tensor, images: Tensor, targets: Tensor, *, batch_size: int, stream: str) -> float:
         """Robust 0-1 error of one network θ (P,) on all examples; arguments as in ``gibbs_errors``."""
-        draws = generator(self.seed, stream, device=images.device)
-        parts = zip(images.split(batch_size), targets.split(batch_size), strict=True)
-        robust = [self._robust(theta[None], part[None], labels[None], [draws]) for part, labels in parts]
-        return 1 - float(torch.cat(robust, dim=1).double().mean())
+        draws = [generator(self.seed, stream, device=images.device)]
+        return float(self._wrong(theta[None], images, targets, draws, batch_size).mean())
+
+    def wrong(
+        self,
+        theta: Tensor,
+        images: Tensor,
+        targets: Tensor,
+        *,
+        batch_size: int,
+        stream: str,
+        first: int = 0,
+    ) -> NDArray[np.bool_]:
+        """Which examples (R, n) each of the networks θ (R, P) misclassifies under an attack of its own.
+
+        All random numbers of network j are a function of (seed, stream, first + j). Every network and example
+        has its own start of the attack, so that given the networks, a column depends on its example alone.
+
+        Args:
+            theta: (R, P), the weights of networks that pass together.
+            images: (n, ...) in [0, 1], on the network's device.
+            targets: (n,) classes.
+            batch_size: Examples of one pass; affects only memory, speed and rounding.
+            stream: Different for draws that must be independent.
+            first: Number of the first network.
+        """
+        draws = [generator(self.seed, stream, first + j, device=images.device) for j in range(len(theta))]
+        return self._wrong(theta, images, targets, draws, batch_size)
+
+    def _wrong(
+        self,
+        theta: Tensor,
+        images: Tensor,
+        targets: Tensor,
+        draws: Sequence[torch.Generator],
+        batch_size: int,
+    ) -> NDArray[np.bool_]:
+        many = len(theta)
+        robust = [
+            self._robust(theta, part.expand(many, *part.shape), labels.expand(many, -1), draws)
+            for part, labels in zip(images.split(batch_size), targets.split(batch_size), strict=True)
+        ]
+        return ~torch.cat(robust, dim=1).cpu().numpy()
 
     def _robust(
         self, theta: Tensor, images: Tensor, targets: Tensor, draws: Sequence[torch.Generator]

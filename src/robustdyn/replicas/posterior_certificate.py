@@ -1,4 +1,4 @@
-"""Computes PAC-Bayes certificates of the robust error with a posterior that replicas measured.
+"""Computes PAC-Bayes certificates of the robust error with a Gaussian posterior that replicas measured.
 
 The prior is N(θ_0, s² I) around the checkpoint, with s from a grid. The mean of the posterior is the
 checkpoint plus a fraction of the replicas' mean move. Along the directions the posterior has the replicas'
@@ -18,9 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from robustdyn.attacks import PGD
 from robustdyn.errors import ConfigError, RecordError
-from robustdyn.replicas import RecordedEnsemble, StackedNetwork
+from robustdyn.replicas import RecordedEnsemble
 from robustdyn.replicas.gibbs import AttackedNetworks, GibbsSampling, WeightPosterior
 from robustdyn.theory import (
     RiskCertificate,
@@ -31,16 +30,6 @@ from robustdyn.theory import (
 )
 
 Array = NDArray[np.float64]
-
-ASSUMPTIONS = (
-    "given the prior's examples, those of S are drawn independently from the distribution for which the "
-    "bound holds, or at random without replacement from a finite set of images; class-balanced draws are "
-    "also allowed, and the bound then holds for the same balance",
-    "nothing on which the prior depends has seen S: not the run, its settings, or the grid of prior.std",
-    "the bound holds for the error under this attack, in expectation over its random start; a stronger "
-    "attack may find more errors",
-    "pseudo-random numbers count as random, and weights rounded to float32 as Gaussian",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +48,6 @@ class CertificateSettings:
         test: Networks and examples for the error on test examples, for comparison.
         chunk: Networks in one pass; affects only memory and speed.
         batch_size: Batch size for passes of one network; affects only memory.
-        seed: Seed of all random numbers.
     """
 
     shift: tuple[float, ...]
@@ -72,7 +60,6 @@ class CertificateSettings:
     test: GibbsSampling
     chunk: int
     batch_size: int
-    seed: int
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -82,7 +69,6 @@ class MeasuredPosterior:
     Attributes:
         step: The step, in steps taken.
         replicas: R.
-        images: Digest of the examples on which the replicas were trained.
         move: (P,), mean of θ − θ_0.
         directions: (P, k), orthonormal.
         covariance: (k, k), along the directions.
@@ -91,7 +77,6 @@ class MeasuredPosterior:
 
     step: int
     replicas: int
-    images: str
     move: Tensor
     directions: Tensor
     covariance: Array
@@ -112,11 +97,6 @@ def measured_posterior(ensemble: RecordedEnsemble, folder: Path, step: int | Non
     settings = ensemble.settings
     if str(settings["optimizer"]["_target_"]).rpartition(".")[2] != "SGD":
         raise RecordError(f"{folder}: directions of a preconditioned optimiser; give an ensemble of SGD")
-    if settings["batchnorm"] != "eval":
-        raise RecordError(
-            f"{folder}: replicas moved the running statistics, which are not weights; run them with "
-            "batchnorm=eval"
-        )
     known = [at for at in ensemble.mean_steps.tolist() if at > 0 and at in ensemble.steps]
     if not known or (step is not None and step not in known):
         asked = "a step > 0" if step is None else f"step={step}"
@@ -140,7 +120,6 @@ def measured_posterior(ensemble: RecordedEnsemble, folder: Path, step: int | Non
     return MeasuredPosterior(
         step=at,
         replicas=replicas,
-        images=settings["images"],
         move=torch.from_numpy(move),
         directions=ensemble.start.directions.positions,
         covariance=covariance,
@@ -169,46 +148,36 @@ class _Choice:
 
 
 class Certifier:
-    """Certificates for one checkpoint.
+    """Certificates with a Gaussian prior around one checkpoint.
 
     Args:
-        network: The stacked network, at the checkpoint's weights θ_0, in eval mode.
+        networks: Networks with the checkpoint's running statistics, and the attack of the certified error.
         measured: The posterior.
-        data: ``prior`` (examples on which θ_0 was trained), ``S`` (examples that only replicas saw) and
-            ``test``: images (n, ...) in [0, 1] and classes (n,), on the network's device.
-        attack: The attack of the certified error, with ``batchnorm="eval"``.
+        data: ``S`` (examples that only these replicas saw) and ``test``: images (n, ...) in [0, 1] and
+            classes (n,), on the network's device.
         settings: The grid, the samples and the confidence.
-        classes: K; a bound above chance, 1 − 1/K, says nothing.
         say: Called with each line of progress.
     """
 
     def __init__(
         self,
-        network: StackedNetwork,
+        networks: AttackedNetworks,
         measured: MeasuredPosterior,
         data: Mapping[str, tuple[Tensor, Tensor]],
-        attack: PGD,
         settings: CertificateSettings,
         *,
-        classes: int,
         say: Callable[[str], None],
     ) -> None:
-        self.networks = AttackedNetworks(network, attack, seed=settings.seed)
-        self.measured, self.data, self.settings, self.classes, self.say = (
-            measured,
-            data,
-            settings,
-            classes,
-            say,
-        )
-        self.theta = network.theta()
+        self.networks, self.measured, self.data = networks, measured, data
+        self.settings, self.say = settings, say
+        self.theta = networks.network.theta()
         self.move, self.directions = (part.to(self.theta) for part in (measured.move, measured.directions))
         self.n = len(data["S"][1])
         # for each prior, Maurer's bound (for all posteriors) or Chernoff's bound (for the prior) may fail
         self.alpha = settings.alpha / (2 * len(settings.prior_std))
 
     def certify(self) -> dict[str, Any]:
-        """Screen the grid, certify the best point of every shift, and add bounds to compare with."""
+        """Screen the grid, and certify the best point of every shift and the prior itself."""
         settings = self.settings
         screened = self._screened()
         chosen = self._chosen(screened)
@@ -219,12 +188,9 @@ class Certifier:
             "best": int(np.argmin(bounds)),
             "risk_bound": min(bounds),
             "confidence": round(1 - settings.alpha - settings.alpha_sampling, 12),
-            "vacuous": min(bounds) >= 1 - 1 / self.classes,
             "certificates": rows,
-            "held_out": self._held_out(),
             "measured": self._as_measured(),
             "screening": screened,
-            "assumptions": list(ASSUMPTIONS),
         }
 
     def _grid(self) -> list[_Choice]:
@@ -293,19 +259,6 @@ class Certifier:
                 "mean_network_error": self._error_of(mean, "test"),
             },
             "mean_network_error": self._error_of(mean, "S"),
-        }
-
-    def _held_out(self) -> dict[str, Any]:
-        """The bound from S as a test set of the checkpoint, which the PAC-Bayes bound has to beat."""
-        error = self._error_of(self.theta, "S")
-        risk = self.settings.alpha + self.settings.alpha_sampling
-        return {
-            "error": error,
-            "n": self.n,
-            "risk_bound": float(binary_kl_upper(error, math.log(1 / risk) / self.n)),
-            "alpha": risk,
-            "test_error": self._error_of(self.theta, "test"),
-            "prior_examples_error": self._error_of(self.theta, "prior"),
         }
 
     def _as_measured(self) -> dict[str, Any]:

@@ -231,7 +231,8 @@ class EnsembleRun:
         with config_errors(settings.prefix):
             buffer = initial_buffer(state.optimizer, state.model, settings.initial_state)
         record = EnsembleRecord(directory, self.settings(), provenance, chunk=settings.chunk)
-        todo = list(record.missing(settings.replicas, shard=shard, shards=shards))
+        kept = self._recorded.weights
+        todo = list(record.missing(settings.replicas, shard=shard, shards=shards, weights=kept))
         model = _alone(state.model)
         update, preconditioner = read_update(
             state.optimizer,
@@ -294,7 +295,7 @@ class EnsembleRun:
             )
         if wait is not None:
             wait()
-        left = sum(1 for _ in record.missing(settings.replicas))
+        left = sum(1 for _ in record.missing(settings.replicas, weights=kept))
         if self._recorded.mean_steps and not left:
             say("path        measuring curvature and noise along the replicas' mean")
             record.path(

@@ -42,6 +42,11 @@ _PARTS = {
 }
 """The entries that a checkpoint must have for training to resume."""
 
+TRAINING_IMAGES = "training_images"
+"""The entry that lists the digests of all training sets of which a checkpoint's training may know."""
+UNKNOWN_IMAGES = "unknown"
+"""In that list: the training went on from a checkpoint that does not say."""
+
 CHANGEABLE = (
     "checkpoint",
     "data.download",
@@ -128,7 +133,14 @@ class LastCheckpoint(Checkpoint):
         self._kept: frozenset[int] = frozenset()
         self._interval = None if every_minutes is None else 60 * every_minutes
         self._cfg = cfg
+        self._images: set[str] = set()
         self._saved = 0.0
+
+    def on_load_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep in mind on which images the checkpoint was trained."""
+        self._images.update(checkpoint.get(TRAINING_IMAGES, [UNKNOWN_IMAGES]))
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Start the clock, and determine the epochs to keep.
@@ -137,6 +149,7 @@ class LastCheckpoint(Checkpoint):
             ConfigError: ``checkpoint.keep_epochs`` cannot be read, or names an epoch outside the run.
         """
         assert isinstance(pl_module, AdversarialTraining)
+        self._images.add(trainer.datamodule.split("train").digest())  # type: ignore[attr-defined]
         self._saved = time.monotonic()
         max_epochs = int(trainer.max_epochs or 0)
         self._kept = measured_epochs(
@@ -171,8 +184,9 @@ class LastCheckpoint(Checkpoint):
     def on_save_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Add the configuration, and Hydra's files as they are on disk."""
+        """Add the configuration, Hydra's files as they are on disk, and which images training has seen."""
         checkpoint["config"] = OmegaConf.to_container(self._cfg, resolve=True)
+        checkpoint[TRAINING_IMAGES] = sorted(self._images)
         checkpoint["hydra"] = hydra_files(self._run)
 
     def _save(self, trainer: lightning.Trainer) -> None:

@@ -54,6 +54,7 @@ RULES: Mapping[str, Rule] = {
     "record.mean_steps": STEPS,
     "record.loss_examples": COUNT,
     "record.loss_draws": COUNT,
+    "record.weights": SWITCH,
     "expansion.multiples": Rule(
         lambda v: (
             isinstance(v, list | ListConfig)
@@ -87,6 +88,7 @@ def ensemble_settings(cfg: DictConfig, prefix: str = "") -> EnsembleSettings:
             loss_examples=chosen.record.loss_examples,
             loss_draws=chosen.record.loss_draws,
             expansion=len(chosen.expansion.multiples) > 0,
+            weights=chosen.record.weights,
             **when,
         )
     with config_errors(prefix):

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -131,19 +132,21 @@ def answer(runs: Sequence[Run]) -> Answer:
     rows = pd.concat([_of_panel(panel, own) for panel, own in by_panel.items()], ignore_index=True)
     rows["setting"] = rows["factor"].where(rows["factor"] == DEFAULT, rows["factor"] + " " + rows["level"])
     by = ["panel", "factor", "level", "order", "outcome"]
-    apart = against(rows, DEFAULT, ["panel", "outcome"]).merge(
+    apart = _as_factors(against(_in_logs(rows), DEFAULT, ["panel", "outcome"])).merge(
         rows[["panel", "setting", "factor", "level", "order"]].drop_duplicates(), on=["panel", "setting"]
     )
     everywhere = _with_default_in_each_factor(rows)
+    levels = _as_factors(mean_with_interval(_in_logs(everywhere), by))
+    apart["change"] = apart["outcome"].map(lambda name: "factor" if name == SLOPE_RATIO else "difference")
     tables = {
-        "levels": _ordered(mean_with_interval(everywhere, by)).drop(columns="order"),
-        "effects": _ordered(apart)[[*by, *BOUNDS, "seeds"]].drop(columns="order"),
+        "levels": _ordered(levels).drop(columns="order"),
+        "effects": _ordered(apart)[[*by, "change", *BOUNDS, "seeds"]].drop(columns="order"),
         "runs": rows[["panel", "factor", "level", SEED, "outcome", "value"]],
     }
     drawn = _ordered(
         pd.concat(
             [
-                mean_with_interval(everywhere, by),
+                levels,
                 everywhere[[*by, SEED, "value"]].rename(columns={"value": "mean"}),
             ],
             ignore_index=True,
@@ -169,10 +172,27 @@ def findings_of(tables: Mapping[str, pd.DataFrame]) -> list[str]:
         effects = tables["effects"]
         for panel, own in effects[effects["outcome"] == outcome].groupby("panel", sort=False):
             names = [f"{factor} {level}" for factor, level in zip(own["factor"], own["level"], strict=True)]
-            parts.append(f"on {panel}, it is {told_apart(own, names)}")
+            changes = own.assign(**np.log(own[list(BOUNDS)])) if outcome == SLOPE_RATIO else own
+            parts.append(f"on {panel}, it is {told_apart(changes, names)}")
         if parts:
             said.append(sentence(f"the {name} against the default, seed by seed: {'; '.join(parts)}"))
     return said or ["There is nothing beside the default to compare."]
+
+
+def _in_logs(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows, slope ratios as their logarithms; one that is not positive has none."""
+    ratio = rows["outcome"] == SLOPE_RATIO
+    return rows.assign(
+        value=rows["value"].where(~ratio, np.log(rows["value"].where(ratio & (rows["value"] > 0))))
+    )
+
+
+def _as_factors(table: pd.DataFrame) -> pd.DataFrame:
+    """Means and intervals of slope ratios back from logarithms: geometric means, or factors between these."""
+    ratio = table["outcome"] == SLOPE_RATIO
+    return table.assign(
+        **{name: table[name].where(~ratio, np.exp(table[name].where(ratio))) for name in BOUNDS}
+    )
 
 
 def _of_panel(panel: str, runs: Sequence[Run]) -> pd.DataFrame:

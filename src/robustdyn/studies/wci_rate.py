@@ -264,7 +264,7 @@ def _colours(frame: pd.DataFrame) -> dict[str, str]:
 
 
 def _rule(damped: pd.DataFrame, settings: Mapping[str, str]) -> pd.DataFrame:
-    """How far the rate was lowered, and what became of the index: over seeds."""
+    """How far the rate was lowered, by factors, and what became of the index: over seeds."""
     found = []
     for label in settings:
         own = damped[damped["run"] == label].sort_values("epoch")
@@ -279,7 +279,11 @@ def _rule(damped: pd.DataFrame, settings: Mapping[str, str]) -> pd.DataFrame:
         found += [
             {"setting": settings[label], "quantity": name, "value": value} for name, value in numbers.items()
         ]
-    return mean_with_interval(pd.DataFrame(found), ["setting", "quantity"])
+    frame = pd.DataFrame(found)
+    factor, by = frame["quantity"].str.contains("η₁"), ["setting", "quantity"]
+    parts = [mean_with_interval(frame[factor], by, geometric=True), mean_with_interval(frame[~factor], by)]
+    order = list(settings.values()).index
+    return pd.concat(parts).sort_values("setting", key=lambda names: names.map(order), kind="stable")
 
 
 def _trend_table(over_epochs: pd.DataFrame, fitted: pd.DataFrame, slopes: pd.DataFrame) -> pd.DataFrame:

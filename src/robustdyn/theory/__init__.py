@@ -15,10 +15,12 @@ from robustdyn.theory.bounds import (
     gaussian_kl,
 )
 from robustdyn.theory.certificate import (
+    FiniteCertificate,
     RiskCertificate,
     SubspaceKL,
     binary_kl,
     binary_kl_upper,
+    finite_certificate,
     risk_certificate,
     subspace_kl,
 )
@@ -80,6 +82,7 @@ __all__ = [
     "CurvatureCells",
     "DecayTransient",
     "DominantTerms",
+    "FiniteCertificate",
     "GaussianKL",
     "MeasuredDrift",
     "MeasuredSpectrum",
@@ -107,6 +110,7 @@ __all__ = [
     "curvature_term_per_noise",
     "decay_transient",
     "dominant_terms",
+    "finite_certificate",
     "gaussian_kl",
     "is_stable",
     "largest_total_correlation",

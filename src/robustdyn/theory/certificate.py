@@ -1,8 +1,9 @@
-"""A risk certificate without any expansion: sample weights, count errors, invert the binary kl.
+"""Risk certificates without any expansion: count errors, invert the binary kl.
 
-The certificate bounds the risk of the Gibbs classifier θ ~ Q under the attack that was used, no other. The
-prior may depend on data, for instance on a half of the training set, as long as n counts only the examples
-that the prior has not seen.
+The certificates bound the risk under the attack that was used, no other. The prior may depend on data, for
+instance on a half of the training set, as long as n counts only the examples that the prior has not seen.
+``finite_certificate`` is for a prior of finitely many networks, ``risk_certificate`` for one of a density,
+from which weights have to be drawn.
 """
 
 import math
@@ -214,4 +215,65 @@ def risk_certificate(
         samples=samples,
         alpha=alpha,
         alpha_sampling=alpha_sampling,
+    )
+
+
+@dataclass(frozen=True)
+class FiniteCertificate:
+    """Bounds on the robust 0-1 risk of finitely many networks; they hold together with probability ≥ 1 − α.
+
+    Attributes:
+        uniform_error: Errors on S, mean over the networks.
+        uniform_bound: The risk of a network drawn uniformly, for every example, is at most this.
+        best: Number of the network with the fewest errors on S, the first among equals.
+        best_error: Its error on S.
+        best_bound: Its risk is at most this.
+        networks: R.
+        n: Examples of S.
+        alpha: Probability with which one of the bounds may fail; each has a half of it.
+    """
+
+    uniform_error: float
+    uniform_bound: float
+    best: int
+    best_error: float
+    best_bound: float
+    networks: int
+    n: int
+    alpha: float
+
+
+def finite_certificate(losses: ArrayLike, *, alpha: float) -> FiniteCertificate:
+    """Chernoff's bound for the mean of R networks and for the best, (37a) and (37a') of docs/theory.md.
+
+    Args:
+        losses: (R, n) in [0, 1], loss of each network on each example of S. The networks were fixed before S
+            was seen. Given them, the columns are independent, and each depends on its example and on random
+            numbers such as the attack's start; the risk is an expectation over both.
+        alpha: In (0, 1).
+
+    Returns:
+        The certificate.
+
+    Raises:
+        ValueError: A value outside its range, or no losses.
+
+    Source: Langford (2005), sections 3 and 4: the Chernoff test set bound, and Occam's razor for the best.
+    """
+    values = _share("losses", losses)
+    if values.ndim != 2 or not values.size:
+        raise ValueError(f"losses must be (R, n) with R, n >= 1, got {values.shape}")
+    networks, n = values.shape
+    share = float(probability("alpha", alpha)) / 2
+    errors = values.mean(axis=1)
+    best, uniform = int(errors.argmin()), float(values.mean())
+    return FiniteCertificate(
+        uniform_error=uniform,
+        uniform_bound=float(binary_kl_upper(uniform, math.log(1 / share) / n)),
+        best=best,
+        best_error=float(errors[best]),
+        best_bound=float(binary_kl_upper(errors[best], math.log(networks / share) / n)),
+        networks=networks,
+        n=n,
+        alpha=alpha,
     )

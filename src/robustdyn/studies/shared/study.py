@@ -24,6 +24,12 @@ from robustdyn.studies.shared.wording import seeds_said
 
 FINDINGS = "findings.md"
 SHORT = 40  # rows of a table that findings show in full
+ASSUMED = (
+    "Student's intervals take the values of different seeds for independent draws from one normal "
+    "distribution. If a quantity is skewed over seeds or falls into two groups, they cover it in 70 to "
+    "90 % of cases only."
+)
+_STUDENT = " with Student's 95 % interval"
 
 
 @dataclass(frozen=True)
@@ -148,6 +154,8 @@ def findings_page(
     lines = [question, "", " ".join(findings)]
     for stem, table in tables.items():
         lines += ["", f"`tables/{stem}.csv`, {len(table)} rows{_averaged(table)}", *_markdown(table)]
+    if any(_STUDENT in _averaged(table) for table in tables.values()):
+        lines += ["", ASSUMED]
     if pictures:
         lines += ["", *(f"![{name}](figures/{name}.png)" for name in pictures)]
     return "\n".join(lines) + "\n"
@@ -157,7 +165,7 @@ def _averaged(table: pd.DataFrame) -> str:
     """What the rows of a table of means are, for its caption."""
     if table.empty or not {"mean", "low", "high", "seeds"} <= set(table):
         return ""
-    interval = " with Student's 95 % interval" if table["seeds"].max() > 1 else ""
+    interval = _STUDENT if table["seeds"].max() > 1 else ""
     return f": means over {seeds_said(table)}{interval}"
 
 
