@@ -179,7 +179,7 @@ def predicted_laws(ensemble: RecordedEnsemble) -> dict[str, Law]:
         for name, path in ((NOISE_FREE, ensemble.mean_paths.plain), (DRIFT, ensemble.mean_paths.drifting)):
             error = path.std(axis=0, ddof=1) / np.sqrt(len(path))
             laws[name] = replace(laws[REFRESHED], name=name, mean=path.mean(axis=0), mean_error=error)
-    if ensemble.child is not None and decays(ensemble.learning_rate):
+    if ensemble.child is not None and np.isfinite(ensemble.child).any():
         laws |= {law.name: law for law in _mixture(ensemble, laws[REFRESHED])}
     return laws
 

@@ -365,11 +365,13 @@ class EnsembleRun:
 
             def follow(repetition: int = repetition) -> tuple[Array, Array]:
                 say(f"noise-free  path {repetition + 1} of {chosen.repetitions} of the mean")
+                with config_errors(f"{self._settings.prefix}noise_free.repetitions: "):
+                    covariance = refreshed_covariance(planned)
                 return mean_path(
                     ensemble.network,
                     training,
                     start.directions,
-                    refreshed_covariance(planned),
+                    covariance,
                     chosen,
                     repetition=repetition,
                     record_steps=self._recorded.steps,
