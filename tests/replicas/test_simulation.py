@@ -150,8 +150,9 @@ def test_noise_free_paths_are_followed_beside_the_replicas_and_once(tmp_path):
         noise_free=NoiseFreeSettings(repetitions=2, pairs=1, every=2, children=4),
     )
     said = []
+    described = {"optimizer": {"momentum": 0.9, "weight_decay": 5e-3}}
     for shard in (0, 1, 0):  # the last one finds nothing to do
-        run = EnsembleRun(chosen, state(model, optimizer))
+        run = EnsembleRun(chosen, state(model, optimizer, description=described))
         run.run(tmp_path, {}, shard=shard, shards=2, say=said.append, wait=None)
     words = [line.split()[0] for line in said]
     one = ["start", "replicas", "noise-free"]
@@ -186,8 +187,11 @@ def test_noise_free_paths_that_cannot_be_followed_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             settings(**changes)
+    chosen = settings(noise_free=paths, start=slopes)
+    with pytest.raises(ConfigError, match="need the optimizer's settings"):
+        EnsembleRun(chosen, state(model, optimizer))
     with pytest.raises(ConfigError, match=r"^here\.freeze_preconditioner=false changes Adam's"):
-        EnsembleRun(settings(noise_free=paths, start=slopes), state(model, optimizer))
+        EnsembleRun(chosen, state(model, optimizer, description={"optimizer": {}}))
 
 
 def test_a_fingerprint_is_of_the_point_and_not_of_the_memory():

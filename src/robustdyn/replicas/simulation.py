@@ -139,7 +139,8 @@ class TrainingState:
         attack: See ``robustdyn.replicas.Training``.
         perturbation: See ``robustdyn.replicas.Training``.
         identity: Distinguishes this point from others, e.g. its ``fingerprint``; for the record.
-        description: The configuration behind all this, on which the numbers also depend; for the record.
+        description: The configuration behind all this, on which the numbers also depend; for the record. The
+            laws of ``robustdyn.replicas.prediction``, and noise-free paths, read its ``optimizer``.
     """
 
     model: nn.Module
@@ -168,6 +169,8 @@ class EnsembleRun:
     def __init__(self, settings: EnsembleSettings, state: TrainingState) -> None:
         self._settings, self._state = settings, state
         check_optimizer(state.optimizer)
+        if settings.noise_free.wanted and "optimizer" not in state.description:
+            raise ConfigError("noise-free paths need the optimizer's settings in TrainingState.description")
         frozen = settings.freeze_preconditioner or not isinstance(state.optimizer, torch.optim.Adam)
         if settings.noise_free.wanted and not frozen:
             raise ConfigError(
