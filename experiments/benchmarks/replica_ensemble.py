@@ -27,7 +27,7 @@ from robustdyn.attacks import PGD
 from robustdyn.methods import AdversarialCrossEntropy
 from robustdyn.models import PreActResNet
 from robustdyn.replicas import Engine, MomentumUpdate, Sampling, StackedNetwork, Training
-from robustdyn.replicas.ensemble import batch_gradients
+from robustdyn.replicas.training_step import batch_gradients
 
 CHUNK, BATCH, EXAMPLES, AIM = 16, 64, 400, 600
 PROCESSES = 2

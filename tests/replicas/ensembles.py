@@ -103,11 +103,17 @@ def write(directory, ensemble, **settings):
         "record.mean_steps": ensemble.path_steps.tolist(),
         **settings,
     }
-    replicas = len(ensemble.replicas)
+    replicas, paths = len(ensemble.replicas), ensemble.mean_paths
+    if paths is not None:
+        described["noise_free"] = {"repetitions": len(paths.plain)}
     record = EnsembleRecord(directory, described, {}, chunk=replicas)
     record.start(lambda: ensemble.start, torch.device("cpu"))
     names = ("position", "buffer", "gradient", "distance", "batch_loss", "robust_loss", "robust_error")
     arrays = {name: getattr(ensemble, name) for name in names}
-    record.add(range(replicas), arrays | {"mean_move": ensemble.mean_move[None]})
+    arrays |= {"mean_move": ensemble.mean_move[None]}
+    record.add(range(replicas), arrays | ({} if ensemble.child is None else {"child": ensemble.child}))
+    if paths is not None:
+        for number, both in enumerate(zip(paths.plain, paths.drifting, strict=True)):
+            record.mean_path(number, lambda both=both: both)
     points = iter(ensemble.path)
     record.path(replicas, ensemble.path_steps.tolist(), lambda _: next(points))

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from robustdyn import streams
 from robustdyn.methods import AWP, TRADES
 from robustdyn.replicas import MeasuredPoint, PointSettings, StackedNetwork, measure_point
-from robustdyn.replicas.ensemble import batch_gradients
 from robustdyn.replicas.sampled_batches import gradient_slopes, second_moment
+from robustdyn.replicas.training_step import batch_gradients
 from robustdyn.theory import minibatch_noise_factor
 from tests.replicas.problems import EXAMPLES, attack, momentum, network, sampling, training
 from tests.tolerances import EXACT64, MC_SIGMAS

@@ -1,6 +1,7 @@
 """Tests that an ensemble continues a training exactly as its PyTorch optimiser would."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from robustdyn.models.sync_batchnorm import synchronize
 from robustdyn.replicas import (
     EnsembleRun,
     EnsembleSettings,
+    NoiseFreeSettings,
     PointSettings,
     Recorded,
     TrainingState,
@@ -83,6 +85,7 @@ def settings(**changes):
             expansion=False,
         ),
         "start": PointSettings(memory=2**20, **point),
+        "noise_free": NoiseFreeSettings(repetitions=0, pairs=1, every=1, children=0),
         "multiples": (),
         "prefix": "here.",
     }
@@ -135,6 +138,60 @@ def test_replicas_go_on_as_the_optimiser_would(kind, tmp_path):
     spread = found.path[0].directions.positions.T @ torch.from_numpy(found.mean_move[0]).double()
     np.testing.assert_allclose(spread.numpy(), found.position[:, -1].mean(axis=0), rtol=1e-5, atol=1e-7)
     assert [line.split()[0] for line in said] == ["start", "start", "replicas", "path"]
+
+
+def test_noise_free_paths_are_followed_beside_the_replicas_and_once(tmp_path):
+    """Two shards; the drift's displacements are none at the start, and the children start at the decay."""
+    model, optimizer = begun("sgd")
+    chosen = settings(
+        replicas=8,
+        chunk=4,
+        start=replace(settings().start, slope_batches=2),
+        noise_free=NoiseFreeSettings(repetitions=2, pairs=1, every=2, children=4),
+    )
+    said = []
+    described = {"optimizer": {"momentum": 0.9, "weight_decay": 5e-3}}
+    for shard in (0, 1, 0):  # the last one finds nothing to do
+        run = EnsembleRun(chosen, state(model, optimizer, description=described))
+        run.run(tmp_path, {}, shard=shard, shards=2, say=said.append, wait=None)
+    words = [line.split()[0] for line in said]
+    one = ["start", "replicas", "noise-free"]
+    assert words == ["start", *one, *one, "path", "start", "path"]
+    found = read_ensemble(tmp_path)
+    plain, drifting = found.mean_paths.plain, found.mean_paths.drifting
+    assert plain.shape == drifting.shape == (2, 4, 3)
+    assert (plain[:, 0] == 0).all()
+    assert (plain[0, 1:] != plain[1, 1:]).all()  # starts of the attack of their own
+    assert (plain[:, 1:] != drifting[:, 1:]).all()
+    assert np.isnan(found.child[:, :3]).all()  # the rate falls after two steps
+    assert np.isfinite(found.child[:4, 3]).all()
+    assert np.isnan(found.child[4:]).all()
+    # from one state, the replica and its child differ by the noise of one batch at a tenth of the rate
+    apart = np.abs(found.child[:4, 3] - found.position[:4, 3]).max()
+    assert 0 < apart < np.abs(found.position[:4, 2] - found.position[:4, 1]).max()
+
+
+def test_noise_free_paths_that_cannot_be_followed_are_refused():
+    model, optimizer = begun("adam")
+    paths = NoiseFreeSettings(repetitions=2, pairs=1, every=1, children=0)
+    slopes = replace(settings().start, slope_batches=2)
+    for changes, message in (
+        ({"noise_free": paths}, r"start.slope_batches=0 and batchnorm=eval must be at least 2 and eval"),
+        ({"noise_free": paths, "start": slopes, "batchnorm": "train"}, "batchnorm=train must be"),
+        ({"noise_free": replace(paths, children=3)}, "children=3 must be a multiple of chunk=2"),
+        ({"noise_free": replace(paths, children=4)}, "children=4 .* at most replicas=2"),
+        (
+            {"noise_free": replace(paths, children=4), "replicas": 4, "factors": (1.0, 0.9)},
+            "children=4 has no decay to start from; set schedule.milestones",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            settings(**changes)
+    chosen = settings(noise_free=paths, start=slopes)
+    with pytest.raises(ConfigError, match="need the optimizer's settings"):
+        EnsembleRun(chosen, state(model, optimizer))
+    with pytest.raises(ConfigError, match=r"^here\.freeze_preconditioner=false changes Adam's"):
+        EnsembleRun(chosen, state(model, optimizer, description={"optimizer": {}}))
 
 
 def test_a_fingerprint_is_of_the_point_and_not_of_the_memory():

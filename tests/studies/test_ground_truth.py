@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -5,8 +7,10 @@ import yaml
 
 from robustdyn.errors import RecordError
 from robustdyn.records.reader import find_runs
+from robustdyn.replicas import MeanPaths
 from robustdyn.replicas.ensemble_record import write_families
 from robustdyn.replicas.families import Families
+from robustdyn.replicas.prediction import predicted_laws
 from robustdyn.studies import ground_truth
 from robustdyn.studies.shared.normality import normality
 from robustdyn.studies.shared.study import conduct, load
@@ -136,6 +140,31 @@ def test_children_tell_the_parents_places_from_noise(tmp_path):
     # of a variance from 60 parents, and from 60 times 3 degrees of freedom
     assert (table["between_error"] / table["between"]).between(0.1, 0.3).all()
     assert (table["within_error"] / table["within"]).between(0.05, 0.2).all()
+
+
+def test_the_mean_and_the_mixture_stand_beside_the_other_laws(tmp_path):
+    """Paths that are off the mean by a known number of deviations, and children that are far apart."""
+    run = run_directory(tmp_path / "run")
+    draws = np.random.default_rng(10)
+    x, g = simulate(SLOPES, NOISE / BATCH, np.zeros(3), RATES, STEPS, replicas=30, seed=5)
+    child = np.where(np.array(STEPS)[:, None] > 60, 9.0 * draws.standard_normal((30, 1, 3)), np.nan)
+    start = point(np.diag(LAM), NOISE, np.zeros(3), slopes=SLOPES, errors=0.1)
+    plain = x.mean(axis=0) + np.array([1.0, -1.0])[:, None, None]
+    e = recorded(start, x, STEPS, RATES, gradient=g)
+    paths = MeanPaths(plain=plain, drifting=np.repeat(x.mean(axis=0)[None], 2, axis=0))
+    write(run / "replicas" / "last", replace(e, mean_paths=paths, child=child))
+    answered = load("ground_truth").answer(find_runs(run))
+    table = answered.tables["agreement"].set_index(["law", "step"])
+    sigma = np.sqrt(predicted_laws(e)["refreshed"].variance[STEPS.index(100)])
+    assert table.loc[("noise_free", 100), "rms_mean_error"] == pytest.approx(np.sqrt(np.mean(1 / sigma**2)))
+    assert table.loc[("drift", 100), "rms_offset"] == pytest.approx(0, abs=1e-9)
+    assert table.loc[("mixture", 100), "geometric_mean"] < 0.01
+    assert table.loc[("mixture", 100), "prediction_error"] == pytest.approx(np.sqrt(2 / 29 / 3), rel=0.5)
+    assert table.loc[("mixture", 10), "geometric_mean"] == table.loc[("refreshed", 10), "geometric_mean"]
+    assert table.loc[("injected", 100), "posterior_of"] == "one run"
+    assert table.loc[("mixture", 100), "posterior_of"] == "runs"
+    assert {"drift", "noise_free"}.isdisjoint(answered.tables["within_goal"]["law"])
+    assert any("0.00 to 0.00 by noise-free path with third-order drift" in f for f in answered.findings)
 
 
 def test_what_drifts_is_told_from_what_replicas_see(answer):

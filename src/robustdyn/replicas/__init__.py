@@ -16,10 +16,11 @@ short:
 ``robustdyn-replicas`` uses it from a run's checkpoint, and a callback of ``robustdyn-train`` during training.
 """
 
-from robustdyn.replicas.ensemble import Directions, Ensemble, Recorded, Training, loss_around
+from robustdyn.replicas.ensemble import Directions, Ensemble, Recorded, loss_around
 from robustdyn.replicas.ensemble_record import EnsembleRecord, RecordedEnsemble, read_ensemble, read_weights
 from robustdyn.replicas.expansion import Lines, RobustLoss, measure_lines
 from robustdyn.replicas.network import Engine, StackedNetwork
+from robustdyn.replicas.noise_free import MeanPaths, NoiseFreeSettings
 from robustdyn.replicas.point import (
     MeasuredPoint,
     PointSettings,
@@ -30,6 +31,7 @@ from robustdyn.replicas.point import (
 from robustdyn.replicas.sampled_batches import sampled_gradients, second_moment
 from robustdyn.replicas.sampling import Sampling
 from robustdyn.replicas.simulation import EnsembleRun, EnsembleSettings, TrainingState, fingerprint, moved
+from robustdyn.replicas.training_step import Training
 from robustdyn.replicas.updates import AdamUpdate, MomentumUpdate, Update
 
 __all__ = [
@@ -41,8 +43,10 @@ __all__ = [
     "EnsembleRun",
     "EnsembleSettings",
     "Lines",
+    "MeanPaths",
     "MeasuredPoint",
     "MomentumUpdate",
+    "NoiseFreeSettings",
     "PointSettings",
     "Recorded",
     "RecordedEnsemble",

@@ -2,9 +2,10 @@
 
 ``settings.json`` contains everything on which the numbers depend, ``start.npz`` the starting point,
 ``lines.npz`` the loss along the directions, ``chunks/*.npz`` the replicas, ``path/*.npz`` the measurements at
-their mean, ``weights/*.npz`` the weights of every replica after the last step, and ``families/*.npz``
-children of some of the replicas. Every file is either complete or absent. A command that was killed can
-therefore always be resumed, and several commands can work on parts of the ensemble.
+their mean, ``noise_free/*.npz`` the repetitions of its noise-free path, ``weights/*.npz`` the weights of every
+replica after the last step, and ``families/*.npz`` children of some of the replicas. Every file is either
+complete or absent. A command that was killed can therefore always be resumed, and several commands can work
+on parts of the ensemble.
 """
 
 import io
@@ -27,10 +28,13 @@ from robustdyn.records.writer import jsonable
 from robustdyn.replicas.ensemble import EXPANDED, Arrays
 from robustdyn.replicas.expansion import Lines
 from robustdyn.replicas.families import Families
+from robustdyn.replicas.noise_free import MeanPaths
 from robustdyn.replicas.point import MeasuredPoint
 
+Array = NDArray[np.float64]
+
 SETTINGS, START, LINES, CHUNKS, PATH = "settings.json", "start.npz", "lines.npz", "chunks", "path"
-FAMILIES, WEIGHTS = "families", "weights"
+NOISE_FREE, FAMILIES, WEIGHTS = "noise_free", "families", "weights"
 _ANOTHER = "choose another output=DIR, or delete this one"
 
 
@@ -106,6 +110,19 @@ class EnsembleRecord:
                 shared = ("positions", "forces")  # the same as at the start
                 _write(file, _packed({k: v for k, v in point.items() if k not in shared}))
 
+    def mean_path(self, repetition: int, follow: Callable[[], tuple[Array, Array]]) -> None:
+        """Record one repetition of the noise-free path of the mean, where it is missing.
+
+        Args:
+            repetition: Its number.
+            follow: Returns the positions (S, k) without and with the third-order drift.
+        """
+        file = self.directory / NOISE_FREE / f"{repetition:06d}.npz"
+        if not file.exists():
+            file.parent.mkdir(exist_ok=True)
+            plain, drifting = follow()
+            _write(file, _packed({"plain": plain, "drifting": drifting}))
+
     def lines(self, measure: Callable[[], Lines]) -> Lines:
         """The recorded loss along the directions; if there is none, a single process calls ``measure``."""
         return Lines.from_arrays(self._once(LINES, measure))
@@ -171,6 +188,7 @@ class RecordedEnsemble:
         path_steps: (Q,), the mean steps at which the path was measured for all these replicas.
         path: Q points at the mean of the replicas' weights, along the directions of the start.
         lines: The loss along the directions; None where it was not measured.
+        mean_paths: Noise-free paths of the mean; None unless all repetitions are there.
         families: Children of some of the replicas, for each step from which they were trained.
         replicas: (R,) numbers of the finished replicas.
         steps: (S,) recorded steps.
@@ -186,6 +204,8 @@ class RecordedEnsemble:
         robust_error: (R, L), of the same.
         mean_steps: (M,).
         mean_move: (M, P) float32, mean of θ − θ_0 over the replicas.
+        child: (R, S, k), x of the noise-free child of each replica since the last decay; NaN up to the first
+            decay, and for replicas without children. None without any.
         recomputed_loss: (R, L, A), robust loss of each draw; without an expansion None, as the next four.
         held_loss: (R, L), on the adversarial examples of θ_0.
         linear_loss: (R, L), its expansion L_0 + g·Δ with Δ = θ − θ_0.
@@ -198,6 +218,7 @@ class RecordedEnsemble:
     path_steps: NDArray[np.int64]
     path: tuple[MeasuredPoint, ...]
     lines: Lines | None = None
+    mean_paths: MeanPaths | None = None
     families: tuple[Families, ...] = ()
     replicas: NDArray[np.int64]
     steps: NDArray[np.int64]
@@ -212,6 +233,7 @@ class RecordedEnsemble:
     robust_error: NDArray[np.float64]
     mean_steps: NDArray[np.int64]
     mean_move: NDArray[np.float32]
+    child: NDArray[np.float64] | None = None
     recomputed_loss: NDArray[np.float64] | None = None
     held_loss: NDArray[np.float64] | None = None
     linear_loss: NDArray[np.float64] | None = None
@@ -234,7 +256,7 @@ def read_ensemble(directory: Path) -> RecordedEnsemble:
             f"{directory}: holds no finished replicas; run the same robustdyn-replicas command again"
         )
     chunks = [_unpacked(path) for path in files]
-    arrays: dict[str, Any] = dict.fromkeys(EXPANDED)
+    arrays: dict[str, Any] = dict.fromkeys(("child", *EXPANDED))
     arrays |= {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
     arrays["mean_move"] = arrays["mean_move"].mean(axis=0)
     firsts = [int(path.stem) for path in files]
@@ -248,6 +270,7 @@ def read_ensemble(directory: Path) -> RecordedEnsemble:
             path_steps=np.array([int(path.stem.partition("-")[0]) for path in measured], dtype=np.int64),
             path=tuple(_point({**_unpacked(path), **shared}) for path in measured),
             lines=Lines.from_arrays(_unpacked(lines)) if (lines := directory / LINES).exists() else None,
+            mean_paths=_mean_paths(directory, settings),
             families=tuple(_families(path) for path in sorted((directory / FAMILIES).glob("*.npz"))),
             replicas=np.concatenate([np.arange(settings["chunk"]) + first for first in firsts]),
             steps=np.array(settings["record.steps"], dtype=np.int64),
@@ -304,6 +327,14 @@ def _families(path: Path) -> Families:
         steps=arrays["steps"],
         places=arrays["places"],
     )
+
+
+def _mean_paths(directory: Path, settings: Mapping[str, Any]) -> MeanPaths | None:
+    files = sorted((directory / NOISE_FREE).glob("*.npz"))
+    if not files or len(files) < settings["noise_free"]["repetitions"]:
+        return None
+    paths = [_unpacked(file) for file in files]
+    return MeanPaths(**{name: np.stack([path[name] for path in paths]) for name in ("plain", "drifting")})
 
 
 def _point(arrays: dict[str, Any]) -> MeasuredPoint:

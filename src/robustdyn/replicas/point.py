@@ -25,9 +25,10 @@ from robustdyn.curvature import (
 from robustdyn.curvature.risk_function import PerExampleLoss
 from robustdyn.methods.objectives import AdversarialCrossEntropy, CrossEntropy
 from robustdyn.models.modes import mode
-from robustdyn.replicas.ensemble import Directions, Training, attacked, perturb, refuse_dropout
+from robustdyn.replicas.ensemble import Directions
 from robustdyn.replicas.network import Engine, StackedNetwork, project
 from robustdyn.replicas.sampled_batches import gradient_slopes, sampled_gradients
+from robustdyn.replicas.training_step import Training, attacked, perturb, refuse_dropout
 from robustdyn.theory import MeasuredSpectrum, minibatch_noise_factor, propagate
 
 Array = NDArray[np.float64]

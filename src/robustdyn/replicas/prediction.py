@@ -1,23 +1,25 @@
 """Predicts an ensemble by theory: the laws with which its measured replicas are compared.
 
 No law has a free parameter. Curvature, noise and gradient are measured at the replicas' start, or along the
-path of their mean. Shapes: S recorded steps, T steps in total, k directions.
+path of their mean. Shapes: S recorded steps, T steps in total, k directions, N replicas with children.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from robustdyn.errors import RecordError
 from robustdyn.replicas.ensemble_record import RecordedEnsemble
+from robustdyn.replicas.noise_free import decays
 from robustdyn.replicas.point import MeasuredPoint
 from robustdyn.replicas.sampling import Sampling
 from robustdyn.theory import (
     MeasuredDrift,
     MomentumDynamics,
+    PosteriorTrajectory,
     is_stable,
     minibatch_noise_factor,
     propagate_coupled,
@@ -29,6 +31,8 @@ Array = NDArray[np.float64]
 STATIONARY, SLOW_MODE = "stationary", "slow_mode"
 EXACT, EXACT_PATH = "exact", "exact_path"
 REFRESHED, REFRESHED_PATH = "refreshed", "refreshed_path"
+NOISE_FREE, DRIFT = "noise_free", "drift"
+INJECTED, MIXTURE = "injected", "mixture"
 
 SETTLED = 10  # steps after which replicas have separated enough
 
@@ -41,16 +45,26 @@ class Law:
         name: The law's name. ``stationary``: σ² at the current rate. ``slow_mode``: the papers' early-phase
             form, joined together at every change of the rate. ``exact``: the time-resolved law with the
             Hessian at fixed adversarial examples. ``refreshed``: the same with the slopes of the gradient
-            whose attack follows the weights. A suffix ``_path`` means measurements along the replicas' mean,
-            which are not available before the replicas have run.
+            whose attack follows the weights. ``noise_free`` and ``drift``: the covariance of ``refreshed``
+            about a noise-free path of the mean, without and with the third-order drift. ``injected``: the
+            posterior of one run, which noise since the last decay makes. ``mixture``: the posterior of runs,
+            which adds the covariance of the replicas' noise-free children. Before the first decay both are
+            ``refreshed``. A suffix ``_path`` means measurements along the replicas' mean, which are not
+            available before the replicas have run.
         mean: (S, k).
         covariance: (S, k, k). The first two laws have only variances: entries are NaN off the diagonal, and
             on it where there is no stationary law.
+        mean_error: (S, k), standard error of ``mean``, over repetitions or children; None where the mean is
+            no estimate from these.
+        log_variance_error: (S,), standard error of the mean over directions of ln σ², a jackknife over the
+            children; None where there are none.
     """
 
     name: str
     mean: Array
     covariance: Array
+    mean_error: Array | None = None
+    log_variance_error: Array | None = None
 
     @property
     def variance(self) -> Array:
@@ -58,7 +72,32 @@ class Law:
         return np.asarray(np.einsum("sii->si", self.covariance))
 
 
-def momentum_dynamics(ensemble: RecordedEnsemble) -> tuple[MomentumDynamics, float]:
+class Described(Protocol):
+    """What is known of an ensemble before its replicas have run; see ``RecordedEnsemble``."""
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Everything on which the numbers depend."""
+
+    @property
+    def start(self) -> MeasuredPoint:
+        """The measured starting point."""
+
+    @property
+    def learning_rate(self) -> Array:
+        """(T,)."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PlannedEnsemble:
+    """An ensemble whose replicas have not run; the fields are those of ``RecordedEnsemble``."""
+
+    settings: Mapping[str, Any]
+    start: MeasuredPoint
+    learning_rate: Array
+
+
+def momentum_dynamics(ensemble: Described) -> tuple[MomentumDynamics, float]:
     """The optimiser as momentum SGD along the ensemble's directions at a rate of 1, and the rate's factor.
 
     Under Adam μ = β₁ and the factor is 1 − β₁, equation (27) of docs/theory.md.
@@ -74,7 +113,7 @@ def momentum_dynamics(ensemble: RecordedEnsemble) -> tuple[MomentumDynamics, flo
     return MomentumDynamics(1.0, float(optimizer["momentum"]), decay), 1.0
 
 
-def sampling_of(ensemble: RecordedEnsemble) -> Sampling:
+def sampling_of(ensemble: Described) -> Sampling:
     """How the ensemble's batches were drawn."""
     settings = ensemble.settings
     return Sampling(
@@ -85,7 +124,7 @@ def sampling_of(ensemble: RecordedEnsemble) -> Sampling:
     )
 
 
-def example_noise(ensemble: RecordedEnsemble, point: MeasuredPoint) -> tuple[Array, Array]:
+def example_noise(ensemble: Described, point: MeasuredPoint) -> tuple[Array, Array]:
     """(C₁, C_a) (k, k) of a point: from single examples if they have gradients, else from sampled batches.
 
     With a weight perturbation, which follows a batch, or with BatchNorm in train mode, only sampled batches
@@ -112,7 +151,8 @@ def example_noise(ensemble: RecordedEnsemble, point: MeasuredPoint) -> tuple[Arr
 def predicted_laws(ensemble: RecordedEnsemble) -> dict[str, Law]:
     """All laws for which the necessary measurements exist, by name.
 
-    ``refreshed`` needs slopes, and the laws along the path need a path.
+    ``refreshed`` needs slopes, and the laws along the path need a path. The mean paths and the mixture need
+    what ``robustdyn.replicas.NoiseFreeSettings`` asks for.
 
     Raises:
         KeyError: The settings lack those of the optimiser or of the batches.
@@ -133,7 +173,22 @@ def predicted_laws(ensemble: RecordedEnsemble) -> dict[str, Law]:
         laws[name] = _coupled(ensemble, name, [0], [start], slope)
         if len(points) > 1:
             laws[along] = _coupled(ensemble, along, steps, points, slope)
+    if REFRESHED not in laws:
+        return laws
+    if ensemble.mean_paths is not None:
+        for name, path in ((NOISE_FREE, ensemble.mean_paths.plain), (DRIFT, ensemble.mean_paths.drifting)):
+            error = path.std(axis=0, ddof=1) / np.sqrt(len(path))
+            laws[name] = replace(laws[REFRESHED], name=name, mean=path.mean(axis=0), mean_error=error)
+    if ensemble.child is not None and np.isfinite(ensemble.child).any():
+        laws |= {law.name: law for law in _mixture(ensemble, laws[REFRESHED])}
     return laws
+
+
+def refreshed_covariance(ensemble: Described) -> Array:
+    """Covariance (T + 1, k, k) of the ``refreshed`` law after each number of steps."""
+    steps = np.arange(len(ensemble.learning_rate) + 1)
+    law = _propagated(ensemble, [0], [ensemble.start], lambda p: p.slopes, steps)
+    return law.position_covariance
 
 
 def refreshed_with_error(ensemble: RecordedEnsemble, *, draws: int, seed: int) -> Array:
@@ -158,33 +213,82 @@ def _coupled(
     points: Sequence[MeasuredPoint],
     slope: Callable[[MeasuredPoint], Array],
 ) -> Law:
+    begin = np.zeros((ensemble.start.directions.count, 2))
+    begin[:, 1] = _buffer(ensemble)
+    law = _propagated(ensemble, steps, points, slope, ensemble.steps, begin)
+    return Law(name=name, mean=law.position, covariance=law.position_covariance)
+
+
+def _propagated(
+    ensemble: Described,
+    steps: Sequence[int],
+    points: Sequence[MeasuredPoint],
+    slope: Callable[[MeasuredPoint], Array],
+    record_steps: NDArray[np.int64],
+    initial_mean: Array | None = None,
+    *,
+    noise_from: int = 0,
+) -> PosteriorTrajectory:
+    """The law with what was measured at some steps; before step ``noise_from`` there is no noise."""
     unit, factor = momentum_dynamics(ensemble)
-    noise = [example_noise(ensemble, point) for point in points]
-    start = ensemble.start
+    known = [(step, slope(p), *example_noise(ensemble, p)) for step, p in zip(steps, points, strict=True)]
+    if noise_from:
+        none = np.zeros_like(known[0][1])
+        known = [(noise_from - 1, known[0][1], none, none), (noise_from, *known[0][1:]), *known[1:]]
+    at, slopes, examples, attack = (np.array(each) for each in zip(*known, strict=True))
     drift = MeasuredDrift(
-        step=np.array(steps),
-        slope=np.stack([slope(point) for point in points]),
-        example_noise=np.stack([examples for examples, _ in noise]),
-        attack_noise=np.stack([attack for _, attack in noise]),
+        step=at,
+        slope=slopes,
+        example_noise=examples,
+        attack_noise=attack,
         gradient=_gradient(ensemble),
         interpolation="linear",
     )
-    begin = np.zeros((start.directions.count, 2))
-    begin[:, 1] = _buffer(ensemble)
-    law = propagate_coupled(
+    return propagate_coupled(
         drift,
         ensemble.learning_rate * factor,
         sampling=sampling_of(ensemble).batches(len(ensemble.learning_rate)),
         momentum=unit.momentum,
         weight_decay=unit.weight_decay,
-        record_steps=ensemble.steps,
-        initial_mean=begin,
+        record_steps=record_steps,
+        initial_mean=initial_mean,
         allow_unstable=True,  # replicas near the edge of stability are compared too
     )
-    return Law(name=name, mean=law.position, covariance=law.position_covariance)
 
 
-def _gradient(ensemble: RecordedEnsemble) -> Array:
+def _mixture(ensemble: RecordedEnsemble, before: Law) -> tuple[Law, Law]:
+    """``injected`` and ``mixture``; ``before`` is the law before the first decay.
+
+    Slopes and noise are those of the replicas' mean at the last decay if measured there, or else of the
+    start.
+    """
+    assert ensemble.child is not None
+    steps, falls = ensemble.steps, decays(ensemble.learning_rate)
+    measured = dict(zip(ensemble.path_steps.tolist(), ensemble.path, strict=True))
+    after = steps > falls[0]
+    noise = before.covariance.copy()
+    for begin, end in zip(falls, [*falls[1:], len(ensemble.learning_rate)], strict=True):
+        rows = (steps > begin) & (steps <= end)
+        if rows.any():
+            point = [measured.get(begin, ensemble.start)]
+            law = _propagated(ensemble, [begin], point, lambda p: p.slopes, steps[rows], noise_from=begin)
+            noise[rows] = law.position_covariance
+    children = ensemble.child[np.isfinite(ensemble.child[:, after]).all(axis=(1, 2))]
+    count = len(children)
+    mean, mean_error = before.mean.copy(), np.full(before.mean.shape, np.nan)
+    mean[after] = children[:, after].mean(axis=0)
+    mean_error[after] = children[:, after].std(axis=0, ddof=1) / np.sqrt(count)
+    both, log_error = noise.copy(), np.full(len(steps), np.nan)
+    for row in np.flatnonzero(after):
+        places, own = children[:, row], np.diag(noise[row])
+        both[row] += np.cov(places, rowvar=False)
+        without = [np.delete(places, child, axis=0).var(axis=0, ddof=1) for child in range(count)]
+        log_error[row] = np.sqrt((count - 1) * np.log(own + without).mean(axis=1).var())
+    alone = Law(name=INJECTED, mean=mean, covariance=noise, mean_error=mean_error)
+    return alone, replace(alone, name=MIXTURE, covariance=both, log_variance_error=log_error)
+
+
+def _gradient(ensemble: Described) -> Array:
     """Mean gradient at the start, including weight decay."""
     start = ensemble.start
     if not len(start.sampled_gradients):

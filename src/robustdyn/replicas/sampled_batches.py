@@ -10,8 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from robustdyn.replicas.ensemble import Directions, Training, batch_gradients
+from robustdyn.replicas.ensemble import Directions
 from robustdyn.replicas.network import StackedNetwork, project
+from robustdyn.replicas.training_step import Training, batch_gradients
 
 Array = NDArray[np.float64]
 

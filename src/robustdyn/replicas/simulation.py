@@ -11,7 +11,9 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from robustdyn.attacks import PGD
@@ -21,10 +23,11 @@ from robustdyn.errors import ConfigError, config_errors
 from robustdyn.methods.objectives.objective import Objective
 from robustdyn.methods.perturbations import WeightPerturbation
 from robustdyn.models.sync_batchnorm import desynchronize
-from robustdyn.replicas.ensemble import Ensemble, Recorded, Training, refuse_dropout
+from robustdyn.replicas.ensemble import Ensemble, Recorded
 from robustdyn.replicas.ensemble_record import EnsembleRecord
 from robustdyn.replicas.expansion import measure_lines
 from robustdyn.replicas.network import Engine, StackedNetwork
+from robustdyn.replicas.noise_free import Children, NoiseFreeSettings, decays, mean_path
 from robustdyn.replicas.optimizer import (
     InitialState,
     check_optimizer,
@@ -40,9 +43,13 @@ from robustdyn.replicas.point import (
     line_units,
     measure_point,
 )
+from robustdyn.replicas.prediction import PlannedEnsemble, refreshed_covariance
 from robustdyn.replicas.sampled_batches import second_moment
 from robustdyn.replicas.sampling import Sampling
+from robustdyn.replicas.training_step import Training, refuse_dropout
 from robustdyn.replicas.updates import MomentumUpdate
+
+Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,12 +71,14 @@ class EnsembleSettings:
         drop_last: See ``robustdyn.replicas.Sampling``.
         recorded: What is recorded; at most all examples are used as loss examples.
         start: How the start is measured, and the path of the mean.
+        noise_free: Which noise-free paths are followed.
         multiples: Distances at which the loss is measured along the directions, in predicted standard
             deviations; empty for no expansion.
         prefix: Prefix of the names of these settings in errors, e.g. ``"ensemble."``.
 
     Raises:
-        ValueError: ``replicas`` is not a multiple of ``chunk``.
+        ValueError: ``replicas`` or the children's number is not a multiple of ``chunk``, or other settings do
+            not allow noise-free paths.
     """
 
     replicas: int
@@ -86,6 +95,7 @@ class EnsembleSettings:
     drop_last: bool
     recorded: Recorded
     start: PointSettings
+    noise_free: NoiseFreeSettings
     multiples: tuple[float, ...]
     prefix: str
 
@@ -94,6 +104,23 @@ class EnsembleSettings:
             near = -(-self.replicas // self.chunk) * self.chunk
             raise ValueError(
                 f"replicas={self.replicas} is not a multiple of chunk={self.chunk}; choose {near}"
+            )
+        children = self.noise_free.children
+        if children % self.chunk or children > self.replicas:
+            raise ValueError(
+                f"noise_free.children={children} must be a multiple of chunk={self.chunk} and at most "
+                f"replicas={self.replicas}"
+            )
+        if children and not decays(self.factors):
+            raise ValueError(
+                f"noise_free.children={children} has no decay to start from; set schedule.milestones, or 0"
+            )
+        slopes = self.start.slope_batches
+        if self.noise_free.wanted and not (slopes and self.batchnorm == "eval"):
+            raise ValueError(
+                f"noise-free paths need slopes and running statistics; start.slope_batches={slopes} and "
+                f"batchnorm={self.batchnorm} must be at least 2 and eval, or noise_free.repetitions and "
+                "noise_free.children 0"
             )
 
 
@@ -112,7 +139,8 @@ class TrainingState:
         attack: See ``robustdyn.replicas.Training``.
         perturbation: See ``robustdyn.replicas.Training``.
         identity: Distinguishes this point from others, e.g. its ``fingerprint``; for the record.
-        description: The configuration behind all this, on which the numbers also depend; for the record.
+        description: The configuration behind all this, on which the numbers also depend; for the record. The
+            laws of ``robustdyn.replicas.prediction``, and noise-free paths, read its ``optimizer``.
     """
 
     model: nn.Module
@@ -141,6 +169,15 @@ class EnsembleRun:
     def __init__(self, settings: EnsembleSettings, state: TrainingState) -> None:
         self._settings, self._state = settings, state
         check_optimizer(state.optimizer)
+        if settings.noise_free.wanted and "optimizer" not in state.description:
+            raise ConfigError("noise-free paths need the optimizer's settings in TrainingState.description")
+        frozen = settings.freeze_preconditioner or not isinstance(state.optimizer, torch.optim.Adam)
+        if settings.noise_free.wanted and not frozen:
+            raise ConfigError(
+                f"{settings.prefix}freeze_preconditioner=false changes Adam's preconditioner with the noise, "
+                f"which noise-free paths lack; choose true, or {settings.prefix}noise_free.repetitions=0 and "
+                f"{settings.prefix}noise_free.children=0"
+            )
         recorded, examples = settings.recorded, len(state.images)
         self._recorded = replace(recorded, loss_examples=min(recorded.loss_examples, examples))
         rate = state.next_rate if settings.learning_rate is None else settings.learning_rate
@@ -197,6 +234,7 @@ class EnsembleRun:
             "expansion.multiples": list(chosen.multiples),
             "record.mean_steps": list(self._recorded.mean_steps),
             "start": start,
+            "noise_free": asdict(chosen.noise_free),
             "seed": chosen.seed,
         }
 
@@ -210,7 +248,7 @@ class EnsembleRun:
         say: Callable[[str], None],
         wait: Callable[[], object] | None,
     ) -> int:
-        """Run the missing parts of the ensemble: the start, a shard's chunks, and the path of the mean.
+        """Run the missing parts of the ensemble: the start, a shard's chunks and noise-free paths, the path.
 
         Args:
             directory: The ensemble's directory; several processes may work in it.
@@ -281,18 +319,26 @@ class EnsembleRun:
             )
         for number, replicas in enumerate(todo, start=1):
             began = time.perf_counter()
+            children = None
+            if replicas.start < settings.noise_free.children:
+                children = Children(ensemble.network, training)
             try:
-                arrays = ensemble.run(replicas)
+                arrays = ensemble.run(replicas, watch=children)
             except FloatingPointError as error:
                 raise ConfigError(
                     f"{settings.prefix}learning_rate={training.learning_rate[0]:g}: {error}; choose less"
                 ) from error
+            if children is not None:
+                arrays["child"] = children.positions(start.directions, self._recorded.steps)
+            elif settings.noise_free.children:
+                arrays["child"] = np.full_like(arrays["position"], np.nan)
             record.add(replicas, arrays)
             each = 1e3 * (time.perf_counter() - began) / (len(replicas) * len(settings.factors))
             say(
                 f"replicas    {replicas.start} to {replicas.stop - 1} done, {each:.1f} ms a step "
                 f"({number} of {len(todo)} chunks)"
             )
+        self._mean_paths(record, ensemble, start, shard=shard, shards=shards, say=say)
         if wait is not None:
             wait()
         left = sum(1 for _ in record.missing(settings.replicas, weights=kept))
@@ -304,6 +350,39 @@ class EnsembleRun:
                 lambda move: measure(moved(model, torch.from_numpy(move)), directions=start.directions),
             )
         return left
+
+    def _mean_paths(
+        self,
+        record: EnsembleRecord,
+        ensemble: Ensemble,
+        start: MeasuredPoint,
+        *,
+        shard: int,
+        shards: int,
+        say: Callable[[str], None],
+    ) -> None:
+        """Follow a shard's repetitions of the noise-free path of the mean."""
+        chosen, training = self._settings.noise_free, ensemble.training
+        rates = np.array(training.learning_rate)
+        planned = PlannedEnsemble(settings=self.settings(), start=start, learning_rate=rates)
+        for repetition in range(shard, chosen.repetitions, shards):
+
+            def follow(repetition: int = repetition) -> tuple[Array, Array]:
+                say(f"noise-free  path {repetition + 1} of {chosen.repetitions} of the mean")
+                with config_errors(f"{self._settings.prefix}noise_free.repetitions: "):
+                    covariance = refreshed_covariance(planned)
+                return mean_path(
+                    ensemble.network,
+                    training,
+                    start.directions,
+                    covariance,
+                    chosen,
+                    repetition=repetition,
+                    record_steps=self._recorded.steps,
+                    chunk=self._settings.chunk,
+                )
+
+            record.mean_path(repetition, follow)
 
     def _second_moment(self, model: nn.Module) -> Tensor:
         """Adam's second moment for a training with another optimiser, from as many batches as the noise."""

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from robustdyn.errors import ConfigError, config_errors
 from robustdyn.records.run_directory import RunDirectory
-from robustdyn.replicas import EnsembleSettings, PointSettings, Recorded
+from robustdyn.replicas import EnsembleSettings, NoiseFreeSettings, PointSettings, Recorded
 from robustdyn.run.config import COUNT, POSITIVE, SEED, SWITCH, WHOLE, Rule, build, check_rules
 from robustdyn.run.ensemble_callback import RunEnsembles
 from robustdyn.run.environment import device_name, versions
@@ -64,6 +64,10 @@ RULES: Mapping[str, Rule] = {
         "must be a list of positive numbers that increase, or []",
     ),
     "start.memory_mib": COUNT,
+    "noise_free.repetitions": WHOLE,
+    "noise_free.pairs": COUNT,
+    "noise_free.every": COUNT,
+    "noise_free.children": WHOLE,
 }
 
 
@@ -79,6 +83,8 @@ def ensemble_settings(cfg: DictConfig, prefix: str = "") -> EnsembleSettings:
     with config_errors(f"{prefix}start."):
         given = {key: value for key, value in chosen.start.items() if key != "memory_mib"}
         start = PointSettings(memory=chosen.start.memory_mib * 2**20, **given)
+    with config_errors(f"{prefix}noise_free."):
+        noise_free = NoiseFreeSettings(**chosen.noise_free)
     with config_errors(f"{prefix}record."):
         when: dict[str, Any] = {
             name: tuple(step for step in chosen.record[name] if step <= steps)
@@ -107,6 +113,7 @@ def ensemble_settings(cfg: DictConfig, prefix: str = "") -> EnsembleSettings:
             drop_last=chosen.sampling.drop_last,
             recorded=recorded,
             start=start,
+            noise_free=noise_free,
             multiples=tuple(float(distance) for distance in chosen.expansion.multiples),
             prefix=prefix,
         )

@@ -23,9 +23,14 @@ from robustdyn.replicas.families import between, jackknifed, within
 from robustdyn.replicas.memory import memory
 from robustdyn.replicas.own_gradients import own_gradients
 from robustdyn.replicas.prediction import (
+    DRIFT,
     EXACT,
+    INJECTED,
+    MIXTURE,
+    NOISE_FREE,
     REFRESHED,
     SETTLED,
+    Law,
     example_noise,
     predicted_laws,
     refreshed_with_error,
@@ -51,6 +56,7 @@ from robustdyn.theory.transient import DECAY
 CONFIDENCE, RESAMPLES, DRAWS = 0.95, 1000, 40
 MANY = 4  # changes of the rate from which on a schedule counts as smooth
 SHOWN = 6  # directions in the figure of variances
+POSTERIOR_OF = {INJECTED: "one run", MIXTURE: "runs"}  # after a decay
 MISFITS = (
     "correlation_misfit",
     "commuting_misfit",
@@ -128,10 +134,11 @@ def find_ensembles(runs: Sequence[Run]) -> dict[str, RecordedEnsemble]:
 def answer(runs: Sequence[Run]) -> Answer:
     """Compare every ensemble of the runs with every law."""
     ensembles = find_ensembles(runs)
+    laws = {name: predicted_laws(e) for name, e in ensembles.items()}
     agreements = {
         name: {
             law: agreement(e.position, predicted, confidence=CONFIDENCE, resamples=RESAMPLES, seed=0)
-            for law, predicted in predicted_laws(e).items()
+            for law, predicted in laws[name].items()
         }
         for name, e in ensembles.items()
     }
@@ -140,7 +147,7 @@ def answer(runs: Sequence[Run]) -> Answer:
         parts = [rows(name, e, *(one[name] for one in more)) for name, e in ensembles.items()]
         return pd.concat(parts, ignore_index=True)
 
-    steps, directions = each(_steps, agreements), each(_directions, agreements)
+    steps, directions = each(_steps, agreements, laws), each(_directions, agreements)
     path, replicas, remembered = each(_path), each(_seen_at_replicas), each(_memory)
     gaussian, mixture = each(_gaussianity), each(_mixture)
     described = pd.DataFrame([_described(name, e) for name, e in ensembles.items()])
@@ -204,31 +211,37 @@ def _described(name: str, ensemble: RecordedEnsemble) -> dict[str, object]:
     }
 
 
-def _steps(name: str, ensemble: RecordedEnsemble, found: Mapping[str, Agreement]) -> pd.DataFrame:
+def _steps(
+    name: str, ensemble: RecordedEnsemble, found: Mapping[str, Agreement], laws: Mapping[str, Law]
+) -> pd.DataFrame:
     """One row per law and recorded step."""
     rows = []
-    errors = np.zeros(len(ensemble.steps))
+    errors = {law: known.log_variance_error for law, known in laws.items()}
     if REFRESHED in found:
         variances = refreshed_with_error(ensemble, draws=DRAWS, seed=0)
         with np.errstate(divide="ignore"):
             logs = np.log(variances)
         moved = ensemble.steps > 0
-        errors[moved] = logs[:, moved].mean(axis=2).std(axis=0, ddof=1)
+        errors[REFRESHED] = own = np.zeros(len(ensemble.steps))
+        own[moved] = logs[:, moved].mean(axis=2).std(axis=0, ddof=1)
     rates = _rates_before(ensemble, ensemble.steps)
     for law, seen in found.items():
         columns: dict[str, Any] = {
             "ensemble": name,
             "law": law,
+            "posterior_of": POSTERIOR_OF.get(law),
             "step": ensemble.steps,
             "learning_rate": rates,
         }
+        mean_error = laws[law].mean_error
         columns |= {
             "directions": seen.directions,
             "geometric_mean": seen.geometric_mean,
             "low": seen.geometric_low,
             "high": seen.geometric_high,
-            "prediction_error": errors if law == REFRESHED else np.nan,
+            "prediction_error": np.nan if errors[law] is None else errors[law],
             "rms_offset": _rms(seen.offset),
+            "rms_mean_error": np.nan if mean_error is None else _rms(mean_error / np.sqrt(seen.predicted)),
             "rms_move": np.where(np.isfinite(seen.offset).any(axis=1), _rms(seen.move), np.nan),
             "rms_offset_of_chance": seen.offset_error,
         }
@@ -386,8 +399,12 @@ def _ends(directions: pd.DataFrame, described: pd.DataFrame) -> pd.DataFrame:
 
 
 def within_goal(steps: pd.DataFrame) -> pd.DataFrame:
-    """At how many of the recorded ``steps``, once settled, each law agrees with the replicas: ``within``."""
-    settled = steps[steps["step"] >= SETTLED].dropna(subset=["geometric_mean"])
+    """At how many of the recorded ``steps``, once settled, each law agrees with the replicas: ``within``.
+
+    Without the laws that differ from ``refreshed`` only in the mean.
+    """
+    settled = steps[(steps["step"] >= SETTLED) & ~steps["law"].isin([NOISE_FREE, DRIFT])]
+    settled = settled.dropna(subset=["geometric_mean"])
     near = settled.assign(within=settled["geometric_mean"].between(*GOAL))
     by = near.groupby(["ensemble", "law"], sort=False)["within"]
     return by.agg(within="sum", steps="size").reset_index()
@@ -405,6 +422,15 @@ def findings_of(tables: Mapping[str, pd.DataFrame]) -> list[str]:
         f"Measured / predicted variance lies within {GOAL[0]} to {GOAL[1]} at these of the recorded steps "
         f"from step {SETTLED} on, all ensembles together: {said or 'none recorded'}."
     ]
+    if "agreement" in tables and (tables["agreement"]["law"] == DRIFT).any():
+        last = tables["agreement"].groupby(["ensemble", "law"], sort=False).last()["rms_offset"].unstack()
+        left = last.dropna(subset=[DRIFT])[[REFRESHED, NOISE_FREE, DRIFT]].agg(["min", "max"])
+        findings.append(
+            "Of the mean's move, in predicted deviations (rms over directions), there is left at the last "
+            "step, over all ensembles: "
+            + ", ".join(f"{left[law].iloc[0]:.2f} to {left[law].iloc[1]:.2f} by {NAMES[law]}" for law in left)
+            + "."
+        )
     if "gaussianity" in tables and len(tested := tables["gaussianity"].dropna(subset=["kurtosis"])):
         rejected = [int((tested[f"{name}_p"] <= LEVEL).sum()) for name in ("skewness", "kurtosis")]
         findings.append(

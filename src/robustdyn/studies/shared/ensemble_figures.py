@@ -14,8 +14,12 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from robustdyn.replicas.prediction import (
+    DRIFT,
     EXACT,
     EXACT_PATH,
+    INJECTED,
+    MIXTURE,
+    NOISE_FREE,
     REFRESHED,
     REFRESHED_PATH,
     SLOW_MODE,
@@ -36,6 +40,10 @@ NAMES = {
     REFRESHED: "exact, attack recomputed",
     EXACT_PATH: "attack held fixed, along the mean's path",
     REFRESHED_PATH: "attack recomputed, along the mean's path",
+    INJECTED: "posterior of one run: noise since the decay",
+    MIXTURE: "posterior of runs: noise and places",
+    NOISE_FREE: "noise-free path",
+    DRIFT: "noise-free path with third-order drift",
 }
 COLOURS = {
     STATIONARY: style.PALETTE[3],
@@ -44,10 +52,15 @@ COLOURS = {
     REFRESHED: style.PALETTE[1],
     EXACT_PATH: style.PALETTE[0],
     REFRESHED_PATH: style.PALETTE[1],
+    INJECTED: style.PALETTE[2],
+    MIXTURE: style.PALETTE[2],
+    NOISE_FREE: style.PALETTE[4],
+    DRIFT: style.PALETTE[2],
 }
-LINES = {EXACT_PATH: ":", REFRESHED_PATH: ":"}
-DRAWN = (STATIONARY, SLOW_MODE, EXACT, REFRESHED, REFRESHED_PATH)  # beside single variances
-SHORT = {STATIONARY: "stationary", SLOW_MODE: "slow mode", EXACT: "held fixed", REFRESHED: "recomputed"}
+LINES = {EXACT_PATH: ":", REFRESHED_PATH: ":", INJECTED: "--"}
+OF_VARIANCES = [law for law in NAMES if law not in (NOISE_FREE, DRIFT)]  # these differ in the mean alone
+DRAWN = (STATIONARY, SLOW_MODE, EXACT, REFRESHED, REFRESHED_PATH, MIXTURE)  # beside single variances
+SHORT = {EXACT: "held fixed", REFRESHED: "recomputed", NOISE_FREE: "noise-free", DRIFT: "drift"}
 
 
 class _Steps:
@@ -149,7 +162,7 @@ def draw_ratio(data: pd.DataFrame) -> Figure:
     for ax, own, axis in panels:
         ax.axhspan(*GOAL, color=style.MARK, alpha=0.15, linewidth=0, zorder=0.9)
         ax.axhline(1, color=style.MARK, linewidth=0.8)
-        for law in NAMES:
+        for law in OF_VARIANCES:
             line = own[own["law"] == law].dropna(subset=["geometric_mean"])
             if line.empty:
                 continue
@@ -160,7 +173,7 @@ def draw_ratio(data: pd.DataFrame) -> Figure:
                 band = places, line["low"], line["high"]
                 ax.fill_between(*band, color=COLOURS[law], alpha=0.15, linewidth=0, zorder=0.9)
         _ratio_axis(ax, (0.15, 8.0))
-    handles = [*_law_keys(data, NAMES), key("learning rate falls", "--")]
+    handles = [*_law_keys(data, OF_VARIANCES), key("learning rate falls", "--")]
     figure.legend(handles=handles, loc="outside lower center", ncols=3)
     return figure
 
@@ -240,7 +253,7 @@ def draw_mean(data: pd.DataFrame) -> Figure:
     for ax, own, axis in panels:
         ends = []
         right = float(axis.place([axis.last])[0])
-        for law in (EXACT, REFRESHED):
+        for law in SHORT:
             rows = own[own["law"] == law]
             if rows.empty:
                 continue
