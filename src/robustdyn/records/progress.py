@@ -15,7 +15,7 @@ import traceback
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -147,6 +147,7 @@ class RunState:
         error: The error of a failed run, in one line.
         path: Its directory; None if it is missing.
         asked: Whether the last command that started the sweep asked for it.
+        run: How it was made; None if it is missing.
     """
 
     name: str
@@ -156,6 +157,7 @@ class RunState:
     error: str | None = None
     path: Path | None = None
     asked: bool = True
+    run: Run | None = field(default=None, compare=False, repr=False)
 
     @property
     def remark(self) -> str:
@@ -247,7 +249,7 @@ def _state(run: Run, name: str, *, asked: bool = True) -> RunState:
             error = status.get("error")
     elif planned is not None and epochs >= planned:
         state = "done"
-    return RunState(name, state, epochs, planned, error, run.path, asked)
+    return RunState(name, state, epochs, planned, error, run.path, asked, run)
 
 
 def is_of(text: str, keys: Sequence[str]) -> bool:
