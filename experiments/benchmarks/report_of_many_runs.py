@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import common
 import numpy as np
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from robustdyn.defaults import config_dir
 from robustdyn.records.run_directory import RunDirectory
@@ -30,57 +30,62 @@ from robustdyn.records.schema import TABLES
 from robustdyn.run.config import register_resolvers
 
 SECONDS, MEBIBYTES, PAGE_MEBIBYTES = 60.0, 2048.0, 12.0  # the aims for 200 runs of 200 epochs
-SWEPT = {
-    "method": ("at", "awp", "trades", "wci_lr"),
+SWEPT: dict[str, tuple[object, ...]] = {
     "optimizer.lr": (0.05, 0.1),
+    "optimizer.weight_decay": (0.0, 1e-4, 5e-4, 1e-3),
     "attack.eps_255": (8, 25.5, 38, 51, 64),
     "seed": (0, 1, 2, 3, 4),
 }
+RATES = {"optimizer.lr": tuple(round(0.001 * (1 + i), 3) for i in range(200))}
 MEASURED_EVERY = 5
 STEPS = 100  # of an epoch
 LAYERS = ("conv1", *(f"layer{s}.{b}.conv{c}" for s, b, c in product((1, 2, 3, 4), (0, 1), (1, 2))), "linear")
 PARTS = ("all", "attack", "hessian", "noise", "alignment", "weight_curvature")
+OTHER_KINDS = {"int": 10, "bool": True, "str": "eval"}
 
-Row = dict[str, object]
 
-
-def write_sweep(folder: Path, swept: Mapping[str, tuple[object, ...]] = SWEPT, **shape: Any) -> None:
+def write_sweep(folder: Path, swept: Mapping[str, Sequence[object]] = SWEPT, **shape: Any) -> None:
     """One run directory for each combination of the values, with the records of a finished run."""
     register_resolvers()
     with initialize_config_dir(str(config_dir()), version_base=None):
-        for job, values in enumerate(product(*swept.values())):
-            chosen = dict(zip(swept, values, strict=True))
-            words = [f"{key}={value}" for key, value in chosen.items()]
-            write_run(folder / f"run={job:03d}", words, seed=job, **shape)
+        hydra = OmegaConf.to_yaml(compose("train", return_hydra_config=True), resolve=False)
+        config = compose("train")
+    for job, values in enumerate(product(*swept.values())):
+        chosen = dict(zip(swept, values, strict=True))
+        write_run(folder / f"run={job:03d}", config, hydra, chosen, seed=job, **shape)
 
 
 def write_run(
     path: Path,
-    words: list[str],
+    config: DictConfig,
+    hydra: str,
+    chosen: Mapping[str, object],
     *,
     seed: int,
     epochs: int = 200,
     directions: int = 10,
-    rate: str = "piecewise",
+    decays: bool = True,
 ) -> None:
-    """A finished run whose robust loss rises after the decays, unless ``rate`` changes every epoch."""
+    """A finished run whose test loss rises late; without ``decays`` its rate goes up and down."""
     own = RunDirectory(path)
     own.hydra.mkdir(parents=True)
     own.records.mkdir()
-    config = compose("train", [*words, f"trainer.max_epochs={epochs}"])
+    for key, value in {**chosen, "trainer.max_epochs": epochs}.items():
+        OmegaConf.update(config, key, value)
     own.config.write_text(OmegaConf.to_yaml(config))
-    own.overrides.write_text(json.dumps(words))
-    chosen = dict(word.split("=") for word in words if "." not in word and not word.startswith("seed"))
-    own.hydra_config.write_text(json.dumps({"hydra": {"runtime": {"choices": chosen}}}))
+    own.hydra_config.write_text(hydra)
+    own.overrides.write_text(json.dumps([f"{key}={value}" for key, value in chosen.items()]))
     own.status.write_text(json.dumps({"state": "done", "settings": {}}))
     own.environment.write_text(
         json.dumps({"python": "3.11", "device": "cpu", "packages": {"torch": "2.6.0"}})
     )
-    rng = np.random.default_rng(seed)
-    every, measured = range(epochs), range(0, epochs, MEASURED_EVERY)
+    every, measured = np.arange(epochs), np.arange(0, epochs, MEASURED_EVERY)
+    rates = np.where(every // 2 % 2, 0.05, 0.1)
+    if decays:
+        rates = np.select([every < epochs // 2, every < 3 * epochs // 4], [0.1, 0.01], 0.001)
+    changes = every[np.diff(rates, prepend=0.0) != 0]
     indices = [{"index": index} for index in range(directions)]
-    rates = [rate_at(epoch, epochs, rate) for epoch in every]
-    changes = [epoch for epoch in every if epoch == 0 or rates[epoch] != rates[epoch - 1]]
+    rng = np.random.default_rng(seed)
     for table, when, within in (
         ("epochs", every, [{}]),
         ("timing", every, [{}]),
@@ -93,56 +98,36 @@ def write_run(
         ("layers", measured, [{"layer": f"{name}.weight"} for name in LAYERS]),
         ("costs", measured, [{"part": part} for part in PARTS]),
     ):
-        with own.table(table).open("w") as file:
-            for row in rows(table, rng, when, within, rates, directions):
-                file.write(json.dumps(row) + "\n")
-
-
-def rate_at(epoch: int, epochs: int, rate: str) -> float:
-    """A rate with two decays, or one that goes up and down every epoch."""
-    if rate == "zigzag":
-        return 0.1 if epoch // 2 % 2 else 0.05
-    return 0.1 * 0.1 ** ((epoch >= epochs // 2) + (epoch >= 3 * epochs // 4))
+        lines = map(json.dumps, rows(table, rng, when, within, rates, directions))
+        own.table(table).write_text("".join(f"{line}\n" for line in lines))
 
 
 def rows(
     table: str,
     rng: np.random.Generator,
-    when: range | list[int],
-    within: list[Row],
-    rates: list[float],
+    when: Any,
+    within: Sequence[Mapping[str, object]],
+    rates: Any,
     directions: int,
-) -> Iterator[Row]:
-    """Rows in which every number drifts, by direction smaller ones, and the test loss turns after a decay."""
+) -> Iterator[dict[str, object]]:
+    """The rows of a table: every number falls, those on test data rise again, and later rows are smaller."""
     columns = TABLES[table].columns
-    turn = len(rates) // 2
-    strength = rng.uniform(0.1, 0.6)
-    for epoch in when:
-        fallen, late = np.exp(-6 * epoch / len(rates)), max(0, epoch - turn) / len(rates)
-        noise = rng.lognormal(sigma=0.03, size=(len(within), len(columns)))
-        for rank, key in enumerate(within):
-            row: Row = {
-                "epoch": epoch,
-                "step": STEPS * epoch if table == "rates" else STEPS * (epoch + 1),
-                **key,
-            }
-            for column, factor in zip(columns, noise[rank], strict=True):
-                if column.name in row:
-                    continue
-                sign = 1 if "test" in column.name else -1
-                level = (0.4 + fallen + sign * strength * late) / (1 + rank)
-                row[column.name] = {
-                    "float": float(level * factor * (0.1 if column.name.endswith("_se") else 1.0)),
-                    "int": 10,
-                    "bool": True,
-                    "str": "eval",
-                }[column.kind]
+    fallen, late = np.exp(-6 * when / len(rates)), np.maximum(0, when / len(rates) - 0.5)
+    signs = np.array([1 if "test" in column.name else -1 for column in columns])
+    errors = np.array([0.1 if column.name.endswith("_se") else 1.0 for column in columns])
+    level = (0.4 + fallen[:, None] + rng.uniform(0.1, 0.6) * signs * late[:, None])[:, None] * errors
+    numbers = level / np.arange(1, len(within) + 1)[:, None]
+    numbers = numbers * rng.lognormal(sigma=0.03, size=numbers.shape)
+    for epoch, of_epoch in zip(when.tolist(), numbers.tolist(), strict=True):
+        for key, values in zip(within, of_epoch, strict=True):
+            row = {c.name: OTHER_KINDS.get(c.kind, v) for c, v in zip(columns, values, strict=True)}
+            row |= {"epoch": epoch, "step": STEPS * (epoch + (table != "rates"))} | dict(key)
             if "lr" in row:
-                row["lr"] = rates[epoch]
-            if table == "epochs":
-                row["robust_loss_gap"] = row["test_robust_loss"] - row["train_robust_loss"]  # type: ignore[operator]
+                row["lr"] = float(rates[epoch])
             if "tracked_directions" in row:
                 row["tracked_directions"] = directions
+            if table == "epochs":
+                row["robust_loss_gap"] = row["test_robust_loss"] - row["train_robust_loss"]
             yield row
 
 
@@ -165,19 +150,13 @@ def report(folder: Path, output: Path) -> dict[str, float]:
     }
 
 
+ONE: dict[str, Any] = {"swept": {"seed": (0,)}}
 CASES: dict[str, dict[str, Any]] = {
     "200 runs of 200 epochs, 40 settings with five seeds": {},
-    "200 runs of 200 epochs, each with other settings": {
-        "swept": {"optimizer.lr": tuple(round(0.001 * (1 + i), 3) for i in range(200))}
-    },
-    "one run of 10,000 epochs": {"swept": {"seed": (0,)}, "epochs": 10_000, "directions": 2},
-    "one run of 10,000 epochs, a rate that goes up and down": {
-        "swept": {"seed": (0,)},
-        "epochs": 10_000,
-        "directions": 2,
-        "rate": "zigzag",
-    },
-    "one run of 200 epochs with 1,000 directions": {"swept": {"seed": (0,)}, "directions": 1000},
+    "200 runs of 200 epochs, a setting each": {"swept": RATES},
+    "one run of 10,000 epochs": ONE | {"epochs": 10_000, "directions": 2},
+    "one run of 10,000 epochs, up and down": ONE | {"epochs": 10_000, "directions": 2, "decays": False},
+    "one run of 200 epochs, 1,000 directions": ONE | {"directions": 1000},
 }
 
 
@@ -185,7 +164,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--folder", type=Path, help="keep records and pages here, and use what is there")
+    parser.add_argument(
+        "--folder", type=Path, help="keeps runs and reports here, and uses the runs that are there"
+    )
     parser.add_argument("--only", type=int, nargs="*", help="numbers of the cases, from 0; writes no result")
     arguments = parser.parse_args()
     found = {}

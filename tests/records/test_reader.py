@@ -2,10 +2,11 @@ import json
 import math
 import warnings
 
+import pandas as pd
 import pytest
 
 from robustdyn.errors import RecordError
-from robustdyn.records import TABLES, RunRecords, combine, find_runs, read_table
+from robustdyn.records import TABLES, RunRecords, combine, find_runs, read_table, reader
 from robustdyn.records.labels import differences, format_value
 from tests.records.synthetic import config, write_hydra, write_run, write_sweep
 
@@ -73,9 +74,10 @@ def test_values_of_another_kind_and_unknown_columns(tmp_path):
     path = tmp_path / "records" / "alignment.jsonl"
     path.write_text('{"epoch": 0, "commutator": 0.5, "later_invention": 3}\n')
     assert read_table(tmp_path, "alignment")["later_invention"].tolist() == [3]
-    path.write_text('{"epoch": 0, "commutator": "x"}\n')
-    with pytest.raises(RecordError, match=r"alignment\.jsonl: column commutator"):
-        read_table(tmp_path, "alignment")
+    for value in ('"x"', "[1, 2]"):
+        path.write_text(f'{{"epoch": 0, "commutator": {value}}}\n')
+        with pytest.raises(RecordError, match=r"alignment\.jsonl: column commutator"):
+            read_table(tmp_path, "alignment")
 
 
 def test_runs_are_found_once_and_in_natural_order(tmp_path):
@@ -200,6 +202,32 @@ def test_combine_of_nothing_recorded_is_empty(tmp_path):
     frame = combine(runs, "wci")
     assert frame.empty
     assert set(TABLES["wci"].names) < set(frame.columns)
+
+
+FLAWS = (
+    *('{"epoch": 1, "lr": "x"}', '{"epoch": 1, "new": 1}', '{"epoch": -1}', '{"epoch": 1.5}', '{"epoch": 1'),
+    *('{"lr": 1}', '{"epoch": null}', "5", '{"epoch": 1, "lr": [1]}', '{"epoch": 1' + 30 * "0" + "}"),
+)
+
+
+@pytest.mark.parametrize("flaw", FLAWS)
+def test_what_has_to_be_judged_is_read_line_by_line(tmp_path, flaw):
+    path = tmp_path / "records.jsonl"
+    path.write_text('{"epoch": 0, "lr": 0.1}\n{"epoch": 1}\n')
+    assert reader._flawless(path, TABLES["epochs"])["lr"].tolist() == pytest.approx(
+        [0.1, math.nan], nan_ok=True
+    )
+    path.write_text(f'{{"epoch": 0, "lr": 0.1}}\n{flaw}\n')
+    assert reader._flawless(path, TABLES["epochs"]) is None
+
+
+def test_a_file_read_as_a_whole_is_the_file_read_line_by_line(tmp_path, monkeypatch):
+    run = write_run(tmp_path, epochs=40)
+    edited(run, "wci", lambda i: {"estimator": ("naïve \u2028", None)[i % 2], "wci": 10.0 ** (-30 * i) / 3})
+    whole = {name: read_table(run, name) for name in ("epochs", "wci", "layers", "spectrum", "catoni")}
+    monkeypatch.setattr(reader, "_flawless", lambda *_: None)
+    for name, frame in whole.items():
+        pd.testing.assert_frame_equal(read_table(run, name), frame, check_exact=True)
 
 
 def edited(run, table, change):

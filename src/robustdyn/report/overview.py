@@ -176,7 +176,7 @@ def overview(
     stated = [
         (state, None if state.path is None else by_path.pop(state.path.resolve(), None)) for state in states
     ]
-    stated += [(RunState(run.label, "unfinished", path=run.path), run) for run in by_path.values()]
+    stated += [(RunState(run.label, "unfinished", run=run), run) for run in by_path.values()]
     known = factors(runs, [state.name if run is None else run for state, run in stated])
     wci = by_run(frames["wci"].dropna(subset=["wci"]))
     best = {(facts["run"], facts["selection"]): facts for facts in summary.to_dict("records")}

@@ -116,15 +116,15 @@ def build_report(
             written.
     """
     given = [Path(paths)] if isinstance(paths, str | os.PathLike) else [Path(path) for path in paths]
-    runs, output = find_runs(given) if states is None else _stated(states), Path(output)
+    runs, output = _stated(states or ()) or find_runs(given), Path(output)
     frames = combine_tables(runs, schema.TABLES)
     if frames["epochs"].empty:
         raise RecordError(
             f"{runs[0].path}: no run has finished an epoch; train first, or wait for the first epoch"
         )
-    summary, page = final_and_best(runs), output / PAGE
+    summary, page = final_and_best(runs, frames["epochs"]), output / PAGE
     shown = overview(runs, run_states(runs) if states is None else states, frames, summary, page, given)
-    evaluated, told = evaluations(runs, page), headlines(shown.counted)
+    evaluated, told = evaluations(runs, page), headlines(shown.counted, frames)
     against = None if reference is None else Against.of(reference, runs, frames["epochs"])
     try:
         tables = _write_tables(

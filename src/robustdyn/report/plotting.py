@@ -94,7 +94,7 @@ def named(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def mean_by_epoch(frame: pd.DataFrame, column: str) -> pd.Series:
-    """Mean over runs, at the epochs that every run has."""
+    """Mean over runs, at the epochs that every run has; a run has one row for each epoch."""
     known = frame[["epoch", "run", column]].dropna()
     found = known.groupby("epoch")[column].agg(["mean", "count"])
     return found.loc[found["count"] == known["run"].nunique(), "mean"]

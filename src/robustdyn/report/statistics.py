@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from robustdyn.records.columns import Column
-from robustdyn.records.reader import Run, combine, combine_tables
+from robustdyn.records.reader import Run
 from robustdyn.records.schema import (
     ROBUST_ERROR_GAP,
     ROBUST_LOSS_GAP,
@@ -63,18 +63,21 @@ def by_run(frame: pd.DataFrame) -> Mapping[str, pd.DataFrame]:
     return defaultdict(lambda: frame.head(0), {str(run): rows for run, rows in groups})
 
 
-def final_and_best(runs: Sequence[Run]) -> pd.DataFrame:
+def final_and_best(runs: Sequence[Run], epochs: pd.DataFrame) -> pd.DataFrame:
     """Final and best epochs of every run.
+
+    Args:
+        runs: The runs.
+        epochs: Their table ``epochs``.
 
     Returns:
         One row per run and selection (``final``, ``best on test``, ``best on validation`` where recorded):
         ``run``, ``group``, ``selection``, ``epoch`` and ``SHOWN_METRICS``. Runs without a finished epoch have
         none.
     """
-    epochs = by_run(combine(runs, "epochs"))
-    rows = []
+    rows, recorded = [], by_run(epochs)
     for run in runs:
-        own = epochs[run.label]
+        own = recorded[run.label]
         if own.empty:
             continue
         summary = summarise(own)
@@ -174,13 +177,17 @@ class Headline:
         return f"{self.name}{seeds}: {self.start} {start} → final {final}"
 
 
-def headlines(runs: Sequence[Run]) -> list[Headline]:
+def headlines(runs: Sequence[Run], frames: Mapping[str, pd.DataFrame]) -> list[Headline]:
     """The three numbers that matter: rise of the test robust loss, robust loss gap, WCI.
 
     Gap and WCI are counted from the end of the last epoch before the first decay; where some run has no
     decay, from the epoch of the lowest test robust loss.
+
+    Args:
+        runs: The runs to take means over.
+        frames: The tables ``epochs`` and ``wci`` of these runs and perhaps of others.
     """
-    own, wci = (by_run(frame) for frame in combine_tables(runs, ("epochs", "wci")).values())
+    own, wci = by_run(frames["epochs"]), by_run(frames["wci"])
     finished = [run for run in runs if not own[run.label].empty]
     lowest = {run.label: _lowest_loss(own[run.label]) for run in finished}
     anchors = {run.label: _before_decay(own[run.label]) for run in finished}

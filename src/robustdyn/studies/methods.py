@@ -8,7 +8,7 @@ import pandas as pd
 from scipy import stats
 
 from robustdyn.records.labels import SEED
-from robustdyn.records.reader import Run
+from robustdyn.records.reader import Run, combine
 from robustdyn.records.schema import ROBUST_LOSS_GAP, TEST_CLEAN_ERROR, TEST_ROBUST_ERROR, TEST_ROBUST_LOSS
 from robustdyn.report.statistics import BEST_ON_TEST, BEST_ON_VALIDATION, final_and_best
 from robustdyn.studies.shared.comparing import (
@@ -52,7 +52,7 @@ def selected(runs: Sequence[Run]) -> pd.DataFrame:
     Early stopping is a method of its own: plain adversarial training, its last epoch replaced by the one
     whose robust error on held-out training images was lowest.
     """
-    frame = final_and_best(runs)
+    frame = final_and_best(runs, combine(runs, "epochs"))
     methods, seeds = ({run.label: of(run) for run in runs} for of in (method, lambda run: run.config[SEED]))
     frame = frame.assign(group=frame["run"].map(methods), seed=frame["run"].map(seeds))
     early = frame[(frame["group"] == PLAIN) & (frame["selection"] != FINAL)].assign(group=EARLY)
