@@ -109,7 +109,7 @@ def rows(
     within: Sequence[Mapping[str, object]],
     rates: Any,
     directions: int,
-) -> Iterator[dict[str, object]]:
+) -> Iterator[dict[str, Any]]:
     """The rows of a table: every number falls, those on test data rise again, and later rows are smaller."""
     columns = TABLES[table].columns
     fallen, late = np.exp(-6 * when / len(rates)), np.maximum(0, when / len(rates) - 0.5)
@@ -120,7 +120,9 @@ def rows(
     numbers = numbers * rng.lognormal(sigma=0.03, size=numbers.shape)
     for epoch, of_epoch in zip(when.tolist(), numbers.tolist(), strict=True):
         for key, values in zip(within, of_epoch, strict=True):
-            row = {c.name: OTHER_KINDS.get(c.kind, v) for c, v in zip(columns, values, strict=True)}
+            row: dict[str, Any] = {
+                c.name: OTHER_KINDS.get(c.kind, v) for c, v in zip(columns, values, strict=True)
+            }
             row |= {"epoch": epoch, "step": STEPS * (epoch + (table != "rates"))} | dict(key)
             if "lr" in row:
                 row["lr"] = float(rates[epoch])

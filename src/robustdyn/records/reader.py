@@ -172,14 +172,14 @@ def _combined(runs: Sequence[Run], spec: Table, settings: Mapping[str, Sequence[
     frames = {i: read_table(runs[i].path, spec.name) for i in recorded}
     filled = [frame for frame in frames.values() if not frame.empty]
     whole = pd.concat(filled, ignore_index=True) if filled else frames[recorded[0]]
-    unknown = whole.columns.difference(spec.names)
+    unknown = whole.columns.difference([*spec.names])
     for name in unknown:
         if whole[name].dtype == "object":
             known = whole[name].notna()
             whole.loc[known, name] = pd.Series(_uniform(whole.loc[known, name].tolist()), whole.index[known])
     whole = whole.rename(columns={name: f"recorded.{name}" for name in unknown if name in heads})
     rows = np.repeat(recorded, [len(frame) for frame in frames.values()])
-    head = pd.DataFrame({name: pd.Series(values).take(rows) for name, values in heads.items()})
+    head = pd.DataFrame({name: [*values] for name, values in heads.items()}).take(rows)
     return pd.concat([head.reset_index(drop=True), whole], axis=1)
 
 
