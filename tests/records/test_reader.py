@@ -2,11 +2,10 @@ import json
 import math
 import warnings
 
-import pandas as pd
 import pytest
 
 from robustdyn.errors import RecordError
-from robustdyn.records import TABLES, RunRecords, combine, find_runs, read_table, reader
+from robustdyn.records import TABLES, RunRecords, combine, find_runs, read_table
 from robustdyn.records.labels import differences, format_value
 from tests.records.synthetic import config, write_hydra, write_run, write_sweep
 
@@ -202,32 +201,6 @@ def test_combine_of_nothing_recorded_is_empty(tmp_path):
     frame = combine(runs, "wci")
     assert frame.empty
     assert set(TABLES["wci"].names) < set(frame.columns)
-
-
-FLAWS = (
-    *('{"epoch": 1, "lr": "x"}', '{"epoch": 1, "new": 1}', '{"epoch": -1}', '{"epoch": 1.5}', '{"epoch": 1'),
-    *('{"lr": 1}', '{"epoch": null}', "5", '{"epoch": 1, "lr": [1]}', '{"epoch": 1' + 30 * "0" + "}"),
-)
-
-
-@pytest.mark.parametrize("flaw", FLAWS)
-def test_what_has_to_be_judged_is_read_line_by_line(tmp_path, flaw):
-    path = tmp_path / "records.jsonl"
-    path.write_text('{"epoch": 0, "lr": 0.1}\n{"epoch": 1}\n')
-    assert reader._flawless(path, TABLES["epochs"])["lr"].tolist() == pytest.approx(
-        [0.1, math.nan], nan_ok=True
-    )
-    path.write_text(f'{{"epoch": 0, "lr": 0.1}}\n{flaw}\n')
-    assert reader._flawless(path, TABLES["epochs"]) is None
-
-
-def test_a_file_read_as_a_whole_is_the_file_read_line_by_line(tmp_path, monkeypatch):
-    run = write_run(tmp_path, epochs=40)
-    edited(run, "wci", lambda i: {"estimator": ("naïve \u2028", None)[i % 2], "wci": 10.0 ** (-30 * i) / 3})
-    whole = {name: read_table(run, name) for name in ("epochs", "wci", "layers", "spectrum", "catoni")}
-    monkeypatch.setattr(reader, "_flawless", lambda *_: None)
-    for name, frame in whole.items():
-        pd.testing.assert_frame_equal(read_table(run, name), frame, check_exact=True)
 
 
 def edited(run, table, change):

@@ -12,21 +12,18 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 from numpy.typing import NDArray
-from pyarrow import json
 
 from robustdyn.errors import RecordError
 from robustdyn.records import schema
 from robustdyn.records.columns import Column, Table
 from robustdyn.records.labels import SEED, Setup, distinguishing, format_value, labels
-from robustdyn.records.lines import LAST_EPOCH, parse_lines, warn_once
+from robustdyn.records.lines import parse_lines, warn_once
 from robustdyn.records.run_directory import CONFIG, RunDirectory
 from robustdyn.records.waiting import with_bar
 
 LARGEST_INTEGER = 2**53  # up to here, float64 represents every whole number
 ALL_SEEDS = "all seeds"
-_STORED = {"int": pa.float64(), "float": pa.float64(), "str": pa.string(), "bool": pa.bool_()}
 
 
 @dataclass(frozen=True)
@@ -61,8 +58,7 @@ def read_table(run_dir: str | os.PathLike[str], table: str) -> pd.DataFrame:
     """
     spec = schema.table(table)
     path = RunDirectory(run_dir).table(table)
-    columns = _flawless(path, spec)
-    frame = _frame(columns, spec, str(path)) if columns else typed_frame(table, parse_lines(path), str(path))
+    frame = typed_frame(table, parse_lines(path), str(path))
     repeated = frame.duplicated(list(spec.key), keep="last")
     if repeated.any():
         warn_once(f"{path}: {int(repeated.sum())} rows written twice, the last one counts")
@@ -83,7 +79,9 @@ def typed_frame(table: str, rows: Sequence[Mapping[str, Any]], source: str = "ro
         ValueError: There is no such table.
     """
     spec = schema.table(table)
-    return _frame({name: [row.get(name) for row in rows] for name in _columns(spec, rows)}, spec, source)
+    values = {name: [row.get(name) for row in rows] for name in _columns(spec, rows)}
+    typed = {column.name: _typed(values[column.name], column, spec, source) for column in spec.columns}
+    return pd.DataFrame({**values, **typed})
 
 
 def find_runs(paths: Iterable[str | os.PathLike[str]] | str | os.PathLike[str]) -> list[Run]:
@@ -201,45 +199,13 @@ def natural(path: Path) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", str(path))]
 
 
-def _flawless(path: Path, spec: Table) -> dict[str, Any] | None:
-    """The columns of a file, read many times as fast as line by line.
-
-    ``None`` if there is no file, or anything in it that has to be judged line by line: a broken line, a
-    column that the schema does not know, a value of another type.
-    """
-    options = json.ParseOptions(
-        explicit_schema=pa.schema([(column.name, _STORED[column.kind]) for column in spec.columns]),
-        unexpected_field_behavior="error",
-    )
-    try:
-        # without threads, because a training process that reads its records forks later
-        read = json.read_json(path, json.ReadOptions(use_threads=False), options)
-        epochs = read["epoch"].to_numpy()
-        if not ((epochs >= 0) & (epochs <= LAST_EPOCH) & (epochs % 1 == 0)).all():
-            return None
-        return {
-            column.name: read[column.name].to_numpy()
-            if _STORED[column.kind] == pa.float64()
-            else read[column.name].to_pylist()
-            for column in spec.columns
-        }
-    except (OSError, ValueError, KeyError):  # Arrow's own errors among them
-        return None
-
-
-def _frame(values: Mapping[str, Any], spec: Table, source: str) -> pd.DataFrame:
-    """The columns as a data frame, those of the schema in their types."""
-    typed = {column.name: _typed(values[column.name], column, spec, source) for column in spec.columns}
-    return pd.DataFrame({**values, **typed})
-
-
 def _columns(spec: Table, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The schema's columns, then those it does not know."""
     layouts = dict.fromkeys(tuple(row) for row in rows)  # few: most rows have the same keys
     return list(dict.fromkeys([*spec.names, *(key for layout in layouts for key in layout)]))
 
 
-def _typed(values: Any, column: Column, spec: Table, source: str) -> pd.Series | NDArray[Any]:
+def _typed(values: list[Any], column: Column, spec: Table, source: str) -> pd.Series | NDArray[Any]:
     """A column in the type that the schema declares; integers with gaps become floats."""
     try:
         if column.kind in ("int", "float"):
