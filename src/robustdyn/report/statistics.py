@@ -187,7 +187,8 @@ def headlines(runs: Sequence[Run], frames: Mapping[str, pd.DataFrame]) -> list[H
         runs: The runs to take means over.
         frames: The tables ``epochs`` and ``wci`` of these runs and perhaps of others.
     """
-    own, wci = by_run(frames["epochs"]), by_run(frames["wci"])
+    own = by_run(frames["epochs"][["run", "epoch", "lr", TEST_ROBUST_LOSS, ROBUST_LOSS_GAP]])
+    wci = by_run(frames["wci"][["run", "epoch", "wci"]])
     finished = [run for run in runs if not own[run.label].empty]
     lowest = {run.label: _lowest_loss(own[run.label]) for run in finished}
     anchors = {run.label: _before_decay(own[run.label]) for run in finished}
