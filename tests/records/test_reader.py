@@ -73,9 +73,10 @@ def test_values_of_another_kind_and_unknown_columns(tmp_path):
     path = tmp_path / "records" / "alignment.jsonl"
     path.write_text('{"epoch": 0, "commutator": 0.5, "later_invention": 3}\n')
     assert read_table(tmp_path, "alignment")["later_invention"].tolist() == [3]
-    path.write_text('{"epoch": 0, "commutator": "x"}\n')
-    with pytest.raises(RecordError, match=r"alignment\.jsonl: column commutator"):
-        read_table(tmp_path, "alignment")
+    for value in ('"x"', "[1, 2]"):
+        path.write_text(f'{{"epoch": 0, "commutator": {value}}}\n')
+        with pytest.raises(RecordError, match=r"alignment\.jsonl: column commutator"):
+            read_table(tmp_path, "alignment")
 
 
 def test_runs_are_found_once_and_in_natural_order(tmp_path):

@@ -36,8 +36,7 @@ DOUBLED_CHOICES = [f"a{n}: ${{oc.select:a{n - 1},''}}${{oc.select:..a{n - 1}}}" 
         ("\n".join(["a0: xx", *DOUBLED_NODES]).encode(), "interpolations make it larger than 1 MiB"),
         ("\n".join(["a0: xx", *DOUBLED_CHOICES]).encode(), "interpolations make it larger than 1 MiB"),
         (b"a: ${oc.select:b.${c}}", "a key is computed by an interpolation"),
-        (b"a: ${", "missing '}'|extraneous input|token recognition|mismatched|no viable"),
-        (b"5", "Invalid loaded object type"),
+        (b"5", "neither keys with values nor a list"),
     ],
 )
 def test_refuses_in_one_line(tmp_path, content, reason):
@@ -46,6 +45,31 @@ def test_refuses_in_one_line(tmp_path, content, reason):
     with pytest.raises(ValueError, match=reason) as caught:
         read_yaml(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("a: '${per_255:'", "missing '}'|extraneous input|token recognition|mismatched|no viable"),
+        ("a: !!set {b}", "not a supported primitive type"),
+        ("- a", "not a configuration"),
+    ],
+)
+def test_what_is_no_configuration_is_refused_in_one_line(tmp_path, content, reason):
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(RecordError, match=reason) as caught:
+        read_config(tmp_path / "config.yaml", "restore it")
+    assert "\n" not in str(caught.value)
+
+
+def test_scalars_are_read_as_omegaconf_reads_them(tmp_path):
+    numbers = ["1e-3", "1E5", "1.5e3", "-2e+4", "1_0e2", "1.e2", ".5", ".inf", "12", "0x1F", "1_000", "1:30"]
+    others = ["1e", "e5", "0o7", "true", "off", "null", "~", "2026-11-29"]
+    text = "".join(f"a{i}: {scalar}\n" for i, scalar in enumerate([*numbers, *others]))
+    (tmp_path / "config.yaml").write_text(text)
+    assert read_yaml(tmp_path / "config.yaml") == OmegaConf.to_container(
+        OmegaConf.load(tmp_path / "config.yaml")
+    )
 
 
 SECRET = "a secret of this machine"

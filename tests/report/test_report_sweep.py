@@ -214,7 +214,7 @@ def test_a_setting_that_only_missing_runs_change_is_a_factor(tmp_path):
     found = find_runs(tmp_path)
     frames = {name: combine(found, name) for name in ("epochs", "wci")}
     states = run_states(found, Plan(jobs, ("schedule.factor",), ()))
-    shown = overview(found, states, frames, final_and_best(found), tmp_path / "index.html")
+    shown = overview(found, states, frames, final_and_best(found, frames["epochs"]), tmp_path / "index.html")
     assert [(f.key, f.values) for f in shown.factors] == [("schedule.factor", ("0.1", "0.5"))]
     assert [row.factors for row in shown.rows] == [("0.1",), ("0.5",)]
 
@@ -273,7 +273,7 @@ def test_evaluations_are_on_the_page_and_in_a_table(page, report, sweep):
     ]
     assert "Robustness may be overstated" in "".join(page.words)
     table = (report.html.parent / "tables/evaluation.csv").read_text().splitlines()
-    assert table[0].startswith("run,group,checkpoint,evaluator,examples,accuracy")
+    assert table[0].startswith('"run","group","checkpoint","evaluator","examples","accuracy"')
     assert len(table) == 6
 
 

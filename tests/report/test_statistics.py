@@ -2,7 +2,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from robustdyn.records import find_runs, read_table
+from robustdyn.records import combine, find_runs, read_table
+from robustdyn.records.reader import combine_tables
 from robustdyn.report.statistics import (
     correlation,
     decay_epochs,
@@ -14,7 +15,7 @@ from tests.records.synthetic import DECAYS, write_run, write_sweep
 
 
 def headline(runs):
-    return [str(line) for line in headlines(runs)]
+    return [str(line) for line in headlines(runs, combine_tables(runs, ("epochs", "wci")))]
 
 
 def rates(values):
@@ -49,7 +50,7 @@ def test_decays_are_found_whatever_the_order_of_rows(one):
 
 def test_final_and_best_are_rows_of_the_record(methods):
     runs = find_runs(methods)
-    table = final_and_best(runs)
+    table = final_and_best(runs, combine(runs, "epochs"))
     assert set(table["selection"]) == {"final", "best on test"}
     for run in runs:
         recorded = read_table(run.path, "epochs").set_index("epoch")
@@ -100,7 +101,8 @@ def test_the_headline_of_many_settings_names_the_extremes(tmp_path):
 
 def test_without_a_decay_the_lowest_loss_is_the_anchor(tmp_path):
     write_sweep(tmp_path, ("at",), epochs=10, measured=(0, 5))
-    _, gap, index = headlines(find_runs(tmp_path))
+    runs = find_runs(tmp_path)
+    _, gap, index = headlines(runs, combine_tables(runs, ("epochs", "wci")))
     assert gap.start == index.start == "at the lowest test robust loss"
     ((first, last),) = gap.changes[0].pairs
     assert (first.epoch, last.epoch) == (9, 9)

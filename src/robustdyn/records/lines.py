@@ -15,6 +15,8 @@ LONGEST = 1 << 20
 LAST_EPOCH = 10**9
 REMEDY = "remove the line, or restore the file from a copy"
 
+_DECODER = json.JSONDecoder(parse_constant=lambda name: None)
+
 
 def decode(line: bytes, *, epochs: bool = True) -> dict[str, Any] | None:
     """The row in one line, or ``None`` if the line is broken; NaN and infinities become null.
@@ -23,7 +25,7 @@ def decode(line: bytes, *, epochs: bool = True) -> dict[str, Any] | None:
     without an epoch also counts as broken; the tables of an evaluation have no epochs.
     """
     try:
-        row = json.loads(line, parse_constant=lambda name: None)
+        row = _DECODER.decode(line.decode())
     except (ValueError, RecursionError):
         return None
     if not isinstance(row, dict):

@@ -145,7 +145,7 @@ class RunState:
         epochs: Epochs finished.
         planned: Epochs asked for; None if its configuration does not say.
         error: The error of a failed run, in one line.
-        path: Its directory; None if it is missing.
+        run: The run; None if it is missing.
         asked: Whether the last command that started the sweep asked for it.
     """
 
@@ -154,8 +154,13 @@ class RunState:
     epochs: int = 0
     planned: int | None = None
     error: str | None = None
-    path: Path | None = None
+    run: Run | None = None
     asked: bool = True
+
+    @property
+    def path(self) -> Path | None:
+        """Its directory; None if it is missing."""
+        return None if self.run is None else self.run.path
 
     @property
     def remark(self) -> str:
@@ -247,7 +252,7 @@ def _state(run: Run, name: str, *, asked: bool = True) -> RunState:
             error = status.get("error")
     elif planned is not None and epochs >= planned:
         state = "done"
-    return RunState(name, state, epochs, planned, error, run.path, asked)
+    return RunState(name, state, epochs, planned, error, run, asked)
 
 
 def is_of(text: str, keys: Sequence[str]) -> bool:

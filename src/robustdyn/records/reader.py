@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from robustdyn.errors import RecordError
 from robustdyn.records import schema
@@ -18,6 +20,7 @@ from robustdyn.records.columns import Column, Table
 from robustdyn.records.labels import SEED, Setup, distinguishing, format_value, labels
 from robustdyn.records.lines import parse_lines, warn_once
 from robustdyn.records.run_directory import CONFIG, RunDirectory
+from robustdyn.records.waiting import with_bar
 
 LARGEST_INTEGER = 2**53  # up to here, float64 represents every whole number
 ALL_SEEDS = "all seeds"
@@ -76,10 +79,9 @@ def typed_frame(table: str, rows: Sequence[Mapping[str, Any]], source: str = "ro
         ValueError: There is no such table.
     """
     spec = schema.table(table)
-    frame = pd.DataFrame([*rows], columns=_columns(spec, rows))
-    for column in spec.columns:
-        frame[column.name] = _typed(frame[column.name], column, spec, source)
-    return frame
+    values = {name: [row.get(name) for row in rows] for name in _columns(spec, rows)}
+    typed = {column.name: _typed(values[column.name], column, spec, source) for column in spec.columns}
+    return pd.DataFrame({**values, **typed})
 
 
 def find_runs(paths: Iterable[str | os.PathLike[str]] | str | os.PathLike[str]) -> list[Run]:
@@ -93,7 +95,7 @@ def find_runs(paths: Iterable[str | os.PathLike[str]] | str | os.PathLike[str]) 
         RecordError: A path does not exist or has no run in it, or a configuration cannot be read.
     """
     given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
-    found: dict[Path, Setup] = {}
+    found: dict[Path, Path] = {}
     for path in map(Path, given):
         if not path.exists():
             raise RecordError(f"{path}: no such directory; give a run or sweep directory")
@@ -103,19 +105,18 @@ def find_runs(paths: Iterable[str | os.PathLike[str]] | str | os.PathLike[str]) 
                 f"{path}: no run in it; a run directory holds {CONFIG.as_posix()}, which training writes"
             )
         for directory in directories:
-            resolved = directory.resolve()
-            if resolved not in found:
-                found[resolved] = RunDirectory(directory).setup()
-    return label_runs(list(found.values()))
+            found.setdefault(directory.resolve(), directory)
+    return label_runs([RunDirectory(path).setup() for path in with_bar([*found.values()], "reading runs")])
 
 
 def label_runs(setups: Sequence[Setup]) -> list[Run]:
     """Label runs by the settings that differ among these runs."""
     names = labels(setups)
     groups = labels(setups, without=[SEED])
+    seeds_differ = SEED in distinguishing(setups)
     runs = []
     for setup, name, group in zip(setups, names, groups, strict=True):
-        fallback = ALL_SEEDS if len(setups) > 1 and SEED in distinguishing(setups) else name
+        fallback = ALL_SEEDS if seeds_differ else name
         runs.append(
             Run(
                 path=setup.path,
@@ -131,37 +132,53 @@ def label_runs(setups: Sequence[Setup]) -> list[Run]:
 
 
 def combine(runs: Sequence[Run], table: str) -> pd.DataFrame:
-    """The rows of all runs in one frame.
+    """The rows of all runs in one frame; see ``combine_tables``."""
+    return combine_tables(runs, [table])[table]
+
+
+def combine_tables(runs: Sequence[Run], tables: Iterable[str]) -> dict[str, pd.DataFrame]:
+    """Tables with the rows of all runs.
 
     Args:
         runs: Runs as ``find_runs`` returns them.
-        table: Name of a table of ``records.schema``.
+        tables: Names of tables of ``records.schema``.
 
     Returns:
-        ``run`` and ``group`` (labels), one column per setting that tells the runs apart (named by its config
-        key, or ``config.<key>`` if the table has a column of that name), then the table's columns. A column
-        that the schema does not know becomes ``recorded.<name>`` if a label or a setting has its name, and
-        becomes text if its values are of several types.
+        By table: ``run`` and ``group`` (labels), one column per setting that tells the runs apart (named by
+        its config key, or ``config.<key>`` if the table has a column of that name), then the table's columns.
+        A column that the schema does not know becomes ``recorded.<name>`` if a label or a setting has its
+        name, and becomes text if its values are of several types.
     """
-    spec = schema.table(table)
-    settings = {
-        f"config.{key}" if key in (*spec.names, "run", "group") else key: _uniform(values)
-        for key, values in distinguishing(runs).items()
+    settings = {key: _uniform(values) for key, values in distinguishing(runs).items()}
+    return {
+        table: _combined(runs, schema.table(table), settings)
+        for table in with_bar([*tables], "reading records")
     }
-    frames = []
-    for i, run in enumerate(runs):
-        frame = read_table(run.path, table)
-        names = {"run": run.label, "group": run.group} | {key: values[i] for key, values in settings.items()}
-        head = pd.DataFrame({key: [value] * len(frame) for key, value in names.items()}, index=frame.index)
-        frame = frame.rename(columns={name: f"recorded.{name}" for name in frame if name in names})
-        frames.append(pd.concat([head, frame], axis=1))
-    filled = [frame for frame in frames if not frame.empty]
-    whole = pd.concat(filled, ignore_index=True) if filled else frames[0]
-    for name in whole.columns.difference([*settings, *spec.names, "run", "group"]):
+
+
+def _combined(runs: Sequence[Run], spec: Table, settings: Mapping[str, Sequence[object]]) -> pd.DataFrame:
+    """One table with the rows of all runs, and the runs' settings beside them."""
+    heads: dict[str, Sequence[object]] = {
+        "run": [run.label for run in runs],
+        "group": [run.group for run in runs],
+    }
+    heads |= {
+        f"config.{key}" if key in (*spec.names, "run", "group") else key: values
+        for key, values in settings.items()
+    }
+    recorded = [i for i, run in enumerate(runs) if RunDirectory(run.path).table(spec.name).is_file()] or [0]
+    frames = {i: read_table(runs[i].path, spec.name) for i in recorded}
+    filled = [frame for frame in frames.values() if not frame.empty]
+    whole = pd.concat(filled, ignore_index=True) if filled else frames[recorded[0]]
+    unknown = whole.columns.difference([*spec.names])
+    for name in unknown:
         if whole[name].dtype == "object":
             known = whole[name].notna()
             whole.loc[known, name] = pd.Series(_uniform(whole.loc[known, name].tolist()), whole.index[known])
-    return whole
+    whole = whole.rename(columns={name: f"recorded.{name}" for name in unknown if name in heads})
+    rows = np.repeat(recorded, [len(frame) for frame in frames.values()])
+    head = pd.DataFrame({name: [*values] for name, values in heads.items()}).take(rows)
+    return pd.concat([head.reset_index(drop=True), whole], axis=1)
 
 
 def _run_directories(path: Path) -> list[Path]:
@@ -174,37 +191,43 @@ def _run_directories(path: Path) -> list[Path]:
             found.append(Path(parent))
             folders.clear()
         folders[:] = [name for name in folders if not name.startswith(".")]
-    return sorted(found, key=_natural)
+    return sorted(found, key=natural)
 
 
-def _natural(path: Path) -> list[tuple[int, str]]:
+def natural(path: Path) -> list[tuple[int, str]]:
     """Sort key in which 2 comes before 10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", str(path))]
 
 
 def _columns(spec: Table, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The schema's columns, then those it does not know."""
-    return list(dict.fromkeys([*spec.names, *(key for row in rows for key in row)]))
+    layouts = dict.fromkeys(tuple(row) for row in rows)  # few: most rows have the same keys
+    return list(dict.fromkeys([*spec.names, *(key for layout in layouts for key in layout)]))
 
 
-def _typed(values: pd.Series, column: Column, spec: Table, source: str) -> pd.Series:
+def _typed(values: list[Any], column: Column, spec: Table, source: str) -> pd.Series | NDArray[Any]:
     """A column in the type that the schema declares; integers with gaps become floats."""
     try:
-        if column.name in spec.key and values.isna().any():
-            raise ValueError("null or absent in some rows")
         if column.kind in ("int", "float"):
-            numbers = pd.to_numeric(values).astype("float64")
-            numbers = numbers.where(numbers.abs() < math.inf)  # 1e999 is read as infinity
+            numbers = np.array(values, dtype=np.float64)
+            if numbers.ndim != 1:
+                raise ValueError("lists instead of numbers")
+            if column.name in spec.key and np.isnan(numbers).any():
+                raise ValueError("null or absent in some rows")
+            finite = np.isfinite(numbers)  # 1e999 is read as infinity
+            numbers[~finite] = math.nan
             if column.kind == "float":
                 return numbers
-            known = numbers.dropna()
-            if ((known % 1 != 0) | (known.abs() > LARGEST_INTEGER)).any():
+            known = numbers[finite]
+            if ((known % 1 != 0) | (np.abs(known) > LARGEST_INTEGER)).any():
                 raise ValueError("not a whole number, or beyond 2^53")
-            return numbers if len(known) < len(numbers) else numbers.astype("int64")
-        if column.kind == "str" and not values.dropna().map(lambda value: isinstance(value, str)).all():
+            return numbers if len(known) < len(numbers) else numbers.astype(np.int64)
+        if column.name in spec.key and any(value is None for value in values):
+            raise ValueError("null or absent in some rows")
+        if column.kind == "str" and not all(value is None or isinstance(value, str) for value in values):
             raise ValueError("not text in some rows")
-        return values.astype("boolean" if column.kind == "bool" else "object")
-    except (TypeError, ValueError) as error:
+        return pd.Series(values, dtype="boolean" if column.kind == "bool" else "object")
+    except (TypeError, ValueError, OverflowError) as error:
         raise RecordError(
             f"{source}: column {column.name}: {error}; is the file from another program?"
         ) from error

@@ -4,7 +4,6 @@ Reading one never runs code and never looks up anything on this machine, such as
 time and memory are bounded by the size of the file.
 """
 
-import io
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -30,6 +29,19 @@ _BY_DATA = "${data._target_}"
 _COMPUTED = re.compile(r"oc\.select:[^,}]*\$\{")
 
 
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """Reads scalars as OmegaConf does, 1e-3 as a number and dates as text, many times as fast."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d[\d_]*(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
 def read_yaml(path: Path) -> Any:
     """The content of a YAML file as plain dictionaries and lists, with interpolations left as text.
 
@@ -41,13 +53,15 @@ def read_yaml(path: Path) -> Any:
             raise ValueError(f"larger than {LARGEST_FILE >> 20} MiB")
         text = path.read_text(encoding="utf-8")
         _check_structure(text)
-        content = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
+        content = yaml.load(text, _Loader)
+        if not isinstance(content, dict | list):
+            raise ValueError("neither keys with values nor a list")
         check_expansion(content)
         return content
     except OSError as error:
         raise ValueError(error.strerror or str(error)) from error
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
-        raise ValueError((str(error) or type(error).__name__).splitlines()[0]) from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(_first_line(error)) from error
 
 
 def untrusted_config(content: Any, resolvers: Sequence[str] = PURE_RESOLVERS) -> DictConfig | ListConfig:
@@ -71,11 +85,15 @@ def read_config(path: Path, remedy: str, resolvers: Sequence[str] = PURE_RESOLVE
     """
     try:
         config = untrusted_config(read_yaml(path), resolvers)
-    except ValueError as error:
-        raise RecordError(f"{path}: cannot read ({error}); {remedy}") from error
+    except (ValueError, OmegaConfBaseException) as error:
+        raise RecordError(f"{path}: cannot read ({_first_line(error)}); {remedy}") from error
     if not isinstance(config, DictConfig):
         raise RecordError(f"{path}: not a configuration; {remedy}")
     return config
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _check_structure(text: str) -> None:
@@ -85,7 +103,7 @@ def _check_structure(text: str) -> None:
         ValueError: The text has aliases, which can double the content with every line, or is nested deeply.
     """
     depth = 0
-    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+    for event in yaml.parse(text, Loader=_Loader):
         if isinstance(event, yaml.AliasEvent):
             raise ValueError("it has YAML aliases")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)

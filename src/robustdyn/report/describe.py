@@ -9,6 +9,7 @@ from robustdyn.records.labels import flatten, format_value
 from robustdyn.records.reader import Run
 from robustdyn.records.run_directory import RunDirectory
 
+MOST_VALUES = 12  # that are listed one by one
 _NORMS = {"linf": "l∞", "l2": "l2"}
 _SECTIONS = {  # section -> heading and the settings worth a reader's first glance, in order
     "data": ("data", ("batch_size",)),
@@ -49,8 +50,8 @@ def what_was_run(runs: Sequence[Run]) -> list[tuple[str, str]]:
     rows.append(("measured", [_measured(run.config.get("measure")) for run in runs]))
     rows.append(("epochs", [_value(run.config, "trainer", "max_epochs") for run in runs]))
     rows.append(("seeds", [format_value(run.config["seed"]) if "seed" in run.config else "" for run in runs]))
-    joined = [(heading, _joined(texts, ", " if heading == "seeds" else " | ")) for heading, texts in rows]
-    return [(heading, text) for heading, text in joined if text]
+    told = [(heading, joined(texts, ", " if heading == "seeds" else " | ")) for heading, texts in rows]
+    return [(heading, text) for heading, text in told if text]
 
 
 def environment(run: Run) -> dict[str, str]:
@@ -63,7 +64,7 @@ def provenance(runs: Sequence[Run]) -> list[tuple[str, str]]:
     """Rows of (fact, its distinct values over the runs)."""
     facts = [environment(run) for run in runs]
     keys = dict.fromkeys(key for fact in facts for key in fact)
-    return [(key.replace("_", " "), _joined([fact.get(key, "") for fact in facts], " | ")) for key in keys]
+    return [(key.replace("_", " "), joined([fact.get(key, "") for fact in facts], " | ")) for key in keys]
 
 
 def _section(run: Run, name: str, keys: Sequence[str]) -> str:
@@ -175,5 +176,8 @@ def _value(config: Mapping[str, Any], section: str, key: str) -> str:
     return format_value(inner[key]) if isinstance(inner, Mapping) and key in inner else ""
 
 
-def _joined(texts: Sequence[str], separator: str) -> str:
-    return separator.join(text for text in dict.fromkeys(texts) if text)
+def joined(texts: Sequence[str], separator: str) -> str:
+    """The distinct texts side by side; of many the first ones, and how many there are."""
+    found = [text for text in dict.fromkeys(texts) if text]
+    more = [f"… ({len(found)} in all)"] if len(found) > MOST_VALUES else []
+    return separator.join([*found[:MOST_VALUES], *more])

@@ -93,10 +93,15 @@ class FigureSpec:
         return None
 
     @style.styled
-    def draw(self, frames: Mapping[str, pd.DataFrame], reference: Reference | None = None) -> Figure:
-        """The figure, with a reference's band behind the curves that it has."""
+    def draw(
+        self, frames: Mapping[str, pd.DataFrame], reference: Reference | None = None, part: str = ""
+    ) -> Figure:
+        """The figure, with a reference's band behind the curves that it has.
+
+        ``part`` says which settings the tables hold, if not all.
+        """
         epochs = named(frames["epochs"])
-        cast = Cast.of(epochs, reference=reference)
+        cast = Cast.of(epochs, reference=reference, part=part)
         return self.function(named(frames[self.table]), epochs, cast)
 
 

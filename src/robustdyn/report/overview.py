@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import numpy as np
 import pandas as pd
 
 from robustdyn.records import schema
@@ -32,10 +33,10 @@ from robustdyn.report.reference import Reference
 from robustdyn.report.statistics import (
     BEST_ON_TEST,
     FINAL,
+    by_run,
     decay_epochs,
     format_metric,
     format_number,
-    of_run,
 )
 
 PANELS = (  # table and column of the curves that the page draws itself
@@ -175,10 +176,12 @@ def overview(
     stated = [
         (state, None if state.path is None else by_path.pop(state.path.resolve(), None)) for state in states
     ]
-    stated += [(RunState(run.label, "unfinished", path=run.path), run) for run in by_path.values()]
+    stated += [(RunState(run.label, "unfinished", run=run), run) for run in by_path.values()]
     known = factors(runs, [state.name if run is None else run for state, run in stated])
+    wci = by_run(frames["wci"].dropna(subset=["wci"]))
+    best = {(facts["run"], facts["selection"]): facts for facts in summary.to_dict("records")}
     rows = tuple(
-        _row(state, run, tuple(factor.column[i] for factor in known), frames, summary, page)
+        _row(state, run, tuple(factor.column[i] for factor in known), wci, best, page)
         for i, (state, run) in enumerate(stated)
     )
     commands = [_sweep_command(path) for path in sweeps if any(row.state != "done" for row in rows)]
@@ -189,14 +192,13 @@ def _row(
     state: RunState,
     run: Run | None,
     factors: tuple[str, ...],
-    frames: Mapping[str, pd.DataFrame],
-    summary: pd.DataFrame,
+    wci: Mapping[str, pd.DataFrame],
+    best: Mapping[tuple[str, str], Mapping[Hashable, Any]],
     page: Path,
 ) -> RunRow:
     if run is None:
         return RunRow(state.name, state.state, state.remark, factors)
-    own = {facts["selection"]: facts for facts in summary[summary["run"] == run.label].to_dict("records")}
-    measured = of_run(frames["wci"], run.label).dropna(subset=["wci"])
+    measured = wci[run.label]
     last = None if measured.empty else measured.iloc[-1]
     # a failed run's remark is the error
     planned = "" if state.planned is None else f" of {state.planned}"
@@ -207,7 +209,7 @@ def _row(
         remark=state.remark,
         factors=factors,
         numbers=(
-            *(_cell(own.get(selection), schema.EPOCHS[name]) for selection, name in NUMBERS),
+            *(_cell(best.get((run.label, selection)), schema.EPOCHS[name]) for selection, name in NUMBERS),
             _cell(last, schema.WCI["wci"]),
         ),
         progress=come,
@@ -286,9 +288,9 @@ def curves(
         {"key": f.key, "name": f.name, "values": f.values, "colours": list(style.colours(len(f.values)))}
         for f in overview.factors
     ]
-    rows = []
+    rows, epochs = [], by_run(frames["epochs"])
     for row in overview.rows:
-        decays = decay_epochs(of_run(frames["epochs"], row.run.label)) if row.run is not None else []
+        decays = [] if row.run is None else decay_epochs(epochs[row.run.label])
         decays = decays if len(decays) <= MAX_MARKS else []
         rows.append({"name": row.name, "state": row.state, "factors": row.factors, "decays": decays})
     colouring = [f.name for f in overview.factors if f.key != SEED and len(f.values) <= MOST_COLOURS]
@@ -309,16 +311,17 @@ def curves(
 def _panel(
     rows: Sequence[RunRow], frame: pd.DataFrame, column: Column, reference: Reference | None
 ) -> dict[str, Any]:
-    points, band = [], None
+    points, band, recorded = [], None, by_run(frame)
     if reference is not None and not frame.empty:
         bounds = reference.of(column.name, int(frame["epoch"].max()))
         ends = ([_short(x * column.scale) for x in bounds[end]] for end in ("centre", "low", "high"))
         band = [[int(epoch) for epoch in bounds["epoch"]], *ends] if len(bounds) else None
     for row in rows:
-        own = frame.head(0) if row.run is None else of_run(frame, row.run.label)
-        own = own[(own[column.name] * column.scale).abs() < math.inf]  # JSON has no infinity
-        values = [_short(value * column.scale) for value in own[column.name]]
-        points.append([[int(epoch) for epoch in own["epoch"]], values] if values else None)
+        own = frame.head(0) if row.run is None else recorded[row.run.label]
+        values = own[column.name].to_numpy(dtype=float) * column.scale
+        finite = np.isfinite(values)  # JSON has no infinity
+        shown = [_short(value) for value in values[finite]]
+        points.append([own["epoch"].to_numpy()[finite].tolist(), shown] if shown else None)
     label = column.label[:1].upper() + column.label[1:]
     return {
         "name": column.name,

@@ -14,8 +14,11 @@ from typing import Any
 import jinja2
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 from markupsafe import Markup, escape
 from omegaconf import OmegaConf
+from pyarrow import csv
+from pyarrow import parquet as pq
 
 import robustdyn
 from robustdyn.errors import RecordError
@@ -23,13 +26,15 @@ from robustdyn.records import schema
 from robustdyn.records.command_line import command
 from robustdyn.records.labels import differences, format_value
 from robustdyn.records.progress import RunState, run_states
-from robustdyn.records.reader import Run, combine, find_runs
+from robustdyn.records.reader import Run, combine_tables, find_runs, label_runs, natural
+from robustdyn.records.waiting import with_bar
 from robustdyn.report import style
-from robustdyn.report.describe import provenance, what_was_run
+from robustdyn.report.describe import joined, provenance, what_was_run
 from robustdyn.report.figures import FIGURES, FigureSpec
 from robustdyn.report.overview import Overview, curves, overview
 from robustdyn.report.page_tables import TIMES, Evaluations, evaluations, last_measures, times
 from robustdyn.report.reference import COMPARISON, Against, Reference
+from robustdyn.report.shown import MOST_SETTINGS, shown_in_figures
 from robustdyn.report.statistics import (
     SHOWN_METRICS,
     Headline,
@@ -99,8 +104,8 @@ def build_report(
     Args:
         paths: Run or sweep directories.
         output: Where to; made if absent, files of an earlier report are replaced.
-        states: Where the runs stand; of the runs found, if not given. Runs that were asked for and never
-            started can only be known to the caller.
+        states: Where the runs at these paths stand; found out if not given. Only the caller can know runs
+            that were asked for and never started.
         reference: Published curves to hold the runs against.
 
     Returns:
@@ -111,15 +116,15 @@ def build_report(
             written.
     """
     given = [Path(paths)] if isinstance(paths, str | os.PathLike) else [Path(path) for path in paths]
-    runs, output = find_runs(given), Path(output)
-    frames = {name: combine(runs, name) for name in schema.TABLES}
+    runs, output = _stated(states or ()) or find_runs(given), Path(output)
+    frames = combine_tables(runs, schema.TABLES)
     if frames["epochs"].empty:
         raise RecordError(
             f"{runs[0].path}: no run has finished an epoch; train first, or wait for the first epoch"
         )
-    summary, page = final_and_best(runs), output / PAGE
+    summary, page = final_and_best(runs, frames["epochs"]), output / PAGE
     shown = overview(runs, run_states(runs) if states is None else states, frames, summary, page, given)
-    evaluated, told = evaluations(runs, page), headlines(shown.counted)
+    evaluated, told = evaluations(runs, page), headlines(shown.counted, frames)
     against = None if reference is None else Against.of(reference, runs, frames["epochs"])
     try:
         tables = _write_tables(
@@ -131,8 +136,10 @@ def build_report(
             },
             output / "tables",
         )
-        figures, skipped = _write_figures(frames, output / "figures", reference)
-        text = _page(runs, frames, summary, figures, skipped, shown, told, evaluated, against)
+        counted = summary[summary["run"].isin([run.label for run in shown.counted])]
+        drawn, part = shown_in_figures(frames, counted)
+        figures, skipped = _write_figures(drawn, part, output / "figures", reference)
+        text = _page(runs, frames, summary, part, figures, skipped, shown, told, evaluated, against)
         page.write_text(text, encoding="utf-8")
     except OSError as error:
         raise RecordError(
@@ -148,6 +155,12 @@ def build_report(
     )
 
 
+def _stated(states: Sequence[RunState]) -> list[Run]:
+    """The runs of the states, each once, in natural order of their paths."""
+    found = {state.run.path.resolve(): state.run for state in states if state.run is not None}
+    return label_runs([found[path] for path in sorted(found, key=natural)])
+
+
 def _write_tables(frames: Mapping[str, pd.DataFrame], folder: Path) -> list[Path]:
     """Each table that has rows as Parquet and CSV, without columns that were never recorded."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -159,8 +172,9 @@ def _write_tables(frames: Mapping[str, pd.DataFrame], folder: Path) -> list[Path
                 file.unlink(missing_ok=True)  # of an earlier report
             continue
         kept = frame.drop(columns=[c for c in _optional(name) if c in frame and frame[c].isna().all()])
-        kept.to_parquet(files[0], index=False)
-        kept.to_csv(files[1], index=False)
+        table = pa.Table.from_pandas(kept, preserve_index=False)
+        pq.write_table(table, files[0])
+        csv.write_csv(table, files[1])
         written += files
     return written
 
@@ -172,17 +186,19 @@ def _optional(table: str) -> list[str]:
 
 
 def _write_figures(
-    frames: Mapping[str, pd.DataFrame], folder: Path, reference: Reference | None
+    frames: Mapping[str, pd.DataFrame], part: str, folder: Path, reference: Reference | None
 ) -> tuple[list[_Drawn], dict[str, str]]:
-    """Every figure whose data are there; the others with the reason."""
+    """Every figure whose data are there; the others with the reason. ``part`` says of which settings."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn, skipped = [], {}
-    for spec in FIGURES:
+    for spec in with_bar(FIGURES, "drawing figures"):
         reason = spec.missing(frames)
+        if reason and part:
+            reason += f", for {part}"
         if reason is None:
             try:
                 with np.errstate(over="ignore", invalid="ignore"):
-                    figure = spec.draw(frames, reference)
+                    figure = spec.draw(frames, reference, part)
                     drawn.append(_Drawn(spec, tuple(style.save(figure, folder / spec.name))))
             except (ValueError, ArithmeticError) as error:  # numbers that no axis can show, 1e308 say
                 reason = f"cannot be drawn from these numbers ({' '.join(str(error).split())})"
@@ -197,6 +213,7 @@ def _page(
     runs: Sequence[Run],
     frames: Mapping[str, pd.DataFrame],
     summary: pd.DataFrame,
+    part: str,
     figures: Sequence[_Drawn],
     skipped: Mapping[str, str],
     shown: Overview,
@@ -217,7 +234,7 @@ def _page(
     assert environment.loader is not None
     script = environment.loader.get_source(environment, SCRIPT)[0]
     titles = {spec.name: spec.title for spec in FIGURES}
-    differing = differences(runs)
+    heads, differing = _differing(runs)
     measured, measures = last_measures(runs, frames["measures"])
     return environment.get_template("report.html.j2").render(
         title=_title(runs),
@@ -237,16 +254,26 @@ def _page(
         measures=measures,
         timed=times(runs, frames["timing"]),
         times=TIMES,
+        part=part,
         figures=figures,
         skipped=[(titles[name], reason) for name, reason in skipped.items()],
         runs=runs,
-        differing=[(key, [format_value(value) for value in values]) for key, values in differing.items()],
-        configs=[_yaml(run.config) for run in runs],
+        heads=heads,
+        differing=differing,
+        configs=[_yaml(run.config) for run in runs[: None if len(runs) <= MOST_SETTINGS else 1]],
         provenance=provenance(runs),
         tables=[schema.TABLES[name] for name, frame in frames.items() if not frame.empty]
         + ([] if evaluated.table.empty else [schema.EVALUATION])
         + ([] if against is None or against.table.empty else [COMPARISON]),
     )
+
+
+def _differing(runs: Sequence[Run]) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """Settings that differ, with a column for each run; of many runs with one for all distinct values."""
+    rows = [(key, [format_value(value) for value in values]) for key, values in differences(runs).items()]
+    if len(runs) <= MOST_SETTINGS:
+        return [run.label for run in runs], rows
+    return ["values"], [(key, [joined(values, ", ")]) for key, values in rows]
 
 
 def _hash(script: str) -> str:
@@ -264,22 +291,24 @@ def _title(runs: Sequence[Run]) -> str:
 
 def _card(line: Headline) -> dict[str, object]:
     """A headline for the page: its name and a row of texts per group."""
+    changes, which = line.told(MOST_SETTINGS)
     rows = [
         {
-            "group": change.group if len(line.changes) > 1 else "",
+            "group": change.group if len(changes) > 1 else "",
             "runs": len(change.pairs),
             "change": change.short(),
             "range": " → ".join((change.spread(False), change.spread(True))) if len(change.pairs) > 1 else "",
             "epochs": " → ".join((change.epochs(False), change.epochs(True))),
         }
-        for change in line.changes
+        for change in changes
     ]
-    sizes = {len(change.pairs) for change in line.changes}
+    sizes = {len(change.pairs) for change in changes}
     seeds = f"{min(sizes)}" if len(sizes) == 1 else f"{min(sizes)} to {max(sizes)}" if sizes else ""
     return {
         "name": line.name,
         "start": line.start,
         "rows": rows,
+        "which": which,
         "seeds": "" if sizes <= {1} else seeds,
         "missing": line.missing,
     }

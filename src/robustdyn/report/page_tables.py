@@ -20,7 +20,7 @@ from robustdyn.records.run_directory import RunDirectory
 from robustdyn.records.schema import ACCURACY_SE
 from robustdyn.report.describe import environment
 from robustdyn.report.overview import Cell, Link, link_to
-from robustdyn.report.statistics import of_run
+from robustdyn.report.statistics import by_run
 
 WORST_CASE = "worst_case"
 TIMES = (
@@ -139,9 +139,9 @@ def last_measures(
     Returns:
         The runs with their epochs, and for each measure the values, ``1.234 ± 0.05``, of all of them.
     """
-    heads, columns = [], []
+    heads, columns, recorded = [], [], by_run(measures)
     for run in runs:
-        own = of_run(measures, run.label)
+        own = recorded[run.label]
         if not own.empty:
             last = own[own["epoch"] == own["epoch"].max()]
             heads.append(f"{run.label}, epoch {int(last['epoch'].iloc[0])}")
@@ -163,9 +163,9 @@ def times(runs: Sequence[Run], timing: pd.DataFrame) -> list[tuple[str, tuple[Ce
     The speed is the median over epochs, which a first epoch with compilation hardly moves. The shares are of
     the time of all epochs together.
     """
-    rows = []
+    rows, recorded = [], by_run(timing)
     for run in runs:
-        own = of_run(timing, run.label)
+        own = recorded[run.label]
         if own.empty:
             continue
         seconds, speed = float(own["seconds"].sum()), float(own["images_per_second"].median())

@@ -29,6 +29,7 @@ from robustdyn.report.plotting import (
 )
 
 PANEL = 3.6  # inches: height of one row of panels with title and legend
+MOST_DIRECTIONS = 32  # lines of one group that can be told apart
 MARKER = "o"
 
 Draw = Callable[[pd.DataFrame, pd.DataFrame, Cast], Figure]
@@ -98,7 +99,8 @@ class Curve:
         bold. Values ≤ 0 have no place on the axis: open circles show their magnitude.
         """
         ranks = sorted(frame["index"].unique())
-        shade_of = dict(zip(ranks, style.shades(len(ranks)), strict=True))
+        shades = style.shades(ranks[-1] + 1)
+        shade_of = {rank: shades[rank] for rank in ranks}
         for (group, rank), rows in frame.groupby(["group", "index"], sort=False):
             shade = cast.colour(str(group), shade_of[rank])
             strong = cast.alone or rank == ranks[0]
@@ -167,6 +169,12 @@ def over_epochs(
 
     def drawn(frame: pd.DataFrame, epochs: pd.DataFrame, cast: Cast) -> Figure:
         title, ranked = heading.format(top=_top(frame)), "index" in frame
+        left_out = ""
+        if ranked:
+            ranks = int(frame["index"].max()) + 1
+            kept = _drawn_ranks(ranks)
+            frame = frame[frame["index"].isin(kept)]
+            left_out = f", {len(kept)} of {ranks} drawn" if len(kept) < ranks else ""
         figure = style.new_figure(cast.with_repeats(title) if ranked else title, PANEL + 0.2 * ranked)
         axes = list(np.atleast_1d(figure.subplots(1, len(panels), sharex=True, sharey=one_scale)))
         for ax, panel in zip(axes, panels, strict=True):
@@ -174,10 +182,10 @@ def over_epochs(
         mark_decays(axes, epochs, cast)
         said = [key(*entry) for entry in keys]
         if ranked and cast.alone:
-            _rank_scale(figure, axes, int(frame["index"].max()) + 1)
+            _rank_scale(figure, axes, ranks, left_out)
         elif ranked:
             leading = key("leading direction", linewidth=1.6)
-            said = [leading, key("further directions", linewidth=0.8, alpha=0.5)]
+            said = [leading, key(f"further directions{left_out}", linewidth=0.8, alpha=0.5)]
         group_legend(figure, cast, said, single_seeds=not ranked)
         return figure
 
@@ -194,7 +202,14 @@ def _top(frame: pd.DataFrame) -> str:
     return f"top {low}" if low == high else f"top {low}–{high}"
 
 
-def _rank_scale(figure: Figure, axes: Sequence[Axes], k: int) -> None:
+def _drawn_ranks(k: int) -> list[int]:
+    """The ranks, or of more than ``MOST_DIRECTIONS`` some: the first, the last, and wider and wider apart."""
+    if k <= MOST_DIRECTIONS:
+        return list(range(k))
+    return sorted({round(rank) - 1 for rank in np.geomspace(1, k, MOST_DIRECTIONS)})
+
+
+def _rank_scale(figure: Figure, axes: Sequence[Axes], k: int, left_out: str) -> None:
     """A stepped colour bar that says which shade is which rank; none for a single direction."""
     if k == 1:
         return
@@ -203,4 +218,4 @@ def _rank_scale(figure: Figure, axes: Sequence[Axes], k: int) -> None:
     steps = sorted({1, *range(max(1, k // 4), k + 1, max(1, k // 4)), k})
     bar.set_ticks(steps, labels=[str(step) for step in steps])
     bar.ax.minorticks_off()
-    bar.set_label("rank of the direction, 1 = leading")
+    bar.set_label(f"rank of the direction, 1 = leading{left_out}")

@@ -32,14 +32,18 @@ MARKED_POINTS = 40  # beyond this many, markers run into one another
 
 @dataclass(frozen=True)
 class Cast:
-    """Who is in a figure: groups, their colours, how many runs each has, and the reference behind them."""
+    """Who is in a figure: groups, their colours, how many runs each has, and the reference behind them.
+
+    ``part`` says which groups these are, if there are more than the figure shows.
+    """
 
     colours: dict[str, str]
     sizes: dict[str, int]
     reference: Reference | None = None
+    part: str = ""
 
     @classmethod
-    def of(cls, *frames: pd.DataFrame, reference: Reference | None = None) -> Cast:
+    def of(cls, *frames: pd.DataFrame, reference: Reference | None = None, part: str = "") -> Cast:
         """The groups in the frames, in order of appearance."""
         runs = pd.concat([frame[["group", "run"]] for frame in frames]).drop_duplicates()
         groups = list(dict.fromkeys(runs["group"]))
@@ -47,6 +51,7 @@ class Cast:
             colours=dict(zip(groups, style.colours(len(groups)), strict=True)),
             sizes={group: int((runs["group"] == group).sum()) for group in groups},
             reference=reference,
+            part=part,
         )
 
     @property
@@ -89,9 +94,10 @@ def named(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def mean_by_epoch(frame: pd.DataFrame, column: str) -> pd.Series:
-    """Mean over runs, at the epochs that every run has."""
-    wide = frame.pivot_table(index="epoch", columns="run", values=column, aggfunc="mean")
-    return wide.dropna().mean(axis=1)
+    """Mean over runs, at the epochs that every run has; a run has one row for each epoch."""
+    known = frame[["epoch", "run", column]].dropna()
+    found = known.groupby("epoch")[column].agg(["mean", "count"])
+    return found.loc[found["count"] == known["run"].nunique(), "mean"]
 
 
 def log_axis(ax: Axes) -> None:
@@ -218,7 +224,8 @@ def group_legend(
     if handles:
         longest = max(len(str(handle.get_label())) for handle in handles)
         columns = max(1, min(4, len(handles), 128 // (longest + 8)))
-        figure.legend(handles=handles, loc="outside lower center", ncols=columns)
+        said = {"title": cast.part, "alignment": "left"} if cast.part else {}
+        figure.legend(handles=handles, loc="outside lower center", ncols=columns, **said)
 
 
 def key(label: str, line: str = "-", marker: str = "", colour: str = style.MARK, **more: object) -> Line2D:

@@ -23,7 +23,7 @@ from robustdyn.records.labels import flatten, format_value
 from robustdyn.records.reader import Run
 from robustdyn.records.untrusted import read_yaml
 from robustdyn.report import style
-from robustdyn.report.statistics import of_run
+from robustdyn.report.statistics import by_run
 
 REFERENCES = Path(__file__).with_name("references")
 PUBLISHED = "published:"
@@ -91,8 +91,7 @@ class Reference:
         """
         names = ["run", "group", *COMPARISON.names]
         parts = []
-        for run in epochs["run"].unique():
-            rows = of_run(epochs, run)
+        for rows in by_run(epochs).values():
             for quantity, bounds in self.bounds.groupby("quantity", sort=False):
                 own = rows[["run", "group", "epoch", quantity]].rename(columns={quantity: "value"})
                 parts.append(own.dropna(subset=["value"]).merge(bounds, on="epoch"))

@@ -5,7 +5,8 @@ Everything takes the frames of ``records.reader.combine``: tidy, with a ``run`` 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from robustdyn.records.columns import Column
-from robustdyn.records.reader import Run, combine
+from robustdyn.records.reader import Run
 from robustdyn.records.schema import (
     ROBUST_ERROR_GAP,
     ROBUST_LOSS_GAP,
@@ -50,28 +51,33 @@ def decay_epochs(epochs: pd.DataFrame) -> list[int]:
     Returns:
         Epoch numbers, ascending.
     """
-    known = epochs.dropna(subset=["lr"]).sort_values("epoch")
-    numbers = known["epoch"].to_numpy(dtype=int)
-    return [int(numbers[i]) for i in sudden_decays(known["lr"].to_numpy(dtype=float))]
+    numbers, rates = epochs["epoch"].to_numpy(dtype=int), epochs["lr"].to_numpy(dtype=float)
+    order = np.argsort(numbers)
+    order = order[~np.isnan(rates[order])]
+    return [int(numbers[order[i]]) for i in sudden_decays(rates[order])]
 
 
-def of_run(frame: pd.DataFrame, run: str) -> pd.DataFrame:
-    """The rows of one run, by epoch."""
-    return frame[frame["run"] == run].sort_values("epoch", kind="stable")
+def by_run(frame: pd.DataFrame) -> Mapping[str, pd.DataFrame]:
+    """The rows of each run, by epoch; no rows for a run that has none."""
+    groups = frame.sort_values("epoch", kind="stable").groupby("run", sort=False)
+    return defaultdict(lambda: frame.head(0), {str(run): rows for run, rows in groups})
 
 
-def final_and_best(runs: Sequence[Run]) -> pd.DataFrame:
+def final_and_best(runs: Sequence[Run], epochs: pd.DataFrame) -> pd.DataFrame:
     """Final and best epochs of every run.
+
+    Args:
+        runs: The runs.
+        epochs: Their table ``epochs``.
 
     Returns:
         One row per run and selection (``final``, ``best on test``, ``best on validation`` where recorded):
         ``run``, ``group``, ``selection``, ``epoch`` and ``SHOWN_METRICS``. Runs without a finished epoch have
         none.
     """
-    epochs = combine(runs, "epochs")
-    rows = []
+    rows, recorded = [], by_run(epochs)
     for run in runs:
-        own = of_run(epochs, run.label)
+        own = recorded[run.label]
         if own.empty:
             continue
         summary = summarise(own)
@@ -150,11 +156,16 @@ class Headline:
             return f"{self.name}: {self.missing}"
         if len(self.changes) == 1:
             return self._of_one(self.changes[0])
-        told, rest = self.changes, ""
-        if len(told) > TOLD:
-            ordered = sorted(told, key=lambda change: change.size)
-            told, rest = (ordered[0], ordered[-1]), f" (smallest and largest rise of {len(ordered)} settings)"
+        told, which = self.told(TOLD)
+        rest = f" ({which})" if which else ""
         return f"{self.name}, {self.start} → final: {'; '.join(f'{c.group} {c.short()}' for c in told)}{rest}"
+
+    def told(self, most: int) -> tuple[tuple[GroupChange, ...], str]:
+        """The changes, or of more than ``most`` the smallest and the largest, with words that say so."""
+        if len(self.changes) <= most:
+            return self.changes, ""
+        ordered = sorted(self.changes, key=lambda change: change.size)
+        return (ordered[0], ordered[-1]), f"smallest and largest rise of {len(ordered)} settings"
 
     def _of_one(self, change: GroupChange) -> str:
         n = len(change.pairs)
@@ -166,14 +177,18 @@ class Headline:
         return f"{self.name}{seeds}: {self.start} {start} → final {final}"
 
 
-def headlines(runs: Sequence[Run]) -> list[Headline]:
+def headlines(runs: Sequence[Run], frames: Mapping[str, pd.DataFrame]) -> list[Headline]:
     """The three numbers that matter: rise of the test robust loss, robust loss gap, WCI.
 
     Gap and WCI are counted from the end of the last epoch before the first decay; where some run has no
     decay, from the epoch of the lowest test robust loss.
+
+    Args:
+        runs: The runs to take means over.
+        frames: The tables ``epochs`` and ``wci`` of these runs and perhaps of others.
     """
-    epochs, wci = combine(runs, "epochs"), combine(runs, "wci")
-    own = {run.label: of_run(epochs, run.label) for run in runs}
+    own = by_run(frames["epochs"][["run", "epoch", "lr", TEST_ROBUST_LOSS, ROBUST_LOSS_GAP]])
+    wci = by_run(frames["wci"][["run", "epoch", "wci"]])
     finished = [run for run in runs if not own[run.label].empty]
     lowest = {run.label: _lowest_loss(own[run.label]) for run in finished}
     anchors = {run.label: _before_decay(own[run.label]) for run in finished}
@@ -183,14 +198,14 @@ def headlines(runs: Sequence[Run]) -> list[Headline]:
     if all(anchor is None for anchor in anchors.values()):  # as of a model that was only measured
         start, anchors = "at the first epoch", {label: int(own[label]["epoch"].min()) for label in anchors}
     found = []
-    for name, begin, frame, column, since, missing in (
-        ("test robust loss", "minimum", epochs, TEST_ROBUST_LOSS, lowest, "not recorded"),
-        ("robust loss gap", start, epochs, ROBUST_LOSS_GAP, anchors, "not recorded"),
+    for name, begin, of, column, since, missing in (
+        ("test robust loss", "minimum", own, TEST_ROBUST_LOSS, lowest, "not recorded"),
+        ("robust loss gap", start, own, ROBUST_LOSS_GAP, anchors, "not recorded"),
         ("WCI", start, wci, "wci", anchors, "not measured"),
     ):
         of_group: dict[str, list[tuple[EpochValue, EpochValue]]] = {}
         for run in finished:
-            pair = _between(of_run(frame, run.label), column, since[run.label])
+            pair = _between(of[run.label], column, since[run.label])
             if pair is not None:
                 of_group.setdefault(run.group, []).append(pair)
         changes = tuple(GroupChange(group, tuple(pairs)) for group, pairs in of_group.items())

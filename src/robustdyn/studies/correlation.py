@@ -26,7 +26,7 @@ from robustdyn.records.reader import Run, combine
 from robustdyn.records.schema import EPOCHS, ROBUST_ERROR_GAP, ROBUST_LOSS_GAP, WCI, WCI_SE
 from robustdyn.report import style
 from robustdyn.report.plotting import Cast, finish, key, mark_decays
-from robustdyn.report.statistics import decay_epochs, of_run
+from robustdyn.report.statistics import by_run, decay_epochs
 from robustdyn.studies.shared.comparing import (
     LEVEL,
     mean_with_interval,
@@ -65,10 +65,10 @@ def pairs_of(runs: Sequence[Run]) -> pd.DataFrame:
             f"{runs[0].path}: {len(runs)} seeds, at least {MIN_SEEDS} are needed;"
             " robustdyn-train experiment=correlation trains six"
         )
-    epochs, wci = combine(runs, "epochs"), combine(runs, "wci")
+    epochs, wci = by_run(combine(runs, "epochs")), by_run(combine(runs, "wci"))
     parts = []
     for run in runs:
-        own, measured = of_run(epochs, run.label), of_run(wci, run.label).dropna(subset=["wci"])
+        own, measured = epochs[run.label], wci[run.label].dropna(subset=["wci"])
         if measured.empty:
             raise RecordError(f"{run.path}: no measured WCI; train with measure=index or default")
         decays = decay_epochs(own)

@@ -9,7 +9,7 @@ import pandas as pd
 from scipy import stats
 
 from robustdyn.records.labels import SEED
-from robustdyn.records.reader import Run, read_table
+from robustdyn.records.reader import Run, combine, read_table
 from robustdyn.records.schema import (
     GRADIENT_NOISE,
     HESSIAN_EIGENVALUE,
@@ -64,7 +64,7 @@ def selected(runs: Sequence[Run]) -> pd.DataFrame:
     Early stopping is a method of its own: plain adversarial training, its last epoch replaced by the one
     whose robust error on held-out training images was lowest.
     """
-    frame = final_and_best(runs)
+    frame = final_and_best(runs, combine(runs, "epochs"))
     methods, seeds = ({run.label: of(run) for run in runs} for of in (method, lambda run: run.config[SEED]))
     frame = frame.assign(group=frame["run"].map(methods), seed=frame["run"].map(seeds))
     found = {run.label: measured(run) for run in runs}

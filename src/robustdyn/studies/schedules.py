@@ -20,7 +20,7 @@ from robustdyn.records.schema import (
 )
 from robustdyn.report import style
 from robustdyn.report.plotting import finish, label_ends, log_axis
-from robustdyn.report.statistics import of_run
+from robustdyn.report.statistics import by_run
 from robustdyn.studies.shared.comparing import (
     METRICS,
     MOMENT,
@@ -105,10 +105,10 @@ def seconds(runs: Sequence[Run], settings: Mapping[str, str]) -> pd.DataFrame:
         epoch of the run; ``one_evaluation`` and ``one_measurement`` where there was one;
         ``measurement_share`` in per cent. No rows where times were not recorded.
     """
-    timing = combine(runs, "timing")
+    timing = by_run(combine(runs, "timing"))
     found = []
     for run in runs:
-        own = of_run(timing, run.label).iloc[1:]
+        own = timing[run.label].iloc[1:]
         if own.empty:
             continue
         spent = {name: own[f"{name}_share"] * own["seconds"] for name in TIMED}

@@ -19,7 +19,7 @@ from robustdyn.records.reader import Run, combine
 from robustdyn.records.schema import EPOCHS, ROBUST_LOSS_GAP, TEST_ROBUST_ERROR, TEST_ROBUST_LOSS, WCI
 from robustdyn.report import style
 from robustdyn.report.plotting import End, finish, label_ends, log_axis
-from robustdyn.report.statistics import of_run
+from robustdyn.report.statistics import by_run
 from robustdyn.studies.shared.comparing import (
     FINAL,
     INDEX,
@@ -65,7 +65,7 @@ def damping(runs: Sequence[Run]) -> pd.DataFrame:
     Raises:
         RecordError: A run has another schedule, follows another quantity, has no decay, or lacks the WCI.
     """
-    epochs, wci = combine(runs, "epochs"), combine(runs, "wci")
+    epochs, wci = by_run(combine(runs, "epochs")), by_run(combine(runs, "wci"))
     found = []
     for run in runs:
         schedule = run.config["schedule"]
@@ -73,13 +73,13 @@ def damping(runs: Sequence[Run]) -> pd.DataFrame:
             raise RecordError(
                 f"{run.path}: the study needs runs of schedule=wci that follow the WCI; leave this one out"
             )
-        own = of_run(epochs, run.label)[["run", "epoch", "lr"]]
+        own = epochs[run.label][["run", "epoch", "lr"]]
         # not from schedule.start_epoch, which is derived and cannot always be read back
         lowered = schedule["factor"] * run.config["optimizer"]["lr"]
         own = own[own["lr"] * UNDAMPED <= lowered]
         if own.empty:
             raise RecordError(f"{run.path}: its rate never decayed; leave it out, or train it to the end")
-        measured = of_run(wci, run.label)[["epoch", "wci"]]
+        measured = wci[run.label][["epoch", "wci"]]
         if measured["wci"].isna().all():
             raise RecordError(f"{run.path}: needs the measured WCI; train with measure=index or default")
         found.append(
@@ -116,12 +116,12 @@ def trends(runs: Sequence[Run], settings: Mapping[str, str], start: int) -> pd.D
     Raises:
         RecordError: Fewer than three evaluated epochs.
     """
-    epochs = combine(runs, "epochs")
+    epochs = by_run(combine(runs, "epochs"))
     labelled = {run.label: run for run in runs}
     found = []
     for label, setting in settings.items():
         run = labelled[label]
-        own = of_run(epochs, label).dropna(subset=list(TRENDS))
+        own = epochs[label].dropna(subset=list(TRENDS))
         own = own[own["epoch"] >= start]
         if len(own) < LEAST:
             raise RecordError(

@@ -47,14 +47,12 @@ def sudden_decays(rates: ArrayLike) -> list[int]:
         The first epochs at the lower rates, as indices into ``rates``.
     """
     eta = np.asarray(rates, dtype=np.float64)
-    found = []
-    for i in range(1, len(eta)):
-        # no epoch before the first can tell; a schedule that goes on to fall is a smooth one
-        before, after = (i - 2, i - 1) if i > 1 else (i, min(i + 1, len(eta) - 1))
-        held = abs(eta[after] - eta[before]) <= HELD * eta[before]
-        if held and eta[i] < (1.0 - DECAY) * eta[i - 1]:
-            found.append(i)
-    return found
+    at = np.arange(1, len(eta))
+    # no epoch before the first can tell; a schedule that goes on to fall is a smooth one
+    before = np.where(at > 1, at - 2, at)
+    after = np.where(at > 1, at - 1, np.minimum(at + 1, len(eta) - 1))
+    held = np.abs(eta[after] - eta[before]) <= HELD * eta[before]
+    return [int(i) for i in at[held & (eta[at] < (1.0 - DECAY) * eta[at - 1])]]
 
 
 def _times(steps: ArrayLike) -> IntArray:

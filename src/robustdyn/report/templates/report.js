@@ -11,6 +11,7 @@
   const colourNames = new Set(["", ...data.factors.map((factor) => factor.name)]);
   let sorted = null; // {column, descending}
   let focus = null; // name of the curve in focus
+  const MOST_NAMES = 24; // in the legend
 
   const passes = (i) => {
     const row = data.rows[i];
@@ -342,8 +343,9 @@
     for (const panel of panels) panel.draw(visible);
     const lines = new Map(); // name -> line, of all panels: the legend
     for (const panel of panels) for (const line of panel.drawn) if (line.kind !== "thin") lines.set(line.name, line);
+    const named = lines.size > MOST_NAMES ? [] : [...lines.values()];
     legend.replaceChildren(
-      ...[...lines.values()].map((line) => {
+      ...named.map((line) => {
         const item = document.createElement("li");
         const swatch = svg("svg", { viewBox: "0 0 24 8", width: 24, height: 8, "aria-hidden": "true" });
         swatch.append(svg("line", { x1: 0, x2: 24, y1: 4, y2: 4, stroke: line.colour, "stroke-width": line.kind === "mean" ? 4 : 2.5 }));
@@ -353,6 +355,11 @@
         return item;
       }),
     );
+    if (lines.size > named.length) {
+      const item = document.createElement("li");
+      item.textContent = `${lines.size} curves: point at one, or at a run in the table, to tell which is which`;
+      legend.append(item);
+    }
     if (data.reference) {
       const item = document.createElement("li");
       const swatch = svg("svg", { viewBox: "0 0 24 8", width: 24, height: 8, "aria-hidden": "true" });

@@ -29,7 +29,7 @@ from robustdyn.records.schema import (
     TEST_ROBUST_LOSS,
     WCI,
 )
-from robustdyn.report.statistics import decay_epochs, of_run
+from robustdyn.report.statistics import by_run, decay_epochs
 
 OPERATION = ("checkpoint", "nonfinite", "resume")  # sections that change no result
 LEVEL = 0.95
@@ -112,10 +112,10 @@ def require_complete(runs: Sequence[Run]) -> None:
     Raises:
         RecordError: Some run is not; the message names it.
     """
-    epochs = combine(runs, "epochs").dropna(subset=[TEST_ROBUST_ERROR])
+    recorded = by_run(combine(runs, "epochs").dropna(subset=[TEST_ROBUST_ERROR]))
     for run in runs:
         wanted = int(run.config["trainer"]["max_epochs"])
-        evaluated = of_run(epochs, run.label)["epoch"]
+        evaluated = recorded[run.label]["epoch"]
         reached = 0 if evaluated.empty else int(evaluated.max()) + 1
         if reached < wanted:
             raise RecordError(
