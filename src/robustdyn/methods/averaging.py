@@ -1,10 +1,12 @@
 """Weight averaging: Lightning's callback, and when to average."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning
+import torch
 from lightning.pytorch.callbacks import WeightAveraging
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
 class _Averaging(WeightAveraging):
@@ -14,11 +16,13 @@ class _Averaging(WeightAveraging):
     training images instead. Until there is an average, the weights themselves are evaluated and saved.
     """
 
+    kind: ClassVar[type[AveragedModel]] = AveragedModel
+
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Create the average on the weights' later device; they are moved only after this hook."""
-        self._device = trainer.strategy.root_device
-        super().setup(trainer, pl_module, stage)
-        if self._average_model is not None:
+        if stage == "fit":
+            device = trainer.strategy.root_device
+            self._average_model = self.kind(pl_module, device=device, use_buffers=True, **self._kwargs)
             trainer.precision_plugin.convert_module(self._average_model)
             # read at every step, for which the processor would wait for a GPU
             self._average_model.n_averaged = self._average_model.n_averaged.cpu()
@@ -48,6 +52,22 @@ class _Averaging(WeightAveraging):
             self._average_model.module.load_state_dict(module.state_dict())
 
 
+class _Exponential(AveragedModel):
+    """PyTorch's, without moving its count to the GPU, which the average does not use and the host waits for."""
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """As PyTorch's."""
+        if self.n_averaged == 0:
+            super().update_parameters(model)
+            return
+        mine, theirs = ([*net.parameters(), *net.buffers()] for net in (self.module, model))
+        for dtype in {tensor.dtype for tensor in mine}:
+            alike = [place for place, tensor in enumerate(mine) if tensor.dtype == dtype]
+            self.multi_avg_fn([mine[n] for n in alike], [theirs[n] for n in alike], self.n_averaged)
+        self.n_averaged += 1
+
+
 class ExponentialAveraging(_Averaging):
     """w̄ ← decay · w̄ + (1 − decay) · w after every optimiser step, from the first step's w on.
 
@@ -60,6 +80,8 @@ class ExponentialAveraging(_Averaging):
     Raises:
         ValueError: ``decay`` outside its range.
     """
+
+    kind = _Exponential
 
     def __init__(self, *, decay: float) -> None:
         if not 0 <= decay < 1:
