@@ -12,6 +12,7 @@ that fails, hangs or has no time left leaves the others alone, and the result sa
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -29,10 +30,10 @@ import curvature_products
 import measurement_cost
 import torch
 from curvature_problem import Problem, attacked
-from robustdyn.methods.flops import bfloat16_peak, training_flops
 from study_loops import RobustOverfitting, chosen_device, kernels, markdown, network, now
 
 from robustdyn.data import ImageDataModule
+from robustdyn.methods.flops import bfloat16_peak, training_flops
 from robustdyn.run.config import build
 
 HERE = Path(__file__).parent
@@ -117,6 +118,8 @@ def steps(args: argparse.Namespace, note: Notes) -> None:
                 call = made(name)
                 call()
                 note(f"{name}: seconds of the first steps", round(time.perf_counter() - began, 1))
+                if args.only_compile:
+                    continue
                 lap(name, call, note)
                 calls[name] = call
                 if name == EXECUTIONS["default"]:
@@ -223,11 +226,10 @@ PARTS: Mapping[str, Callable[[argparse.Namespace, Notes], None]] = {"steps": ste
 class Process:
     """A command that may take so many seconds, with what it says in a file."""
 
-    def __init__(self, command: Sequence[str], seconds: float, folder: Path, name: str) -> None:
-        self.name, self._ends = name, time.monotonic() + seconds
-        self._said = folder / f"{name}.log"
-        with self._said.open("w") as said:
-            self._process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
+    def __init__(self, command: Sequence[str], seconds: float, said: Path) -> None:
+        self._ends, self._said = time.monotonic() + seconds, said
+        with said.open("w") as file:
+            self._process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
 
     def finish(self) -> str | None:
         """Wait for it; why it did not end well, else None."""
@@ -236,7 +238,7 @@ class Process:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-            return "stopped: its time was up"
+            return "stopped, as its time was up"
         return f"exit status {status}: {self._said.read_text()[-1500:]}" if status else None
 
 
@@ -253,6 +255,12 @@ def tested(junit: Path) -> Found:
     return found
 
 
+def said_so_far(log: Path) -> Found:
+    """The outcomes in what pytest printed until it was stopped."""
+    lines = re.findall(r"(PASSED|FAILED|ERROR|SKIPPED) \S*::(\S+)", log.read_text())
+    return {name: {"outcome": outcome.lower()} for outcome, name in lines}
+
+
 def whole(args: argparse.Namespace, write: Callable[[Found], None]) -> Found:
     """All parts within the budget; ``write`` gets the result after each."""
     ends, result = time.monotonic() + args.budget, Found()
@@ -260,73 +268,50 @@ def whole(args: argparse.Namespace, write: Callable[[Found], None]) -> Found:
     def left() -> float:
         return ends - time.monotonic()
 
-    def part(name: str, folder: Path, seconds: float, kind: str, *more: str) -> tuple[Process, Path]:
-        into = folder / f"{name}.json"
-        command = [
-            sys.executable,
-            str(HERE / "gpu.py"),
-            *args.given,
-            f"--part={kind}",
-            f"--into={into}",
-            *more,
-        ]
-        return Process(command, min(seconds, left()), folder, name), into
-
-    def taken(name: str, process: Process, into: Path) -> None:
-        why = process.finish()
-        result[name] = json.loads(into.read_text()) if into.exists() else {}
-        if why is not None:
-            result[name]["failed"] = why
-        write(result)
-
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
+
+        def begun(name: str, limit: str, command: Sequence[str]) -> Process:
+            return Process(command, min(SECONDS[limit], left()), folder / f"{name}.log")
+
+        def part(kind: str, name: str, *more: str) -> Sequence[str]:
+            options = (f"--part={kind}", f"--into={folder / name}.json", *more)
+            return sys.executable, str(HERE / "gpu.py"), *args.given, *options
+
         junit = folder / "tests.xml"
-        tests = Process(
-            [
-                *(sys.executable, "-m", "pytest", str(args.tests), f"--junitxml={junit}"),
-                *("-p", "no:cacheprovider", "-m", "not slow and not gpu" if args.device == "cpu" else "gpu"),
-            ],
-            min(SECONDS["correctness"], left()),
-            folder,
-            "correctness",
-        )
-        # compiled code is kept on disk: made while tests run, it is ready when steps are timed
+        tests = begun("tests", "correctness", pytest_command(args, junit))
+        # compiled code is kept on disk: made while the tests run, it is there when steps are timed
         compiling = [
-            part(
-                f"compile_{batch}", folder, SECONDS["compile"], "steps", f"--batch={batch}", "--only-compile"
+            begun(
+                f"compile_{batch}",
+                "compile",
+                part("steps", f"compile_{batch}", f"--batch={batch}", "--only-compile"),
             )
-            for batch in args.batch_sizes
-            if args.compile
+            for batch in (args.batch_sizes if args.compile else [])
         ]
         why = tests.finish()
-        result["correctness"] = tested(junit) if junit.exists() else {"failed": why}
+        result["correctness"] = tested(junit) if junit.exists() else said_so_far(folder / "tests.log")
+        result["correctness"] |= {"failed": why} if why else {}
         write(result)
-        for process, _ in compiling:
+        for process in compiling:
             process.finish()
-        for batch in args.batch_sizes:
-            run_if_time(
-                f"steps of {batch}", "steps", (f"--batch={batch}",), folder, left, part, taken, result
-            )
-        run_if_time("curvature", "curvature", (), folder, left, part, taken, result)
-    write(result)
+        first, *others = ((f"steps of {size}", "steps", f"--batch={size}") for size in args.batch_sizes)
+        for name, kind, *more in (first, ("curvature", "curvature"), *others):
+            if left() < LEAST:
+                result[name] = {"skipped": f"it needs {LEAST} s, and {left():.0f} s of the budget were left"}
+            else:
+                why = begun(name, kind, part(kind, name, *more)).finish()
+                into = folder / f"{name}.json"
+                result[name] = json.loads(into.read_text()) if into.exists() else {}
+                result[name] |= {"failed": why} if why else {}
+            write(result)
     return result
 
 
-def run_if_time(
-    name: str,
-    kind: str,
-    more: Sequence[str],
-    folder: Path,
-    left: Callable[[], float],
-    part: Callable[..., tuple[Process, Path]],
-    taken: Callable[[str, Process, Path], None],
-    result: Found,
-) -> None:
-    if left() < LEAST:
-        result[name] = {"skipped": f"{left():.0f} s of the budget were left, and it needs at least {LEAST} s"}
-        return
-    taken(name, *part(name.replace(" ", "_"), folder, SECONDS[kind], kind, *more))
+def pytest_command(args: argparse.Namespace, junit: Path) -> Sequence[str]:
+    which = "not slow and not gpu" if args.device == "cpu" else "gpu"
+    options = (f"--junitxml={junit}", "-p", "no:cacheprovider", "-m", which, "-v", f"-n{args.jobs}")
+    return sys.executable, "-m", "pytest", str(args.tests), *options
 
 
 # ---------------------------------------------------------------------- what is said of it
@@ -380,8 +365,9 @@ def summary(result: Found, card: str) -> Found:
             f"per cent of an epoch, {run}": round(100 * seconds / epoch, 3) for run, epoch in epochs.items()
         }
         said.setdefault("curvature", Found())[name] = row
-    tests = [case.get("outcome") for case in result.get("correctness", {}).values() if isinstance(case, dict)]
-    said["tests"] = {kind: tests.count(kind) for kind in dict.fromkeys(tests) if kind}
+    cases = [case for case in result.get("correctness", {}).values() if isinstance(case, dict)]
+    outcomes = [case["outcome"] for case in cases]
+    said["tests"] = {outcome: outcomes.count(outcome) for outcome in dict.fromkeys(outcomes)}
     return said
 
 
@@ -416,6 +402,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--tests", type=Path, default=HERE.parents[1] / "tests" / "gpu", help="of correctness"
     )
+    parser.add_argument("--jobs", type=int, default=6, help="processes for the tests of correctness")
     parser.add_argument("--overrides", nargs="*", default=[], help="of the measured run")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
@@ -457,8 +444,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print({name: value for name, value in said.items() if isinstance(value, dict) and "measured" in value})
     print(f"tests: {said['tests']}")
     print(f"written to {common.RESULTS / name}.json after {time.monotonic() - began:.0f} s")
-    if said["tests"].keys() & {"failure", "error"} or "failed" in result["correctness"]:
-        raise SystemExit("not all tests of correctness passed")
+    if "failed" in result["correctness"]:
+        raise SystemExit(f"not all tests of correctness passed: {result['correctness']['failed']}")
 
 
 if __name__ == "__main__":

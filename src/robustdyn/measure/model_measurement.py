@@ -154,7 +154,7 @@ def measure_model(
         eigenpairs: How leading eigenpairs are found.
         second_attack: So many of the examples, or all, are attacked a second time, because values along
             eigenvectors are too large on the examples from which the eigenvectors come.
-        memory_mib: For passes and kept graphs; None for 256 on a CPU, and on a GPU up to half of what is free.
+        memory_mib: For passes and kept graphs; None for 256 on a CPU, or half of a GPU's free memory.
         initial: The parameters before training by name, for measures of the distance from them.
         seed: Of all random numbers.
 

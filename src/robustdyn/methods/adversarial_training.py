@@ -138,8 +138,8 @@ class AdversarialTraining(lightning.LightningModule):
         """Refuse what cannot work together.
 
         Raises:
-            ConfigError: Gradients accumulated over batches and a perturbation, or CUDA graphs; fused SGD and a
-                loss scale.
+            ConfigError: Gradients accumulated over batches, and a perturbation or CUDA graphs; fused SGD and
+                a loss scale.
         """
         if self.perturbation is not None and self.trainer.accumulate_grad_batches != 1:
             raise ConfigError(

@@ -53,7 +53,7 @@ class _Averaging(WeightAveraging):
 
 
 class _Exponential(AveragedModel):
-    """PyTorch's, without moving its count to the GPU, which the average does not use and the host waits for."""
+    """PyTorch's, without moving the count to a GPU, where nothing reads it and for which the host waits."""
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
