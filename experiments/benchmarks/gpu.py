@@ -36,7 +36,7 @@ from robustdyn.data import ImageDataModule
 from robustdyn.methods.flops import bfloat16_peak, training_flops
 from robustdyn.run.config import build
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 STUDY, STUDY_FULL = (
     "study's loop, TF32 in convolutions (PyTorch's default)",
     "study's loop, float32 throughout",
@@ -441,8 +441,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result = whole(args, write)
     said = summary(result, card)
     print(tables(said))
-    print({name: value for name, value in said.items() if isinstance(value, dict) and "measured" in value})
-    print(f"tests: {said['tests']}")
+    for part, value in said.items():
+        if part == "tests" or "measured" in value:
+            print(f"{part}: {value}")
+    for part, found in result.items():
+        for what in found:
+            if what in ("skipped", "failed") or what.endswith(": failed"):
+                print(f"{part}, {what}: {found[what]}")
     print(f"written to {common.RESULTS / name}.json after {time.monotonic() - began:.0f} s")
     if "failed" in result["correctness"]:
         raise SystemExit(f"not all tests of correctness passed: {result['correctness']['failed']}")
