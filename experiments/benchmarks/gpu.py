@@ -295,8 +295,9 @@ def whole(args: argparse.Namespace, write: Callable[[Found], None]) -> Found:
         write(result)
         for process in compiling:
             process.finish()
-        first, *others = ((f"steps of {size}", "steps", f"--batch={size}") for size in args.batch_sizes)
-        for name, kind, *more in (first, ("curvature", "curvature"), *others):
+        todo = [(f"steps of {size}", "steps", [f"--batch={size}"]) for size in args.batch_sizes]
+        todo.insert(1, ("curvature", "curvature", []))
+        for name, kind, more in todo:
             if left() < LEAST:
                 result[name] = {"skipped": f"it needs {LEAST} s, and {left():.0f} s of the budget were left"}
             else:

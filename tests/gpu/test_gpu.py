@@ -151,8 +151,8 @@ def test_an_evaluation(device, monkeypatch, tmp_path, record_property):
 @BOTH
 def test_a_run_that_resumes_within_an_epoch_has_the_same_bits(device, tmp_path):
     path = tmp_path / "within.ckpt"
-    wanted = trained(device, "trainer.max_epochs=2", callbacks=[SaveWithin(path)], limit_val_batches=0)[0]
-    found, trainer = trained(device, "trainer.max_epochs=2", resume=path, limit_val_batches=0)
+    wanted = trained(device, "trainer.max_epochs=2", callbacks=[SaveWithin(path)])[0]
+    found, trainer = trained(device, "trainer.max_epochs=2", resume=path)
     assert trainer.global_step == 6
     torch.testing.assert_close(of(found), of(wanted), **EXACTLY)
 

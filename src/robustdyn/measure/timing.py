@@ -93,8 +93,9 @@ class RecordTiming(Callback):
         row: dict[str, float | None] = {f"{name}_share": seconds[name] / elapsed for name in TIMED}
         speed = self._images / training
         row["images_per_second"] = speed
-        known = self._peak is not None and self._flops is not None
-        row["model_flop_utilisation"] = speed * self._flops / self._peak if known else None
+        row["model_flop_utilisation"] = None
+        if self._peak is not None and self._flops is not None:
+            row["model_flop_utilisation"] = speed * self._flops / self._peak
         if trainer.is_global_zero:
             stamp = {"epoch": trainer.current_epoch, "step": trainer.global_step}
             self._records.append("timing", stamp | row | {"seconds": elapsed})

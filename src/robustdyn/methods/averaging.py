@@ -61,6 +61,7 @@ class _Exponential(AveragedModel):
         if self.n_averaged == 0:
             super().update_parameters(model)
             return
+        assert self.multi_avg_fn is not None
         mine, theirs = ([*net.parameters(), *net.buffers()] for net in (self.module, model))
         for dtype in {tensor.dtype for tensor in mine}:
             alike = [place for place, tensor in enumerate(mine) if tensor.dtype == dtype]
