@@ -5,11 +5,12 @@ A multiplication and the addition after it are two operations, in both numbers.
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from robustdyn import streams
 from robustdyn.models.modes import frozen_statistics
@@ -32,6 +33,23 @@ BFLOAT16_PEAKS: Mapping[str, float] = {
     "NVIDIA A40": 150e12,
 }
 """Operations a second in bfloat16, without sparsity, from NVIDIA's data sheets, by PyTorch's names."""
+
+
+class _Counter(TorchDispatchMode):
+    """Adds up PyTorch's formulas. Its own counter also follows modules, and then refuses autograd.grad."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=result)
+        return result
 
 
 def bfloat16_peak(card: str) -> float | None:
@@ -83,10 +101,10 @@ def training_flops(module: "AdversarialTraining", images: Tensor, targets: Tenso
             frozen_statistics(model),
             module.execution.eager(),
             torch.enable_grad(),
-            FlopCounterMode(display=False) as counter,
+            _Counter() as counter,
         ):
             passes()
-        return int(counter.get_total_flops())
+        return counter.flops
 
     before = counted(clean)
     of_attack = before + attack.steps * (counted(one_step) - before)
