@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 SPREAD := -n auto --maxprocesses 8 --dist loadfile
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test test-slow slurm-test lint format types docs bench wheel clean
+.PHONY: help setup demo test test-slow slurm-test gpu lint format types docs bench wheel clean
 
 help: ## List the commands
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -38,6 +38,9 @@ slurm-test: $(READY) ## Test sweeps on a real SLURM on this machine, from Debian
 	@tests/slurm/packages.sh || true
 	@$(BIN)/python -m pytest -m slurm -rs tests/slurm
 
+gpu: $(READY) ## Correctness, speed and cost on an NVIDIA GPU, in six minutes; results land in experiments/benchmarks/results/
+	@$(BIN)/python experiments/benchmarks/gpu.py
+
 reproduce-forks: $(READY) ## Runs, branches of them that differ in one factor, and what each factor removes of the overfitting
 	@$(BIN)/robustdyn-train experiment=trunks hydra/launcher=parallel $(SET)
 	@$(BIN)/robustdyn-fork experiment=forks checkpoint='multirun/trunks/*/checkpoints/epoch=024.ckpt' hydra/launcher=parallel
@@ -64,7 +67,7 @@ docs: $(READY) ## Build the documentation into site/; a warning is an error
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(READY) ## Run the benchmarks; results land in experiments/benchmarks/results/
-	@for script in $(filter-out %/common.py %/curvature_problem.py %/study_loops.py %/gpu_correctness.py %/gpu_passes.py %/measurement_versions.py,$(wildcard experiments/benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script; done
+	@for script in $(filter-out %/common.py %/curvature_problem.py %/study_loops.py %/gpu.py %/measurement_versions.py,$(wildcard experiments/benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script; done
 
 wheel: $(READY) ## Build wheel and source archive into dist/
 	@$(BIN)/python -m build --outdir dist .

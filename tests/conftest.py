@@ -38,6 +38,15 @@ def save_unrendered(figure, stem):
 style.save = save_unrendered
 
 
+def pytest_collection_modifyitems(items):
+    """Skip what needs a GPU where there is none."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU, and PyTorch finds none"))
+
+
 @pytest.fixture
 def without_figures(monkeypatch):
     """Reports draw no figures."""

@@ -74,8 +74,9 @@ def write_result(
     settings: Mapping[str, Any],
     summary: Mapping[str, Any],
     rounds: Mapping[str, list[float]] | None = None,
+    silent: bool = False,
 ) -> None:
-    """Write ``results/{name}.json``, with the hardware and the date, and print its summary."""
+    """Write ``results/{name}.json``, with the hardware and the date, and print its summary unless silent."""
     result = {
         "question": question,
         "date": datetime.now(UTC).date().isoformat(),
@@ -88,6 +89,8 @@ def write_result(
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
+    if silent:
+        return
     for key, value in summary.items():
         print(f"{key}: {value}")
     print(f"written to {path}")

@@ -97,7 +97,7 @@ class Plain:
         return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
 
     def _zeros(self) -> Tensor:
-        return torch.zeros(sum(shape.numel() for shape in self._shapes))
+        return self.weights[0].new_zeros(sum(shape.numel() for shape in self._shapes))
 
     def _add(self, total: Tensor, tensors: tuple[Tensor, ...]) -> None:
         for slab, tensor in zip(self._split(total), tensors, strict=True):
@@ -184,7 +184,7 @@ def digits_run(width: int, examples: int, after: tuple[int, ...]) -> tuple[Probl
         frozen.zero_grad()
         description = {"problem": f"digits after {steps} steps, {EPOCH} an epoch", "width": width}
         problems.append(
-            _problem(frozen, _attacked(frozen, images, labels, measured), labels[measured], description)
+            _problem(frozen, attacked(frozen, images, labels, measured), labels[measured], description)
         )
     return tuple(problems)
 
@@ -201,9 +201,10 @@ def _pgd(*, steps: int, batchnorm: Literal["train", "eval"]) -> PGD:
     )
 
 
-def _attacked(model: PreActResNet, images: Tensor, labels: Tensor, measured: Tensor) -> Tensor:
+def attacked(model: PreActResNet, images: Tensor, labels: Tensor, measured: Tensor) -> Tensor:
+    """The images at these places, under PGD-10, a few at a time."""
     attack = _pgd(steps=10, batchnorm="eval")
-    draws = streams.generator(SEED, "measure-attack")
+    draws = streams.generator(SEED, "measure-attack", device=images.device)
     parts = measured.split(ATTACKED_AT_ONCE)
     return torch.cat(
         [attack.perturb(model, images[part], labels[part], draws) for part in parts]

@@ -17,11 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import common
-import pyhessian
 import torch
 import torch.nn.functional as F
 from curvature_problem import PLENTY, Plain, Problem, add_arguments, chosen, settings
-from pyhessian.utils import hessian_vector_product
 from torch import Tensor
 from torch.func import functional_call, jvp, vjp
 
@@ -73,6 +71,9 @@ def hessians(problem: Problem, chunk: int | None) -> dict[str, Product]:
 
 def pyhessians(problem: Problem, chunk: int | None) -> dict[str, Product]:
     """PyHessian through its public object; from ``data`` it can only take all examples at once."""
+    import pyhessian
+    from pyhessian.utils import hessian_vector_product
+
     warnings.filterwarnings("ignore", message="Using backward.. with create_graph")
     at_once = pyhessian.hessian(
         deepcopy(problem.model), F.cross_entropy, data=(problem.inputs, problem.targets), cuda=False

@@ -19,6 +19,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +33,20 @@ def rows(run_dir: Path, table: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
+def run(command: Sequence[str]) -> None:
+    """Run it in a process of its own, and be silent unless it fails."""
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
 def train(run_dir: Path, args: argparse.Namespace, *overrides: str) -> float:
     """Run; the seconds of a full epoch of training steps, from the fastest epoch."""
     command = [
         *(sys.executable, "-m", "robustdyn.commands.train", "data=cifar10", f"data.root={args.root}"),
         *("data.partial=true", f"data.train_size={args.train}", "data.test_size=128"),
         *(f"model.width={args.width}", "trainer.check_val_every_n_epoch=1000", "report=false"),
-        *(f"hydra.run.dir={run_dir}", f"measure.memory_mib={args.memory}", *overrides),
+        *(f"hydra.run.dir={run_dir}", f"measure.memory_mib={args.memory or 'null'}", *overrides),
     ]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    run(command)
     seconds = min(float(row["seconds"]) for row in rows(run_dir, "epochs"))
     return seconds * FULL_EPOCH / int(args.train)
 

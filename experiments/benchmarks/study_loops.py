@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -327,18 +328,22 @@ def chosen_device(name: str) -> torch.device:
 
 
 @contextlib.contextmanager
-def kernels(*, deterministic: bool, benchmark: bool) -> Iterator[None]:
-    """PyTorch's global choice of kernels inside the scope, which every Trainer sets again when it is made."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+def kernels(*, deterministic: bool, benchmark: bool, tf32: bool = True) -> Iterator[None]:
+    """PyTorch's global choice of kernels inside the scope, which every Trainer sets again when it is made.
+
+    By PyTorch's default cuDNN may round the inputs of float32 convolutions to TensorFloat-32.
+    """
+    cudnn: Any = torch.backends.cudnn
+    before = torch.are_deterministic_algorithms_enabled(), cudnn.benchmark, cudnn.allow_tf32
     torch.use_deterministic_algorithms(deterministic)
-    torch.backends.cudnn.benchmark = benchmark
+    cudnn.benchmark, cudnn.allow_tf32 = benchmark, tf32
     # as robustdyn-train does
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0])
-        torch.backends.cudnn.benchmark = before[1]
+        cudnn.benchmark, cudnn.allow_tf32 = before[1:]
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -50,7 +50,8 @@ def graphs(monkeypatch):
         return lookup_backend("aot_eager")(graph, inputs)
 
     def compile_in_place(module, *, options, dynamic):
-        assert options.keys() <= {"layout_optimization"}  # the mode "default" sets nothing
+        # the mode "default" sets nothing
+        assert options.keys() <= {"layout_optimization", "triton.cudagraphs"}
         module._compiled_call_impl = torch.compile(module._call_impl, backend=backend, dynamic=dynamic)
 
     monkeypatch.setattr(nn.Module, "compile", compile_in_place)
@@ -264,6 +265,23 @@ def test_presets(preset, precision, compile_):
     assert cfg.trainer.precision == precision
     assert cfg.execution.compile == compile_
     assert cfg.execution.channels_last
+
+
+def test_each_pass_of_an_attack_may_overwrite_the_one_before(monkeypatch, graphs):
+    """So that one CUDA graph serves all of them; a step begins with such a pass, too."""
+    marks, trained = [], []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(len(trained)))
+    for mode in ("default", "reduce-overhead"):
+        marks.clear()
+        settings = ("execution=compiled", f"execution.compile={mode}", "attack.steps=3")
+        trained.append(fit(*SMALLER, *settings, max_epochs=1, limit_train_batches=2, limit_val_batches=0)[0])
+        assert len(marks) == 2 * (1 + (3 if mode == "reduce-overhead" else 0))
+    assert_close(*map(values, trained), **EXACTLY)
+
+
+def test_cuda_graphs_and_accumulated_gradients_are_refused():
+    with pytest.raises(ConfigError, match="accumulate_grad_batches=2 cannot be combined with CUDA graphs"):
+        fit(*SMALLER, "execution=compiled", "execution.compile=max-autotune", accumulate_grad_batches=2)
 
 
 def test_compiling_without_a_compiler_is_one_clear_line(monkeypatch, tmp_path, capsys):

@@ -303,7 +303,7 @@ def test_times_are_on_the_page_where_they_are_recorded(tmp_path, text):
     RunRecords(run).extend("timing", rows)
     page = Page(build_report(run, tmp_path / "report").html.read_text())
     # attack: (60 · 0.9 + 20 · 0.5 + 20 · 0.5) / 100
-    assert row_of(page, "run", "cpu") == ["run", "cpu", "3", "1 min 40 s", "100", "74.0", *["10.0"] * 4]
+    assert row_of(page, "run", "cpu") == ["run", "cpu", "3", "1 min 40 s", "100", "–", "74.0", *["10.0"] * 4]
 
 
 def test_durations_are_read_at_a_glance():

@@ -187,13 +187,19 @@ class ShuffledBatches(TensorBatches):
     def _augmented(self, batch: Tensor, epoch: int, number: int) -> Callable[[slice | Tensor], Batch]:
         """Returns the images at any places of ``batch`` (int64, (B,)), each with its own augmentation."""
         augmentation, data = self.augmentation, self.data
+
+        def chosen(places: slice | Tensor) -> Tensor:
+            # an index on the CPU would be moved to the GPU by a copy for which the host waits
+            on_device = places if isinstance(places, slice) else places.to(batch.device, non_blocking=True)
+            return batch[on_device]
+
         if augmentation is None:
-            return lambda places: data.batch(batch[places])
+            return lambda places: data.batch(chosen(places))
         draws = generator(self.seed, "augment", epoch, number)
         choices = augmentation.draw(len(batch), data.images.shape[-2:], draws)
 
         def at(places: slice | Tensor) -> Batch:
-            indices = batch[places]
+            indices = chosen(places)
             images = augmentation.apply(data.images, indices, choices[places])
             return Batch(to_unit(images), data.labels[indices], indices)
 

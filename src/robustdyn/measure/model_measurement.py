@@ -124,7 +124,7 @@ def measure_model(
     measurements: Mapping[str, Measurement] | None = None,
     eigenpairs: Eigenpairs | None = None,
     second_attack: int = default("measure/default", "second_attack"),
-    memory_mib: int = default("measure/default", "memory_mib"),
+    memory_mib: int | None = default("measure/default", "memory_mib"),
     initial: Mapping[str, Tensor] | None = None,
     seed: int = 0,
 ) -> ModelMeasurement:
@@ -154,7 +154,7 @@ def measure_model(
         eigenpairs: How leading eigenpairs are found.
         second_attack: So many of the examples, or all, are attacked a second time, because values along
             eigenvectors are too large on the examples from which the eigenvectors come.
-        memory_mib: For passes and kept graphs.
+        memory_mib: For passes and kept graphs; None for 256 on a CPU, or half of a GPU's free memory.
         initial: The parameters before training by name, for measures of the distance from them.
         seed: Of all random numbers.
 

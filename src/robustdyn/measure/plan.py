@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import pandas as pd
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -19,6 +20,8 @@ from robustdyn.measure.snapshot import Eigenpairs, Snapshot
 from robustdyn.methods import OptimizerState
 from robustdyn.models.modes import mode
 from robustdyn.models.sync_batchnorm import desynchronized
+
+_ON_A_CPU = 256 * 2**20  # bytes
 
 TableRow = tuple[str, Mapping[str, Any]]
 """(table, columns) of one record."""
@@ -42,7 +45,8 @@ class MeasurementPlan:
         measurements: The measurements by name, in the order in which they run.
         eigenpairs: How leading eigenpairs are found.
         second_attack: How many of the examples, or all, are attacked a second time, over all processes.
-        memory_mib: Memory on each process for one pass and for the graphs that are kept for the next product.
+        memory_mib: Memory on each process for one pass and for the graphs that are kept for the next product;
+            None for what ``memory_of`` says.
         precision: Precision of the products; see ``robustdyn.curvature.EmpiricalRisk``.
 
     Raises:
@@ -52,7 +56,7 @@ class MeasurementPlan:
     measurements: Mapping[str, Measurement]
     eigenpairs: Eigenpairs = field(default_factory=Eigenpairs)
     second_attack: int = default("measure/default", "second_attack")
-    memory_mib: int = default("measure/default", "memory_mib")
+    memory_mib: int | None = default("measure/default", "memory_mib")
     precision: Precision = default("measure/default", "precision")
 
     def __post_init__(self) -> None:
@@ -106,11 +110,13 @@ class MeasurementPlan:
             past: See above.
             group: Processes that share the measurement.
         """
+        fixed = examples(model, 0)
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         risk = EmpiricalRisk(
             model,
-            *examples(model, 0),
+            *fixed,
             loss=loss,
-            memory=self.memory_mib * 2**20,
+            memory=memory_of(device) if self.memory_mib is None else self.memory_mib * 2**20,
             precision=self.precision,
             batchnorm="eval",
             group=group,
@@ -180,6 +186,19 @@ class MeasurementPlan:
         if not self.eigenpairs.warm_start:
             return {}
         return {name: pairs.warm_start.bfloat16().cpu() for name, pairs in snapshot.solved.items()}
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes for passes and kept graphs: 256 MiB on a CPU, and on a GPU at most half of what is free now.
+
+    On a GPU it is a power of two. How examples are divided into passes changes the rounding of sums, and two
+    runs should divide them alike although not exactly the same memory is free.
+    """
+    if device.type != "cuda":
+        return _ON_A_CPU
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(2 ** (max(1, free // 2).bit_length() - 1))
 
 
 class NetworkAt(nn.Module):

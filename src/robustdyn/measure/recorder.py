@@ -66,7 +66,7 @@ class Recorder:
         measurements: What is measured; None for ``standard_measurements()``.
         eigenpairs: How leading eigenpairs are found.
         second_attack: So many examples are attacked a second time.
-        memory_mib: For passes and kept graphs.
+        memory_mib: For passes and kept graphs; None for 256 on a CPU, or half of a GPU's free memory.
         interpolation: How curvature and noise run between measured epochs.
         seed: Of all random numbers.
         resume: Whether the directory already holds the record of this training; then give the checkpoint's
@@ -93,7 +93,7 @@ class Recorder:
         measurements: Mapping[str, Measurement] | None = None,
         eigenpairs: Eigenpairs | None = None,
         second_attack: int = default("measure/default", "second_attack"),
-        memory_mib: int = default("measure/default", "memory_mib"),
+        memory_mib: int | None = default("measure/default", "memory_mib"),
         interpolation: Interpolation = default("measure/default", "interpolation"),
         seed: int = 0,
         resume: bool = False,

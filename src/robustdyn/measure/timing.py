@@ -4,16 +4,20 @@ import time
 from typing import Any
 
 import lightning
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.profilers import PyTorchProfiler
 
 from robustdyn.methods import AdversarialTraining
+from robustdyn.methods.flops import bfloat16_peak, training_flops
 from robustdyn.records import RunRecords
 from robustdyn.records.schema import TIMED
 
 
 class RecordTiming(Callback):
     """One row per epoch: images per second, and the shares of attack, step, data, evaluation and measurement.
+
+    On a GPU that is known, the row also says how many of the operations that the card can do training used.
 
     Place it after the measuring callback, whose time belongs in the row. On a GPU the shares are those of the
     GPU's time, for which the host waits once, at the end of the epoch.
@@ -26,9 +30,12 @@ class RecordTiming(Callback):
         self._records = records
         self._started = 0.0
         self._images = 0
+        self._peak: float | None = None
+        self._flops: int | None = None
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Reset the times here too: a run that resumes within an epoch times the rest of it."""
+        self._peak = _peak(trainer)
         self._start(pl_module)
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -39,6 +46,7 @@ class RecordTiming(Callback):
         _module(module).stopwatch.read()
         self._started = time.perf_counter()
         self._images = 0
+        self._flops = None  # a weight perturbation may begin with this epoch
         _module(module).stopwatch.start("data")
 
     def on_train_batch_start(
@@ -46,6 +54,8 @@ class RecordTiming(Callback):
     ) -> None:
         """From here on, the time counts as the step's."""
         _module(pl_module).stopwatch.stop("data")
+        if self._peak is not None and self._flops is None:
+            self._flops = training_flops(_module(pl_module), batch.images, batch.targets)
         _module(pl_module).stopwatch.start("step")
 
     def on_train_batch_end(
@@ -80,11 +90,22 @@ class RecordTiming(Callback):
         elapsed = time.perf_counter() - self._started
         training = seconds["data"] + seconds["step"]  # the attack is within the step
         seconds["step"] -= seconds["attack"]
-        row = {f"{name}_share": seconds[name] / elapsed for name in TIMED}
-        row["images_per_second"] = self._images / training
+        row: dict[str, float | None] = {f"{name}_share": seconds[name] / elapsed for name in TIMED}
+        speed = self._images / training
+        row["images_per_second"] = speed
+        row["model_flop_utilisation"] = None
+        if self._peak is not None and self._flops is not None:
+            row["model_flop_utilisation"] = speed * self._flops / self._peak
         if trainer.is_global_zero:
             stamp = {"epoch": trainer.current_epoch, "step": trainer.global_step}
             self._records.append("timing", stamp | row | {"seconds": elapsed})
+
+
+def _peak(trainer: lightning.Trainer) -> float | None:
+    """Operations a second that all devices together can do in bfloat16, if they are known."""
+    device = trainer.strategy.root_device
+    peak = bfloat16_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return None if peak is None else peak * trainer.world_size
 
 
 def _module(module: lightning.LightningModule) -> AdversarialTraining:

@@ -138,12 +138,19 @@ class AdversarialTraining(lightning.LightningModule):
         """Refuse what cannot work together.
 
         Raises:
-            ConfigError: Gradients accumulated over batches and a perturbation; fused SGD and a loss scale.
+            ConfigError: Gradients accumulated over batches, and a perturbation or CUDA graphs; fused SGD and
+                a loss scale.
         """
         if self.perturbation is not None and self.trainer.accumulate_grad_batches != 1:
             raise ConfigError(
                 f"trainer.accumulate_grad_batches={self.trainer.accumulate_grad_batches} cannot be combined "
                 "with a weight perturbation, which belongs to one batch; choose 1 or perturbation=none"
+            )
+        if self.execution.replays_graphs and self.trainer.accumulate_grad_batches != 1:
+            raise ConfigError(
+                f"trainer.accumulate_grad_batches={self.trainer.accumulate_grad_batches} cannot be combined "
+                "with CUDA graphs, which overwrite the gradients of the batch before; set "
+                "execution.compile=default"
             )
         if self._loss_scale() is not None and any(
             isinstance(optimizer, torch.optim.SGD) and group["fused"] and group["momentum"]
@@ -401,7 +408,7 @@ class AdversarialTraining(lightning.LightningModule):
             whole = batch.images.new_zeros((part.whole, *batch.images.shape[1:]))
             whole[part.places] = batch.images
         start = attack.start(whole, generator)[part.places]
-        return attack.climb(self.model, batch.images, batch.targets, start, loss)
+        return attack.climb(self.execution.repeated(self.model), batch.images, batch.targets, start, loss)
 
     def _batchnorm(self) -> AbstractContextManager[None]:
         """Scope of an epoch's training passes."""

@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning
+import torch
 from lightning.pytorch.callbacks import WeightAveraging
-from torch import Tensor
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
 class Averaging(WeightAveraging):
@@ -17,11 +18,13 @@ class Averaging(WeightAveraging):
     training images instead. Until there is an average, the weights themselves are evaluated and saved.
     """
 
+    kind: ClassVar[type[AveragedModel]] = AveragedModel
+
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Create the average on the weights' later device; they are moved only after this hook."""
-        self._device = trainer.strategy.root_device
-        super().setup(trainer, pl_module, stage)
-        if self._average_model is not None:
+        if stage == "fit":
+            device = trainer.strategy.root_device
+            self._average_model = self.kind(pl_module, device=device, use_buffers=True, **self._kwargs)
             trainer.precision_plugin.convert_module(self._average_model)
             # read at every step, for which the processor would wait for a GPU
             self._average_model.n_averaged = self._average_model.n_averaged.cpu()
@@ -61,6 +64,23 @@ class Averaging(WeightAveraging):
             self._average_model.module.load_state_dict(module.state_dict())
 
 
+class _Exponential(AveragedModel):
+    """PyTorch's, without moving the count to a GPU, where nothing reads it and for which the host waits."""
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """As PyTorch's."""
+        if self.n_averaged == 0:
+            super().update_parameters(model)
+            return
+        assert self.multi_avg_fn is not None
+        mine, theirs = ([*net.parameters(), *net.buffers()] for net in (self.module, model))
+        for dtype in {tensor.dtype for tensor in mine}:
+            alike = [place for place, tensor in enumerate(mine) if tensor.dtype == dtype]
+            self.multi_avg_fn([mine[n] for n in alike], [theirs[n] for n in alike], self.n_averaged)
+        self.n_averaged += 1
+
+
 class ExponentialAveraging(Averaging):
     """w̄ ← d · w̄ + (1 − d) · w after every optimiser step, from the first step's w on.
 
@@ -76,16 +96,17 @@ class ExponentialAveraging(Averaging):
         ValueError: ``decay`` outside its range.
     """
 
+    kind = _Exponential
+
     def __init__(self, *, decay: float) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"decay must lie in [0, 1), got {decay}")
         self._decay = decay
         super().__init__(use_buffers=True, multi_avg_fn=self._update)
 
-    def _update(self, averages: list[Tensor], weights: list[Tensor], _: Tensor | int) -> None:
+    def _update(self, averages: list[Tensor], weights: list[Tensor], count: Tensor | int) -> None:
         """Update some of the averages in place."""
-        assert self._average_model is not None
-        averaged = int(self._average_model.n_averaged)  # this one is on the host
+        averaged = int(count)  # on the host
         decay = min(self._decay, (1 + averaged) / (10 + averaged))
         get_ema_multi_avg_fn(decay)(averages, weights, averaged)
 

@@ -14,6 +14,7 @@ from robustdyn.errors import ConfigError
 Compilation = Literal["none", "default", "reduce-overhead", "max-autotune"]
 COMPILATIONS: tuple[Compilation, ...] = ("none", "default", "reduce-overhead", "max-autotune")
 
+_GRAPHS: tuple[Compilation, ...] = ("reduce-overhead", "max-autotune")  # modes that replay CUDA graphs
 _MOST_PASSES = 64  # compiled at a time; a run has 5 to 12
 
 
@@ -24,6 +25,9 @@ class Execution:
     images alone), the descent's (gradient of the weights alone; a weight perturbation's ascent is the same
     pass) and the one without gradients. Each serves the whole run. Batches smaller than the largest so far,
     such as an epoch's last, run uncompiled instead of being compiled for their own size.
+
+    Attributes:
+        replays_graphs: Whether a GPU replays CUDA graphs. What a replay returns is overwritten by later ones.
 
     Args:
         channels_last: Whether images and convolution weights have the channels innermost. Random numbers do
@@ -39,6 +43,7 @@ class Execution:
             raise ValueError(f"compile must be one of {', '.join(COMPILATIONS)}, got {compile}")
         self._layout = torch.channels_last if channels_last else torch.contiguous_format
         self._compile: Compilation = compile
+        self.replays_graphs = compile in _GRAPHS
         self._largest: dict[str, int] = {}
 
     def prepare(self, model: nn.Module) -> None:
@@ -88,6 +93,14 @@ class Execution:
         self._largest[split] = max(examples, self._largest.get(split, 0))
         return nullcontext() if examples == self._largest[split] else self.eager()
 
+    def repeated(self, model: nn.Module) -> nn.Module:
+        """``model`` for passes that need nothing of the pass before, such as those of an attack.
+
+        One CUDA graph then serves all of them. Otherwise each pass of a step would have a graph of its own,
+        because a graph also fixes what earlier ones of the step left in memory.
+        """
+        return _Repeated(model) if self.replays_graphs else model
+
     def eager(self) -> AbstractContextManager[object]:
         """Scope in which the network runs uncompiled, for products that differentiate twice."""
         # nothing is switched where nothing is compiled: the switch alone loads the compiler, for seconds
@@ -95,6 +108,19 @@ class Execution:
             return nullcontext()
         scope: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
         return scope
+
+
+class _Repeated(nn.Module):
+    """Each pass of the network may overwrite what the one before it returned."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        outputs: Tensor = self.model(images)
+        return outputs
 
 
 def keep_layout(optimizer: torch.optim.Optimizer) -> None:

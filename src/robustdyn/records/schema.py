@@ -391,6 +391,9 @@ TIMING = parse_table(f"""
     step
     images_per_second float images/s | training speed | training images over the time of attack, step and
         data, all ranks together
+    model_flop_utilisation float {FRACTION} | model FLOP utilisation | operations that attack, perturbation
+        and descent need, over those that the GPUs can do in bfloat16 in the time of attack, step and data;
+        null where the card's peak is not known | optional
     {_SHARES}
     seconds
 """)

@@ -28,6 +28,7 @@ TIMES = (
     "epochs",
     "wall time",
     f"speed ({schema.TIMING['images_per_second'].unit})",
+    schema.TIMING["model_flop_utilisation"].shown,
     *(f"{part} (%)" for part in schema.TIMED),
 )
 """Headings of the cells of ``times``."""
@@ -160,8 +161,8 @@ def _with_error(value: float, error: float) -> str:
 def times(runs: Sequence[Run], timing: pd.DataFrame) -> list[tuple[str, tuple[Cell, ...]]]:
     """Label and cells of each run that recorded its times: device, epochs, time, speed, and shares.
 
-    The speed is the median over epochs, which a first epoch with compilation hardly moves. The shares are of
-    the time of all epochs together.
+    Speed and utilisation are medians over epochs, which a first epoch with compilation hardly moves. The
+    shares are of the time of all epochs together.
     """
     rows, recorded = [], by_run(timing)
     for run in runs:
@@ -169,6 +170,7 @@ def times(runs: Sequence[Run], timing: pd.DataFrame) -> list[tuple[str, tuple[Ce
         if own.empty:
             continue
         seconds, speed = float(own["seconds"].sum()), float(own["images_per_second"].median())
+        used = 100 * float(own["model_flop_utilisation"].median())
         spent = [float((own[f"{part}_share"] * own["seconds"]).sum()) for part in schema.TIMED]
         shares = [100 * part / seconds if seconds > 0 else float("nan") for part in spent]
         cells = (
@@ -176,7 +178,7 @@ def times(runs: Sequence[Run], timing: pd.DataFrame) -> list[tuple[str, tuple[Ce
             Cell(str(len(own)), float(len(own))),
             Cell(duration(seconds), seconds),
             *(Cell("–") if pd.isna(n) else Cell(f"{n:,.0f}", n) for n in [speed]),
-            *(Cell("–") if pd.isna(n) else Cell(f"{n:.1f}", n) for n in shares),
+            *(Cell("–") if pd.isna(n) else Cell(f"{n:.1f}", n) for n in [used, *shares]),
         )
         rows.append((run.label, cells))
     return rows

@@ -111,7 +111,9 @@ RULES: Mapping[str, Rule] = {
     "measure.weights": _one_of("trained", "averaged"),
     "measure.examples": TYPES[int],
     "measure.second_attack": TYPES[int],
-    "measure.memory_mib": COUNT,
+    "measure.memory_mib": Rule(
+        lambda v: v is None or COUNT.holds(v), "must be a whole number of at least 1, or null"
+    ),
     "measure.precision": _one_of("full", "tf32", "bfloat16"),
     "measure.interpolation": _one_of("log_linear", "piecewise_constant"),
     "trainer.max_epochs": COUNT,
