@@ -125,6 +125,9 @@ def _explain(error: BaseException, config_name: str) -> str:
     if unknown is None or "not in struct" not in text:
         return text
     key = unknown.group(1)
+    name = key.removeprefix("hydra.launcher.")
+    if name in OmegaConf.load(config_dir() / "hydra" / "launcher" / "slurm.yaml"):
+        return f"{key} is a setting of another launcher: give hydra/launcher=slurm hydra.launcher.{name}=..."
     known = set(_all_keys(config_name))
     if key in known:
         return f"config key {key} does not exist with the chosen options; leave it out or choose others"
