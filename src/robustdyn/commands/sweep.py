@@ -98,13 +98,14 @@ def _progress(state: "RunState", job: str, in_queue: str, log: str) -> tuple[str
     """Where a run stands that is not done, in one word, and a remark."""
     from robustdyn.launch.cluster_jobs import ENDED
 
-    if in_queue in PENDING:
-        return "waiting", f"job {job}; {state.remark}"
+    ran = "" if state.path is None else f"; {state.remark}"
+    if in_queue == "UNKNOWN":
+        return state.state, f"job {job}, of which squeue says nothing{ran}"
     if in_queue not in ENDED:
-        return "running" if in_queue != "UNKNOWN" else state.state, f"job {job} is {in_queue}; {state.remark}"
+        return "waiting" if in_queue in PENDING else "running", f"job {job}{ran}"
     if state.state == "failed":
         return "failed", f"{state.remark}; log: {log}"
-    return "failed", f"job {job} ended without a result; SLURM says {in_queue}; {state.remark}; log: {log}"
+    return "failed", f"job {job} ended without a result; SLURM says {in_queue}{ran}; log: {log}"
 
 
 def _cancel(folder: Path) -> None:
