@@ -155,7 +155,6 @@ class SlurmSweep(Launcher if SlurmLauncher is None else SlurmLauncher):  # type:
     def _detaches(self) -> bool:
         """Whether this command ends once the jobs are submitted."""
         from robustdyn.launch.states import BASIC_SWEEPER
-        from robustdyn.launch.sweep import sweeping
 
         assert self.config is not None
         detach = self.params["detach"]
@@ -166,7 +165,7 @@ class SlurmSweep(Launcher if SlurmLauncher is None else SlurmLauncher):  # type:
                 "hydra.launcher.detach=true: this sweeper chooses runs by the results of earlier ones, and "
                 "has to wait for them; leave detach out"
             )
-        if detach and not sweeping():
+        if detach and "sweep_report" not in self.config.hydra.callbacks:
             raise ConfigError("hydra.launcher.detach is a setting of robustdyn-train; leave it out here")
         return detach
 

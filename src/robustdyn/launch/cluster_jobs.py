@@ -14,7 +14,7 @@ from submitit import Job
 from submitit.core.utils import pickle_load
 from submitit.slurm.slurm import SlurmInfoWatcher
 
-from robustdyn.errors import UserError
+from robustdyn.errors import ConfigError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -101,15 +101,15 @@ def cancel(job_ids: Iterable[str]) -> None:
     """Cancel these jobs; those that have ended meanwhile do not matter.
 
     Raises:
-        JobFailed: SLURM does not take the request.
+        ConfigError: There is no SLURM here, or it does not take the request.
     """
     ids = list(job_ids)
     try:
         done = subprocess.run(["scancel", "--quiet", *ids], capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
-        raise JobFailed("there is no SLURM on this machine (no scancel on the PATH)") from error
+        raise ConfigError("there is no SLURM on this machine (no scancel on the PATH)") from error
     if done.returncode and still_active(ids):
-        raise JobFailed(f"scancel: {' '.join(done.stderr.split())}")
+        raise ConfigError(f"scancel: {' '.join(done.stderr.split())}")
 
 
 def wait(jobs: Mapping[int, Job[JobReturn]]) -> dict[int, JobReturn | Failure]:
