@@ -70,6 +70,17 @@ def test_a_sweep_is_left_to_slurm_extended_and_cancelled(refusing, programs, tmp
     assert cancelled.read_text().splitlines()[1:] == ["--quiet 73 70_0 72_1"]
 
 
+def test_the_report_comes_after_every_batch(refusing, programs, tmp_path, monkeypatch):
+    program(programs, "scancel", f'echo "$@" >> {tmp_path / "cancelled"}')
+    queue(programs, j70="RUNNING", j72="PENDING")
+    where = (f"hydra.sweep.dir={tmp_path / 'sweep'}", "hydra.sweeper.max_batch_size=1")
+    assert command(monkeypatch, *DETACH, *TINY, *where, "seed=0,1") == 0
+    asked = [options(script).get("dependency") for script in sorted(refusing.iterdir())]
+    assert asked == [None, "afterany:70", None, "afterany:70:72"]
+    assert (tmp_path / "cancelled").read_text() == "--quiet 71\n"
+    assert SubmittedJobs.read(tmp_path / "sweep").report == "73"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

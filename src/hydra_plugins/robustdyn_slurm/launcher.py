@@ -222,7 +222,8 @@ class SlurmSweep(Launcher if SlurmLauncher is None else SlurmLauncher):  # type:
         SweepReport.running = None  # this command does not report
         report = ""
         if cfg.report:
-            request = _request(cfg) | OmegaConf.to_container(cfg.hydra.launcher.report_job, resolve=True)
+            its_own: Any = OmegaConf.to_container(cfg.hydra.launcher.report_job, resolve=True)
+            request = _request(cfg) | its_own
             arrays = dict.fromkeys(job.partition("_")[0] for job in jobs)
             request["dependency"] = ":".join(["afterany", *arrays])
             request["submitit_folder"] = Path(request["submitit_folder"].partition("%")[0], "report")

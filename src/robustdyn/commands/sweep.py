@@ -53,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     from robustdyn.commands.train import main as train
 
     sys.argv = ["robustdyn-train", *command]
-    return train()
+    train()
+    return None
 
 
 def _jobs(folder: Path) -> "SubmittedJobs":
@@ -80,10 +81,11 @@ def _status(folder: Path) -> None:
     lines = []
     for state in states:
         job = newest.get(state.overrides)
-        word, remark = state.state, state.remark
-        if job is not None and state.state != "done":
+        if job is None or state.state == "done":
+            lines.append((str(state.state), f"{state.name}: {state.remark}"))
+        else:
             word, remark = _progress(state, job, queue[job], jobs.runs[job].log)
-        lines.append((word, f"{state.name}: {remark}"))
+            lines.append((word, f"{state.name}: {remark}"))
     say("runs: " + ", ".join(f"{n} {word}" for word, n in Counter(word for word, _ in lines).items()))
     for word, text in lines:
         say(f"  {word:<10}  {text}")
