@@ -166,7 +166,12 @@ def test_the_average_can_be_measured_and_the_rule_then_follows_it(name, tmp_path
         assert rates[epoch] == pytest.approx(0.01 * min(1, 3 / index[epoch - 1]))
     # both are in the checkpoint
     for choice, weights in (("averaged", averages[-1]), ("trained", ledger.trained[-1])):
-        settings = (f"measure.weights={choice}", f"output={tmp_path / choice}", "measure=index", "report=false")
+        settings = (
+            f"measure.weights={choice}",
+            f"output={tmp_path / choice}",
+            "measure=index",
+            "report=false",
+        )
         last = tmp_path / "checkpoints" / "last.ckpt"
         small = ("measure.examples=24", "device=cpu")
         assert invoke(measure, monkeypatch, f"checkpoint={last}", *settings, *small) == 0

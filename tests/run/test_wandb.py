@@ -369,11 +369,11 @@ def test_the_sweep_file_drives_the_command_as_it_is():
     for name, spec in chosen.items():
         if name not in ("logger", "data", "method"):
             assert OmegaConf.select(cfg, name) == spec["value"]
-    # what the search minimises is in a run's summary when there is a validation split
-    selection, column = sweep["metric"]["name"].split("/")
-    assert selection == "best_on_validation"
-    assert column in TABLES["epochs"].names
+    # what the search and the early termination compare is logged after every epoch if images are held out
+    assert sweep["metric"] == {"name": "epochs/validation_robust_error", "goal": "minimize"}
+    assert "validation_robust_error" in TABLES["epochs"].names
     assert cfg.data.validation_size > 0
+    assert sweep["early_terminate"]["min_iter"] < cfg.trainer.max_epochs
 
 
 def test_the_dashboard_shows_curves_that_exist(tmp_path, monkeypatch, capsys):

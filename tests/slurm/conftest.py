@@ -1,7 +1,8 @@
-"""A real SLURM on this machine for as long as the tests of this folder run."""
+"""A real SLURM on this machine for as long as the tests of this folder run, and a pretended one."""
 
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -10,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+
+from robustdyn.launch import cluster_jobs
 
 SCRIPT = Path(__file__).with_name("single_node.sh")
 TRAIN = ("-c", "from robustdyn.commands.train import main; main()")  # as robustdyn-train does
@@ -49,6 +52,17 @@ class Cluster:
         return dict(line.split() for line in lines)
 
 
+def until(happened: Callable[[], object], context: Callable[[], str] = str) -> str:
+    """Wait for it; what it returned, as text."""
+    end = time.monotonic() + PATIENCE_S
+    while time.monotonic() < end:
+        result = happened()
+        if result:
+            return str(result)
+        time.sleep(0.1)
+    raise AssertionError(f"nothing happened in {PATIENCE_S} s: {context()}")
+
+
 class Driver:
     """A command that waits for its jobs, as a process of its own."""
 
@@ -80,14 +94,13 @@ class Driver:
 
     def until(self, happened: Callable[[], object]) -> str:
         """Wait for it, while the command runs; what it returned, as text."""
-        end = time.monotonic() + PATIENCE_S
-        while time.monotonic() < end:
+
+        def look() -> object:
             result = happened()
-            if result:
-                return str(result)
-            assert self._process.poll() is None, self.said
-            time.sleep(0.1)
-        raise AssertionError(f"nothing happened in {PATIENCE_S} s: {self.said}")
+            assert result or self._process.poll() is None, self.said
+            return result
+
+        return until(look, lambda: self.said)
 
     def wait(self) -> int:
         """Its exit status."""
@@ -146,6 +159,37 @@ def start(cluster: Cluster) -> Iterator[Callable[..., Driver]]:
     for driver in drivers:
         driver.kill()
     cluster.call("scancel", "--quiet", f"--user={os.getuid()}")
+
+
+def program(folder, name, script):
+    """An executable shell script."""
+    folder.mkdir(exist_ok=True)
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+@pytest.fixture
+def programs(tmp_path, monkeypatch):
+    """A folder whose programs go before all others."""
+    folder = tmp_path / "bin"
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return folder
+
+
+@pytest.fixture
+def refusing(programs, tmp_path, monkeypatch):
+    """Programs that look like SLURM's: jobs are taken, kept as files, and fail at once."""
+    program(programs, "srun", "exit 1")
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    count = f"$(ls {taken} | wc -l)"
+    program(programs, "sbatch", f'n={count}; cp "$1" {taken}/$n; echo "Submitted batch job 7$n"')
+    listed = "; ".join(f"echo '7{n}{task}|FAILED|NonZeroExitCode'" for n in "01" for task in ("", "_0", "_1"))
+    program(programs, "squeue", listed)
+    for name in ("GRACE_S", "SHORTEST_PAUSE_S"):
+        monkeypatch.setattr(cluster_jobs, name, 0.0)
+    return taken
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -4,7 +4,6 @@ import inspect
 import os
 import pickle
 import re
-import stat
 import subprocess
 import time
 
@@ -17,37 +16,7 @@ from robustdyn.errors import ConfigError
 from robustdyn.launch import cluster_jobs
 from robustdyn.launch.cluster_jobs import Failure, last_line, read_outcome, wait
 from tests.runs import TINY, command, tiny_but
-
-
-def program(folder, name, script):
-    """An executable shell script."""
-    folder.mkdir(exist_ok=True)
-    path = folder / name
-    path.write_text(f"#!/bin/sh\n{script}\n")
-    path.chmod(path.stat().st_mode | stat.S_IXUSR)
-
-
-@pytest.fixture
-def programs(tmp_path, monkeypatch):
-    """A folder whose programs go before all others."""
-    folder = tmp_path / "bin"
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    return folder
-
-
-@pytest.fixture
-def refusing(programs, tmp_path, monkeypatch):
-    """Programs that look like SLURM's: jobs are taken, kept as files, and fail at once."""
-    program(programs, "srun", "exit 1")
-    taken = tmp_path / "taken"
-    taken.mkdir()
-    count = f"$(ls {taken} | wc -l)"
-    program(programs, "sbatch", f'n={count}; cp "$1" {taken}/$n; echo "Submitted batch job 7$n"')
-    listed = "; ".join(f"echo '7{n}{task}|FAILED|NonZeroExitCode'" for n in "01" for task in ("", "_0", "_1"))
-    program(programs, "squeue", listed)
-    for name in ("GRACE_S", "SHORTEST_PAUSE_S"):
-        monkeypatch.setattr(cluster_jobs, name, 0.0)
-    return taken
+from tests.slurm.conftest import program
 
 
 def sweep(monkeypatch, folder, *arguments):

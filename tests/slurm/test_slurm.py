@@ -10,8 +10,10 @@ import time
 import pytest
 import torch
 
+from robustdyn.commands.sweep import main as sweep_command
+from robustdyn.launch.submitted import SubmittedJobs
 from tests.runs import TINY, command, rows, weights
-from tests.slurm.conftest import SCRIPT
+from tests.slurm.conftest import SCRIPT, until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -145,6 +147,65 @@ def test_runs_that_are_taken_down_go_on_and_end_as_if_nothing_had_happened(
     (line,) = [line for line in sweep.stderr.splitlines() if line.startswith(f"  {mistaken}  ")]
     assert "checkpoint.every_minutes=-1" in line
     assert "1 of 3 jobs failed" in sweep.stderr
+
+
+AND_STAY = (
+    "import time; from robustdyn.commands.train import main; "
+    "main(); print('left', flush=True); time.sleep(600)"
+)
+
+
+def test_a_sweep_that_is_left_alone_loses_nothing_and_reports_itself(
+    start, cluster, tmp_path, undisturbed, monkeypatch, capsys
+):
+    """Its shell is killed, a job is requeued, a run fails and one is cancelled; then it is extended."""
+    for name, value in cluster.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.argv", [])  # which extend replaces
+    folder = tmp_path / "sweep"
+    settings = (*TINY, *LONG[:2], "seed=0,1,-1", "hydra.sweep.dir=sweep")
+    detach = ("hydra.launcher.detach=true", "hydra.launcher.report_job.cpus_per_task=1")
+    shell = start(tmp_path, "-m", *LAUNCHER, *detach, *settings, program=("-c", AND_STAY))
+    shell.until(lambda: "left" in shell.said.splitlines())
+    shell.kill()
+
+    def folder_of(seed):
+        return next(iter(folder.glob(f"seed={seed}*")), folder)
+
+    requeued, cancelled, mistaken = SubmittedJobs.read(folder).runs
+    until(lambda: epochs_in(folder_of(0)) >= 2)
+    cluster.call("scancel", "--signal=USR2", requeued)  # as before the time limit
+    cluster.call("scancel", cancelled)
+    assert sweep_command(["status", str(folder)]) == 0
+    report = SubmittedJobs.read(folder).report
+    assert f"report: job {report} builds it when all jobs have ended" in capsys.readouterr().out
+    states = cluster.states()
+    assert [states[job] for job in (requeued, cancelled, mistaken)] == ["COMPLETED", "CANCELLED", "FAILED"]
+    assert states[report] == "COMPLETED"  # after the job that was requeued: one run is done
+    assert (
+        "runs: 1 done, 1 failed, 1 unfinished"
+        in (folder / "slurm/report" / f"{report}_0_log.out").read_text()
+    )
+    assert re.search(r"Restarts=[1-9]", cluster.call("scontrol", "show", "job", requeued))
+    assert_same_run(folder_of(0), undisturbed)
+    page = folder / "report" / "index.html"
+    assert sweep_command(["status", str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert "runs: 1 done, 2 failed" in said
+    assert f"job {cancelled} ended without a result; SLURM says CANCELLED" in said
+    assert f"report: {page}" in said
+
+    page.unlink()
+    assert not sweep_command(["extend", str(folder), "seed=0,1,2"])
+    assert sweep_command(["cancel", str(folder)]) == 0
+    states = cluster.states()
+    jobs = SubmittedJobs.read(folder)
+    assert [states[job] for job in [*jobs.runs, jobs.report]][3:] == ["CANCELLED"] * 3
+    assert not sweep_command(["extend", str(folder), "seed=0,1"])
+    states = cluster.states()
+    jobs = SubmittedJobs.read(folder)
+    assert [states[job] for job in [*jobs.runs, jobs.report]][5:] == ["COMPLETED"] * 2
+    assert page.is_file()
 
 
 @pytest.mark.parametrize(

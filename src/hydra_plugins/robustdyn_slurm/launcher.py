@@ -6,11 +6,11 @@ Slow imports are therefore made where they are used.
 
 import json
 import logging
-import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,9 @@ from robustdyn.errors import ConfigError
 from robustdyn.launch.cluster import INTERACTIVE, check_tasks
 
 if TYPE_CHECKING:
-    from submitit import Job
+    from submitit import AutoExecutor, Job
+
+    from robustdyn.launch.submitted import SubmittedJobs
 
 try:
     from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
@@ -36,7 +38,8 @@ except ImportError:  # the extra robustdyn[slurm] is not installed
 
 log = logging.getLogger(__name__)
 
-JOB = re.compile(r"\d+(_\d+)?")
+OURS = ("_target_", "detach", "report_job")
+"""Settings of the launcher that are no part of a job's request."""
 REQUEUE = ["scontrol", "requeue"]
 END_S = 120.0
 """SLURM ends the processes of a requeued job well within these seconds: its KillWait is 30 by default."""
@@ -53,6 +56,7 @@ class SlurmSweep(Launcher if SlurmLauncher is None else SlurmLauncher):  # type:
     - The resources of a job are read from the configuration of its run.
     - Runs that are done are not queued again.
     - Requests that cannot work are refused.
+    - It can return at once, and leave the report to a job that starts when all others have ended.
 
     Args:
         params: The keys of ``conf/hydra/launcher/slurm.yaml``.
@@ -94,22 +98,32 @@ class SlurmSweep(Launcher if SlurmLauncher is None else SlurmLauncher):  # type:
         return ended
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Submit the runs, wait for them, and report.
+        """Submit the runs, wait for them unless ``detach`` is set, and report.
 
         Returns:
-            One result for each run, in order; reading a failed one's value raises ``JobFailed``.
+            One result for each run, in order; reading a failed one's value raises ``JobFailed``. With
+            ``detach`` the values are None.
 
         Raises:
             ConfigError: A request cannot work, SLURM refuses it, or jobs of an earlier command still run.
         """
         from robustdyn.launch.cluster_jobs import JobFailed, wait
+        from robustdyn.launch.submitted import SubmittedJobs
 
+        assert self.config is not None
+        detach = self._detaches()
         runs = {number: list(overrides) for number, overrides in enumerate(job_overrides, initial_job_idx)}
         configs = {number: self._compose(number, overrides) for number, overrides in runs.items()}
         requests = {number: _request(cfg) for number, cfg in configs.items() if not _is_done(cfg)}
-        _refuse_second_writers(requests.values())
+        record = SubmittedJobs.read(Path(self.config.hydra.sweep.dir))
+        active = _active_jobs(requests.values(), record, detach=detach)
+        going_on = {record.runs[job].run for job in active}
+        requests = {n: request for n, request in requests.items() if self._run(runs[n]) not in going_on}
         labels = _labels(runs)
-        jobs = self._submit(runs, requests, labels)
+        jobs = self._submit(runs, requests, labels, record)
+        if detach and (jobs or active):
+            self._leave(configs[initial_job_idx], record, [*active, *(job.job_id for job in jobs.values())])
+            return [JobReturn(overrides, status=JobStatus.COMPLETED) for overrides in runs.values()]
         try:
             outcomes = wait(jobs)
         except KeyboardInterrupt:
@@ -138,16 +152,42 @@ class SlurmSweep(Launcher if SlurmLauncher is None else SlurmLauncher):  # type:
             cfg.hydra.job.num = number
         return cfg
 
+    def _detaches(self) -> bool:
+        """Whether this command ends once the jobs are submitted."""
+        from robustdyn.launch.states import BASIC_SWEEPER
+
+        assert self.config is not None
+        detach = self.params["detach"]
+        if not isinstance(detach, bool):
+            raise ConfigError(f"hydra.launcher.detach={detach} must be true or false")
+        if detach and self.config.hydra.sweeper.get("_target_") != BASIC_SWEEPER:
+            raise ConfigError(
+                "hydra.launcher.detach=true: this sweeper chooses runs by the results of earlier ones, and "
+                "has to wait for them; leave detach out"
+            )
+        if detach and "sweep_report" not in self.config.hydra.callbacks:
+            raise ConfigError("hydra.launcher.detach is a setting of robustdyn-train; leave it out here")
+        return detach
+
+    def _run(self, overrides: Sequence[str]) -> tuple[str, ...]:
+        """What identifies a run in its sweep."""
+        from robustdyn.records.progress import identity
+
+        assert self.config is not None
+        return identity(overrides, list(self.config.hydra.job.config.override_dirname.exclude_keys))
+
     def _submit(
         self,
         runs: Mapping[int, list[str]],
         requests: Mapping[int, Mapping[str, Any]],
         labels: Mapping[int, str],
+        record: "SubmittedJobs",
     ) -> "dict[int, Job[JobReturn]]":
         """Submit one array for all runs with the same request; the jobs are in the order of the runs."""
         import submitit
 
         from robustdyn.launch.cluster_jobs import Queue
+        from robustdyn.launch.submitted import SubmittedRun
 
         submitit.SlurmJob.watcher = Queue()
         alike: dict[str, list[int]] = {}
@@ -155,33 +195,71 @@ class SlurmSweep(Launcher if SlurmLauncher is None else SlurmLauncher):  # type:
             alike.setdefault(json.dumps(request, sort_keys=True), []).append(number)
         jobs: dict[int, Job[JobReturn]] = {}
         for numbers in alike.values():
-            request = dict(requests[numbers[0]])
-            try:
-                executor = submitit.AutoExecutor(
-                    folder=request.pop("submitit_folder"),
-                    cluster="slurm",
-                    slurm_max_num_timeout=request.pop("max_num_timeout"),
-                )
-                known = OmegaConf.structured(BaseQueueConf)  # parameters of every kind of cluster
-                executor.update_parameters(
-                    **{key if key in known else f"slurm_{key}": value for key, value in request.items()}
-                )
+            with _refusals([job.job_id for job in jobs.values()]):
                 arguments = [
                     (runs[number], "hydra.sweep.dir", number, str(number), Singleton.get_state())
                     for number in numbers
                 ]
-                submitted = executor.map_array(self, *zip(*arguments, strict=True))
-            except (RuntimeError, TypeError, ValueError) as error:
-                queued = f"; queued already: {' '.join(j.job_id for j in jobs.values())}" if jobs else ""
-                raise ConfigError(f"hydra/launcher=slurm: {_refusal(error)}{queued}") from error
+                submitted = _executor(requests[numbers[0]]).map_array(self, *zip(*arguments, strict=True))
             for number, job in zip(numbers, submitted, strict=True):
                 jobs[number] = job
+                record.runs[job.job_id] = SubmittedRun(self._run(runs[number]), str(job.paths.stdout))
                 log.info(f"job {job.job_id}: {labels[number]}")
+            record.write()
         if len(jobs) < len(runs):
-            log.info(f"{len(runs) - len(jobs)} runs are done already")
+            log.info(f"{len(runs) - len(jobs)} runs are done already, or their jobs go on")
         if jobs:
             log.info(f"{len(jobs)} jobs submitted; their logs: {job.paths.folder.parent}")
         return dict(sorted(jobs.items()))
+
+    def _leave(self, cfg: DictConfig, record: "SubmittedJobs", jobs: Sequence[str]) -> None:
+        """Submit the job that builds the report after these jobs; it takes the place of an earlier one."""
+        from submitit.core.utils import CommandFunction
+
+        from robustdyn.launch.cluster_jobs import cancel
+        from robustdyn.launch.sweep import SweepReport
+
+        SweepReport.running = None  # this command does not report
+        report = ""
+        if cfg.report:
+            its_own: Any = OmegaConf.to_container(cfg.hydra.launcher.report_job, resolve=True)
+            request = _request(cfg) | its_own
+            arrays = dict.fromkeys(job.partition("_")[0] for job in jobs)
+            request["dependency"] = ":".join(["afterany", *arrays])
+            request["submitit_folder"] = Path(request["submitit_folder"].partition("%")[0], "report")
+            command = [sys.executable, "-m", "robustdyn", "report", str(record.folder.absolute())]
+            with _refusals(jobs):
+                job = _executor(request).submit(CommandFunction(command))
+            earlier, record.report = record.report, job.job_id
+            record.write()
+            if earlier is not None:
+                cancel([earlier])
+            report = f"job {job.job_id} builds the report when they have ended; "
+        log.info(
+            f"{len(jobs)} jobs go on without this command; {report}robustdyn-sweep status {record.folder}"
+        )
+
+
+def _executor(request: Mapping[str, Any]) -> "AutoExecutor":
+    import submitit
+
+    executor = submitit.AutoExecutor(
+        folder=request["submitit_folder"], cluster="slurm", slurm_max_num_timeout=request["max_num_timeout"]
+    )
+    known = OmegaConf.structured(BaseQueueConf)  # parameters of every kind of cluster
+    parameters = {k: v for k, v in request.items() if k not in ("submitit_folder", "max_num_timeout")}
+    executor.update_parameters(**{k if k in known else f"slurm_{k}": v for k, v in parameters.items()})
+    return executor
+
+
+@contextmanager
+def _refusals(queued: Sequence[str]) -> Iterator[None]:
+    """Make one line of whatever keeps submitit from submitting, with the jobs that are queued already."""
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError) as error:
+        already = f"; queued already: {' '.join(queued)}" if queued else ""
+        raise ConfigError(f"hydra/launcher=slurm: {_refusal(error)}{already}") from error
 
 
 def _leave_if_requeued(error: BaseException | None) -> None:
@@ -207,7 +285,7 @@ def _request(cfg: DictConfig) -> dict[str, Any]:
     """The request to SLURM for a run with this configuration, after checking it."""
     launcher = OmegaConf.to_container(cfg.hydra.launcher, resolve=True)
     assert isinstance(launcher, dict)
-    request = {str(key): value for key, value in launcher.items() if key != "_target_"}
+    request = {str(key): value for key, value in launcher.items() if key not in OURS}
     for key in ("timeout_min", "nodes", "tasks_per_node", "array_parallelism"):
         if not isinstance(request[key], int) or request[key] < 1:
             raise ConfigError(f"hydra.launcher.{key}={request[key]} must be a whole number of at least 1")
@@ -245,18 +323,28 @@ def _is_done(cfg: DictConfig) -> bool:
         HydraConfig.instance().cfg = present
 
 
-def _refuse_second_writers(requests: Iterable[Mapping[str, Any]]) -> None:
-    """Refuse to submit while jobs of an interrupted command may still write to the same folders."""
+def _active_jobs(
+    requests: Iterable[Mapping[str, Any]], record: "SubmittedJobs", *, detach: bool
+) -> list[str]:
+    """The jobs of earlier commands that have not ended.
+
+    Raises:
+        ConfigError: They may write to the same folders, and it is not known which does, or this command would
+            have to wait for them.
+    """
     from robustdyn.launch.cluster_jobs import still_active
+    from robustdyn.launch.submitted import JOB
 
     folders = {Path(request["submitit_folder"].partition("%")[0]) for request in requests}
     jobs = [path.name for folder in folders for path in folder.glob("*") if JOB.fullmatch(path.name)]
-    active = sorted(still_active(jobs))
-    if active:
+    active = sorted(still_active(dict.fromkeys([*record.runs, *jobs])))
+    if any(job not in record.runs for job in active) or (active and not detach):
         raise ConfigError(
             f"hydra.sweep.dir: jobs of an earlier command still run there ({' '.join(active[:5])}"
-            f"{' ...' if len(active) > 5 else ''}); wait until they are over, or end them with scancel"
+            f"{' ...' if len(active) > 5 else ''}); wait until they are over, or end them with "
+            "robustdyn-sweep cancel or scancel"
         )
+    return active
 
 
 def _labels(runs: Mapping[int, list[str]]) -> dict[int, str]:

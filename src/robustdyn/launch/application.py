@@ -122,9 +122,14 @@ def _explain(error: BaseException, config_name: str) -> str:
     if isinstance(error, OverrideParseException):
         return f"cannot read the override {error.override}: {text}"
     unknown = re.search(r"Could not override '([^']+)'", text)
-    if unknown is None or "not in struct" not in text:
+    if unknown is None or " not in " not in text:
         return text
     key = unknown.group(1)
+    name = key.removeprefix("hydra.launcher.")
+    if name in OmegaConf.load(config_dir() / "hydra" / "launcher" / "slurm.yaml"):
+        return f"{key} is a setting of another launcher: give hydra/launcher=slurm hydra.launcher.{name}=..."
+    if "not in struct" not in text:
+        return text
     known = set(_all_keys(config_name))
     if key in known:
         return f"config key {key} does not exist with the chosen options; leave it out or choose others"

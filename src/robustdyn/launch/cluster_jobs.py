@@ -3,8 +3,9 @@
 import logging
 import os
 import re
+import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from submitit import Job
 from submitit.core.utils import pickle_load
 from submitit.slurm.slurm import SlurmInfoWatcher
 
-from robustdyn.errors import UserError
+from robustdyn.errors import ConfigError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -83,12 +84,32 @@ class Queue(SlurmInfoWatcher):
         return job_id in self._over
 
 
-def still_active(job_ids: list[str]) -> list[str]:
-    """The jobs among these that have not ended."""
-    queue = Queue()
-    for job in job_ids:
+def queue_states(job_ids: Iterable[str]) -> dict[str, str]:
+    """What SLURM says of these jobs now: ``UNKNOWN`` if it does not answer."""
+    jobs, queue = list(job_ids), Queue()
+    for job in jobs:
         queue.register_job(job)
-    return [job for job in job_ids if queue.get_state(job) not in ENDED]
+    return {job: queue.get_state(job) for job in jobs}
+
+
+def still_active(job_ids: Iterable[str]) -> list[str]:
+    """The jobs among these that have not ended."""
+    return [job for job, state in queue_states(job_ids).items() if state not in ENDED]
+
+
+def cancel(job_ids: Iterable[str]) -> None:
+    """Cancel these jobs; those that have ended meanwhile do not matter.
+
+    Raises:
+        ConfigError: There is no SLURM here, or it does not take the request.
+    """
+    ids = list(job_ids)
+    try:
+        done = subprocess.run(["scancel", "--quiet", *ids], capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        raise ConfigError("there is no SLURM on this machine (no scancel on the PATH)") from error
+    if done.returncode and still_active(ids):
+        raise ConfigError(f"scancel: {' '.join(done.stderr.split())}")
 
 
 def wait(jobs: Mapping[int, Job[JobReturn]]) -> dict[int, JobReturn | Failure]:

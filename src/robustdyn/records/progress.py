@@ -147,6 +147,7 @@ class RunState:
         error: The error of a failed run, in one line.
         run: The run; None if it is missing.
         asked: Whether the last command that started the sweep asked for it.
+        overrides: What identifies it in its sweep; see ``identity``.
     """
 
     name: str
@@ -156,6 +157,7 @@ class RunState:
     error: str | None = None
     run: Run | None = None
     asked: bool = True
+    overrides: tuple[str, ...] = ()
 
     @property
     def path(self) -> Path | None:
@@ -215,7 +217,7 @@ def run_states(runs: Sequence[Run], plan: Plan | None = None) -> list[RunState]:
         RecordError: A record is broken.
     """
     if plan is None or not plan.jobs:
-        return [_state(run, run.label) for run in runs]
+        return [_state(run, run.label, identity(run.overrides, ())) for run in runs]
     found: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
         found.setdefault(identity(run.overrides, plan.without), []).append(run)
@@ -226,8 +228,8 @@ def run_states(runs: Sequence[Run], plan: Plan | None = None) -> list[RunState]:
     for key in everyone:
         name = " ".join(text for text in key if text not in common)
         if key not in found:
-            states.append(RunState(name or "default", "missing"))
-        states += [_state(run, name or run.label, asked=key in asked) for run in found.get(key, [])]
+            states.append(RunState(name or "default", "missing", overrides=key))
+        states += [_state(run, name or run.label, key, asked=key in asked) for run in found.get(key, [])]
     return states
 
 
@@ -237,7 +239,7 @@ def count(states: Sequence[RunState]) -> str:
     return ", ".join(f"{numbers[state]} {state}" for state in STATES if numbers[state])
 
 
-def _state(run: Run, name: str, *, asked: bool = True) -> RunState:
+def _state(run: Run, name: str, overrides: tuple[str, ...], *, asked: bool = True) -> RunState:
     epochs = len(read_table(run.path, "epochs"))
     trainer = run.config.get("trainer")
     planned = trainer.get("max_epochs") if isinstance(trainer, Mapping) else None
@@ -252,7 +254,7 @@ def _state(run: Run, name: str, *, asked: bool = True) -> RunState:
             error = status.get("error")
     elif planned is not None and epochs >= planned:
         state = "done"
-    return RunState(name, state, epochs, planned, error, run, asked)
+    return RunState(name, state, epochs, planned, error, run, asked, overrides)
 
 
 def is_of(text: str, keys: Sequence[str]) -> bool:
