@@ -26,6 +26,7 @@ STUDIES = (
 )
 STORED = [
     *((name, "results") for name in STUDIES),
+    ("forks", "results/digits"),
     *(("ground_truth", f"results/{part}") for part in ("further", "replicas", "seeds")),
 ]
 
