@@ -59,11 +59,11 @@ def certify_replicas(
     first = 0
     for chunk in weights:
         theta = torch.from_numpy(chunk).to(data["S"][0].device)
-        for split, found in wrong.items():
+        for split, chunks in wrong.items():
             size, stream = max(batch_size // len(theta), 1), f"certify-replicas-{split}"
-            found.append(networks.wrong(theta, *data[split], batch_size=size, stream=stream, first=first))
+            chunks.append(networks.wrong(theta, *data[split], batch_size=size, stream=stream, first=first))
         first += len(theta)
-    losses, tested = (np.concatenate(found).astype(np.float64) for found in wrong.values())
+    losses, tested = (np.concatenate(chunks).astype(np.float64) for chunks in wrong.values())
     found = finite_certificate(losses, alpha=alpha)
     best = tested[found.best]
     return {

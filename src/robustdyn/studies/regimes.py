@@ -172,7 +172,7 @@ def findings_of(tables: Mapping[str, pd.DataFrame]) -> list[str]:
         effects = tables["effects"]
         for panel, own in effects[effects["outcome"] == outcome].groupby("panel", sort=False):
             names = [f"{factor} {level}" for factor, level in zip(own["factor"], own["level"], strict=True)]
-            changes = own.assign(**np.log(own[list(BOUNDS)])) if outcome == SLOPE_RATIO else own
+            changes = own[list(BOUNDS)].apply(np.log) if outcome == SLOPE_RATIO else own
             parts.append(f"on {panel}, it is {told_apart(changes, names)}")
         if parts:
             said.append(sentence(f"the {name} against the default, seed by seed: {'; '.join(parts)}"))
