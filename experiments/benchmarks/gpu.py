@@ -12,7 +12,9 @@ that fails, hangs or has no time left leaves the others alone, and the result sa
 
 import argparse
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -229,15 +231,19 @@ class Process:
     def __init__(self, command: Sequence[str], seconds: float, said: Path) -> None:
         self._ends, self._said = time.monotonic() + seconds, said
         with said.open("w") as file:
-            self._process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+            self._process = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
 
     def finish(self) -> str | None:
         """Wait for it; why it did not end well, else None."""
         try:
             status = self._process.wait(max(0.0, self._ends - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            self._process.kill()
+        except BaseException as error:
+            os.killpg(self._process.pid, signal.SIGKILL)  # with what it has started
             self._process.wait()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
             return "stopped, as its time was up"
         return f"exit status {status}: {self._said.read_text()[-1500:]}" if status else None
 
@@ -311,7 +317,7 @@ def whole(args: argparse.Namespace, write: Callable[[Found], None]) -> Found:
 
 def pytest_command(args: argparse.Namespace, junit: Path) -> Sequence[str]:
     which = "not slow and not gpu" if args.device == "cpu" else "gpu"
-    options = (f"--junitxml={junit}", "-p", "no:cacheprovider", "-m", which, "-v", f"-n{args.jobs}")
+    options = (f"--junitxml={junit}", "-p", "no:cacheprovider", "-m", which, "-vv", f"-n{args.jobs}")
     return sys.executable, "-m", "pytest", str(args.tests), *options
 
 

@@ -214,10 +214,10 @@ def recorded():
     from torch._inductor.cudagraph_trees import get_container
 
     def size(nodes):
-        return sum(1 + size(more) for node in nodes for more in node.children.values())
+        return sum(1 + sum(map(size, node.children.values())) for node in nodes)
 
     manager = get_container(torch.cuda.current_device()).tree_manager
-    return 0 if manager is None else sum(size(nodes) for nodes in manager.roots.values())
+    return 0 if manager is None else sum(map(size, manager.roots.values()))
 
 
 GRAPHS = ("execution=compiled", "execution.compile=reduce-overhead", "trainer.max_epochs=2")
