@@ -2,10 +2,10 @@
 
 ``settings.json`` contains everything on which the numbers depend, ``start.npz`` the starting point,
 ``lines.npz`` the loss along the directions, ``chunks/*.npz`` the replicas, ``path/*.npz`` the measurements at
-their mean, ``noise_free/*.npz`` the repetitions of its noise-free path, ``weights/*.npz`` the weights of every
-replica after the last step, and ``families/*.npz`` children of some of the replicas. Every file is either
-complete or absent. A command that was killed can therefore always be resumed, and several commands can work
-on parts of the ensemble.
+their mean, ``noise_free/*.npz`` the repetitions of its noise-free path, ``weights/*.npz`` the weights of
+every replica after the last step, and ``families/*.npz`` children of some of the replicas. Every file is
+either complete or absent. A command that was killed can therefore always be resumed, and several commands can
+work on parts of the ensemble.
 """
 
 import io

@@ -67,7 +67,7 @@ MISFITS = (
 )
 REMEMBERED = ["ensemble", "reference", "step", "learning_rate", "correlation", "error", "expected"]
 OF_DIRECTION = ["ensemble", "step", "direction", "skewness", "skewness_p", "kurtosis", "kurtosis_p"]
-MIXTURE = [
+OF_FAMILIES = [
     *("ensemble", "step", "learning_rate", "parents", "children", "steps_after", "direction"),
     *("between", "between_error", "within", "within_error"),
 ]
@@ -369,7 +369,7 @@ def _mixture(name: str, ensemble: RecordedEnsemble) -> pd.DataFrame:
         for row, after in enumerate(families.steps.tolist()):
             values = np.stack([part[row] for part in (*apart, *noise)], axis=1)
             rows += [(*head, after, i + 1, *values[i]) for i in range(k)]
-    return pd.DataFrame(rows, columns=MIXTURE)
+    return pd.DataFrame(rows, columns=OF_FAMILIES)
 
 
 def _shown(directions: pd.DataFrame) -> pd.DataFrame:
@@ -428,7 +428,10 @@ def findings_of(tables: Mapping[str, pd.DataFrame]) -> list[str]:
         findings.append(
             "Of the mean's move, in predicted deviations (rms over directions), there is left at the last "
             "step, over all ensembles: "
-            + ", ".join(f"{left[law].iloc[0]:.2f} to {left[law].iloc[1]:.2f} by {NAMES[law]}" for law in left)
+            + ", ".join(
+                f"{left[law].iloc[0]:.2f} to {left[law].iloc[1]:.2f} by {NAMES[law]}"
+                for law in (REFRESHED, NOISE_FREE, DRIFT)
+            )
             + "."
         )
     if "gaussianity" in tables and len(tested := tables["gaussianity"].dropna(subset=["kurtosis"])):
