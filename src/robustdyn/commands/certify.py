@@ -170,9 +170,9 @@ def certificate_lines(result: Mapping[str, Any]) -> Iterator[str]:
         yield _line("Gaussian posterior", *heads)
         for row in gaussian["certificates"]:
             q, kl = row["posterior"], row["kl"]
-            shown = (row["sampled_error"], row["empirical_upper"], row["risk_bound"], row["test"]["error"])
+            shares = (row["sampled_error"], row["empirical_upper"], row["risk_bound"], row["test"]["error"])
             numbers = (f"{q['prior_std']:.3g}", f"{kl['total']:.1f}", f"{kl['mean']:.1f}")
-            yield _line(q["name"], *numbers, *(f"{error:.3f}" for error in shown))
+            yield _line(q["name"], *numbers, *(f"{share:.3f}" for share in shares))
     yield ""
     yield (
         f"bound: {result['risk_bound']:.3f}; both bounds of the replicas hold with probability "
