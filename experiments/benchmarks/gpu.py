@@ -269,7 +269,7 @@ def said_so_far(log: Path) -> Found:
 
 def whole(args: argparse.Namespace, write: Callable[[Found], None]) -> Found:
     """All parts within the budget; ``write`` gets the result after each."""
-    ends, result = time.monotonic() + args.budget, Found()
+    ends, result = time.monotonic() + float(args.budget), Found()
 
     def left() -> float:
         return ends - time.monotonic()

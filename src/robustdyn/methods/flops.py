@@ -104,7 +104,7 @@ def training_flops(module: "AdversarialTraining", images: Tensor, targets: Tenso
             _Counter() as counter,
         ):
             passes()
-        return counter.flops
+        return int(counter.flops)
 
     before = counted(clean)
     of_attack = before + attack.steps * (counted(one_step) - before)
