@@ -11,7 +11,7 @@ from robustdyn.attacks import PGD
 from robustdyn.measure import Eigenpairs, Recorder, RefreshedSlope, Spectrum
 from robustdyn.records import read_table
 
-N, BATCH, EPOCHS, HIDDEN, K = 200, 32, 2, 16, 5  # the last batch of an epoch has eight examples
+N, BATCH, EPOCHS, HIDDEN, K = 200, 32, 3, 16, 5  # the last batch of an epoch has eight examples
 EPS, STEP, STEPS = 0.15, 0.05, 5
 RATE, MU, OMEGA = 0.05, 0.9, 5e-4
 REPLICAS = 256  # a standard error of 4 % for the geometric mean of five variances

@@ -15,7 +15,6 @@ EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 STUDIES = (
     "awp_strength",
     "correlation",
-    "dynamics",
     "measures",
     "methods",
     "precision",
