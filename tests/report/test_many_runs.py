@@ -85,6 +85,9 @@ def test_the_legend_says_which_settings_a_figure_shows(sweep):
     frames = combine_tables(runs, TABLES)
     figure = SPECS["learning_rate"].draw(frames, part="the best")
     assert figure.legends[0].get_title().get_text() == "the best"
+    figure.draw_without_rendering()
+    # the panel keeps most of the 3 inches that the figure of one run has
+    assert figure.axes[0].get_position().height * figure.get_figheight() > 1.5
 
 
 def test_tables_read_together_are_those_read_one_by_one(sweep):

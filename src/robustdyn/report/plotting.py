@@ -7,6 +7,7 @@ lines, and their mean bold.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,8 @@ ONE_RUN = "run"
 MAX_GROUP_MARKS = 12  # more decay lines than this, and they are left to the learning-rate figure ...
 MAX_MARKS = 50  # ... of single groups, and of all
 LABEL_WIDTH = 0.62  # inches a decay label takes
+LEGEND_ROW = 0.2  # inches a row of the legend takes ...
+LEGEND_ROWS = 2  # ... beyond those that figures have room for
 MARKED_POINTS = 40  # beyond this many, markers run into one another
 
 
@@ -225,6 +228,9 @@ def group_legend(
         longest = max(len(str(handle.get_label())) for handle in handles)
         columns = max(1, min(4, len(handles), 128 // (longest + 8)))
         said = {"title": cast.part, "alignment": "left"} if cast.part else {}
+        rows = math.ceil(len(handles) / columns) + bool(cast.part)
+        # else the panels would have to shrink
+        figure.set_figheight(figure.get_figheight() + LEGEND_ROW * max(0, rows - LEGEND_ROWS))
         figure.legend(handles=handles, loc="outside lower center", ncols=columns, **said)
 
 
