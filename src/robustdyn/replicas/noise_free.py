@@ -78,7 +78,7 @@ class MeanPaths:
     drifting: Array
 
 
-def decays(learning_rate: Sequence[float] | NDArray[np.floating]) -> list[int]:
+def decays(learning_rate: Sequence[float] | Array) -> list[int]:
     """Numbers of steps after which the rate falls by more than a fifth in one step."""
     rates = np.asarray(learning_rate, dtype=np.float64)
     return [int(step) for step in np.flatnonzero(rates[1:] < (1 - DECAY) * rates[:-1]) + 1]
@@ -105,7 +105,8 @@ def full_gradients(
     order = torch.randperm(n, generator=streams.generator(training.seed, "noise-free-order", whose, step))
     device = training.images.device
     draws = streams.generator(training.seed, "noise-free-attack", whose, step, device=device)
-    gradient, moves = torch.zeros_like(theta), None
+    gradient = torch.zeros_like(theta)
+    moves: Tensor | None = None
     # parts of about equal size, because a short one would have a weight perturbation of its own kind
     for which in order.tensor_split(max(1, round(n / training.sampling.batch_size))):
         images, targets = (all_[which.to(device)] for all_ in (training.images, training.targets))
