@@ -30,8 +30,9 @@ from robustdyn.replicas.families import Families
 from robustdyn.replicas.point import MeasuredPoint
 
 SETTINGS, START, LINES, CHUNKS, PATH = "settings.json", "start.npz", "lines.npz", "chunks", "path"
-FAMILIES, WEIGHTS = "families", "weights"
+FAMILIES = "families"
 _ANOTHER = "choose another output=DIR, or delete this one"
+WEIGHTS = "weights"  # folder, and the array in its files
 
 
 class EnsembleRecord:
