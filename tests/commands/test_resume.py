@@ -225,8 +225,8 @@ def test_a_run_can_be_made_longer_and_changed_on_request(finished, tmp_path, mon
     images = {where: training_images(where) for where in (finished, moved)}
     assert len(images[finished]) == 1
     assert images[moved] == images[finished]  # the same images again
-    fewer = (*run, "trainer.max_epochs=4", "data.train_size=40", "resume=changed")
-    assert command(monkeypatch, *fewer) == 0
+    others = (*run, "trainer.max_epochs=4", "data.split_seed=1", "resume=changed")
+    assert command(monkeypatch, *others) == 0
     assert set(training_images(moved)) > set(images[finished])
 
 

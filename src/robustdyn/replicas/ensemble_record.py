@@ -34,8 +34,9 @@ from robustdyn.replicas.point import MeasuredPoint
 Array = NDArray[np.float64]
 
 SETTINGS, START, LINES, CHUNKS, PATH = "settings.json", "start.npz", "lines.npz", "chunks", "path"
-NOISE_FREE, FAMILIES, WEIGHTS = "noise_free", "families", "weights"
+NOISE_FREE, FAMILIES = "noise_free", "families"
 _ANOTHER = "choose another output=DIR, or delete this one"
+WEIGHTS = "weights"  # folder, and the array in its files
 
 
 class EnsembleRecord:
