@@ -51,7 +51,7 @@ def test_steps(pack, tmp_path):
     assert json.loads((tmp_path / "found.json").read_text()) == found.found
     said = pack.summary({"steps of 8": found.found}, "NVIDIA H200")
     row = said["steps of 8"][bf16]
-    assert row["images a second"] == pytest.approx(8 / found.found[bf16][0], rel=0.01)
+    assert row["images a second"] == pytest.approx(8 / found.found[bf16][0], abs=0.051)
     assert row["share of the bare passes"] > 0
     used = 8 / found.found[bf16][0] * found.found["flops of an image"] / 989e12
     assert row["model FLOP utilisation"] == round(used, 4)
