@@ -44,6 +44,7 @@ def due(*overrides):
         epochs=list(cfg.measure.epochs),
         examples=cfg.measure.examples,
         inputs="adversarial",
+        weights="trained",
         plan=measurement_plan(cfg),
         records=RunRecords("nowhere"),
     )

@@ -46,6 +46,7 @@ def test_the_recorded_noise_is_that_of_the_large_batch(tmp_path):
             epochs=[1],
             examples=24,
             inputs="clean",
+            weights="trained",
             plan=MeasurementPlan(measurements={"spectrum": Spectrum()}, eigenpairs=PAIRS, second_attack=24),
             records=records,
         )

@@ -82,6 +82,7 @@ CHOICES = (
     ("schedule=bound",),
     ("stopping=early",),
     ("batchnorm.frozen_from=0",),
+    ("measure.memory_mib=64",),
 )
 
 
