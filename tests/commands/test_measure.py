@@ -1,5 +1,6 @@
 import re
 import shlex
+import sys
 import shutil
 from pathlib import Path
 
@@ -156,7 +157,10 @@ def test_the_page_s_network_in_a_file_beside(run_dir, tmp_path, monkeypatch):
         assert theirs in wrapper
         wrapper = wrapper.replace(theirs, here)
     Path("net.py").write_text(wrapper)
-    Path("ownnetwork.py").write_text(OWN_NETWORK)
+    Path("mypackage.py").write_text(OWN_NETWORK)
+    for name in ("net", "mypackage"):  # leave nothing behind for other tests
+        monkeypatch.setitem(sys.modules, name, None)
+        del sys.modules[name]
     own = ("model._target_=net.Net", "model.width=4")
     typed = [o for o in TYPED if not o.startswith("model.")]
     assert measure(monkeypatch, "checkpoint=theirs/model_2.pth", *typed, *OF_RUN, *own) == 0
