@@ -1,7 +1,7 @@
 import re
 import shlex
-import sys
 import shutil
+import sys
 from pathlib import Path
 
 import hydra
@@ -147,6 +147,7 @@ def test_files_of_another_code_give_the_same(run_dir, tmp_path, monkeypatch, cap
 
 
 def test_the_page_s_network_in_a_file_beside(run_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))  # leaves nothing behind for other tests
     folder = foreign(run_dir, tmp_path / "theirs")
     (wrapper,) = re.findall(r'```python title="net.py"\n(.*?)```', PAGE, re.S)
     for theirs, here in (
@@ -158,12 +159,11 @@ def test_the_page_s_network_in_a_file_beside(run_dir, tmp_path, monkeypatch):
         wrapper = wrapper.replace(theirs, here)
     Path("net.py").write_text(wrapper)
     Path("mypackage.py").write_text(OWN_NETWORK)
-    for name in ("net", "mypackage"):  # leave nothing behind for other tests
-        monkeypatch.setitem(sys.modules, name, None)
-        del sys.modules[name]
     own = ("model._target_=net.Net", "model.width=4")
     typed = [o for o in TYPED if not o.startswith("model.")]
     assert measure(monkeypatch, "checkpoint=theirs/model_2.pth", *typed, *OF_RUN, *own) == 0
+    for name in ("net", "mypackage"):
+        del sys.modules[name]
     (row,) = rows(folder / "measured" / "model_2", "wci")
     (own_row,) = (r for r in rows(run_dir, "wci") if r["epoch"] == 2)
     assert row["wci"] == pytest.approx(own_row["wci"], rel=1e-4)
