@@ -31,6 +31,7 @@ from robustdyn.report import style
 from robustdyn.studies.shared.comparing import (
     BOUNDS,
     COLUMNS,
+    INDEX,
     LEVEL,
     METRICS,
     RATE,
@@ -198,7 +199,7 @@ def answer(runs: Sequence[Run]) -> Answer:
         raise RecordError(
             "nothing to compare: give branch=unchanged and other branches, as experiment=forks trains them"
         )
-    rows = values(ordered, METRICS, setting=branch)
+    rows = values(ordered, METRICS, setting=branch, optional=(INDEX,))
     fork = min(int(run.config["fork"]["epoch"]) for run in ordered)
     moments = moments_of(in_shown_units(rows), fork)
     shares = shares_removed(moments)
@@ -211,7 +212,7 @@ def answer(runs: Sequence[Run]) -> Answer:
         "curves": curves,
         "runs": moments,
     }
-    panels = [Panel(COLUMNS[metric].label, metric) for metric in (*SHARES, ROBUST_LOSS_GAP)]
+    panels = [Panel(COLUMNS[metric].label, metric) for metric in (*SHARES, ROBUST_LOSS_GAP, INDEX)]
     shown = curves[curves["quantity"].isin([RATE, *(panel.quantity for panel in panels)])]
     title = "Branches that differ in one factor"
     pictures = [Picture("curves", shown, partial(figure_of_curves, title=title, panels=panels))]
