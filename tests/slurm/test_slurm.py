@@ -200,11 +200,13 @@ def test_a_sweep_that_is_left_alone_loses_nothing_and_reports_itself(
     assert sweep_command(["cancel", str(folder)]) == 0
     states = cluster.states()
     jobs = SubmittedJobs.read(folder)
-    assert [states[job] for job in [*jobs.runs, jobs.report]][3:] == ["CANCELLED"] * 3
+    ended = [states.get(job) for job in [*jobs.runs, jobs.report]][3:]
+    assert len(ended) == 3
+    assert {*ended} <= {"CANCELLED", None}  # squeue forgets a waiting part of an array
     assert not sweep_command(["extend", str(folder), "seed=0,1"])
     states = cluster.states()
     jobs = SubmittedJobs.read(folder)
-    assert [states[job] for job in [*jobs.runs, jobs.report]][5:] == ["COMPLETED"] * 2
+    assert [states[job] for job in [*jobs.runs, jobs.report][5:]] == ["COMPLETED"] * 2
     assert page.is_file()
 
 
