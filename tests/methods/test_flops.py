@@ -53,6 +53,15 @@ def test_operations_of_a_step(overrides, passes):
     assert found == by_hand(module.model, batch.images[:1], **passes)
 
 
+def test_dropout_draws_as_if_nothing_had_been_counted():
+    _, data, module = prepared(*SMALLER)
+    module.model = nn.Sequential(module.model, nn.Dropout())
+    batch = data.split("train").batch(torch.arange(5))
+    before = torch.get_rng_state()
+    training_flops(module.train(), batch.images, batch.targets)
+    assert torch.get_rng_state().equal(before)
+
+
 def test_cards():
     assert bfloat16_peak("NVIDIA H200") == bfloat16_peak("NVIDIA H100 80GB HBM3") == 989e12
     assert bfloat16_peak("NVIDIA H100 PCIe") == 756e12

@@ -67,8 +67,8 @@ def training_flops(module: "AdversarialTraining", images: Tensor, targets: Tenso
     """Operations that attack, weight perturbation and descent need for one training image.
 
     Counted in eager passes: convolutions and matrix products, forward and backward. Passes that only the
-    metrics need do not count, nor do a curvature penalty and the optimiser. The network and its gradients are
-    left as they were.
+    metrics need do not count, nor do a curvature penalty and the optimiser. The network, its gradients and
+    PyTorch's random numbers are left as they were.
 
     Args:
         module: At the epoch it is in, which decides whether the weights are perturbed.
@@ -98,6 +98,8 @@ def training_flops(module: "AdversarialTraining", images: Tensor, targets: Tenso
 
     def counted(passes: Callable[[], None]) -> int:
         with (
+            # dropout must draw the same in training, and in a run that resumes within the epoch
+            torch.random.fork_rng([images.device] if images.is_cuda else []),
             frozen_statistics(model),
             module.execution.eager(),
             torch.enable_grad(),
