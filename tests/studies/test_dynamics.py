@@ -118,6 +118,13 @@ def test_moments_are_about_the_decays(tmp_path):
     assert found["lr"].to_dict() == {"before": 3, "after": 4, "late": 7, "end": 11}
 
 
+def test_a_moment_is_the_nearest_epoch_that_has_the_sum(tmp_path):
+    (run,) = find_runs(write_run(tmp_path / "run", unstable=(7,)))
+    found = moments(tracked_quantities(run), run.path).set_index(["quantity", "moment"])["epoch"]
+    assert found["dominant_terms_stationary", "late"] == 4
+    assert found["hessian_eigenvalue_top", "late"] == 7
+
+
 def test_the_commutator_is_counted_against_its_null(answered):
     counted = row_of(answered.tables["alignment"], method="AT", quantity="commutator")
     assert (counted["measurements"], counted["above"]) == (18, 6)  # two of six epochs in each of three seeds

@@ -15,6 +15,7 @@ EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 STUDIES = (
     "awp_strength",
     "correlation",
+    "dynamics",
     "measures",
     "methods",
     "precision",

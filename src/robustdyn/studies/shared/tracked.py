@@ -234,7 +234,9 @@ def moments(values: pd.DataFrame, path: object) -> pd.DataFrame:
             f"{path}: measured on one side of the decay at epoch {first} only; "
             "train with measure.epochs=[every 4, around decays 1]"
         )
-    known = values[values["quantity"].isin(_ROBUSTNESS) | values["epoch"].isin(measured)].sort_values("epoch")
+    kept = values["quantity"].isin(_ROBUSTNESS) | values["epoch"].isin(measured)
+    # a sum is missing where a corrected curvature or noise came out negative
+    known = values[kept].dropna(subset=["value"]).sort_values("epoch")
     sides = {
         BEFORE: known[known["epoch"] < first].drop_duplicates("quantity", keep="last"),
         AFTER: known[known["epoch"] >= first].drop_duplicates("quantity", keep="first"),
