@@ -105,6 +105,15 @@ def test_goes_on_where_it_stopped(finished, tmp_path, monkeypatch):
     assert all(torch.equal(value, weights(finished)[name]) for name, value in weights(tmp_path).items())
 
 
+def test_fewer_images_than_were_recorded_are_refused_before_training(finished, tmp_path, monkeypatch, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    changed = ("data.train_size=70", "trainer.max_epochs=4")
+    assert command(monkeypatch, f"resume={tmp_path / 'run'}", *changed) == 1
+    *_, line = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: data.train_size: the run was trained on 80 images and would go on with 70")
+    assert len(rows(tmp_path / "run", "epochs")) == 3
+
+
 def test_seeds_differ_and_zero_is_one(tmp_path, monkeypatch):
     for name, seed in (("a", 0), ("b", 0), ("c", 2**32), ("d", 2**63 - 1)):
         arguments = (f"seed={seed}", "trainer.max_epochs=1", f"hydra.run.dir={tmp_path / name}")
