@@ -77,6 +77,11 @@ def test_the_posterior_can_be_computed_again(finished, tmp_path, capsys):
     assert rows(copy, "posterior") == rows(finished, "posterior")
     assert posterior_command([str(copy), "--interpolation", "piecewise_constant"]) == 0
     assert rows(copy, "posterior") != rows(finished, "posterior")
+    config = copy / ".hydra" / "config.yaml"
+    config.write_text(config.read_text().replace("momentum: 0.9", "momentum: most"))
+    assert posterior_command([str(copy)]) == 1
+    said = capsys.readouterr().err
+    assert said == f"error: {config}: optimizer.momentum=most must lie in [0, 1); restore it\n"
     (copy / "records" / "spectrum.jsonl").unlink()
     assert posterior_command([str(copy)]) == 1
     assert "no spectrum was recorded" in capsys.readouterr().err
