@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 import robustdyn.launch.sweep  # noqa: F401 - has a resolver of conf/train.yaml
 from robustdyn.defaults import config_dir
-from robustdyn.errors import ConfigError, RecordError, UserError
+from robustdyn.errors import ConfigError, UserError
 from robustdyn.launch.paths import quoted_paths
 from robustdyn.launch.resume import resumed
 from tests.runs import compose
@@ -274,8 +274,8 @@ def test_a_run_with_a_class_of_the_user_s_needs_his_permission(tmp_path, monkeyp
     assert go_on(run_dir, "allow=[ownnet]").model._target_ == "ownnet.Net"
 
 
-def test_a_damaged_configuration_is_one_line(tmp_path):
+@pytest.mark.parametrize("name", ["config.yaml", "hydra.yaml", "overrides.yaml"])
+def test_a_damaged_configuration_is_one_line(name, tmp_path):
     run_dir = write(tmp_path / "run", *TYPED)
-    (run_dir / ".hydra" / "config.yaml").write_text("a: [")
-    with pytest.raises(RecordError, match=r"config.yaml: cannot read .*; restore it"):
-        go_on(run_dir)
+    (run_dir / ".hydra" / name).write_text("a: [")
+    refused(rf"{name}: cannot read .*; restore ", f"resume={run_dir}")
