@@ -91,7 +91,13 @@ def children(
     """Places x (count, S, k) of children from θ_0 + move, in the ensemble's coordinates."""
     directions = ensemble.start.directions
     recorded = Recorded(
-        steps=tuple(steps), loss_steps=(), loss_examples=1, mean_steps=(), loss_draws=1, expansion=False
+        steps=tuple(steps),
+        loss_steps=(),
+        loss_examples=1,
+        mean_steps=(),
+        loss_draws=1,
+        expansion=False,
+        weights=False,
     )
     family = Ensemble(
         moved(state.model, move),

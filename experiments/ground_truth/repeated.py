@@ -80,6 +80,7 @@ def repeat(ensemble: RecordedEnsemble, state: TrainingState, step: int, replicas
         mean_steps=(step,),
         loss_draws=1,
         expansion=False,
+        weights=False,
     )
     again = Ensemble(
         state.model,

@@ -321,6 +321,16 @@ def test_a_stranger_s_run_calls_nothing_of_its_choice(run, monkeypatch, capsys, 
     assert f"{key}._target_=robustdyn.models.checkpoints.torch.os.system is not allowed" in said
 
 
+def test_a_run_of_another_version_is_refused(run, monkeypatch, capsys):
+    path = run / ".hydra" / "config.yaml"
+    config = OmegaConf.load(path)
+    del config.data.validation_size
+    OmegaConf.save(config, path)
+    assert "the settings of this run lack data.validation_size, because" in refused(
+        monkeypatch, capsys, run, MORE
+    )
+
+
 def test_examples_that_chose_the_checkpoint_are_refused(run, monkeypatch, capsys):
     """S is in the run's validation set, held out by it and not by a smaller data.train_size."""
     config = run / ".hydra" / "config.yaml"

@@ -8,6 +8,7 @@ import hydra
 import pandas as pd
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from robustdyn.commands.measure import main
 from robustdyn.commands.report import main as report
@@ -200,6 +201,25 @@ def test_what_was_measured_stays_what_it_is(run_dir, tmp_path, monkeypatch, caps
     shutil.copy("theirs/model_2.pth", "theirs/model_0.pth")
     said = refused(monkeypatch, capsys, "checkpoint=theirs/model_0.pth", *typed)
     assert "there: epoch 0 was measured from another file than theirs/model_0.pth" in said
+
+
+@pytest.mark.parametrize(
+    ("key", "requirement"),
+    [
+        ("added_noise.factor", "must be a number of at least 0"),
+        ("trainer.accumulate_grad_batches", "must be a whole number of at least 1"),
+    ],
+)
+@pytest.mark.parametrize("value", ["much", -1, "${nothing}"])
+def test_a_recorded_setting_that_cannot_be_is_named_with_its_file(
+    key, requirement, value, run_dir, monkeypatch, capsys
+):
+    path = run_dir / ".hydra" / "config.yaml"
+    config = OmegaConf.load(path)
+    OmegaConf.update(config, key, value, force_add=True)
+    OmegaConf.save(config, path)
+    found = refused(monkeypatch, capsys, "checkpoint=run")
+    assert found == f"error: {path}: {key}={value} {requirement}; restore it"
 
 
 @pytest.mark.parametrize(

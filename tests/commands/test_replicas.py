@@ -111,6 +111,19 @@ def test_a_killed_command_goes_on(checkpoint, tmp_path, monkeypatch):
     assert before.items() <= after.items()  # finished chunks were not run again
 
 
+def test_what_the_run_of_another_version_lacks_is_named_if_it_is_needed(
+    checkpoint, tmp_path, monkeypatch, capsys
+):
+    path = tmp_path / "run" / ".hydra" / "config.yaml"
+    config = OmegaConf.load(path)
+    del config.optimizer.nesterov, config.measure.weights
+    OmegaConf.save(config, path)
+    assert replicate(monkeypatch, checkpoint, *SMALL) == 1
+    said = capsys.readouterr().err
+    assert "the settings of this run lack optimizer.nesterov, because another version of robustdyn" in said
+    assert said.endswith("or use that version, or give what is missing: +run.optimizer.nesterov=...\n")
+
+
 @pytest.mark.slow  # trains replicas
 def test_what_the_run_says_can_be_changed(checkpoint, tmp_path, monkeypatch):
     changes = (

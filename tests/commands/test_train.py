@@ -77,6 +77,11 @@ def test_the_posterior_can_be_computed_again(finished, tmp_path, capsys):
     assert rows(copy, "posterior") == rows(finished, "posterior")
     assert posterior_command([str(copy), "--interpolation", "piecewise_constant"]) == 0
     assert rows(copy, "posterior") != rows(finished, "posterior")
+    config = copy / ".hydra" / "config.yaml"
+    config.write_text(config.read_text().replace("momentum: 0.9", "momentum: most"))
+    assert posterior_command([str(copy)]) == 1
+    said = capsys.readouterr().err
+    assert said == f"error: {config}: optimizer.momentum=most must lie in [0, 1); restore it\n"
     (copy / "records" / "spectrum.jsonl").unlink()
     assert posterior_command([str(copy)]) == 1
     assert "no spectrum was recorded" in capsys.readouterr().err
@@ -103,6 +108,15 @@ def test_goes_on_where_it_stopped(finished, tmp_path, monkeypatch):
     assert [(row["epoch"], row["warm"]) for row in eigenproblems] == [(0, False)] * 2 + [(2, True)] * 2
     assert all(row["converged"] for row in eigenproblems)
     assert all(torch.equal(value, weights(finished)[name]) for name, value in weights(tmp_path).items())
+
+
+def test_fewer_images_than_were_recorded_are_refused_before_training(finished, tmp_path, monkeypatch, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    changed = ("data.train_size=70", "trainer.max_epochs=4")
+    assert command(monkeypatch, f"resume={tmp_path / 'run'}", *changed) == 1
+    *_, line = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: data.train_size: the run was trained on 80 images and would go on with 70")
+    assert len(rows(tmp_path / "run", "epochs")) == 3
 
 
 def test_seeds_differ_and_zero_is_one(tmp_path, monkeypatch):

@@ -6,12 +6,13 @@ import torch
 from omegaconf import OmegaConf
 
 from robustdyn.defaults import config_dir
+from robustdyn.errors import RecordError
 from robustdyn.launch.fork import forked
 from robustdyn.launch.paths import quoted_paths
 from robustdyn.run.checkpointing import changed_settings
 from robustdyn.run.combinations import check_combinations
 from robustdyn.run.config import check
-from tests.launch.test_resume import TYPED, write
+from tests.launch.test_resume import TYPED, remove, write
 from tests.runs import compose
 
 PRESETS = sorted(path.stem for path in (config_dir() / "branch").glob("*.yaml"))
@@ -77,6 +78,18 @@ def test_a_longer_branch_keeps_its_decays(tmp_path):
     cfg = branch(checkpoint_of(tmp_path / "run", *TYPED), "trainer.max_epochs=20", "schedule=cosine")
     assert cfg.decay_epochs == [4, 6]
     assert cfg.schedule == {"_target_": "robustdyn.methods.Cosine", "length": 20}
+
+
+def test_what_the_run_of_another_version_lacks_is_named(tmp_path):
+    path = checkpoint_of(tmp_path / "run", "trainer.max_epochs=8")
+    state = torch.load(path, weights_only=True)
+    del state["config"]["measure"]["weights"]
+    torch.save(state, path)
+    assert branch(path).measure.weights == "trained"  # the run's configuration has it
+    remove(tmp_path / "run", "measure.weights")
+    with pytest.raises(RecordError, match=r"the settings of this run lack measure\.weights, because another"):
+        branch(path)
+    assert branch(path, "+measure.weights=averaged").measure.weights == "averaged"
 
 
 def test_a_choice_that_the_run_has_later_is_not_the_checkpoint_s(tmp_path):

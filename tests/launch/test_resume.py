@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 import robustdyn.launch.sweep  # noqa: F401 - has a resolver of conf/train.yaml
 from robustdyn.defaults import config_dir
-from robustdyn.errors import ConfigError, RecordError, UserError
+from robustdyn.errors import ConfigError, UserError
 from robustdyn.launch.paths import quoted_paths
 from robustdyn.launch.resume import resumed
 from tests.runs import compose
@@ -152,6 +152,53 @@ def test_a_checkpoint_decides_what_the_settings_were(tmp_path):
     assert (run_dir / ".hydra" / "config.yaml").read_text() == files["config.yaml"]
 
 
+# ---------------------------------------------------------------------- runs of other versions
+
+
+def remove(run_dir, *keys):
+    """Take keys out of the configuration of a run and out of its settings."""
+    for path in (run_dir / ".hydra" / "config.yaml", run_dir / "status.json"):
+        content = json.loads(path.read_text())
+        for key in keys:
+            *sections, leaf = key.split(".")
+            section = content.get("settings", content)
+            for name in sections:
+                section = section[name]
+            del section[leaf]
+        path.write_text(json.dumps(content))
+    return run_dir
+
+
+def test_what_the_settings_of_another_version_lack_is_named_with_the_remedy(tmp_path):
+    run_dir = remove(write(tmp_path / "run", *TYPED), "measure.weights", "added_noise")
+    lacks = "the settings of this run lack added_noise, measure.weights, because another version of robustdyn"
+    remedy = (
+        "train it again, or use that version, or give what is missing: .added_noise=... .measure.weights="
+    )
+    refused(f"^{run_dir}: {lacks} recorded it; {remedy}", f"resume={run_dir}")
+    facts = {"packages": {"robustdyn": "0.0.9", "torch": "2"}, "code_revision": "f00d-dirty"}
+    (run_dir / "environment.json").write_text(json.dumps(facts))
+    refused(rf"recorded it \(0.0.9, revision f00d-dirty\); {remedy}", f"resume={run_dir}")
+    refused("the settings of this run lack added_noise, because", f"resume={run_dir}", "measure=index")
+    cfg = go_on(run_dir, "+measure.weights=averaged", "+added_noise=none")
+    assert cfg.measure.weights == "averaged"
+
+
+def test_what_a_run_may_lack(tmp_path):
+    """What was left out by its command, measurements, and settings of another class or of another choice."""
+    typed = ["~trainer.log_every_n_steps", "~measure.measurements.alignment", "ensemble=default"]
+    run_dir = write(
+        tmp_path / "run", *typed, change=evil("schedule", {"_target_": "robustdyn.methods.Constant"})
+    )
+    status = json.loads((run_dir / "status.json").read_text())
+    status["settings"]["schedule"] = {"_target_": "robustdyn.methods.Constant"}
+    (run_dir / "status.json").write_text(json.dumps(status))
+    assert "log_every_n_steps" not in go_on(run_dir).trainer
+    assert go_on(run_dir, "ensemble=none").ensemble == {}
+    remove(run_dir, "measure.measurements.spectrum", "ensemble.noise_free.children")
+    refused("lack ensemble.noise_free.children, because", f"resume={run_dir}")
+
+
 # ---------------------------------------------------------------------- what a stranger's run may do
 
 
@@ -227,8 +274,8 @@ def test_a_run_with_a_class_of_the_user_s_needs_his_permission(tmp_path, monkeyp
     assert go_on(run_dir, "allow=[ownnet]").model._target_ == "ownnet.Net"
 
 
-def test_a_damaged_configuration_is_one_line(tmp_path):
+@pytest.mark.parametrize("name", ["config.yaml", "hydra.yaml", "overrides.yaml"])
+def test_a_damaged_configuration_is_one_line(name, tmp_path):
     run_dir = write(tmp_path / "run", *TYPED)
-    (run_dir / ".hydra" / "config.yaml").write_text("a: [")
-    with pytest.raises(RecordError, match=r"config.yaml: cannot read .*; restore it"):
-        go_on(run_dir)
+    (run_dir / ".hydra" / name).write_text("a: [")
+    refused(rf"{name}: cannot read .*; restore ", f"resume={run_dir}")

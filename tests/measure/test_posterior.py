@@ -147,6 +147,39 @@ def test_batches_of_shuffled_epochs_are_those_of_the_coupled_law(attack):
         assert (slow["posterior_variance"] < slow["posterior_variance_independent"]).all(axis=None)
 
 
+@pytest.mark.parametrize("later", [29, 145, 10])
+def test_a_branch_with_another_batch_size_keeps_that_of_its_run_before_the_fork(later):
+    given = tables(12, [(0, 0.1)], [(0, 0, 2.0, 0.2)])
+    steps = np.array([10] * 6 + [-(-EXAMPLES // later)] * 6)
+    given["epochs"]["step"] = steps.cumsum()
+    given["bounds"] = pd.DataFrame({"train_examples": EXAMPLES, "batch_size": [BATCH, BATCH, later]})
+    batch = np.repeat([BATCH] * 6 + [later] * 6, steps)
+    sizes = batch.copy()
+    sizes[steps.cumsum() - 1] -= steps * batch[steps.cumsum() - 1] - EXAMPLES
+    factor = (EXAMPLES - batch) / (batch * (EXAMPLES - 1))
+    law = shuffled_covariance(
+        np.full(len(batch), 2.0),
+        np.divide(0.7 * 0.2, factor, out=np.zeros(len(batch)), where=factor > 0),
+        0.3 * 0.2 * batch,
+        np.full(len(batch), 0.1),
+        examples=EXAMPLES,
+        sizes=sizes,
+        epoch_ends=steps.cumsum(),
+        momentum=MU,
+        weight_decay=OMEGA,
+        initial_covariance=np.zeros((2, 2)),
+    )
+    found = posterior(given)["posterior_variance"][0]
+    np.testing.assert_allclose(found, law[steps.cumsum() - 1, 0, 0], rtol=EXACT64["rtol"])
+
+
+def test_epochs_of_a_batch_size_that_is_not_recorded_take_no_example_twice():
+    """Batches of 100 give an epoch of 145 examples two steps, and it had ten: of 14 examples each."""
+    found, wanted = (tables(3, [(0, 0.1)], [(0, 0, 2.0, 0.2)]) for _ in range(2))
+    found["bounds"]["batch_size"], wanted["bounds"]["batch_size"] = 100, 14
+    pd.testing.assert_frame_equal(posterior(found), posterior(wanted))
+
+
 def test_the_part_of_each_law_that_is_left_is_the_law_without_later_noise():
     """Two decays; from the last one before an epoch's end on, the truth draws no noise."""
     given = tables(30, [(0, 0.1), (12, 0.01), (20, 0.001)], [(0, 0, 1.0, 0.2), (15, 0, 2.0, 0.3)])

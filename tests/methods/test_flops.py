@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from robustdyn.measure import timing
+from robustdyn.methods import AdversarialCrossEntropy
 from robustdyn.methods.flops import bfloat16_peak, training_flops
 from tests.measure.test_timing import table
 from tests.methods.fits import SMALLER, WIDE, prepared, values
@@ -81,3 +82,22 @@ def test_the_record_has_the_share_of_the_peak(monkeypatch, tmp_path):
     image = data.split("train").batch(torch.arange(1)).images
     wanted = row["images_per_second"] * by_hand(module.model, image, trained=1, attacked=2) / peak
     assert row["model_flop_utilisation"] == pytest.approx(wanted, rel=1e-12)
+
+
+def test_a_run_whose_operations_cannot_be_counted_goes_on(monkeypatch, tmp_path):
+    """The objective takes no image twice, as one that compares images with each other might."""
+    whole = AdversarialCrossEntropy.__call__
+
+    def distinct(self, model, images, adversarial, targets):
+        if images[0].equal(images[1]):
+            raise ZeroDivisionError("no distance\nbetween images")
+        return whole(self, model, images, adversarial, targets)
+
+    monkeypatch.setattr(AdversarialCrossEntropy, "__call__", distinct)
+    monkeypatch.setattr(timing, "_peak", lambda trainer: 1e12)
+    arguments = ("trainer.max_epochs=2", f"hydra.run.dir={tmp_path}")
+    assert command(monkeypatch, *WIDE, *SMALLER, *arguments) == 0
+    assert [row["model_flop_utilisation"] for row in table(tmp_path)] == [None, None]
+    log = (tmp_path / "log.jsonl").read_text()
+    assert log.count("model_flop_utilisation stays empty") == 1
+    assert "ended in ZeroDivisionError: no distance between images" in log

@@ -37,6 +37,8 @@ DOUBLED_CHOICES = [f"a{n}: ${{oc.select:a{n - 1},''}}${{oc.select:..a{n - 1}}}" 
         ("\n".join(["a0: xx", *DOUBLED_CHOICES]).encode(), "interpolations make it larger than 1 MiB"),
         (b"a: ${oc.select:b.${c}}", "a key is computed by an interpolation"),
         (b"5", "neither keys with values nor a list"),
+        (b"a: 1\nb:\n- {c: 2, d: {}, c: 3}", "the key 'c' is there twice, again in line 3"),
+        (b"a: 1\n2: x\na:\n  b: 1", "the key 'a' is there twice, again in line 3"),
     ],
 )
 def test_refuses_in_one_line(tmp_path, content, reason):
@@ -53,6 +55,7 @@ def test_refuses_in_one_line(tmp_path, content, reason):
         ("a: '${per_255:'", "missing '}'|extraneous input|token recognition|mismatched|no viable"),
         ("a: !!set {b}", "not a supported primitive type"),
         ("- a", "not a configuration"),
+        ("a: 1\na: 1", "config.yaml: cannot read .the key 'a' is there twice, again in line 2.; restore it"),
     ],
 )
 def test_what_is_no_configuration_is_refused_in_one_line(tmp_path, content, reason):

@@ -194,13 +194,27 @@ def test_what_cannot_work_is_refused():
         ensemble(
             training(),
             recorded=Recorded(
-                steps=(9,), loss_steps=(), loss_examples=1, mean_steps=(), loss_draws=1, expansion=False
+                steps=(9,),
+                loss_steps=(),
+                loss_examples=1,
+                mean_steps=(),
+                loss_draws=1,
+                expansion=False,
+                weights=False,
             ),
         )
     with pytest.raises(ValueError, match="directions must be"):
         ensemble(training(), along=Directions(positions=torch.zeros(3, 1), forces=torch.zeros(3, 1)))
     with pytest.raises(ValueError, match="steps must increase"):
-        Recorded(steps=(3, 1), loss_steps=(), loss_examples=1, mean_steps=(), loss_draws=1, expansion=False)
+        Recorded(
+            steps=(3, 1),
+            loss_steps=(),
+            loss_examples=1,
+            mean_steps=(),
+            loss_draws=1,
+            expansion=False,
+            weights=False,
+        )
     with pytest.raises(ValueError, match=r"batch_size must lie in \[1, 10\]"):
         sampling(batch_size=11)
     with pytest.raises(ValueError, match="frozen needs"):
@@ -218,7 +232,9 @@ def test_what_cannot_work_is_refused():
     with pytest.raises(ValueError, match="Dropout in '1'"):
         ensemble(training(batchnorm="train"), model=model)
     diverging = training(learning_rate=[1e200] * 3)
-    nothing = Recorded(steps=(), loss_steps=(), loss_examples=1, mean_steps=(), loss_draws=1, expansion=False)
+    nothing = Recorded(
+        steps=(), loss_steps=(), loss_examples=1, mean_steps=(), loss_draws=1, expansion=False, weights=False
+    )
     with pytest.raises(FloatingPointError, match="diverged within 3 steps"):
         ensemble(diverging, recorded=nothing).run([0, 1])
 
@@ -266,6 +282,7 @@ def test_a_quadratic_loss_has_the_predicted_covariance(replacement):
         mean_steps=(),
         loss_draws=1,
         expansion=False,
+        weights=False,
     )
     found = ensemble(
         problem,

@@ -216,6 +216,7 @@ def test_replicas_are_expanded_in_all_of_weight_space(engine):
         mean_steps=(),
         loss_draws=2,
         expansion=True,
+        weights=False,
     )
     ensemble = Ensemble(model, problem, directions=directions(model), recorded=recorded, engine=engine)
     found = ensemble.run([3, 5])
@@ -242,7 +243,13 @@ def test_replicas_are_expanded_in_all_of_weight_space(engine):
         problem,
         directions=directions(model),
         recorded=Recorded(
-            steps=(4,), loss_steps=(4,), loss_examples=EXAMPLES, mean_steps=(), loss_draws=1, expansion=False
+            steps=(4,),
+            loss_steps=(4,),
+            loss_examples=EXAMPLES,
+            mean_steps=(),
+            loss_draws=1,
+            expansion=False,
+            weights=False,
         ),
         engine=engine,
     ).run([3])
@@ -265,10 +272,24 @@ def test_targets_may_be_probabilities():
 def test_what_cannot_be_expanded_is_refused():
     with pytest.raises(ValueError, match=r"steps must hold all loss_steps for an expansion; add \[2\]"):
         Recorded(
-            steps=(0, 1), loss_steps=(0, 2), loss_examples=1, mean_steps=(), loss_draws=1, expansion=True
+            steps=(0, 1),
+            loss_steps=(0, 2),
+            loss_examples=1,
+            mean_steps=(),
+            loss_draws=1,
+            expansion=True,
+            weights=False,
         )
     with pytest.raises(ValueError, match="loss_draws must be at least 1"):
-        Recorded(steps=(), loss_steps=(), loss_examples=1, mean_steps=(), loss_draws=0, expansion=False)
+        Recorded(
+            steps=(),
+            loss_steps=(),
+            loss_examples=1,
+            mean_steps=(),
+            loss_draws=0,
+            expansion=False,
+            weights=False,
+        )
     for multiples in ((), (0.0, 1.0), (2.0, 1.0)):
         with pytest.raises(ValueError, match="multiples must increase strictly from above 0"):
             lines_of(smooth(), training(), deviations=(0.1,), multiples=multiples)

@@ -83,6 +83,7 @@ def settings(**changes):
             mean_steps=(3,),
             loss_draws=1,
             expansion=False,
+            weights=False,
         ),
         "start": PointSettings(memory=2**20, **point),
         "noise_free": NoiseFreeSettings(repetitions=0, pairs=1, every=1, children=0),

@@ -64,6 +64,12 @@ def test_every_option_composes_and_passes_its_checks(choice):
     check_combinations(cfg)
 
 
+@pytest.mark.parametrize("choice", [f"scale={scale}" for scale in options("scale")] + ["experiment=demo"])
+def test_without_measurement_neither_a_scale_nor_an_experiment_measures(choice):
+    assert compose(choice, "measure=none").measure.epochs == []
+    assert compose(choice, "measure=none", "measure.epochs=[3]").measure.epochs == [3]
+
+
 @pytest.mark.parametrize("overrides", [(), ("data=cifar10", "method=awp", "optimizer.lr=1", "~logger")])
 def test_tests_compose_as_hydra_does(overrides, monkeypatch):
     """They keep what they composed before."""

@@ -16,6 +16,7 @@ from robustdyn.data import ImageDataModule, ImageTensors
 from robustdyn.data.tensors import to_unit
 from robustdyn.errors import ConfigError, RecordError
 from robustdyn.launch.application import run_app
+from robustdyn.launch.of_run import check_complete
 from robustdyn.launch.paths import load_run
 from robustdyn.models import load_weights
 from robustdyn.records.files import file_digest, replace_file
@@ -285,6 +286,7 @@ def _examples(cfg: DictConfig, run_dir: Path) -> tuple[DictConfig, dict[str, Ima
         UserError: There are no examples that the run has not seen, or they chose its checkpoint.
     """
     run = load_run(run_dir)
+    check_complete(run_dir, run, sections=("data", "model", "attack"), typed="")
     changed, allow = changed_run(run, cfg.run), allowed(cfg)
     seen, together = _split(run, "train", allow), _split(changed, "train", allow)
     test = _split(changed, "test", allow)

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from robustdyn.data import ImageDataModule, ImageTensors
-from robustdyn.errors import ConfigError
+from robustdyn.errors import ConfigError, RecordError
 from robustdyn.launch.application import run_app
 from robustdyn.launch.of_run import Typed, deferred, of_run
 from robustdyn.launch.paths import load_run
@@ -29,7 +29,7 @@ from robustdyn.records.run_directory import RunDirectory
 from robustdyn.report.page import build_report
 from robustdyn.run.checkpoint_measurement import CheckpointMeasurement
 from robustdyn.run.checkpoint_series import Checkpoint, find_checkpoints
-from robustdyn.run.config import COUNT, SEED, SWITCH, build, check, check_rules
+from robustdyn.run.config import COUNT, NON_NEGATIVE, SEED, SWITCH, Rule, build, check, check_rules
 from robustdyn.run.measured_series import MeasuredSeries
 from robustdyn.run.of_checkpoint import device_of, run_of, type_name
 from robustdyn.run.status import say
@@ -78,9 +78,10 @@ def measure_checkpoints(given: DictConfig) -> None:
     typed = Typed.now(OF_THE_RUN)
     cfg, allow = of_run(NAME, found[0].path, run_dir, typed, OF_THE_RUN)
     run = None if run_dir is None else load_run(run_dir)
-    _complete(cfg, typed, run)
+    _complete(cfg, typed, run_dir, run)
     check(cfg)
     check_rules(cfg, RULES)
+    added_noise = float(_recorded(run_dir, "added_noise.factor", 0.0, NON_NEGATIVE))
     chosen = _chosen(cfg, found)
     trained = cfg.measure.weights == "trained"
     if not trained and (without := [file.path for file in chosen if not file.averaged]):
@@ -96,7 +97,6 @@ def measure_checkpoints(given: DictConfig) -> None:
     train = data.split("train")
     training = Training.of(chosen, cfg, run_dir, -(-len(train) // cfg.batch_size))
     optimizers = {file.epoch: training.optimizer(file) for file in chosen}
-    added_noise = 0.0 if run is None else float(OmegaConf.select(run, "added_noise.factor", default=0.0))
     measurement = CheckpointMeasurement(cfg, allow, data, device, added_noise=added_noise)
 
     output = Path(cfg.output) if cfg.output else _output(given, found, run_dir)
@@ -152,15 +152,29 @@ def _run_of(found: Sequence[Checkpoint]) -> Path | None:
     return runs[0]
 
 
-def _complete(cfg: DictConfig, typed: Typed, run: DictConfig | None) -> None:
+def _complete(cfg: DictConfig, typed: Typed, run_dir: Path | None, run: DictConfig | None) -> None:
     """Add what the run says outside the sections that were taken from it, and the defaults without a run."""
     if "measure.epochs" not in typed.settings:
         cfg.measure.epochs = "all"  # a run's own were those at which it measured
     if cfg.seed is None:
         cfg.seed = 0 if run is None else run.get("seed")
     if cfg.batch_size is None:
-        batches = 1 if run is None else OmegaConf.select(run, "trainer.accumulate_grad_batches") or 1
-        cfg.batch_size = cfg.data.batch_size * batches
+        cfg.batch_size = cfg.data.batch_size * _recorded(run_dir, "trainer.accumulate_grad_batches", 1, COUNT)
+
+
+def _recorded(run_dir: Path | None, key: str, default: Any, rule: Rule) -> Any:
+    """A setting that a run recorded outside the sections that were taken from it; the default without it.
+
+    Raises:
+        RecordError: It breaks the rule; the message names the key and the file.
+    """
+    if run_dir is None:
+        return default
+    run = RunDirectory(run_dir)
+    value: Any = flatten(run.setup().config).get(key)
+    if value is not None and not rule.holds(value):
+        raise RecordError(f"{run.config}: {key}={value} {rule.requirement}; restore it")
+    return default if value is None else value
 
 
 def _chosen(cfg: DictConfig, found: Sequence[Checkpoint]) -> list[Checkpoint]:

@@ -5,10 +5,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from robustdyn.errors import RecordError
-from robustdyn.run.config import register_resolvers
+from robustdyn.run.config import RULES, register_resolvers
 from robustdyn.run.status import say, status_of
 
 if TYPE_CHECKING:
@@ -52,10 +52,12 @@ def write_posterior(run: "Run", interpolation: "Interpolation | None") -> int:
 
     Raises:
         RecordError: The run recorded no spectrum, or was not trained with momentum SGD, or its configuration
-            lacks the optimiser's settings.
+            lacks the optimiser's settings or has values there that cannot be.
     """
     from robustdyn.measure import POSTERIOR_TABLES, posterior_rows
     from robustdyn.records import RunRecords, read_table
+    from robustdyn.records.labels import flatten
+    from robustdyn.records.run_directory import RunDirectory
 
     _require_plain_momentum(run)
     tables = {name: read_table(run.path, name) for name in POSTERIOR_TABLES}
@@ -66,18 +68,17 @@ def write_posterior(run: "Run", interpolation: "Interpolation | None") -> int:
             raise RecordError(
                 f"{run.path}: the steps of the table {name} do not increase; restore its record"
             )
-    try:
-        optimizer, measure = run.config["optimizer"], run.config["measure"]
-        rows = posterior_rows(
-            tables,
-            momentum=float(optimizer["momentum"]),
-            weight_decay=float(optimizer["weight_decay"]),
-            interpolation=interpolation or measure["interpolation"],
-        )
-    except KeyError as error:
-        raise RecordError(
-            f"{run.path}: its configuration has no {error}; was it made by robustdyn-train?"
-        ) from error
+    recorded, found = flatten(run.config), []
+    for key in ("optimizer.momentum", "optimizer.weight_decay", "measure.interpolation"):
+        value: Any = interpolation if key == "measure.interpolation" and interpolation else recorded.get(key)
+        if value is None:
+            raise RecordError(f"{run.path}: its configuration has no {key}; was it made by robustdyn-train?")
+        if not RULES[key].holds(value):
+            file = RunDirectory(run.path).config
+            raise RecordError(f"{file}: {key}={value} {RULES[key].requirement}; restore it")
+        found.append(value)
+    momentum, weight_decay, between = found
+    rows = posterior_rows(tables, momentum=momentum, weight_decay=weight_decay, interpolation=between)
     return RunRecords(run.path).replace("posterior", rows)
 
 

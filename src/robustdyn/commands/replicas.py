@@ -13,6 +13,7 @@ from robustdyn.data import ImageDataModule
 from robustdyn.defaults import config_dir
 from robustdyn.errors import ConfigError, RecordError
 from robustdyn.launch.application import run_app
+from robustdyn.launch.of_run import check_complete
 from robustdyn.launch.paths import load_run
 from robustdyn.methods import Regularizer
 from robustdyn.models import load_weights
@@ -31,6 +32,7 @@ from robustdyn.run.status import say
 from robustdyn.run.targets import allowed
 
 NAME = "replicas"
+OF_THE_RUN = ("data", "model", "attack", "objective", "perturbation", "optimizer", "regularizer")
 
 
 def main() -> None:
@@ -83,6 +85,7 @@ def _run_config(cfg: DictConfig, run_dir: Path) -> DictConfig:
             raise ConfigError(f"method.{group}={name} is not known; choose run, {known}")
         run[group] = OmegaConf.load(path)
     changed = changed_run(run, cfg.run)
+    check_complete(run_dir, changed, sections=OF_THE_RUN, typed="+run.")
     check_run(changed, cfg.batchnorm, "set +run.{key}=0")
     return changed
 

@@ -1,9 +1,14 @@
-"""Composes a command's configuration for checkpoints: sections of their run, and what was typed."""
+"""Composes a command's configuration for checkpoints: sections of their run, and what was typed.
+
+It also refuses a run whose settings lack what this version needs.
+"""
 
 import difflib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -16,9 +21,12 @@ from robustdyn.errors import ConfigError, RecordError
 from robustdyn.launch.paths import load_run
 from robustdyn.records.command_line import hydra_quoted
 from robustdyn.records.labels import flatten
+from robustdyn.records.progress import is_of
 from robustdyn.records.run_directory import CONFIG, RunDirectory
-from robustdyn.run.of_checkpoint import load_config
 from robustdyn.run.targets import allowed, targets_in
+
+NAMED_FREELY = ("logger", "measure.measurements")
+"""Sections whose entries a run may leave out: nothing asks for one of them by its name."""
 
 
 def deferred(arguments: Sequence[str], groups: Collection[str]) -> list[str]:
@@ -110,7 +118,7 @@ def of_run(
                 f"{RunDirectory(run_dir).config}: {group} is not a section; restore it, or move the "
                 "checkpoint away"
             )
-    choices = _choices(run_dir, groups)
+    choices = _choices(RunDirectory(run_dir).setup().choices, groups)
     chosen = [f"{group}={choice}" for group, choice in choices.items() if group in kept]
     cfg = _composed(command, chosen, typed, refuse)
     values = {key: OmegaConf.select(cfg, key) for key in typed.settings}
@@ -166,8 +174,8 @@ def _composed(
 def _compose(command: str, overrides: Sequence[str]) -> DictConfig:
     if GlobalHydra.instance().is_initialized():
         return hydra.compose(command, list(overrides))
-    # in a launcher's worker, which does not know the user's own folders
-    sources = HydraConfig.get().runtime.config_sources
+    # in a launcher's worker, which does not know the user's own folders, or before Hydra starts
+    sources = HydraConfig.get().runtime.config_sources if HydraConfig.initialized() else []
     own = [
         hydra_quoted(f"{source.schema}://{source.path}")
         for source in sources
@@ -184,15 +192,84 @@ def _has(cfg: DictConfig, key: str) -> bool:
     return isinstance(node, DictConfig) and leaf in node
 
 
-def _choices(run_dir: Path, groups: Collection[str]) -> dict[str, str]:
-    """The option that the run chose in each group, if it still exists."""
-    path = RunDirectory(run_dir).hydra_config
-    recorded = OmegaConf.select(load_config(path), "hydra.runtime.choices") if path.is_file() else None
-    if not isinstance(recorded, DictConfig):
-        return {}
+def _choices(recorded: Mapping[str, str], groups: Collection[str]) -> dict[str, str]:
+    """The option that a run chose in each of these groups, if it still exists."""
     # compare names, because a choice such as ../../x would compose a file from somewhere else
     return {
-        group: str(recorded[group])
+        group: recorded[group]
         for group in groups
         if recorded.get(group) in {file.stem for file in (config_dir() / group).glob("*.yaml")}
     }
+
+
+# ---------------------------------------------------------------------- runs of other versions
+
+
+def check_complete(
+    run_dir: Path,
+    recorded: DictConfig,
+    *,
+    sections: Collection[str] | None = None,
+    given: Collection[str] = (),
+    typed: str = "+",
+) -> None:
+    """Refuse a run whose settings lack a key that a new run with the same choices has.
+
+    Args:
+        run_dir: The run.
+        recorded: Its settings.
+        sections: Those that are needed; None for all.
+        given: Keys and sections that the command line sets besides.
+        typed: What comes before a key where the command line sets it; empty if it cannot.
+
+    Raises:
+        RecordError: Keys are missing; the message names them, the version of the run, and the remedy.
+    """
+    setup = RunDirectory(run_dir).setup()
+    groups = [folder.name for folder in sorted(config_dir().iterdir()) if folder.name in recorded]
+    chosen = _choices(setup.choices, groups)
+    present = _present(tuple(f"{group}={choice}" for group, choice in chosen.items()))
+    needed = {key: node for key, node in present.items() if sections is None or key in sections}
+    left_out = [text[1:].partition("=")[0] for text in setup.overrides if text.startswith("~")]
+    missing = [
+        key
+        for key in _missing(needed, OmegaConf.to_container(recorded, resolve=False))
+        if not is_of(key, [*given, *left_out])
+    ]
+    if missing:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        give = f", or give what is missing: {' '.join(f'{typed}{key}=...' for key in missing[:5])}"
+        raise RecordError(
+            f"{run_dir}: the settings of this run lack {', '.join(missing[:5])}{more}, because another "
+            f"version of robustdyn recorded it{_version_of(run_dir)}; train it again, or use that version"
+            f"{give if typed else ''}"
+        )
+
+
+@cache
+def _present(choices: tuple[str, ...]) -> dict[str, Any]:
+    """What a new run with these choices has."""
+    composed: Any = OmegaConf.to_container(_compose("train", choices), resolve=False)
+    return dict(composed)
+
+
+def _missing(needed: Mapping[str, Any], recorded: Any, prefix: str = "") -> Iterator[str]:
+    """The keys that are only in ``needed``, except in sections of another class and in those left empty."""
+    for key, node in needed.items():
+        name = f"{prefix}{key}"
+        if key not in recorded:
+            if prefix.rstrip(".") not in NAMED_FREELY:
+                yield name
+            continue
+        own = recorded[key]
+        sections = isinstance(node, dict) and isinstance(own, dict) and bool(own)
+        if sections and own.get("_target_") == node.get("_target_"):
+            yield from _missing(node, own, f"{name}.")
+
+
+def _version_of(run_dir: Path) -> str:
+    """In brackets, the version and the revision that recorded the run; empty if it does not say."""
+    facts = flatten(RunDirectory(run_dir).read_environment() or {})
+    known = {"": facts.get("packages.robustdyn"), "revision ": facts.get("code_revision")}
+    said = ", ".join(name + " ".join(str(value).split())[:60] for name, value in known.items() if value)
+    return f" ({said})" if said else ""

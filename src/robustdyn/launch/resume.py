@@ -8,7 +8,7 @@ import difflib
 import logging
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from robustdyn.defaults import config_dir
 from robustdyn.errors import ConfigError, RecordError
+from robustdyn.launch.of_run import check_complete
 from robustdyn.records.command_line import at
 from robustdyn.records.labels import flatten
 from robustdyn.records.progress import is_of
 from robustdyn.records.run_directory import CONFIG, MULTIRUN, RunDirectory
-from robustdyn.records.untrusted import read_config, read_yaml
+from robustdyn.records.untrusted import read_config
 from robustdyn.run.checkpointing import last_checkpoint, restore_hydra_files
 from robustdyn.run.log import IN_FILE_ONLY
 from robustdyn.run.status import say
@@ -162,10 +163,11 @@ def recorded_settings(run: RunDirectory, settings: object, arguments: Sequence[s
     Args:
         run: The run.
         settings: The values, without interpolations.
-        arguments: Those of the command; ``allow=[...]`` names the classes that the run may name besides ours.
+        arguments: Those of the command, which may set what the run lacks; ``allow=[...]`` names the classes
+            that the run may name besides ours.
 
     Raises:
-        RecordError: The run recorded no settings, or they cannot be read.
+        RecordError: The run recorded no settings, they cannot be read, or they lack what this version needs.
         ConfigError: They name a class that is not allowed.
     """
     if not isinstance(settings, dict) or not settings:
@@ -187,6 +189,7 @@ def recorded_settings(run: RunDirectory, settings: object, arguments: Sequence[s
     allow = OverridesParser.create().parse_override(granted[-1]).value() if granted else []
     for key, section in OmegaConf.to_container(recorded, resolve=False).items():  # type: ignore[union-attr]
         check_targets(section, str(key), allowed(OmegaConf.create({"allow": allow})))
+    check_complete(run.path, recorded, given=[one.key_or_group for one in typed_settings(arguments)])
     return recorded
 
 
@@ -271,10 +274,8 @@ def _primary(recorded: DictConfig, run: RunDirectory, typed: Sequence[Override])
     ours = own_hydra()
     ours["run"]["dir"] = literal(str(run.path))
     keys = [str(one.key_or_group) for one in typed]
-    earlier = read_yaml(run.overrides) if run.overrides.is_file() else []
-    ours["overrides"] = {
-        "task": [literal(text) for text in earlier if not is_of(str(text), [*keys, "resume"])]
-    }
+    earlier = run.setup().overrides
+    ours["overrides"] = {"task": [literal(text) for text in earlier if not is_of(text, [*keys, "resume"])]}
     ours["runtime"] = {"choices": recorded_choices(run)}
     sections: Any = OmegaConf.to_container(recorded, resolve=False)
     defaults = [{f"override hydra/{group}": "robustdyn"} for group in ("help", "job_logging")]
@@ -289,11 +290,5 @@ def own_hydra() -> dict[str, Any]:
 
 def recorded_choices(run: RunDirectory) -> dict[str, str]:
     """The options that the run chose, by their groups."""
-    found = read_yaml(run.hydra_config) if run.hydra_config.is_file() else {}
-    for key in ("hydra", "runtime", "choices"):
-        found = found.get(key) if isinstance(found, Mapping) else None
-    return {
-        str(group): literal(choice)
-        for group, choice in (found.items() if isinstance(found, Mapping) else ())
-        if isinstance(choice, str) and not str(group).startswith("hydra/")
-    }
+    chosen = run.setup().choices.items()
+    return {group: literal(choice) for group, choice in chosen if not group.startswith("hydra/")}

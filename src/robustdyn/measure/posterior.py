@@ -1,6 +1,6 @@
 """Computes the posterior at every epoch from a run's recorded learning rates and measured spectra."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -12,6 +12,7 @@ import pandas as pd
 from lightning.pytorch.callbacks import Callback
 from numpy.typing import NDArray
 
+from robustdyn.errors import ConfigError
 from robustdyn.methods import AdversarialTraining
 from robustdyn.records import RunRecords, read_table
 from robustdyn.records.schema import (
@@ -122,18 +123,32 @@ class _Sampling:
     """How a run of N steps drew its batches."""
 
     examples: int
-    batch_size: int
-    sizes: Array  # (N,)
-    ends: NDArray[np.int_]  # steps after which the epochs end
+    batch_size: NDArray[np.int_]  # (N,), a branch may have another one than its run
+    factor: Array  # (N,), of the sampling noise
+    sizes: Array  # (N,), where the last batch of an epoch may be smaller
 
     @classmethod
     def of(cls, bounds: pd.DataFrame, ends: NDArray[np.int_]) -> "_Sampling":
-        n, size = (int(bounds[name].iloc[-1]) for name in ("train_examples", "batch_size"))
-        sizes = np.full(ends[-1], float(size))
+        n = int(bounds["train_examples"].iloc[-1])
+        latest_first = bounds["batch_size"].astype(int).unique()[::-1].tolist()
         steps = np.diff(ends, prepend=0)
+        by_steps = {count: _batch_size(n, count, latest_first) for count in steps.tolist()}
+        factors = {b: minibatch_noise_factor(n, b, replacement=False) for b in by_steps.values()}
+        batch_size = np.repeat([by_steps[count] for count in steps.tolist()], steps)
+        sizes = batch_size.astype(float)
+        last = batch_size[ends - 1]
         # the size of the last batch is what the others leave of an epoch
-        sizes[ends - 1] = np.clip(n - (steps - 1) * size, 1, size)
-        return cls(examples=n, batch_size=size, sizes=sizes, ends=ends)
+        sizes[ends - 1] = np.clip(n - (steps - 1) * last, 1, last)
+        return cls(n, batch_size, np.array([factors[b] for b in batch_size.tolist()]), sizes)
+
+
+def _batch_size(examples: int, steps: int, latest_first: Sequence[int]) -> int:
+    """The size of the batches of an epoch: one that was recorded, if ``examples`` give so many steps."""
+    for size in latest_first:
+        if -(-examples // size) == steps:
+            return size
+    latest = latest_first[0]
+    return latest if (steps - 1) * latest < examples else max(1, examples // steps)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -245,11 +260,11 @@ class _Law:
         """Cov (x, v) after each step of a stretch that is all stable."""
         run, now = self.run, slice(first, last)
         drawn, noise, attack = run.sampling, self.noise[now], self.attack_share[now] * self.noise[now]
-        factor = minibatch_noise_factor(drawn.examples, drawn.batch_size, replacement=False)
         if self.shuffled:
+            factor, no_noise = drawn.factor[now], np.zeros_like(noise)
             # a batch of all examples has no sampling noise
-            examples = (noise - attack) / factor if factor > 0 else np.zeros_like(noise)
-            attack, sizes = attack * drawn.batch_size, drawn.sizes[now]
+            examples = np.divide(noise - attack, factor, out=no_noise, where=factor > 0)
+            attack, sizes = attack * drawn.batch_size[now], drawn.sizes[now]
         else:
             examples, attack, sizes = np.zeros_like(noise), noise, np.ones_like(noise)
         return shuffled_covariance(
@@ -301,6 +316,24 @@ class RecordPosterior(Callback):
     def __init__(self, records: RunRecords, *, interpolation: Interpolation) -> None:
         self._records = records
         self._interpolation = interpolation
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Refuse a resumed run or a branch with fewer images, whose law would have two sizes of the data set.
+
+        Raises:
+            ConfigError: The training set is smaller than the one that was recorded.
+        """
+        assert isinstance(pl_module, AdversarialTraining)
+        if not trainer.is_global_zero or not pl_module.plain_momentum:
+            return
+        spectrum, bounds = (read_table(self._records.run_dir, name) for name in ("spectrum", "bounds"))
+        now = len(trainer.datamodule.split("train"))  # type: ignore[attr-defined]
+        if not spectrum.empty and now < (before := int(bounds["train_examples"].iloc[-1])):
+            raise ConfigError(
+                f"data.train_size: the run was trained on {before} images and would go on with {now}, for "
+                "which its posterior cannot be computed; leave data.train_size and data.validation_size as "
+                "they were, or train a run of its own"
+            )
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Replace the whole table."""

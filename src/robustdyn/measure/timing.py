@@ -1,5 +1,6 @@
 """Records how each epoch's time was spent (the ``timing`` table), and profiles single training steps."""
 
+import logging
 import time
 from typing import Any
 
@@ -11,13 +12,17 @@ from lightning.pytorch.profilers import PyTorchProfiler
 from robustdyn.methods import AdversarialTraining
 from robustdyn.methods.flops import bfloat16_peak, training_flops
 from robustdyn.records import RunRecords
+from robustdyn.records.progress import one_line
 from robustdyn.records.schema import TIMED
+
+_log = logging.getLogger(__name__)
 
 
 class RecordTiming(Callback):
     """One row per epoch: images per second, and the shares of attack, step, data, evaluation and measurement.
 
-    On a GPU that is known, the row also says how many of the operations that the card can do training used.
+    On a GPU that is known, the row also says how many of the operations that the card can do training used,
+    if they can be counted.
 
     Place it after the measuring callback, whose time belongs in the row. On a GPU the shares are those of the
     GPU's time, for which the host waits once, at the end of the epoch.
@@ -55,7 +60,16 @@ class RecordTiming(Callback):
         """From here on, the time counts as the step's."""
         _module(pl_module).stopwatch.stop("data")
         if self._peak is not None and self._flops is None:
-            self._flops = training_flops(_module(pl_module), batch.images, batch.targets)
+            try:
+                self._flops = training_flops(_module(pl_module), batch.images, batch.targets)
+            except Exception as error:  # a class of the user's may raise anything, and training can go on
+                self._peak = None
+                if trainer.is_global_zero:
+                    _log.warning(
+                        "model_flop_utilisation stays empty: operations are counted on one image, taken "
+                        "twice, which ended in %s",
+                        one_line(error),
+                    )
         _module(pl_module).stopwatch.start("step")
 
     def on_train_batch_end(

@@ -393,7 +393,7 @@ TIMING = parse_table(f"""
         data, all ranks together
     model_flop_utilisation float {FRACTION} | model FLOP utilisation | operations that attack, perturbation
         and descent need, over those that the GPUs can do in bfloat16 in the time of attack, step and data;
-        null where the card's peak is not known | optional
+        null where the card's peak is not known or the operations cannot be counted | optional
     {_SHARES}
     seconds
 """)

@@ -32,6 +32,17 @@ _COMPUTED = re.compile(r"oc\.select:[^,}]*\$\{")
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
     """Reads scalars as OmegaConf does, 1e-3 as a number and dates as text, many times as fast."""
 
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        """The dictionary of a node; PyYAML alone would take the last of the values of a key."""
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise ValueError(
+                    f"the key {key.value[:60]!r} is there twice, again in line {key.start_mark.line + 1}"
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
+
 
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]

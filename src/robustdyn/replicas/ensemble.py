@@ -69,7 +69,7 @@ class Recorded:
     mean_steps: tuple[int, ...]
     loss_draws: int
     expansion: bool
-    weights: bool = False
+    weights: bool
 
     def __post_init__(self) -> None:
         for name in ("steps", "loss_steps", "mean_steps"):
