@@ -168,7 +168,7 @@ def test_directions_without_a_stationary_law_have_none():
 def test_the_error_of_slopes_is_carried_through():
     """In one stationary direction σ² ∝ 1/λ to leading order, so that 5 % of λ are 5 % of σ²."""
     start = point([[2.0]], np.array([[1.0]]), [0.0], slopes=[[2.0]], errors=0.1)
-    lone = recorded(start, np.zeros((5, 1, 1)), [600], np.full(600, 5e-3))
+    lone = recorded(start, np.zeros((5, 1, 1)), [150], np.full(150, 5e-3))
     found = refreshed_with_error(lone, draws=100, seed=0)[:, 0, 0]
     assert found.std() / found.mean() == pytest.approx(0.05, rel=0.25)  # a deviation of 100 draws: 7 %
 
@@ -237,17 +237,17 @@ def test_gradients_in_a_row_are_needed():
 def test_statistics_of_known_samples():
     """Independent Gaussian replicas of the law itself: intervals have their confidence, the ratio no bias."""
     draws = np.random.default_rng(3)
-    k, few = 6, 8
+    k, few, repeats = 6, 8, 100
     law = Law(name="known", mean=np.zeros((1, k)), covariance=np.diag(np.arange(1.0, k + 1))[None])
     ratios, inside, covered = [], [], []
-    for seed in range(300):
+    for seed in range(repeats):
         x = draws.standard_normal((few, 1, k)) * np.sqrt(np.arange(1.0, k + 1))
-        found = agreement(x, law, confidence=0.9, resamples=100, seed=seed)
+        found = agreement(x, law, confidence=0.9, resamples=50, seed=seed)
         ratios.append(np.log(found.geometric_mean[0]))
         inside.append((found.low < found.predicted) & (found.predicted < found.high))
         covered.append(found.geometric_low[0] < 1 < found.geometric_high[0])
-    assert np.mean(ratios) == pytest.approx(0, abs=4 * np.std(ratios) / np.sqrt(300))
-    assert np.mean(inside) == pytest.approx(0.9, abs=4 * np.sqrt(0.09 / 1800))
+    assert np.mean(ratios) == pytest.approx(0, abs=4 * np.std(ratios) / np.sqrt(repeats))
+    assert np.mean(inside) == pytest.approx(0.9, abs=4 * np.sqrt(0.09 / (k * repeats)))
     # the bootstrap of eight replicas is known to be narrow
     assert 0.7 < np.mean(covered) <= 1
 

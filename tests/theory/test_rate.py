@@ -113,10 +113,10 @@ def test_on_measured_values_a_dense_grid_finds_the_same(beta):
     ):
         lam, gamma = np.array(lam), np.array(gamma)
         best = bound_minimising_rate(lam, gamma, beta=beta, momentum=0.9, weight_decay=5e-4)
-        grid = np.geomspace(1e-4, 0.999 * 3.8 / (lam.max() + 5e-4), 20001)
+        grid = np.geomspace(1e-4, 0.999 * 3.8 / (lam.max() + 5e-4), 2001)
         values = [exact_terms(eta, lam, gamma, beta, 0.9, 5e-4) for eta in grid]
         exact = grid[int(np.argmin(values))]
-        assert exact == pytest.approx(exact_minimum(lam, gamma, beta, 0.9, 5e-4), rel=1e-3)  # the grid's step
+        assert exact == pytest.approx(exact_minimum(lam, gamma, beta, 0.9, 5e-4), rel=5e-3)  # the grid's step
         # lower by at most the sharpest direction's share of its edge of stability, and never higher
         assert best / (1 + best * lam.max() / 3.8) <= exact <= best
 
