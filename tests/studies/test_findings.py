@@ -27,6 +27,7 @@ STUDIES = (
 STORED = [
     *((name, "results") for name in STUDIES),
     ("forks", "results/digits"),
+    ("forks", "results/images"),
     *(("ground_truth", f"results/{part}") for part in ("further", "replicas", "seeds")),
 ]
 
