@@ -61,7 +61,9 @@ def test_prescribed_spectra(spectrum, max_basis, which):
         assert_close(true, result.residuals, rtol=1e-3, atol=rounding)
 
 
-@pytest.mark.parametrize("name", ["tanh_mlp", "conv_norm_uneven", "preact"])
+@pytest.mark.parametrize(
+    "name", ["tanh_mlp", "conv_norm_uneven", pytest.param("preact", marks=pytest.mark.slow)]
+)
 def test_full_depth_reproduces_a_hessian(name):
     risk = risk_of(CASES[name])
     dense = dense_hessian(risk)

@@ -218,7 +218,7 @@ def test_more_seeds_run_alone_and_failed_ones_again(tmp_path, monkeypatch, train
     short = ("trainer.max_epochs=1", CRASH)
     assert sweep(monkeypatch, tmp_path, "seed=1,0", *short) == 1
     assert states(tmp_path) == {"seed=1": "failed", "seed=0": "failed"}
-    for run_dir in tmp_path.glob("*seed*"):  # as if the cause had been mended, for one of them
+    for run_dir in tmp_path.glob("*seed*"):  # as if the cause were removed, for one of them
         if "seed=0" in run_dir.name:
             with RunStatus(run_dir, status(run_dir)["settings"]):
                 pass

@@ -146,7 +146,7 @@ def test_measured_are_the_weights(name, runs):
     assert ours[-1]["test_robust_loss"] != theirs[-1]["test_robust_loss"]
 
 
-@pytest.mark.parametrize("name", ["ema", "swa"])
+@pytest.mark.parametrize("name", ["ema", pytest.param("swa", marks=pytest.mark.slow)])
 def test_the_average_can_be_measured_and_the_rule_then_follows_it(name, tmp_path, monkeypatch):
     overrides = {"ema": EMA, "swa": SWA}[name]
     ledger = run(monkeypatch, tmp_path, *overrides, "measure.weights=averaged")
