@@ -9,8 +9,8 @@ from tests.runs import invoke
 
 GROUPS = {
     "train": {"data", "method", "logger", "ensemble/settings"},
-    "evaluate": {"attack", "ball", "data", "evaluation", "evaluation/attack", "model", "setting"},
-    "measure": {"attack", "ball", "data", "measure", "model", "size"},
+    "evaluate": {"attack", "data", "evaluation", "evaluation/attack", "model"},
+    "measure": {"attack", "data", "measure", "model"},
     "replicas": set(),
     "certify": set(),
 }
@@ -33,6 +33,7 @@ def test_help_lists_the_groups_in_use_and_every_comment_of_the_settings(name, co
     groups = set(re.findall(r"(?m)^([\w/]+): \w", head.partition("== Groups")[2]))
     assert groups == GROUPS[name] if name != "train" else groups > GROUPS[name]
     assert "evaluation" not in groups or name == "evaluate"
+    assert groups.isdisjoint({"ball", "setting", "size", "unmeasured"})  # they follow the choices of others
     own = (config_dir() / f"{name}.yaml").read_text().partition("\nhydra:")[0]
     settings = re.sub(r"(?s)^.*?\n\n", "", own, count=1)
     comments = re.findall(r"\w:.*?\s# (.*)", settings)

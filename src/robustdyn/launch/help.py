@@ -51,8 +51,10 @@ def register_help() -> None:
 
 
 def _groups(_root_: DictConfig) -> str:
-    """One line for each group that the command uses, subgroups included."""
-    used = {_group(name) for name in _root_.hydra.runtime.choices} - {""}
+    """One line for each group that the command uses, subgroups included, without those that follow another."""
+    commands = "".join(path.read_text(encoding="utf-8") for path in config_dir().glob("*.yaml"))
+    following = set(re.findall(r"(?m)^ +- optional (\w+):", commands))
+    used = {_group(name) for name in _root_.hydra.runtime.choices} - {""} - following
     choices: dict[str, set[str]] = {}
     for source in _folders(_root_):
         for path in source.rglob("*.yaml"):

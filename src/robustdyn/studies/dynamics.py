@@ -120,7 +120,7 @@ def method_of(run: Run) -> str:
 
 
 def _curves(values: pd.DataFrame) -> pd.DataFrame:
-    """Mean over seeds by epoch; an epoch at which some seed has no value is left out, as the curve would jump."""
+    """Mean over seeds by epoch, without epochs that some seed lacks, where the curve would jump."""
     found = mean(values, ["method", "epoch"])
     seeds = values.groupby("method")["seed"].nunique()
     return found[found["seeds"] == found["method"].map(seeds)].reset_index(drop=True)
