@@ -51,7 +51,7 @@ def register_help() -> None:
 
 
 def _groups(_root_: DictConfig) -> str:
-    """One line for each group that the command uses, subgroups included, without those that follow another."""
+    """One line for each group that the command uses, without groups that follow the choice of another."""
     commands = "".join(path.read_text(encoding="utf-8") for path in config_dir().glob("*.yaml"))
     following = set(re.findall(r"(?m)^ +- optional (\w+):", commands))
     used = {_group(name) for name in _root_.hydra.runtime.choices} - {""} - following
