@@ -14,6 +14,7 @@ from robustdyn.studies.shared.study import ASSUMED, findings_page, load
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 STUDIES = (
     "awp_strength",
+    "bound",
     "correlation",
     "dynamics",
     "measures",

@@ -5,10 +5,12 @@ import pytest
 from numpy.testing import assert_allclose
 
 from robustdyn.theory import (
+    CurvatureCells,
     MeasuredSpectrum,
     SpectralMeasure,
     cell_edges,
     propagate,
+    stationary_state_covariance,
     stationary_variance,
     total_correlation,
     whole_space_law,
@@ -107,6 +109,38 @@ def test_directions_are_followed_by_rank(spectrum):
     assert_allclose(second.curvature_sum, later.clip(min=0) @ variance, rtol=0.02)
     assert_allclose(second.variance_sum, variance.sum(), rtol=0.02)
     assert abs(second.log_variance_sum - np.log(variance).sum()) < 0.02 * DIRECTIONS
+
+
+def test_a_rank_that_was_in_a_louder_cell_does_not_make_the_sum():
+    """Twenty loud directions and a quiet bulk. A noise node of the bulk has the rank of a loud direction now.
+
+    Every σ² is linear in its noise, which did not change: the sum is that of the nodes by themselves.
+    """
+    loud, quiet = np.array([1.0, 2e-2]), np.array([1e-3, 1e-6])
+    before = CurvatureCells(
+        np.array([20.0, 1e5]),
+        *np.stack([loud, quiet], axis=1),
+        stationary_state_covariance(
+            *np.stack([loud, quiet], axis=1), learning_rate=0.1, momentum=MU, weight_decay=OMEGA
+        ),
+    )
+    plain = SpectralMeasure(np.array([0.9, 0.25, 1e-3]), np.array([8.0, 70.0, 1e5 - 58]), np.zeros(3, int))
+    noise = SpectralMeasure(np.array([0.9, 0.57]), np.array([0.16, 0.1]), np.zeros(2, int))
+    after = np.full(10, 0.01)
+    found = law(plain, noise, after, before, np.array([np.inf, 0.67, -np.inf]))
+    variance = stationary_state_covariance(
+        noise.curvature, noise.share, learning_rate=0.1, momentum=MU, weight_decay=OMEGA
+    )
+    path = propagate(
+        MeasuredSpectrum(np.array([0]), noise.curvature[None], noise.share[None], "piecewise_constant"),
+        after,
+        momentum=MU,
+        weight_decay=OMEGA,
+        record_steps=[after.size],
+        initial_covariance=variance,
+    )
+    # the cells' means of γ before and now differ by up to a half
+    assert found.curvature_sum == pytest.approx(noise.curvature @ path.variance[0], rel=0.5)
 
 
 def test_a_direction_too_sharp_for_the_rate_has_no_law_until_it_is_stable(spectrum):

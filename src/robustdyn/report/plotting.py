@@ -133,7 +133,9 @@ def finish(ax: Axes, title: str, ylabel: str) -> None:
     ax.set_title(title)
     ax.set_ylabel(style.mathtext(ylabel))
     ax.set_xlabel("epoch")
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, steps=[1, 2, 5, 10]))
+    grid = ax.get_gridspec()
+    ticks = 7 if grid is None or grid.ncols < 5 else 4  # so that labels of narrow panels do not touch
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=ticks, steps=[1, 2, 5, 10]))
 
 
 def leave_out_transient(ax: Axes, epochs: pd.DataFrame, columns: Sequence[Column]) -> None:

@@ -233,10 +233,18 @@ def whole_space_law(
     gamma = noise.in_cells(edges) / count
     curvature = np.concatenate([plain.curvature, noise.curvature])
     cell = cells_of(curvature, edges)
+    of_plain, of_noise = np.split(np.arange(curvature.size), [plain.curvature.size])
     if before is not None:
         before = before.at_ranks(_ranks(plain, curvature), float(count.sum()))
+        # σ² of a noise node is divided by the γ of its cell. Its past is therefore that of its rank per unit
+        # of noise, times the past γ of the cell: else a rank from a much louder cell would make the sums
+        past = np.bincount(cell[of_plain], plain.share * before.noise[of_plain], count.size) / count
+        scale = np.ones(curvature.size)
+        scale[of_noise] = past[cell[of_noise]] / before.noise[of_noise]
+        before = replace(
+            before, noise=scale * before.noise, covariance=scale[:, None, None] * before.covariance
+        )
     covariance = _followed(curvature, gamma[cell], before, rates, momentum, weight_decay, interpolation)
-    of_plain, of_noise = np.split(np.arange(curvature.size), [plain.curvature.size])
     loud = noise.share > 0
     per_noise = (noise.share * covariance[of_noise, 0, 0] / gamma[cell[of_noise]])[loud]
     weights = plain.share / count[cell[of_plain]]
