@@ -21,6 +21,7 @@ STUDIES = (
     "methods",
     "precision",
     "published",
+    "regimes",
     "schedules",
     "wci_gap",
     "wci_rate",

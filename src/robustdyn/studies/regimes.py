@@ -323,7 +323,7 @@ def figure_of_levels(table: pd.DataFrame, outcome: str) -> Figure:
                 seeds["level"].map(levels.index), seeds["mean"] * column.scale, linestyle="", marker="_",
                 markersize=8, color=style.MARK, zorder=3,
             )  # fmt: skip
-            ax.set_xticks(range(len(levels)), levels)
+            ax.set_xticks(range(len(levels)), levels, fontsize=8.5)  # ×0.25 beside ×0.5
             ax.set_xlim(-0.5, len(levels) - 0.5)
             ax.set_title(factor if i == 0 else "")
             if j == 0:
