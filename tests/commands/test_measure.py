@@ -83,6 +83,7 @@ def test_the_checkpoints_of_a_run_give_its_own_records(run_dir, monkeypatch, cap
     assert sorted(path.name for path in run_dir.parent.iterdir()) == ["run"]  # no other files were written
 
 
+@pytest.mark.slow
 def test_a_killed_measurement_goes_on(run_dir, monkeypatch, capsys):
     warm = ("measure.eigenpairs.warm_start=true", "report=false")
     assert measure(monkeypatch, "checkpoint=run", *warm, "output=whole") == 0

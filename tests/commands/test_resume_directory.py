@@ -51,6 +51,7 @@ def test_a_refusal_of_other_settings_names_this_command(two_epochs, monkeypatch,
     assert {p.name: p.read_text() for p in (two_epochs / ".hydra").iterdir()} == hydra
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_with_a_network_of_one_s_own(tmp_path, monkeypatch, capsys):
     (tmp_path / "mynet.py").write_text(
         "from robustdyn.models import PreActResNet\n\n\nclass Net(PreActResNet):\n    pass\n"

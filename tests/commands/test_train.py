@@ -94,6 +94,7 @@ def test_measuring_moves_nothing(finished, tmp_path, monkeypatch):
     assert all(torch.equal(value, weights(finished)[name]) for name, value in weights(tmp_path).items())
 
 
+@pytest.mark.slow
 def test_goes_on_where_it_stopped(finished, tmp_path, monkeypatch):
     # The last epoch is always measured, so that a run stopped after epoch 0 measures at the same epoch.
     assert run(monkeypatch, tmp_path, "data.validation_size=40", "trainer.max_epochs=1", "measure.epochs=[0]",

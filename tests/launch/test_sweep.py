@@ -212,6 +212,7 @@ def test_an_interrupted_sweep_goes_on_and_equals_runs_alone(
         )
 
 
+@pytest.mark.slow
 def test_more_seeds_run_alone_and_failed_ones_again(tmp_path, monkeypatch, trained):
     """Also with full stack traces, when other runs' errors would end the command."""
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")

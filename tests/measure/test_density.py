@@ -136,6 +136,7 @@ def test_rows_are_the_measure_itself(full, dense, vectors, kind, which):
             np.testing.assert_allclose(moment, truth, rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_sums_over_all_directions_lie_within_their_errors(many, dense):
     values, basis = torch.linalg.eigh(dense[0])
     covariance = FACTOR * torch.cov(dense[1].T, correction=1)
@@ -155,6 +156,7 @@ def test_sums_over_all_directions_lie_within_their_errors(many, dense):
     assert many["curvature_term_positive_stable_truncation"] < 0.1
 
 
+@pytest.mark.slow
 def test_the_trace_is_that_of_the_layers(many, snapshot):
     (wci,) = by_table(WeightCurvature(probes=4, exact_classes_up_to=3).measure(snapshot))["wci"]
     assert wci["estimator"] == "gauss_newton_exact"

@@ -154,6 +154,7 @@ def test_their_time_counts_as_measurement(runs):
     assert shares["without"] == [0, 0]
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_with_what_is_missing(runs, tmp_path, monkeypatch):
     """With an average of the weights beside them: it is not what replicas start from."""
     arguments = (*METHODS["at"], *ALL, "averaging=ema")

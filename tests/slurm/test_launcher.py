@@ -142,6 +142,7 @@ def test_a_job_that_slurm_has_requeued_already_leaves_no_error(
     assert slept == [launcher.END_S] * 2 * waits
 
 
+@pytest.mark.slow
 def test_what_is_done_is_not_queued_again(refusing, tmp_path, monkeypatch):
     """Not even what was done without SLURM."""
     folder = f"hydra.sweep.dir={tmp_path / 'sweep'}"
