@@ -29,6 +29,7 @@ STUDIES = (
 STORED = [
     *((name, "results") for name in STUDIES),
     ("forks", "results/digits"),
+    ("schedules", "results/bound"),
     ("forks", "results/images"),
     *(("ground_truth", f"results/{part}") for part in ("further", "replicas", "seeds")),
 ]
