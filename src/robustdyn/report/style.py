@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 P = ParamSpec("P")
 
-# Okabe & Ito: distinguishable with every kind of colour blindness; yellow last, it is faint on white.
+# Okabe and Ito, distinguishable with colour blindness; a dark red instead of their yellow, faint on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255")
 TRAIN, TEST, VALIDATION, NEUTRAL = PALETTE[0], PALETTE[1], PALETTE[2], "#222222"
 MARK = "#777777"

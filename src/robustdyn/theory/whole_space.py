@@ -208,7 +208,8 @@ def whole_space_law(
     """The law along all directions after some steps, equations (47) to (50) of docs/theory.md.
 
     γ is the ratio of the two measures in each cell. Every node of either measure is a direction whose λ and γ
-    run from those of the same rank ``before`` to its own. A direction of negative curvature is followed as
+    run from those of the same rank ``before`` to its own. The past γ of a node of the noise is the mean over
+    its present cell. A direction of negative curvature is followed as
     if it were flat. One that was too sharp for the rate starts from the stationary law as soon as it has one;
     while it is too sharp, the sums are NaN.
 
