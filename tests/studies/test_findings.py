@@ -31,7 +31,7 @@ STORED = [
     ("forks", "results/digits"),
     ("schedules", "results/bound"),
     ("forks", "results/images"),
-    *(("ground_truth", f"results/{part}") for part in ("further", "replicas", "seeds")),
+    *(("ground_truth", f"results/{part}") for part in ("further", "mixture", "replicas", "seeds")),
 ]
 
 
