@@ -145,13 +145,19 @@ def combine_tables(runs: Sequence[Run], tables: Iterable[str]) -> dict[str, pd.D
         name, and becomes text if its values are of several types.
     """
     settings = {key: _uniform(values) for key, values in distinguishing(runs).items()}
+    directories = [RunDirectory(run.path) for run in runs]
     return {
-        table: _combined(runs, schema.table(table), settings)
+        table: _combined(runs, directories, schema.table(table), settings)
         for table in with_bar([*tables], "reading records")
     }
 
 
-def _combined(runs: Sequence[Run], spec: Table, settings: Mapping[str, Sequence[object]]) -> pd.DataFrame:
+def _combined(
+    runs: Sequence[Run],
+    directories: Sequence[RunDirectory],
+    spec: Table,
+    settings: Mapping[str, Sequence[object]],
+) -> pd.DataFrame:
     """One table with the rows of all runs, and the runs' settings beside them."""
     heads: dict[str, Sequence[object]] = {
         "run": [run.label for run in runs],
@@ -161,7 +167,7 @@ def _combined(runs: Sequence[Run], spec: Table, settings: Mapping[str, Sequence[
         f"config.{key}" if key in (*spec.names, "run", "group") else key: values
         for key, values in settings.items()
     }
-    whole, rows = _rows([RunDirectory(run.path).table(spec.name) for run in runs], spec)
+    whole, rows = _rows([own.table(spec.name) for own in directories], spec)
     unknown = whole.columns.difference([*spec.names])
     for name in unknown:
         if whole[name].dtype == "object":
