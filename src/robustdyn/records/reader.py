@@ -201,9 +201,13 @@ def _rows(paths: Sequence[Path], spec: Table) -> tuple[pd.DataFrame, NDArray[np.
     columns = []
     for path in paths:
         values = _usual_values(path, spec)
-        columns.append(_typed_columns(_values(parse_lines(path), spec) if values is None else values, spec, str(path)))
+        columns.append(
+            _typed_columns(_values(parse_lines(path), spec) if values is None else values, spec, str(path))
+        )
     sizes = [len(of_file[spec.names[0]]) for of_file in columns]
-    filled = [(of_file, size) for of_file, size in zip(columns, sizes, strict=True) if size] or [(columns[0], 0)]
+    filled = [(of_file, size) for of_file, size in zip(columns, sizes, strict=True) if size] or [
+        (columns[0], 0)
+    ]
     names = dict.fromkeys(name for of_file, _ in filled for name in of_file)
     frame = pd.DataFrame(
         {name: _joined([of_file.get(name, [None] * size) for of_file, size in filled]) for name in names}
