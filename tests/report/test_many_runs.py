@@ -63,6 +63,16 @@ def sweep(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow  # starts two processes, which import everything
+def test_several_processes_write_what_one_writes(sweep, tmp_path, monkeypatch):
+    specs = [SPECS[name] for name in ("learning_rate", "robust_error", "spectrum")]
+    monkeypatch.setattr(analysis, "FIGURES", specs)
+    reports = [build_report(sweep, tmp_path / str(n), processes=n) for n in (1, 2)]
+    one, two = ({path.name: path.read_bytes() for path in (r.html, *r.figures)} for r in reports)
+    assert one == two
+    assert set(reports[0].skipped) == set(reports[1].skipped) == {"spectrum"}
+
+
 def test_the_page_of_many_runs_says_what_it_leaves_out(sweep, tmp_path, monkeypatch):
     monkeypatch.setattr(analysis, "FIGURES", (SPECS["learning_rate"], SPECS["spectrum"]))
     report = build_report(sweep, tmp_path / "report")
