@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence, Set
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -205,8 +206,10 @@ def _write_figures(
         )
         for spec in wanted
     ]
-    workers = joblib.Parallel(max(1, min(processes, len(tasks))), return_as="generator", max_nbytes=None)
-    results = dict(zip(wanted, with_bar(workers(tasks), "drawing figures", len(tasks)), strict=True))
+    try:
+        results = dict(zip(wanted, _done(tasks, processes), strict=True))
+    except BrokenProcessPool:  # the system ended a process, probably for its memory
+        results = dict(zip(wanted, _done(tasks, 1), strict=True))
     drawn, skipped = [], {}
     for spec in FIGURES:
         found = results.get(spec, missing[spec.name])
@@ -217,6 +220,12 @@ def _write_figures(
             for ending in (".png", ".pdf"):
                 (folder / f"{spec.name}{ending}").unlink(missing_ok=True)
     return drawn, skipped
+
+
+def _done(tasks: Sequence[Any], processes: int) -> list[_Drawn | str]:
+    """What the tasks return, in their order. With one process they run in this one."""
+    workers = joblib.Parallel(max(1, min(processes, len(tasks))), return_as="generator", max_nbytes=None)
+    return list(with_bar(workers(tasks), "drawing figures", len(tasks)))
 
 
 def _draw(
