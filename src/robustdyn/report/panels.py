@@ -106,8 +106,8 @@ class Curve:
         shade_of = {rank: shades[rank] for rank in ranks}
         line = ["group", "index"]
         means = means_by_epoch(frame, self.column.name, line)
-        banded = self.spread is not None and cast.alone
-        errors = means_by_epoch(frame, self.spread, line) if banded else {}
+        spread = self.spread if cast.alone else None
+        errors = {} if spread is None else means_by_epoch(frame, spread, line)
         for group, rank in frame[line].drop_duplicates().itertuples(index=False):
             if (group, rank) not in means:
                 continue

@@ -109,10 +109,11 @@ def means_by_epoch(frame: pd.DataFrame, column: str, by: str | list[str]) -> dic
     """
     known = frame.dropna(subset=[column])
     runs = known.groupby(by, sort=False)["run"].nunique()
-    found = known.groupby([*runs.index.names, "epoch"])[column].agg(["mean", "count"])
-    wanted = runs.reindex(found.index.droplevel("epoch")).to_numpy()
+    names = [*runs.index.names]
+    found = known.groupby([*names, "epoch"])[column].agg(["mean", "count"])
+    wanted = runs.reindex(found["count"].droplevel("epoch").index).to_numpy()
     means = dict(list(found.loc[found["count"] == wanted, "mean"].groupby(level=by)))
-    return {part: means[part].droplevel(by) for part in runs.index if part in means}
+    return {part: means[part].droplevel(names) for part in runs.index if part in means}
 
 
 def log_axis(ax: Axes) -> None:
