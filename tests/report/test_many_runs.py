@@ -67,7 +67,7 @@ def sweep(tmp_path_factory):
 
 
 @pytest.mark.slow  # starts two processes, which import everything
-def test_several_processes_write_what_one_writes(sweep, tmp_path, monkeypatch):
+def test_several_processes_write_what_one_writes(sweep, tmp_path, monkeypatch, rendered):
     specs = [SPECS[name] for name in ("learning_rate", "robust_error", "spectrum")]
     monkeypatch.setattr(analysis, "FIGURES", specs)
     reports = [build_report(sweep, tmp_path / str(n), processes=n) for n in (1, 2)]
