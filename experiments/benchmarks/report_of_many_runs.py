@@ -134,7 +134,7 @@ def rows(
 
 
 def report(folder: Path, output: Path) -> dict[str, float]:
-    """The command's time, processor time, peak memory, and the size of the page that it wrote."""
+    """The command's time, processor time, peak memory of its largest process, and the size of its page."""
     started = time.perf_counter()
     child = subprocess.Popen(
         [sys.executable, "-m", "robustdyn.commands.report", str(folder), "--output", str(output)],

@@ -5,7 +5,7 @@ import warnings
 import pytest
 
 from robustdyn.errors import RecordError
-from robustdyn.records import TABLES, RunRecords, combine, find_runs, read_table
+from robustdyn.records import TABLES, RunRecords, combine, find_runs, read_table, reader
 from robustdyn.records.labels import differences, format_value
 from tests.records.synthetic import config, write_hydra, write_run, write_sweep
 
@@ -54,6 +54,54 @@ def test_a_broken_middle_line_names_file_and_line(tmp_path, broken):
     path.write_text("\n".join(lines) + "\n")
     with pytest.raises(RecordError, match=r"epochs\.jsonl, line 2: not a record; remove the line"):
         read_table(run, "epochs")
+
+
+def test_tables_that_runs_write_take_the_fast_parser(tmp_path):
+    run = write_run(tmp_path / "run", epochs=6)
+    written = [path for path in (run / "records").glob("*.jsonl") if path.stat().st_size]
+    assert len(written) > 4
+    for path in written:
+        assert reader._usual_values(path, TABLES[path.stem]) is not None, path
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"epoch": 0, "lr": 1}\n{"epoch": 1, "lr": null}',
+        '{"epoch": 0, "lr": 0.1}\r\n{"epoch": 1, "lr": 5e-324}\r\n',
+        '{"epoch": 0}\n\n{"epoch": 1}\n',
+        '{"epoch": 0}{"epoch": 1}\n\n',
+        '{"epoch": 0}{"epoch": 1}\n{"epoch": 2,\n"lr": 0.1}\n',
+        '{"epoch":\n0}\n',
+        '{"epoch": 0, "epoch": 1}\n',
+        '{"epoch": 0, "lr": "0.1"}\n{"epoch": 1, "lr": true}\n',
+        '{"epoch": 0, "step": 1.0}\n',
+        '{"epoch": 0, "step": 9007199254740994}\n',
+        '{"epoch": 0, "lr": NaN}\n{"epoch": 1, "lr": -Infinity}\n{"epoch": 2, "lr": 1e400}\n',
+        '\ufeff{"epoch": 0}\n',
+        '{"lr": 0.1}\n{"epoch": 1}\n',
+        '{"epoch": 0, "lr": [1]}\n',
+        "\n",
+    ],
+)
+def test_both_parsers_agree(tmp_path, monkeypatch, content):
+    path = RunRecords(tmp_path).path("epochs")
+    path.parent.mkdir()
+    path.write_text(content, newline="")
+
+    def outcome():
+        reader.warn_once.cache_clear()
+        try:
+            with warnings.catch_warnings(record=True) as told:
+                return read_table(tmp_path, "epochs").to_json(double_precision=15), [
+                    str(w.message) for w in told
+                ]
+        except RecordError as error:
+            return str(error)
+
+    both = outcome()
+    monkeypatch.setattr(reader, "_usual_values", lambda *_: None)
+    assert outcome() == both
 
 
 def test_rows_written_twice_count_once(tmp_path):
@@ -194,6 +242,19 @@ def test_a_setting_never_hides_a_column_of_the_table(tmp_path):
     frame = combine(find_runs(tmp_path), "epochs")
     assert set(frame["config.lr"]) == {0.1, 0.2}
     assert set(frame["lr"]) == {0.1}
+
+
+def test_runs_with_and_without_an_unknown_column_are_combined(tmp_path):
+    for i in range(3):
+        write_run(tmp_path / str(i), epochs=2, measured=(), seed=i)
+    edited(tmp_path / "1", "epochs", lambda i: {"later_invention": i})
+    path = RunRecords(tmp_path / "2").path("epochs")
+    path.write_text(path.read_text() + path.read_text().splitlines()[0] + "\n")
+    with pytest.warns(UserWarning, match=r"2/records/epochs\.jsonl: 1 rows written twice"):
+        frame = combine(find_runs(tmp_path), "epochs")
+    assert frame["seed"].tolist() == [0, 0, 1, 1, 2, 2]
+    assert frame["epoch"].tolist() == [0, 1, 0, 1, 1, 0]
+    assert frame["later_invention"].dropna().to_dict() == {2: 0, 3: 1}
 
 
 def test_combine_of_nothing_recorded_is_empty(tmp_path):

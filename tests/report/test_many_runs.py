@@ -1,5 +1,8 @@
 """Tests reports of more runs, settings or directions than a reader can tell apart."""
 
+import os
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -61,6 +64,29 @@ def sweep(tmp_path_factory):
     for i in range(MOST_SETTINGS + 1):
         write_run(folder / f"r{i}", epochs=2, measured=(), optimizer__lr=(1 + i) / 1000)
     return folder
+
+
+@pytest.mark.slow  # starts two processes, which import everything
+def test_several_processes_write_what_one_writes(sweep, tmp_path, monkeypatch, rendered):
+    specs = [SPECS[name] for name in ("learning_rate", "robust_error", "spectrum")]
+    monkeypatch.setattr(analysis, "FIGURES", specs)
+    reports = [build_report(sweep, tmp_path / str(n), processes=n) for n in (1, 2)]
+    one, two = ({path.name: path.read_bytes() for path in (r.html, *r.figures)} for r in reports)
+    assert one == two
+    assert set(reports[0].skipped) == set(reports[1].skipped) == {"spectrum"}
+
+
+@pytest.mark.slow  # as above
+def test_a_figure_is_drawn_here_if_a_process_that_draws_is_killed(sweep, tmp_path, monkeypatch):
+    here, spec = os.getpid(), SPECS["learning_rate"]
+
+    def drawn(*tables):
+        if os.getpid() != here:
+            os._exit(1)
+        return spec.function(*tables)
+
+    monkeypatch.setattr(analysis, "FIGURES", [replace(spec, function=drawn), SPECS["robust_error"]])
+    assert not build_report(sweep, tmp_path / "report", processes=2).skipped
 
 
 def test_the_page_of_many_runs_says_what_it_leaves_out(sweep, tmp_path, monkeypatch):

@@ -28,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     paths: list[Path] = arguments.path
     # imported after parsing: they load slowly, and --help does not need them
+    import joblib
+
     from robustdyn.launch.states import announce, say_states, states_of
     from robustdyn.records.run_directory import RunDirectory
     from robustdyn.report.page import build_report
@@ -40,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         reference = None if arguments.reference is None else load_reference(arguments.reference)
         states = states_of(paths)
         say_states(states, sys.stdout)
-        announce(build_report(paths, output, states, reference))
+        announce(build_report(paths, output, states, reference, processes=joblib.cpu_count()))
 
     return status_of(report)
 

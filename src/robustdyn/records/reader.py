@@ -12,18 +12,22 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 from numpy.typing import NDArray
+from pyarrow import json
 
 from robustdyn.errors import RecordError
 from robustdyn.records import schema
 from robustdyn.records.columns import Column, Table
 from robustdyn.records.labels import SEED, Setup, distinguishing, format_value, labels
-from robustdyn.records.lines import parse_lines, warn_once
+from robustdyn.records.lines import LAST_EPOCH, parse_lines, warn_once
 from robustdyn.records.run_directory import CONFIG, RunDirectory
 from robustdyn.records.waiting import with_bar
 
 LARGEST_INTEGER = 2**53  # up to here, float64 represents every whole number
 ALL_SEEDS = "all seeds"
+
+_ARROW = {"int": pa.int64(), "float": pa.float64(), "str": pa.string(), "bool": pa.bool_()}
 
 
 @dataclass(frozen=True)
@@ -56,14 +60,7 @@ def read_table(run_dir: str | os.PathLike[str], table: str) -> pd.DataFrame:
         RecordError: A line other than the last is broken; the message names file and line.
         ValueError: There is no such table.
     """
-    spec = schema.table(table)
-    path = RunDirectory(run_dir).table(table)
-    frame = typed_frame(table, parse_lines(path), str(path))
-    repeated = frame.duplicated(list(spec.key), keep="last")
-    if repeated.any():
-        warn_once(f"{path}: {int(repeated.sum())} rows written twice, the last one counts")
-        frame = frame[~repeated].reset_index(drop=True)
-    return frame
+    return _rows([RunDirectory(run_dir).table(table)], schema.table(table))[0]
 
 
 def typed_frame(table: str, rows: Sequence[Mapping[str, Any]], source: str = "rows") -> pd.DataFrame:
@@ -79,9 +76,7 @@ def typed_frame(table: str, rows: Sequence[Mapping[str, Any]], source: str = "ro
         ValueError: There is no such table.
     """
     spec = schema.table(table)
-    values = {name: [row.get(name) for row in rows] for name in _columns(spec, rows)}
-    typed = {column.name: _typed(values[column.name], column, spec, source) for column in spec.columns}
-    return pd.DataFrame({**values, **typed})
+    return pd.DataFrame(_typed_columns(_values(rows, spec), spec, source))
 
 
 def find_runs(paths: Iterable[str | os.PathLike[str]] | str | os.PathLike[str]) -> list[Run]:
@@ -150,13 +145,19 @@ def combine_tables(runs: Sequence[Run], tables: Iterable[str]) -> dict[str, pd.D
         name, and becomes text if its values are of several types.
     """
     settings = {key: _uniform(values) for key, values in distinguishing(runs).items()}
+    directories = [RunDirectory(run.path) for run in runs]
     return {
-        table: _combined(runs, schema.table(table), settings)
+        table: _combined(runs, directories, schema.table(table), settings)
         for table in with_bar([*tables], "reading records")
     }
 
 
-def _combined(runs: Sequence[Run], spec: Table, settings: Mapping[str, Sequence[object]]) -> pd.DataFrame:
+def _combined(
+    runs: Sequence[Run],
+    directories: Sequence[RunDirectory],
+    spec: Table,
+    settings: Mapping[str, Sequence[object]],
+) -> pd.DataFrame:
     """One table with the rows of all runs, and the runs' settings beside them."""
     heads: dict[str, Sequence[object]] = {
         "run": [run.label for run in runs],
@@ -166,17 +167,13 @@ def _combined(runs: Sequence[Run], spec: Table, settings: Mapping[str, Sequence[
         f"config.{key}" if key in (*spec.names, "run", "group") else key: values
         for key, values in settings.items()
     }
-    recorded = [i for i, run in enumerate(runs) if RunDirectory(run.path).table(spec.name).is_file()] or [0]
-    frames = {i: read_table(runs[i].path, spec.name) for i in recorded}
-    filled = [frame for frame in frames.values() if not frame.empty]
-    whole = pd.concat(filled, ignore_index=True) if filled else frames[recorded[0]]
+    whole, rows = _rows([own.table(spec.name) for own in directories], spec)
     unknown = whole.columns.difference([*spec.names])
     for name in unknown:
         if whole[name].dtype == "object":
             known = whole[name].notna()
             whole.loc[known, name] = pd.Series(_uniform(whole.loc[known, name].tolist()), whole.index[known])
     whole = whole.rename(columns={name: f"recorded.{name}" for name in unknown if name in heads})
-    rows = np.repeat(recorded, [len(frame) for frame in frames.values()])
     head = pd.DataFrame({name: [*values] for name, values in heads.items()}).take(rows)
     return pd.concat([head.reset_index(drop=True), whole], axis=1)
 
@@ -199,13 +196,80 @@ def natural(path: Path) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", str(path))]
 
 
-def _columns(spec: Table, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The schema's columns, then those it does not know."""
+def _rows(paths: Sequence[Path], spec: Table) -> tuple[pd.DataFrame, NDArray[np.intp]]:
+    """The rows of these files of a table in one frame, and for each row the position of its file."""
+    columns = []
+    for path in paths:
+        values = _usual_values(path, spec)
+        columns.append(
+            _typed_columns(_values(parse_lines(path), spec) if values is None else values, spec, str(path))
+        )
+    sizes = [len(of_file[spec.names[0]]) for of_file in columns]
+    filled = [(of_file, size) for of_file, size in zip(columns, sizes, strict=True) if size] or [
+        (columns[0], 0)
+    ]
+    names = dict.fromkeys(name for of_file, _ in filled for name in of_file)
+    frame = pd.DataFrame(
+        {name: _joined([of_file.get(name, [None] * size) for of_file, size in filled]) for name in names}
+    )
+    origin = np.repeat(np.arange(len(paths)), sizes)
+    repeated = frame[[*spec.key]].assign(file=origin).duplicated(keep="last").to_numpy()
+    for i, number in enumerate(np.bincount(origin[repeated])):
+        if number:
+            warn_once(f"{paths[i]}: {number} rows written twice, the last one counts")
+    return (frame[~repeated].reset_index(drop=True), origin[~repeated]) if repeated.any() else (frame, origin)
+
+
+def _usual_values(path: Path, spec: Table) -> dict[str, Any] | None:
+    """The values of each column of a file, read fast; None if the file is not as runs write it.
+
+    What is read here is what ``parse_lines`` reads. That function knows every other file, and what is wrong
+    with it.
+    """
+    options = json.ParseOptions(
+        explicit_schema=pa.schema([(column.name, _ARROW[column.kind]) for column in spec.columns]),
+        unexpected_field_behavior="error",
+    )
+    try:
+        content = path.read_bytes()
+        rows = json.read_json(pa.BufferReader(content), parse_options=options)
+        values = {
+            c.name: rows[c.name].to_numpy() if c.kind in ("int", "float") else rows[c.name].to_pylist()
+            for c in spec.columns
+        }
+    except (OSError, ValueError):  # all errors of Arrow's parser are ValueErrors
+        return None
+    whole_lines = b"\n" + content.removesuffix(b"\n")
+    one_each = whole_lines.count(b"\n") == whole_lines.count(b"\n{") == rows.num_rows
+    epochs = values["epoch"]
+    return values if one_each and ((epochs >= 0) & (epochs <= LAST_EPOCH)).all() else None
+
+
+def _values(rows: Sequence[Mapping[str, Any]], spec: Table) -> dict[str, list[Any]]:
+    """The values of the schema's columns, then of those that it does not know."""
     layouts = dict.fromkeys(tuple(row) for row in rows)  # few: most rows have the same keys
-    return list(dict.fromkeys([*spec.names, *(key for layout in layouts for key in layout)]))
+    names = dict.fromkeys([*spec.names, *(key for layout in layouts for key in layout)])
+    return {name: [row.get(name) for row in rows] for name in names}
 
 
-def _typed(values: list[Any], column: Column, spec: Table, source: str) -> pd.Series | NDArray[Any]:
+def _typed_columns(values: Mapping[str, Any], spec: Table, source: str) -> dict[str, Any]:
+    """The columns, those of the schema in its types."""
+    typed = {column.name: _typed(values[column.name], column, spec, source) for column in spec.columns}
+    return {**values, **typed}
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    """The parts of a column one below the other."""
+    if len(parts) == 1:
+        return parts[0]
+    if all(isinstance(part, np.ndarray) for part in parts):
+        return np.concatenate(parts)
+    if all(isinstance(part, pd.Series) for part in parts):
+        return pd.concat(parts, ignore_index=True)
+    return [value for part in parts for value in part]
+
+
+def _typed(values: Any, column: Column, spec: Table, source: str) -> pd.Series | NDArray[Any]:
     """A column in the type that the schema declares; integers with gaps become floats."""
     try:
         if column.kind in ("int", "float"):

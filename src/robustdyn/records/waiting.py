@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -12,11 +12,12 @@ T = TypeVar("T")
 PATIENCE = 1.0  # seconds
 
 
-def with_bar(items: Sequence[T], doing: str) -> Iterable[T]:
+def with_bar(items: Iterable[T], doing: str, total: int | None = None) -> Iterable[T]:
     """The items, with a progress bar on standard error that appears after ``PATIENCE`` and goes at the end.
 
     Args:
         items: What is worked on one by one.
         doing: What is done with them, for the bar.
+        total: How many there are, if the items cannot say it.
     """
-    return tqdm(items, desc=doing, delay=PATIENCE, leave=False, disable=None, dynamic_ncols=True)
+    return tqdm(items, desc=doing, total=total, delay=PATIENCE, leave=False, disable=None, dynamic_ncols=True)

@@ -50,7 +50,7 @@ from robustdyn.report.plotting import (
     leave_out_transient,
     log_axis,
     mark_decays,
-    mean_by_epoch,
+    means_by_epoch,
     named,
     note,
 )
@@ -226,10 +226,8 @@ def _mark_lowest(ax: Axes, epochs: pd.DataFrame, column: Column, cast: Cast) -> 
         What the rings mark: with value and epoch where there is one group only.
     """
     said = "○ lowest test"
-    for group, rows in epochs.groupby("group", sort=False):
-        curve = mean_by_epoch(rows, column.name) * column.scale
-        if curve.empty:
-            continue
+    for group, means in means_by_epoch(epochs, column.name, "group").items():
+        curve = means * column.scale
         lowest = int(curve.argmin())
         epoch, value = int(curve.index[lowest]), float(curve.iloc[lowest])
         colour = cast.colour(str(group), style.TEST)

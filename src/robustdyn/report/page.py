@@ -7,11 +7,13 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence, Set
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import joblib
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -98,6 +100,7 @@ def build_report(
     output: str | os.PathLike[str],
     states: Sequence[RunState] | None = None,
     reference: Reference | None = None,
+    processes: int = 1,
 ) -> Report:
     """Read runs and write ``tables/``, ``figures/`` and ``index.html`` under ``output``.
 
@@ -107,6 +110,7 @@ def build_report(
         states: Where the runs at these paths stand; found out if not given. Only the caller can know runs
             that were asked for and never started.
         reference: Published curves to hold the runs against.
+        processes: How many processes draw the figures.
 
     Returns:
         What was written.
@@ -138,7 +142,7 @@ def build_report(
         )
         counted = summary[summary["run"].isin([run.label for run in shown.counted])]
         drawn, part = shown_in_figures(frames, counted)
-        figures, skipped = _write_figures(drawn, part, output / "figures", reference)
+        figures, skipped = _write_figures(drawn, part, output / "figures", reference, processes)
         text = _page(runs, frames, summary, part, figures, skipped, shown, told, evaluated, against)
         page.write_text(text, encoding="utf-8")
     except OSError as error:
@@ -186,27 +190,57 @@ def _optional(table: str) -> list[str]:
 
 
 def _write_figures(
-    frames: Mapping[str, pd.DataFrame], part: str, folder: Path, reference: Reference | None
+    frames: Mapping[str, pd.DataFrame],
+    part: str,
+    folder: Path,
+    reference: Reference | None,
+    processes: int,
 ) -> tuple[list[_Drawn], dict[str, str]]:
     """Every figure whose data are there; the others with the reason. ``part`` says of which settings."""
     folder.mkdir(parents=True, exist_ok=True)
+    missing = {spec.name: spec.missing(frames) for spec in FIGURES}
+    wanted = [spec for spec in FIGURES if missing[spec.name] is None]
+    tasks = [
+        joblib.delayed(_draw)(
+            spec, {name: frames[name] for name in (spec.table, "epochs")}, part, folder, reference
+        )
+        for spec in wanted
+    ]
+    try:
+        results = dict(zip(wanted, _done(tasks, processes), strict=True))
+    except BrokenProcessPool:  # the system ended a process, probably for its memory
+        results = dict(zip(wanted, _done(tasks, 1), strict=True))
     drawn, skipped = [], {}
-    for spec in with_bar(FIGURES, "drawing figures"):
-        reason = spec.missing(frames)
-        if reason and part:
-            reason += f", for {part}"
-        if reason is None:
-            try:
-                with np.errstate(over="ignore", invalid="ignore"):
-                    figure = spec.draw(frames, reference, part)
-                    drawn.append(_Drawn(spec, tuple(style.save(figure, folder / spec.name))))
-            except (ValueError, ArithmeticError) as error:  # numbers that no axis can show, 1e308 say
-                reason = f"cannot be drawn from these numbers ({' '.join(str(error).split())})"
-        if reason is not None:
-            skipped[spec.name] = reason
+    for spec in FIGURES:
+        found = results.get(spec, missing[spec.name])
+        if isinstance(found, _Drawn):
+            drawn.append(found)
+        else:
+            skipped[spec.name] = f"{found}, for {part}" if part and spec not in results else str(found)
             for ending in (".png", ".pdf"):
                 (folder / f"{spec.name}{ending}").unlink(missing_ok=True)
     return drawn, skipped
+
+
+def _done(tasks: Sequence[Any], processes: int) -> list[_Drawn | str]:
+    """What the tasks return, in their order. With one process they run in this one."""
+    workers = joblib.Parallel(max(1, min(processes, len(tasks))), return_as="generator", max_nbytes=None)
+    return list(with_bar(workers(tasks), "drawing figures", len(tasks)))
+
+
+def _draw(
+    spec: FigureSpec,
+    frames: Mapping[str, pd.DataFrame],
+    part: str,
+    folder: Path,
+    reference: Reference | None,
+) -> _Drawn | str:
+    """A figure and its files, or why it cannot be drawn."""
+    try:
+        with np.errstate(over="ignore", invalid="ignore"):
+            return _Drawn(spec, tuple(style.save(spec.draw(frames, reference, part), folder / spec.name)))
+    except (ValueError, ArithmeticError) as error:  # numbers that no axis can show, 1e308 say
+        return f"cannot be drawn from these numbers ({' '.join(str(error).split())})"
 
 
 def _page(

@@ -25,7 +25,7 @@ from robustdyn.report.plotting import (
     key,
     log_axis,
     mark_decays,
-    mean_by_epoch,
+    means_by_epoch,
 )
 
 PANEL = 3.6  # inches: height of one row of panels with title and legend
@@ -71,7 +71,9 @@ class Curve:
             "linestyle": self.line,
             "drawstyle": "steps-post" if self.steps else "default",
         }
-        for order, (group, rows) in enumerate(frame.dropna(subset=[name]).groupby("group", sort=False)):
+        known = frame.dropna(subset=[name])
+        means = means_by_epoch(known, name, "group")
+        for order, (group, rows) in enumerate(known.groupby("group", sort=False)):
             last = len(cast.colours) - 1
             extra = (last - order) * min(1.2, 4.0 / max(last, 1))
             look["color"] = shade = cast.colour(str(group), self.colour)
@@ -85,11 +87,12 @@ class Curve:
                     ax.plot(x, y, linewidth=0.8, alpha=0.45, **look)
                 else:
                     ax.plot(x, y, linewidth=1.8 + extra, marker=self.marker, **look)
-            mean = mean_by_epoch(rows, name) * scale
+            if group not in means:
+                continue
+            mean = means[group] * scale
             if several:
                 ax.plot(mean.index, mean, linewidth=2.4 + extra, marker=self.marker, **look)
-            if len(mean):
-                ends.append(End(float(mean.index[-1]), float(mean.iloc[-1]), self.text, shade))
+            ends.append(End(float(mean.index[-1]), float(mean.iloc[-1]), self.text, shade))
         return ends
 
     def draw_directions(self, ax: Axes, frame: pd.DataFrame, cast: Cast) -> None:
@@ -101,21 +104,26 @@ class Curve:
         ranks = sorted(frame["index"].unique())
         shades = style.shades(ranks[-1] + 1)
         shade_of = {rank: shades[rank] for rank in ranks}
-        for (group, rank), rows in frame.groupby(["group", "index"], sort=False):
-            shade = cast.colour(str(group), shade_of[rank])
-            strong = cast.alone or rank == ranks[0]
-            mean = mean_by_epoch(rows, self.column.name)
-            if mean.empty:
+        line = ["group", "index"]
+        means = means_by_epoch(frame, self.column.name, line)
+        spread = self.spread if cast.alone else None
+        errors = {} if spread is None else means_by_epoch(frame, spread, line)
+        for group, rank in frame[line].drop_duplicates().itertuples(index=False):
+            if (group, rank) not in means:
                 continue
+            mean, shade = means[group, rank], cast.colour(group, shade_of[rank])
+            strong = cast.alone or rank == ranks[0]
             positive, negative = mean.where(mean > 0), -mean[mean < 0]
             width, alpha = (1.6, 1.0) if strong else (0.8, 0.4)
             marker = self.marker if strong and len(mean) <= MARKED_POINTS else ""
             ax.plot(
                 mean.index, positive, color=shade, marker=marker, markersize=3, linewidth=width, alpha=alpha
             )
-            ax.plot(negative.index, negative, "o", color=shade, linestyle="", fillstyle="none", markersize=4)
-            if self.spread is not None and cast.alone:
-                error = mean_by_epoch(rows, self.spread).reindex(mean.index)
+            if len(negative):
+                look: dict[str, Any] = {"linestyle": "", "fillstyle": "none", "markersize": 4}
+                ax.plot(negative.index, negative, "o", color=shade, **look)
+            if (group, rank) in errors:
+                error = errors[group, rank].reindex(mean.index)
                 low = (positive - error).where(positive > error, positive * 0.5)
                 ax.fill_between(mean.index, low, positive + error, color=shade, alpha=0.2, linewidth=0)
         log_axis(ax)

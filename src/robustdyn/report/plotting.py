@@ -96,11 +96,24 @@ def named(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.sort_values("epoch", kind="stable")
 
 
-def mean_by_epoch(frame: pd.DataFrame, column: str) -> pd.Series:
-    """Mean over runs, at the epochs that every run has; a run has one row for each epoch."""
-    known = frame[["epoch", "run", column]].dropna()
-    found = known.groupby("epoch")[column].agg(["mean", "count"])
-    return found.loc[found["count"] == known["run"].nunique(), "mean"]
+def means_by_epoch(frame: pd.DataFrame, column: str, by: str | list[str]) -> dict[Any, pd.Series]:
+    """Means over the runs of each part of a frame, at the epochs that all runs of the part have.
+
+    Args:
+        frame: One row for each epoch of a run of a part.
+        column: What to take means of.
+        by: The columns that tell the parts apart, as for ``groupby``.
+
+    Returns:
+        By part, in order of appearance; none for a part whose runs have no number at a common epoch.
+    """
+    known = frame.dropna(subset=[column])
+    runs = known.groupby(by, sort=False)["run"].nunique()
+    names = [*runs.index.names]
+    found = known.groupby([*names, "epoch"])[column].agg(["mean", "count"])
+    wanted = runs.reindex(found["count"].droplevel("epoch").index).to_numpy()
+    means = dict(list(found.loc[found["count"] == wanted, "mean"].groupby(level=by)))
+    return {part: means[part].droplevel(names) for part in runs.index if part in means}
 
 
 def log_axis(ax: Axes) -> None:

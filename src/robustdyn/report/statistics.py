@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from robustdyn.records.columns import Column
 from robustdyn.records.reader import Run
@@ -75,7 +76,8 @@ def final_and_best(runs: Sequence[Run], epochs: pd.DataFrame) -> pd.DataFrame:
         ``run``, ``group``, ``selection``, ``epoch`` and ``SHOWN_METRICS``. Runs without a finished epoch have
         none.
     """
-    rows, recorded = [], by_run(epochs)
+    needed = ["run", "epoch", "validation_robust_error", *SHOWN_METRICS]  # summarise looks at every column
+    rows, recorded = [], by_run(epochs[needed])
     for run in runs:
         own = recorded[run.label]
         if own.empty:
@@ -239,22 +241,28 @@ def format_number(value: float) -> str:
 
 def _before_decay(epochs: pd.DataFrame) -> int | None:
     """The last epoch before the first decay."""
-    decays = decay_epochs(epochs)
-    return int(epochs.loc[epochs["epoch"] < decays[0], "epoch"].max()) if decays else None
+    decays, numbers = decay_epochs(epochs), epochs["epoch"].to_numpy()
+    return int(numbers[numbers < decays[0]].max()) if decays else None
 
 
 def _lowest_loss(epochs: pd.DataFrame) -> int | None:
     """The first epoch with the lowest test robust loss."""
-    known = epochs.dropna(subset=[TEST_ROBUST_LOSS])
-    return None if known.empty else int(known["epoch"].iloc[int(known[TEST_ROBUST_LOSS].argmin())])
+    numbers, losses = _known(epochs, TEST_ROBUST_LOSS)
+    return int(numbers[losses.argmin()]) if len(losses) else None
 
 
 def _between(frame: pd.DataFrame, column: str, anchor: int | None) -> tuple[EpochValue, EpochValue] | None:
     """The number at the last epoch up to ``anchor`` (else the first there is) and at the last epoch."""
-    known = frame.dropna(subset=[column])
-    if known.empty or anchor is None:
+    epochs, values = _known(frame, column)
+    if not len(values) or anchor is None:
         return None
-    early = known[known["epoch"] <= anchor]
-    first, last = (early if not early.empty else known.head(1)).iloc[-1], known.iloc[-1]
-    start, end = (EpochValue(int(row["epoch"]), float(row[column])) for row in (first, last))
+    first = max(0, int(np.searchsorted(epochs, anchor, side="right")) - 1)
+    start, end = (EpochValue(int(epochs[i]), float(values[i])) for i in (first, -1))
     return start, end
+
+
+def _known(frame: pd.DataFrame, column: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The epochs at which a run has a number, and the numbers."""
+    values = frame[column].to_numpy(dtype=float)
+    known = ~np.isnan(values)
+    return frame["epoch"].to_numpy()[known], values[known]

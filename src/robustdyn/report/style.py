@@ -62,7 +62,7 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 
 def new_figure(title: str, height: float) -> Figure:
     """An empty page-wide figure with a title, ``height`` inches high."""
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, x=0.01, ha="left")
     return figure
@@ -76,8 +76,11 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     """
     png, pdf = stem.with_suffix(".png"), stem.with_suffix(".pdf")
     with mpl.rc_context(_RC), _quiet("fontTools"):
+        layout = figure.get_layout_engine()
+        if layout is not None:
+            layout.execute(figure)
+            figure.set_layout_engine("none")  # savefig would draw twice to find the layout
         figure.savefig(png, dpi=DPI, metadata={"Software": None})
-        figure.set_layout_engine("none")  # the layout just found serves the second file
         figure.savefig(pdf, metadata={"CreationDate": None, "Producer": None, "Creator": None})
     return [png, pdf]
 
