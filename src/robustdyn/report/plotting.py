@@ -31,6 +31,8 @@ LABEL_WIDTH = 0.62  # inches a decay label takes
 LEGEND_ROW = 0.2  # inches a row of the legend takes ...
 LEGEND_ROWS = 2  # ... beyond those that figures have room for
 MARKED_POINTS = 40  # beyond this many, markers run into one another
+KEY_OF = dict(zip(style.MARKERS, "●■▲◆▼✚✖★", strict=True))
+"""Markers as characters, for labels of lines."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,11 @@ class Cast:
         """The group's colour; ``own``, the series' colour, where there is one group only."""
         return own if self.alone else self.colours[group]
 
+    def marker(self, group: str) -> str:
+        """The group's marker, empty where colours tell the groups apart."""
+        groups = list(self.colours)
+        return style.markers(len(groups))[groups.index(group)]
+
     def repeats(self) -> str:
         """``mean of 3 seeds`` for one group of several runs, else nothing."""
         (n, *others) = self.sizes.values()
@@ -84,6 +91,7 @@ class End:
     y: float
     text: str
     colour: str
+    marker: str = ""
 
 
 def named(frame: pd.DataFrame) -> pd.DataFrame:
@@ -115,7 +123,7 @@ def log_axis(ax: Axes) -> None:
     low, high = ax.get_ylim()
     subs = (1.0, 2.0, 5.0) if high / low < 500 else (1.0,)
     ax.yaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value, plain=low >= 5e-4)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value, plain=ax.get_ylim()[0] >= 1e-4)))
     ax.yaxis.set_minor_formatter(NullFormatter())
 
 
@@ -166,9 +174,10 @@ def note(
 
 
 def mark_decays(axes: Iterable[Axes], epochs: pd.DataFrame, cast: Cast) -> None:
-    """Mark decay epochs: grey where every group that got there has them, else coloured.
+    """Mark decay epochs: dashed where every group that got there has them, else dotted and coloured.
 
-    Grey ones are labelled, and so are coloured ones that several groups share.
+    Dashed ones are labelled, and so are dotted ones that several groups share. If there were too many
+    colours, the latter are grey and those of single groups left out.
     """
     by_group = {group: _decays(epochs[epochs["group"] == group]) for group in cast.colours}
     reached = epochs.groupby("group")["epoch"].max()
@@ -195,6 +204,9 @@ def mark_decays(axes: Iterable[Axes], epochs: pd.DataFrame, cast: Cast) -> None:
                 ax.axvline(
                     epoch, color=cast.colours[group], linewidth=0.9, linestyle=":", alpha=0.8, zorder=1
                 )
+        else:
+            for epoch in set(labelled) - set(shared):
+                ax.axvline(epoch, color=style.MARK, linewidth=0.9, linestyle=":", zorder=1)
         _label_decays(ax, labelled)
 
 
@@ -206,7 +218,8 @@ def label_ends(ax: Axes, ends: Sequence[End]) -> None:
         return
     heights = _apart([_height(ax, end.y) for end in shown], gap=0.075)
     for end, height in zip(shown, heights, strict=True):
-        note(ax, end.text, (1.015, height), color=end.colour, ha="left", va="center", fontsize=9)
+        text = f"{KEY_OF[end.marker]} {end.text}" if end.marker else end.text
+        note(ax, text, (1.015, height), color=end.colour, ha="left", va="center", fontsize=9)
 
 
 def group_legend(
@@ -215,7 +228,11 @@ def group_legend(
     """A legend below the panels: groups by colour (means of seeds said so), then ``extra`` entries."""
     groups = {} if cast.alone else cast.sizes
     handles = [
-        key(f"{group} (mean of {n} seeds)" if n > 1 else group, colour=cast.colours[group])
+        key(
+            f"{group} (mean of {n} seeds)" if n > 1 else group,
+            marker=cast.marker(group),
+            colour=cast.colours[group],
+        )
         for group, n in groups.items()
     ]
     handles += extra
