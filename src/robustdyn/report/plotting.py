@@ -114,14 +114,15 @@ def mean_by_epoch(frame: pd.DataFrame, column: str) -> pd.Series:
 def log_axis(ax: Axes) -> None:
     """A logarithmic vertical axis with plain ticks: 1, 2, 5 within few decades, else powers of ten.
 
-    A linear one stays where nothing that is drawn is positive.
+    Within one decade there are more, so that at least two are seen. A linear axis stays where nothing that
+    is drawn is positive.
     """
     positive = any((np.asarray(line.get_ydata(), dtype=float) > 0).any() for line in ax.lines)
     if not positive and not ax.collections:
         return
     ax.set_yscale("log")
     low, high = ax.get_ylim()
-    subs = (1.0, 2.0, 5.0) if high / low < 500 else (1.0,)
+    subs = (1, 1.5, 2, 3, 5, 7) if high / low < 10 else (1, 2, 5) if high / low < 500 else (1,)
     ax.yaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value, plain=ax.get_ylim()[0] >= 1e-4)))
     ax.yaxis.set_minor_formatter(NullFormatter())
@@ -131,8 +132,8 @@ def _tick(value: float, *, plain: bool) -> str:
     """``0.05``, ``20``; as a multiple of a power of ten above 10000, and below 0.01 unless ``plain``."""
     if (plain or value >= 1e-2) and value < 1e4:
         return f"{value:g}"
-    mantissa, exponent = f"{value:.0e}".split("e")
-    factor = "" if mantissa == "1" else rf"{mantissa}\times"
+    mantissa, exponent = f"{value:.1e}".split("e")
+    factor = "" if mantissa == "1.0" else rf"{float(mantissa):g}\times"
     return rf"${factor}10^{{{int(exponent)}}}$"
 
 

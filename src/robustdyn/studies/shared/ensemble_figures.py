@@ -62,7 +62,7 @@ OF_VARIANCES = [law for law in NAMES if law not in (NOISE_FREE, DRIFT)]  # these
 DRAWN = (STATIONARY, SLOW_MODE, EXACT, REFRESHED, REFRESHED_PATH, MIXTURE)  # beside single variances
 SHORT = {
     EXACT: "left, attack held",
-    REFRESHED: "left, recomputed",
+    REFRESHED: "left, attack recomputed",
     NOISE_FREE: "left, noise-free",
     DRIFT: "left, drift",
 }
