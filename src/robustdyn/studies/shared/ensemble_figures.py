@@ -303,8 +303,8 @@ def draw_drift(data: pd.DataFrame) -> Figure:
         ax.set_ylim(*limits)
         log_axis(ax)
     names = ("λ of H, attack held fixed", "slope, attack recomputed", "gradient noise")
-    path = data[data["source"] == "path"].groupby("ensemble")["step"].nunique()
-    followed = path.max() > 1  # else all curves are a point at 1
+    along = data[data["source"] == "path"].groupby("ensemble")["step"].nunique()
+    followed = along.max() > 1  # else all curves are a point at 1
     handles = [
         key(name, colour=colour)
         for name, (column, colour) in zip(names, looks.items(), strict=True)
