@@ -105,7 +105,7 @@ def configuration_page() -> str:
     page = [
         "# Configuration\n",
         "Every setting has its default in one file of `conf/`, and this page shows all of these files. A"
-        " file is an option of the group in whose folder it stands: `data=cifar10` chooses"
+        " file is an option of the group in whose folder it is: `data=cifar10` chooses"
         " `data/cifar10.yaml`. A key of a file is set by its group and its name, as in"
         " `data.batch_size=64`. Files that begin with `# @package _global_` set keys of other groups."
         " `robustdyn-train --cfg job` prints the settings of a run without starting it.\n",

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from robustdyn.launch.sweep import SWEEP_PROCESS, _end_with_parent
 from robustdyn.records import find_runs
 from robustdyn.records.progress import run_states
 from tests.launch.test_sweep import QUICK, only, states
@@ -167,3 +169,11 @@ def children(pid):
     """Ids of a process's children."""
     tasks = Path(f"/proc/{pid}/task").glob("*/children")
     return [int(child) for task in tasks for child in task.read_text().split()]
+
+
+def test_the_process_of_a_sweep_does_not_wait_for_itself(monkeypatch):
+    """With n_jobs=1 joblib runs jobs in the process of the sweep, which a worker's watch would kill."""
+    monkeypatch.setenv(SWEEP_PROCESS, str(os.getpid()))
+    before = threading.active_count()
+    _end_with_parent.__wrapped__()
+    assert threading.active_count() == before

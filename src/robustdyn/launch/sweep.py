@@ -102,6 +102,8 @@ def _metric(cfg: DictConfig, run_dir: Path) -> float | None:
 def _end_with_parent() -> None:
     """Kill this worker when the process of its parallel sweep is gone, because the sweep may be restarted."""
     sweep = int(os.environ[SWEEP_PROCESS])
+    if sweep == os.getpid():  # with n_jobs=1 joblib starts no worker
+        return
 
     def watch() -> None:
         while os.getppid() == sweep:
