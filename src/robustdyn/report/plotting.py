@@ -274,7 +274,8 @@ def _label_decays(ax: Axes, decays: dict[int, set[float]]) -> None:
     low, high = ax.get_xlim()
     spec = ax.get_subplotspec()
     columns = spec.get_gridspec().ncols if spec is not None else 1
-    needed = LABEL_WIDTH * columns / (0.75 * style.WIDTH)  # of the panel's width
+    panels = (0.75 if columns < 5 else 0.55) * style.WIDTH  # more axes leave them less of the figure
+    needed = LABEL_WIDTH * columns / panels  # of a panel's width
     last, row = -np.inf, 0
     for epoch, rates in sorted(decays.items()):
         shown = {f"{rate:.3g}" for rate in rates}
