@@ -48,6 +48,8 @@ UNMEASURED = (*tiny_but("measure."), "measure=none", "report=false")
 
 def compose(*overrides: str) -> DictConfig:
     """Compose the configuration of ``robustdyn-train`` with overrides, as the command does."""
+    import robustdyn.run.config  # noqa: F401, registers the resolvers
+
     with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
         return hydra.compose("train", list(overrides), return_hydra_config=False)
 

@@ -4,7 +4,7 @@ Trains in turns with the package of this checkout and with that of another, each
 compares the seconds of every measured epoch: the first from random starts, the next from the last one's
 eigenvectors.
 
-    git worktree add ../before v0.1.0
+    git worktree add ../before COMMIT
     python experiments/benchmarks/measurement_versions.py ../before [--rounds 5] [--width 16] [--epochs 3]
 """
 

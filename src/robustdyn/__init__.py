@@ -14,15 +14,25 @@ P parameters, k tracked directions, K classes, L layers):
     ε        attack radius, on the [0, 1] pixel scale everywhere in code (configuration keys end in ``_255``)
 """
 
-__version__ = "0.1.0"
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # importing them takes seconds
+    from robustdyn.measure import Recorder as Recorder
+    from robustdyn.measure import measure_model as measure_model
+
+    __version__: str
 
 _MEASURE = ("Recorder", "measure_model")
 
 
 def __getattr__(name: str) -> object:
-    """Import what measures a model when it is first asked for, because it takes seconds."""
+    """Import what measures a model when it is first asked for, and look up the version."""
     if name in _MEASURE:
         from robustdyn import measure
 
         return getattr(measure, name)
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("robustdyn")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

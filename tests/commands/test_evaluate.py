@@ -1,13 +1,17 @@
+import importlib.util
 import json
 import os
 import shutil
+import sys
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 
+import robustdyn.evaluation
 from robustdyn.commands.evaluate import main
 from robustdyn.defaults import config_dir
+from robustdyn.evaluation import autoattack
 from tests.data.official import write_cifar10
 from tests.runs import command, invoke, rows, tiny_but
 
@@ -221,6 +225,23 @@ def test_attacks_can_be_added_and_changed(run_dir, checkpoint, monkeypatch):
     names = {r["evaluator"]: r for r in rows(run_dir / "evaluation" / "last", "evaluation")}
     assert list(names) == ["clean", "autoattack/apgd-ce", "autoattack", "mine", "worst_case"]
     assert (names["mine"]["steps"], names["mine"]["loss"]) == (10, "margin")
+
+
+def test_without_the_extra_autoattack_is_refused_before_any_work(checkpoint, monkeypatch, capsys):
+    """The module is loaded once more, as it is where its package is not installed."""
+    monkeypatch.setitem(sys.modules, "pyautoattack", None)  # importing it raises ModuleNotFoundError
+    spec = importlib.util.spec_from_file_location("without_the_extra", autoattack.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(robustdyn.evaluation, "AutoAttackEvaluator", module.AutoAttackEvaluator)
+    said = [f"checkpoint={checkpoint}", "device=cpu"]
+    assert evaluate(monkeypatch, *said) == 1
+    found = capsys.readouterr()
+    assert found.err.startswith("error: evaluation.attacks.autoattack: AutoAttack needs the package")
+    assert found.err.count("\n") == 1
+    assert "pip install 'robustdyn[autoattack]'" in found.err
+    assert "evaluation=pgd" in found.err
+    assert found.out == ""
 
 
 def test_warnings_are_said(run_dir, checkpoint, monkeypatch, capsys):

@@ -81,7 +81,7 @@ def evaluate_checkpoint(given: DictConfig) -> None:
     output = Path(cfg.output) if cfg.output else default
     settings = _settings(cfg, checkpoint, layout, ball, data)
     # another device rounds differently, which hardly changes the outcomes
-    provenance = {**versions("pyautoattack"), "device": device_name(device)}
+    provenance = {**versions(), "device": device_name(device)}
 
     say(f"checkpoint  {checkpoint} ({layout})")
     which = "all" if len(data) == len(split) else f"the first {len(data):,} of"

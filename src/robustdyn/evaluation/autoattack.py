@@ -10,19 +10,22 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, get_args
+from typing import Any
 
-import pyautoattack
-import pyautoattack.checks
 import torch
-from pyautoattack.autoattack import AttackName
 from torch import Tensor, nn
 
 from robustdyn.data import Batch
 from robustdyn.evaluation.ball import Ball
 from robustdyn.evaluation.evaluators import Access, Attack, Description, Note
 
-ATTACKS: tuple[str, ...] = get_args(AttackName)
+try:
+    import pyautoattack
+    import pyautoattack.checks
+except ModuleNotFoundError:  # the extra robustdyn[autoattack] is not installed
+    pyautoattack = None
+
+ATTACKS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
 BLACK_BOX = ("square",)
 NORMS = {"linf": "Linf", "l2": "L2"}
 TARGETED = ("apgd-t", "fab-t")
@@ -49,12 +52,18 @@ class AutoAttackEvaluator:
             ``fab-t``, ``square``. The standard version is ``apgd-ce, apgd-t, fab-t, square``.
 
     Raises:
+        ModuleNotFoundError: The package is missing; it is the extra ``robustdyn[autoattack]``.
         ValueError: A name is not known or occurs twice, or the list is empty.
     """
 
     attack_list: Sequence[str]
 
     def __post_init__(self) -> None:
+        if pyautoattack is None:
+            raise ModuleNotFoundError(
+                "AutoAttack needs the package pyautoattack; install it with pip install "
+                "'robustdyn[autoattack]', or choose an evaluation without AutoAttack, such as evaluation=pgd"
+            )
         names = list(self.attack_list)
         unknown = [name for name in names if name not in ATTACKS]
         if unknown or not names:

@@ -71,7 +71,7 @@ class Execution:
 
         # With more passes PyTorch continues uncompiled and only warns. TRADES with a validation split may
         # have its default, 8, and a run resumed at a short batch has more.
-        dynamo.cache_size_limit = max(dynamo.cache_size_limit, _MOST_PASSES)  # so called from PyTorch 2.6 on
+        dynamo.recompile_limit = max(dynamo.recompile_limit, _MOST_PASSES)
         # of a fixed size: with the batch size left open the code is slower
         options = dict(list_mode_options(self._compile))
         if not trains_channels_last(model):  # the compiler would put the channels innermost by itself
