@@ -94,7 +94,7 @@ COLOURS = {
     "log_variance": style.PALETTE[0],
     "log_determinant": style.PALETTE[1],
     "twice_total_correlation": style.PALETTE[2],
-    "curvature": style.PALETTE[4],
+    "curvature": style.ORANGE,
     "kl_prior_at_minimum": style.NEUTRAL,
     "kl_prior_at_start": style.MARK,
 }

@@ -1,11 +1,13 @@
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 import pytest
 
 from robustdyn.records import find_runs
 from robustdyn.report import style
 from robustdyn.report.figures import FIGURES
-from robustdyn.report.plotting import Cast, mark_decays, named
+from robustdyn.report.plotting import Cast, label_ends, log_axis, mark_decays, named
+from robustdyn.studies.shared.comparison_figures import draw_over_epochs, setting_colours
 from tests.records.synthetic import DECAYS, LAYERS, write_run, write_sweep
 from tests.report.conftest import frames_of
 
@@ -373,6 +375,41 @@ def test_a_tower_of_first_epochs_does_not_flatten_the_rest(one_frames):
         assert "first epochs reach 40.0" in texts(ax)
     untouched = draw("robust_loss", one_frames).axes[0]
     assert not [text for text in texts(untouched) if "first epochs" in text]
+
+
+def test_many_groups_have_a_marker_each_too(one_frames):
+    names = [f"width={i}" for i in range(style.TOLD_BY_COLOUR + 1)]
+    epochs = pd.concat([one_frames["epochs"].assign(group=name, run=name) for name in names])
+    figure = draw("robust_loss", one_frames, epochs=epochs)
+    for ax in figure.axes:
+        shapes = {line.get_marker() for line in curves(ax)}
+        assert shapes == set(style.MARKERS[: len(names)])
+    assert legend(figure)[: len(names)] == names
+    keys = [line.get_marker() for line in figure.legends[0].get_lines()]
+    assert keys[: len(names)] == list(style.MARKERS[: len(names)])
+    few = draw("robust_loss", one_frames, epochs=epochs[epochs["group"] != names[0]])
+    assert {line.get_marker() for line in curves(few.axes[0])} == {""}
+
+
+def test_lines_of_many_settings_are_named_with_their_markers():
+    rows = [(f"s{i}", "q", epoch, float(i), 0.0, 9.0) for i in range(5) for epoch in (0, 1)]
+    table = pd.DataFrame(rows, columns=["setting", "quantity", "epoch", "mean", "low", "high"])
+    ax = style.new_figure("", 3.0).subplots()
+    ends = draw_over_epochs(ax, table, setting_colours(table), {"q": "-"})
+    label_ends(ax, ends)
+    assert [line.get_marker() for line in ax.lines] == list(style.MARKERS[:5])
+    assert texts(ax) == ["● s0", "■ s1", "▲ s2", "◆ s3", "▼ s4"]
+
+
+def test_a_narrow_logarithmic_axis_has_two_ticks_at_least():
+    for low, high in ((5.9e5, 1.7e6), (6.7e5, 1.36e6), (0.011, 0.019), (120, 285)):
+        ax = style.new_figure("", 3.0).subplots()
+        ax.plot([0, 1], [low, high])
+        log_axis(ax)
+        seen = [tick for tick in ax.get_yticks() if low <= tick <= high]
+        assert len(seen) >= 2
+        shown = [ax.yaxis.get_major_formatter()(tick) for tick in seen]
+        assert len(set(shown)) == len(shown)
 
 
 def test_decays_beyond_counting_are_not_marked(tmp_path):

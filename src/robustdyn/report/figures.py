@@ -191,7 +191,8 @@ def layer_terms(layers: pd.DataFrame, epochs: pd.DataFrame, cast: Cast) -> Figur
         of_runs = epochs[epochs["group"] == group].groupby("run", sort=False)
         first_decay = min((decay for _, own in of_runs for decay in decay_epochs(own)[:1]), default=-1)
         last, before = _layer_means(rows, names), _layer_means(rows[rows["epoch"] < first_decay], names)
-        dots: dict[str, Any] = {"linestyle": "", "marker": MARKER, "color": colour, "markersize": 6}
+        marker = cast.marker(str(group)) or MARKER
+        dots: dict[str, Any] = {"linestyle": "", "marker": marker, "color": colour, "markersize": 6}
         if before.size:
             ax.hlines(places, before, last, color=colour, linewidth=1.0, alpha=0.5)
             ax.plot(before, places, fillstyle="none", **dots)
@@ -246,11 +247,11 @@ def _gap_against_wci(ax: Axes, wci: pd.DataFrame, epochs: pd.DataFrame, cast: Ca
     pairs = pairs.dropna(subset=["wci", ROBUST_LOSS_GAP])
     notes = []
     for group, rows in pairs.groupby("group", sort=False):
-        colour = cast.colour(str(group), style.PALETTE[0])
+        colour, marker = cast.colour(str(group), style.PALETTE[0]), cast.marker(str(group)) or MARKER
         for _, own in rows.groupby("run", sort=False):
             x, y = own["wci"], own[ROBUST_LOSS_GAP]
-            ax.plot(x, y, color=colour, marker=MARKER, linewidth=0.7, alpha=0.75)
-            ax.plot(x.iloc[-1:], y.iloc[-1:], marker="s", markersize=7, color=colour)
+            ax.plot(x, y, color=colour, marker=marker, linewidth=0.7, alpha=0.75)
+            ax.plot(x.iloc[-1:], y.iloc[-1:], marker=marker, markersize=8, color=colour)
         r = correlation(rows["wci"], rows[ROBUST_LOSS_GAP])
         if r is not None:
             notes.append((f"r = {r:.2f} ({len(rows)} points)", colour))
@@ -311,7 +312,7 @@ FIGURES: tuple[FigureSpec, ...] = (
         "wci",
         "wci",
         "Left: does the WCI move when the gap moves? Right: one point for each measured epoch, joined in "
-        "time (the square is the last); r is Pearson's correlation over these points, which follow one "
+        "time (the large mark is the last); r is Pearson's correlation over these points, which follow one "
         "another in time and are not independent samples.",
         "Two line panels over epochs, the Weight-Curvature Index and the robust loss gap, and a scatter of "
         "gap against index.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,7 @@ class Curve:
             extra = (last - order) * min(1.2, 4.0 / max(last, 1))
             look["color"] = shade = cast.colour(str(group), self.colour)
             several = cast.sizes[str(group)] > 1
+            marked = partial(self._marked, cast, str(group))
             for _, own in rows.groupby("run", sort=False):
                 x, y = own["epoch"].to_numpy(), own[name].to_numpy(dtype=float) * scale
                 if self.spread is not None and own[self.spread].notna().any():
@@ -86,14 +88,21 @@ class Curve:
                 if several:
                     ax.plot(x, y, linewidth=0.8, alpha=0.45, **look)
                 else:
-                    ax.plot(x, y, linewidth=1.8 + extra, marker=self.marker, **look)
+                    ax.plot(x, y, linewidth=1.8 + extra, **marked(len(x)), **look)
             if group not in means:
                 continue
             mean = means[group] * scale
             if several:
-                ax.plot(mean.index, mean, linewidth=2.4 + extra, marker=self.marker, **look)
+                ax.plot(mean.index, mean, linewidth=2.4 + extra, **marked(len(mean)), **look)
             ends.append(End(float(mean.index[-1]), float(mean.iloc[-1]), self.text, shade))
         return ends
+
+    def _marked(self, cast: Cast, group: str, points: int) -> dict[str, Any]:
+        """The curve's marker at every point, or the group's at some where colours are too many."""
+        shape = cast.marker(group)
+        if not shape:
+            return {"marker": self.marker}
+        return {"marker": shape, "markevery": style.sparse(points, list(cast.colours).index(group))}
 
     def draw_directions(self, ax: Axes, frame: pd.DataFrame, cast: Cast) -> None:
         """A line for every direction, on a logarithmic axis; means over a group's runs.

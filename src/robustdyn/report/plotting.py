@@ -31,6 +31,8 @@ LABEL_WIDTH = 0.62  # inches a decay label takes
 LEGEND_ROW = 0.2  # inches a row of the legend takes ...
 LEGEND_ROWS = 2  # ... beyond those that figures have room for
 MARKED_POINTS = 40  # beyond this many, markers run into one another
+KEY_OF = dict(zip(style.MARKERS, "●■▲◆▼✚✖★", strict=True))
+"""Markers as characters, for labels of lines."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,11 @@ class Cast:
         """The group's colour; ``own``, the series' colour, where there is one group only."""
         return own if self.alone else self.colours[group]
 
+    def marker(self, group: str) -> str:
+        """The group's marker, empty where colours tell the groups apart."""
+        groups = list(self.colours)
+        return style.markers(len(groups))[groups.index(group)]
+
     def repeats(self) -> str:
         """``mean of 3 seeds`` for one group of several runs, else nothing."""
         (n, *others) = self.sizes.values()
@@ -84,6 +91,7 @@ class End:
     y: float
     text: str
     colour: str
+    marker: str = ""
 
 
 def named(frame: pd.DataFrame) -> pd.DataFrame:
@@ -119,16 +127,17 @@ def means_by_epoch(frame: pd.DataFrame, column: str, by: str | list[str]) -> dic
 def log_axis(ax: Axes) -> None:
     """A logarithmic vertical axis with plain ticks: 1, 2, 5 within few decades, else powers of ten.
 
-    A linear one stays where nothing that is drawn is positive.
+    Within one decade there are more, so that at least two are seen. A linear axis stays where nothing that
+    is drawn is positive.
     """
     positive = any((np.asarray(line.get_ydata(), dtype=float) > 0).any() for line in ax.lines)
     if not positive and not ax.collections:
         return
     ax.set_yscale("log")
     low, high = ax.get_ylim()
-    subs = (1.0, 2.0, 5.0) if high / low < 500 else (1.0,)
+    subs = (1, 1.5, 2, 3, 5, 7) if high / low < 10 else (1, 2, 5) if high / low < 500 else (1,)
     ax.yaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value, plain=low >= 5e-4)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value, plain=ax.get_ylim()[0] >= 1e-4)))
     ax.yaxis.set_minor_formatter(NullFormatter())
 
 
@@ -136,8 +145,8 @@ def _tick(value: float, *, plain: bool) -> str:
     """``0.05``, ``20``; as a multiple of a power of ten above 10000, and below 0.01 unless ``plain``."""
     if (plain or value >= 1e-2) and value < 1e4:
         return f"{value:g}"
-    mantissa, exponent = f"{value:.0e}".split("e")
-    factor = "" if mantissa == "1" else rf"{mantissa}\times"
+    mantissa, exponent = f"{value:.1e}".split("e")
+    factor = "" if mantissa == "1.0" else rf"{float(mantissa):g}\times"
     return rf"${factor}10^{{{int(exponent)}}}$"
 
 
@@ -179,9 +188,10 @@ def note(
 
 
 def mark_decays(axes: Iterable[Axes], epochs: pd.DataFrame, cast: Cast) -> None:
-    """Mark decay epochs: grey where every group that got there has them, else coloured.
+    """Mark decay epochs: dashed where every group that got there has them, else dotted and coloured.
 
-    Grey ones are labelled, and so are coloured ones that several groups share.
+    Dashed ones are labelled, and so are dotted ones that several groups share. If there were too many
+    colours, the latter are grey and those of single groups left out.
     """
     by_group = {group: _decays(epochs[epochs["group"] == group]) for group in cast.colours}
     reached = epochs.groupby("group")["epoch"].max()
@@ -208,6 +218,9 @@ def mark_decays(axes: Iterable[Axes], epochs: pd.DataFrame, cast: Cast) -> None:
                 ax.axvline(
                     epoch, color=cast.colours[group], linewidth=0.9, linestyle=":", alpha=0.8, zorder=1
                 )
+        else:
+            for epoch in set(labelled) - set(shared):
+                ax.axvline(epoch, color=style.MARK, linewidth=0.9, linestyle=":", zorder=1)
         _label_decays(ax, labelled)
 
 
@@ -219,7 +232,8 @@ def label_ends(ax: Axes, ends: Sequence[End]) -> None:
         return
     heights = _apart([_height(ax, end.y) for end in shown], gap=0.075)
     for end, height in zip(shown, heights, strict=True):
-        note(ax, end.text, (1.015, height), color=end.colour, ha="left", va="center", fontsize=9)
+        text = f"{KEY_OF[end.marker]} {end.text}" if end.marker else end.text
+        note(ax, text, (1.015, height), color=end.colour, ha="left", va="center", fontsize=9)
 
 
 def group_legend(
@@ -228,7 +242,11 @@ def group_legend(
     """A legend below the panels: groups by colour (means of seeds said so), then ``extra`` entries."""
     groups = {} if cast.alone else cast.sizes
     handles = [
-        key(f"{group} (mean of {n} seeds)" if n > 1 else group, colour=cast.colours[group])
+        key(
+            f"{group} (mean of {n} seeds)" if n > 1 else group,
+            marker=cast.marker(group),
+            colour=cast.colours[group],
+        )
         for group, n in groups.items()
     ]
     handles += extra
@@ -269,7 +287,8 @@ def _label_decays(ax: Axes, decays: dict[int, set[float]]) -> None:
     low, high = ax.get_xlim()
     spec = ax.get_subplotspec()
     columns = spec.get_gridspec().ncols if spec is not None else 1
-    needed = LABEL_WIDTH * columns / (0.75 * style.WIDTH)  # of the panel's width
+    panels = (0.75 if columns < 5 else 0.55) * style.WIDTH  # more axes leave them less of the figure
+    needed = LABEL_WIDTH * columns / panels  # of a panel's width
     last, row = -np.inf, 0
     for epoch, rates in sorted(decays.items()):
         shown = {f"{rate:.3g}" for rate in rates}

@@ -28,8 +28,8 @@ CAPTION = (
 SEEN = 1e-3  # of a variance, below which a part of it is not drawn
 
 PANELS = {
-    POSTERIOR_VARIANCE_STATIONARY: "Stationary, papers' law",
-    POSTERIOR_VARIANCE: "Time-resolved, training's law",
+    POSTERIOR_VARIANCE_STATIONARY: "Stationary,\npapers' law",
+    POSTERIOR_VARIANCE: "Time-resolved,\ntraining's law",
     PROPAGATED_VARIANCE: "of it, propagated",
     INJECTED_VARIANCE: "of it, injected",
 }

@@ -17,7 +17,11 @@ from matplotlib.figure import Figure
 P = ParamSpec("P")
 
 # Okabe and Ito, distinguishable with colour blindness; a dark red instead of their yellow, faint on white.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255")
+# In this order: to those who cannot see green, the pink is like the green, and the orange like the red.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#000000", "#882255", "#56B4E9", "#E69F00", "#CC79A7")
+ORANGE, PINK = PALETTE[6:]
+MARKERS = "os^DvPX*"
+TOLD_BY_COLOUR = 4  # more lines than this have markers of different shapes, too
 TRAIN, TEST, VALIDATION, NEUTRAL = PALETTE[0], PALETTE[1], PALETTE[2], "#222222"
 MARK = "#777777"
 BAND_ALPHA = 0.3
@@ -100,6 +104,17 @@ def _quiet(name: str) -> Iterator[None]:
 def colours(n: int) -> Sequence[str]:
     """``n`` colours that a colour-blind reader tells apart; beyond eight, shades from dark to light."""
     return PALETTE[:n] if n <= len(PALETTE) else shades(n)
+
+
+def markers(n: int) -> Sequence[str]:
+    """``n`` shapes of markers, used again beyond eight; empty ones where colours are enough."""
+    return [MARKERS[i % len(MARKERS)] if n > TOLD_BY_COLOUR else "" for i in range(n)]
+
+
+def sparse(points: int, line: int = 0) -> tuple[int, int]:
+    """Which of a line's points have a marker: about eight, elsewhere on each line of a panel."""
+    step = max(1, points // 8)
+    return line % step, step
 
 
 def shades(n: int) -> Sequence[str]:

@@ -357,6 +357,10 @@ def findings_of(tables: Mapping[str, pd.DataFrame]) -> list[str]:
     return said
 
 
+def _problem(setting: str) -> str:
+    return setting.removesuffix(": AT").removesuffix(": AWP")
+
+
 @style.styled
 def draw(name: str, table: pd.DataFrame) -> Figure:
     """A row for each theme: curves over epochs, and best (open) and final (filled) by setting."""
@@ -367,20 +371,27 @@ def draw(name: str, table: pd.DataFrame) -> Figure:
     axes = figure.subplots(len(themes), 2, squeeze=False, height_ratios=sizes, width_ratios=(1.5, 1.0))
     for (left, right), theme in zip(axes, themes, strict=True):
         own = table[table["theme"] == theme]
-        problems = own.assign(setting=own["setting"].str.removesuffix(": AT").str.removesuffix(": AWP"))
+        problems = own.assign(setting=[_problem(setting) for setting in own["setting"]])
         shared = setting_colours(problems)  # AT and AWP on one problem have one colour
         pairs = zip(own["setting"], problems["setting"], strict=True)
         colours = {setting: shared[problem] for setting, problem in pairs}
         order = list(colours)
-        for setting, colour in colours.items():
+        marker_of = dict(zip(shared, style.markers(len(shared)), strict=True))
+        for i, (setting, colour) in enumerate(colours.items()):
+            marker = marker_of[_problem(setting)]
             rows = own[own["setting"] == setting]
             curve = rows[rows["quantity"] == CURVE]
             line = "--" if setting.endswith(": AT") else "-"
-            left.plot(curve["epoch"], curve["value"], color=colour, linewidth=1.3, linestyle=line)
+            left.plot(
+                curve["epoch"], curve["value"], color=colour, linewidth=1.3, linestyle=line, marker=marker,
+                markevery=style.sparse(len(curve), i),
+            )  # fmt: skip
             for _, point in rows[rows["quantity"].isin((BEST, FINAL))].iterrows():
                 fill = colour if point["quantity"] == FINAL else "white"
                 y = len(order) - 1 - order.index(setting)
-                right.plot(point["value"], y, "o", color=colour, markerfacecolor=fill, markersize=5.5)
+                right.plot(
+                    point["value"], y, marker or "o", color=colour, markerfacecolor=fill, markersize=5.5
+                )
         decays = own[own["quantity"] == DECAY].drop_duplicates("value")
         for _, point in decays.iterrows():
             shade = style.MARK if len(decays) == 1 else colours[point["setting"]]
@@ -390,7 +401,7 @@ def draw(name: str, table: pd.DataFrame) -> Figure:
         right.set_xlabel("robust test error (%)")
     figure.legend(
         handles=[
-            key(f"robust test error, means of {WINDOW} epochs, in the colour of the right panel"),
+            key(f"robust test error, means of {WINDOW} epochs; colour and mark as on the right"),
             key("first decay", ":"),
             key("best epoch, picked on the test set", "", "o", markerfacecolor="white", markersize=5.5),
             key("last epoch", "", "o", markersize=5.5),

@@ -194,6 +194,7 @@ def draw_trend(table: pd.DataFrame) -> Figure:
     """Lines through the robust error since the decay, and all their slopes (the paper's figure 3 b)."""
     colours = _colours(table)
     figure = style.new_figure(f"Trend since the decay ({seeds_said(table)}, 95 % interval)", 3.8)
+    figure.set_layout_engine("constrained", wspace=0.12)  # between the lines' names and the rows'
     left, right = figure.subplots(1, 2, width_ratios=(1.2, 1.0))
     column = EPOCHS[TEST_ROBUST_ERROR]
     points, lines = table[table["kind"] == "measured"], table[table["kind"] == "line"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -75,6 +76,7 @@ def draw_with_interval(
     scale: float = 1.0,
     line: str = "-",
     marker: str = "",
+    markevery: tuple[int, int] | None = None,
     band: bool = True,
 ) -> None:
     """One curve of means over its column ``x``: a line, and its interval as a band."""
@@ -83,7 +85,7 @@ def draw_with_interval(
     mean, low, high = (curve[name].to_numpy(dtype=float) * scale for name in BOUNDS)
     if band:
         ax.fill_between(place, low, high, color=colour, alpha=0.18, linewidth=0)
-    ax.plot(place, mean, color=colour, linestyle=line, marker=marker)
+    ax.plot(place, mean, color=colour, linestyle=line, marker=marker, markevery=markevery)
 
 
 def draw_over_epochs(
@@ -96,7 +98,7 @@ def draw_over_epochs(
     markers: Mapping[str, str] | None = None,
     bands: bool = True,
 ) -> list[End]:
-    """Means over epochs with their intervals, a colour for each setting.
+    """Means over epochs with their intervals, a colour for each setting and, if they are many, a marker.
 
     Args:
         ax: Where to.
@@ -104,23 +106,27 @@ def draw_over_epochs(
         colours: Settings in the order in which they are drawn.
         lines: Quantities and their lines.
         scale: From the table to the axis.
-        markers: Quantities and the markers of their points; none where left out.
+        markers: Quantities and the markers of their points; none where left out. Those of settings go first.
         bands: Whether intervals are shown.
 
     Returns:
         Where the first quantity's lines end, to be labelled with their settings.
     """
     ends, (first, *_) = [], lines
-    for setting, colour in colours.items():
+    shapes = style.markers(len(colours))
+    for order, ((setting, colour), shape) in enumerate(zip(colours.items(), shapes, strict=True)):
         for quantity, line in lines.items():
             curve = table[(table["setting"] == setting) & (table["quantity"] == quantity)]
             if curve.empty:
                 continue
-            look = {"colour": colour, "line": line, "marker": (markers or {}).get(quantity, "")}
-            draw_with_interval(ax, curve, "epoch", scale=scale, band=bands, **look)
+            marker = shape or (markers or {}).get(quantity, "")
+            every = style.sparse(len(curve), order) if shape else None
+            look = {"colour": colour, "line": line, "marker": marker}
+            draw_with_interval(ax, curve, "epoch", scale=scale, band=bands, markevery=every, **look)
             if quantity == first:
                 last = curve.sort_values("epoch").iloc[-1]
-                ends.append(End(float(last["epoch"]), float(last["mean"]) * scale, setting, colour))
+                height = float(last["mean"]) * scale
+                ends.append(End(float(last["epoch"]), height, setting, colour, shape))
     return ends
 
 
@@ -245,8 +251,10 @@ def figure_of_curves(
             if (j if beside else i) == shape[1] - 1 and not cast.alone:
                 label_ends(ax, ends)
     keys = [key("95 % interval of the mean", linewidth=7, alpha=0.3)] if table["seeds"].max() > 1 else []
-    if any(line.get_linestyle() == ":" for ax in axes.flat for line in ax.lines):
-        keys.append(key("decay of the rate, by colour", ":"))
+    dotted = set[Any]().union(*map(_dotted, axes.flat))
+    if dotted:
+        own = ", by colour" if dotted - {style.MARK} else ""
+        keys.append(key(f"decay of the rate{own}", ":"))
     if any(panel.second for panel in panels):
         solid, dashed = next((panel.quantity, panel.second) for panel in panels if panel.second)
         keys += [key(COLUMNS[solid].label), key(COLUMNS[dashed].label, "--")]
@@ -278,12 +286,18 @@ def _draw_quantity(ax: Axes, table: pd.DataFrame, panel: Panel, cast: Cast, alon
 
 
 def _mark_decays(ax: Axes, rates: pd.DataFrame, cast: Cast) -> None:
-    """Decays, without the rate that follows where it is not one for all settings."""
+    """Decays, without the rate that follows where it is not one for all settings; colours need no label."""
     mark_decays([ax], rates, cast)
     several = rates.groupby("epoch")[RATE].nunique() > 1
+    coloured = bool(_dotted(ax) - {style.MARK})
     for label in ax.texts:
         if isinstance(label, Annotation) and several.get(label.xy[0], False):
-            label.set_text("decay")
+            label.set_text("" if coloured else "decay")
+
+
+def _dotted(ax: Axes) -> set[Any]:
+    """The colours of dotted lines."""
+    return {line.get_color() for line in ax.lines if line.get_linestyle() == ":"}
 
 
 @style.styled

@@ -46,21 +46,26 @@ NAMES = {
     DRIFT: "noise-free path with third-order drift",
 }
 COLOURS = {
-    STATIONARY: style.PALETTE[3],
-    SLOW_MODE: style.PALETTE[4],
+    STATIONARY: style.PINK,
+    SLOW_MODE: style.ORANGE,
     EXACT: style.PALETTE[0],
     REFRESHED: style.PALETTE[1],
     EXACT_PATH: style.PALETTE[0],
     REFRESHED_PATH: style.PALETTE[1],
     INJECTED: style.PALETTE[2],
     MIXTURE: style.PALETTE[2],
-    NOISE_FREE: style.PALETTE[4],
+    NOISE_FREE: style.ORANGE,
     DRIFT: style.PALETTE[2],
 }
 LINES = {EXACT_PATH: ":", REFRESHED_PATH: ":", INJECTED: "--"}
 OF_VARIANCES = [law for law in NAMES if law not in (NOISE_FREE, DRIFT)]  # these differ in the mean alone
 DRAWN = (STATIONARY, SLOW_MODE, EXACT, REFRESHED, REFRESHED_PATH, MIXTURE)  # beside single variances
-SHORT = {EXACT: "held fixed", REFRESHED: "recomputed", NOISE_FREE: "noise-free", DRIFT: "drift"}
+SHORT = {
+    EXACT: "left, attack held",
+    REFRESHED: "left, attack recomputed",
+    NOISE_FREE: "left, noise-free",
+    DRIFT: "left, drift",
+}
 
 
 class _Steps:
@@ -258,7 +263,7 @@ def draw_mean(data: pd.DataFrame) -> Figure:
             if rows.empty:
                 continue
             ax.plot(axis.place(rows["step"]), rows["rms_offset"], color=COLOURS[law])
-            ends.append(End(right, rows["rms_offset"].iloc[-1], f"left by {SHORT[law]}", COLOURS[law]))
+            ends.append(End(right, rows["rms_offset"].iloc[-1], SHORT[law], COLOURS[law]))
         rows = own[own["law"] == (REFRESHED if (own["law"] == REFRESHED).any() else EXACT)]
         ax.plot(axis.place(rows["step"]), rows["rms_move"], color="#000000")
         ends.append(End(right, rows["rms_move"].iloc[-1], "moved", "#000000"))
@@ -297,10 +302,15 @@ def draw_drift(data: pd.DataFrame) -> Figure:
             _draw_bars(ax, places, seen[column], error, "D", looks[column], **hollow)
         ax.set_ylim(*limits)
         log_axis(ax)
+    names = ("λ of H, attack held fixed", "slope, attack recomputed", "gradient noise")
+    along = data[data["source"] == "path"].groupby("ensemble")["step"].nunique()
+    followed = along.max() > 1  # else all curves are a point at 1
     handles = [
-        key("λ of H, attack held fixed", colour=looks["curvature"]),
-        key("slope, attack recomputed", colour=looks["slope"]),
-        key("gradient noise", colour=looks["noise"]),
+        key(name, colour=colour)
+        for name, (column, colour) in zip(names, looks.items(), strict=True)
+        if followed or column != "curvature"
+    ]
+    handles += [
         key("at the replicas' mean", marker="o"),
         key("from the replicas' own gradients, ± 2 s.e.", "", "D", fillstyle="none"),
     ]

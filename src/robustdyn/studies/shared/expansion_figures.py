@@ -394,7 +394,7 @@ def _draw_panel(ax: Axes, rows: pd.DataFrame, *, lines: bool) -> None:
         ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         ax.set_xticks([], minor=True)
     else:
-        ax.set_xlim(0, 1.1 * rows["distance"].max())
+        ax.set_xlim(0.8 * rows["distance"].min(), 1.1 * rows["distance"].max())
         ax.margins(y=0.15)
         for step, place in rows.groupby("step")["distance"].first().items():
             ax.annotate(
