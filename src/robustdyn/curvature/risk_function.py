@@ -43,8 +43,8 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     if not isinstance(logits, Tensor):
         raise TypeError(
             "cross_entropy needs one tensor of logits (B, K), but the model returned a "
-            f"{type(logits).__name__}: give loss=lambda outputs, targets: cross_entropy(outputs[...], targets) "
-            "with the entry that holds the logits, and with cross_entropy from robustdyn.curvature"
+            f"{type(logits).__name__}: give loss=lambda outputs, targets: cross_entropy(outputs[...], "
+            "targets) with the entry that holds the logits, and with cross_entropy from robustdyn.curvature"
         )
     if targets.is_floating_point():
         if targets.dim() < 2:

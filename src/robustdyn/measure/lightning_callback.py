@@ -37,7 +37,8 @@ class MeasureCurvature(Callback):
         targets: Of the same examples; None where ``inputs`` has both.
         epochs: When to measure: ``"every N"``, ``"last"``, epoch numbers, or a list of these. The last epoch
             is always measured.
-        run_dir: Where to write; None for ``curvature`` in the folder of the module's logger.
+        run_dir: Where to write; None for ``curvature`` in the folder of the module's logger, which is a new
+            one whenever training starts. Several callbacks need folders with different names.
         model: Takes the LightningModule and returns the network; None for the module itself, whose
             ``forward`` then gives the outputs.
         loss: ``(outputs, targets) -> (B,)``.
@@ -73,8 +74,9 @@ class MeasureCurvature(Callback):
         """Start the record.
 
         Raises:
-            ConfigError: The trainer has several optimisers or no end, or the network cannot be found.
-            RecordError: The directory holds another record.
+            ConfigError: The trainer has several optimisers or no end, the network or the examples cannot be
+                found, or training goes on from a checkpoint without this record.
+            RecordError: The directory holds another record, or not the one that goes on.
         """
         if len(trainer.optimizers) != 1:
             raise ConfigError(
