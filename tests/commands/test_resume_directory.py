@@ -67,7 +67,7 @@ def test_a_refusal_of_a_run_of_another_version_names_what_that_lacks(
     typed = [*ARGUMENTS, "trainer.max_epochs=2", "optimizer.lr=0.2", f"hydra.run.dir={run_dir}"]
     assert command(monkeypatch, *typed) == 1
     said, _, printed = capsys.readouterr().err.partition("go on with its own")
-    assert "optimizer.lr=0.2 (was 0.1)" in said
+    assert "optimizer.lr=0.1 (now 0.2); optimizer.nesterov=null (now False)" in said
     assert printed == (
         " and those that another version of robustdyn did not have: robustdyn-train "
         f"resume={run_dir} +optimizer.nesterov=false\n"
