@@ -38,8 +38,8 @@ def build_module(cfg: DictConfig, data: ImageDataModule) -> AdversarialTraining:
     model = build(cfg, "model")
     if not isinstance(model, nn.Module):
         raise ConfigError(
-            f"model._target_={cfg.model._target_} makes a {type(model).__name__}, which is no torch.nn.Module; "
-            "docs/extending.md says what a model must have"
+            f"model._target_={cfg.model._target_} makes a {type(model).__name__}, which is no "
+            "torch.nn.Module; docs/extending.md says what a model must have"
         )
     return AdversarialTraining(
         model=model,
