@@ -303,7 +303,7 @@ def _own_command(
         key = text.lstrip("+~").partition("=")[0]
         if is_of(text, CHANGEABLE) and key != "resume" and _at(before, key) != _at(cfg, key):
             kept.append(text)
-    kept += [f"+{key}={_choice(cfg, key)}" for key in missing if f"+{key}" not in kept]
+    kept += [f"+{key}={_choice(cfg, key)}" for key in missing if not any(is_of(text, [key]) for text in kept)]
     packages = sorted(
         {
             target.partition(".")[0]
