@@ -115,7 +115,8 @@ def build_callbacks(
     ]
     saved: Any = OmegaConf.to_container(cfg.checkpoint, resolve=True)
     callbacks.append(LastCheckpoint(run, cfg=cfg, **saved))
-    callbacks.append(RunProgress(_label(cfg)))
+    if cfg.trainer.get("enable_progress_bar", True):
+        callbacks.append(RunProgress(_label(cfg)))
     return callbacks
 
 
