@@ -225,7 +225,7 @@ def check_complete(
     Raises:
         RecordError: Keys are missing; the message names them, the version of the run, and the remedy.
     """
-    missing = [key for key in missing_settings(run_dir, recorded, sections) if not is_of(key, given)]
+    missing = [key for key in missing_settings(run_dir, recorded, sections) if not is_of(key, list(given))]
     if missing:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         give = f", or give what is missing: {' '.join(f'{typed}{key}=...' for key in missing[:5])}"
