@@ -96,6 +96,7 @@ def test_all_parts_of_ones_own_in_one_run_and_its_evaluation(folder, monkeypatch
 def test_an_own_class_that_lacks_something_is_one_line(folder, monkeypatch, capsys):
     (folder / "mypackage" / "half.py").write_text(
         "class Half:\n    tables = ('nowhere',)\n    measure = None\n"
+        "    def __init__(self, **settings):\n        pass\n"
     )
     typed = ("--config-dir", "conf", "data=stripes", *FAST)
     mine = "+measure.measurements.half._target_=mypackage.half.Half"
@@ -106,6 +107,7 @@ def test_an_own_class_that_lacks_something_is_one_line(folder, monkeypatch, caps
         ),
         ([mine], "measure.measurements.half writes the table nowhere, which is not declared"),
         (["model._target_=mypackage.model.SmallCnn"], "did you mean mypackage.model.SmallCNN?"),
+        (["model._target_=mypackage.half.Half"], "makes a Half, which is no torch.nn.Module"),
         (["schedule=inverse_square_root", "schedule.constant_epochs=0"], "schedule.constant_epochs must be"),
         (
             ["data.num_classes=3"],

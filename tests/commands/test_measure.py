@@ -250,3 +250,43 @@ def test_what_cannot_be_is_refused_in_one_line(arguments, found, run_dir, tmp_pa
     shutil.move("kept/model_2.pth", "kept/kept.pth")
     arguments = [a.replace("theirs/kept.pth", "kept/kept.pth") for a in arguments]
     assert found in refused(monkeypatch, capsys, *arguments)
+
+
+def test_a_file_of_another_network_is_refused_before_the_first_measurement(
+    run_dir, tmp_path, monkeypatch, capsys
+):
+    path = foreign(run_dir, tmp_path / "theirs") / "model_2.pth"
+    weights = torch.load(path, weights_only=True)
+    torch.save(weights | {"module.conv1.weight": torch.ones(3, 1, 3, 3)}, path)
+    said = refused(monkeypatch, capsys, "checkpoint=theirs", *TYPED)
+    assert "theirs/model_2.pth" in said
+    assert not (tmp_path / "theirs/measured").exists()
+
+
+def test_each_file_of_a_folder_has_a_network_of_its_own(run_dir, tmp_path, monkeypatch, capsys):
+    """A file's normalisation is only its own. The optimiser may be known for some of the files."""
+    folder = foreign(run_dir, tmp_path / "theirs")
+    (folder / "opt_2.pth").unlink()
+    typed = (*TYPED, *OF_RUN, "measure=index", "attack.evaluation.steps=1")
+    typed = [text for text in typed if not text.startswith(("measure.ei", "measure.measurements.al"))]
+    assert measure(monkeypatch, "checkpoint=theirs/model_2.pth", *typed, "output=alone") == 0
+    weights = torch.load(folder / "model_0.pth", weights_only=True)
+    normalisation = {"module.mean": torch.tensor([0.3]), "module.std": torch.tensor([2.0])}
+    torch.save(weights | normalisation, folder / "model_0.pth")
+    capsys.readouterr()
+    assert measure(monkeypatch, "checkpoint=theirs", *typed, "output=both") == 0
+    assert rows(Path("both"), "wci")[1]["wci"] == rows(Path("alone"), "wci")[0]["wci"]
+    said = capsys.readouterr().out
+    assert "optimiser   not known for model_2.pth, therefore no stationary laws there: give" in said
+    assert "radius 20/255, 1 steps" in said
+
+
+@pytest.mark.parametrize("key", ["optimizer.nesterov", "model.width"])
+def test_a_reference_of_the_run_to_nothing_is_one_line(key, run_dir, monkeypatch, capsys):
+    path = run_dir / ".hydra" / "config.yaml"
+    config = OmegaConf.load(path)
+    OmegaConf.update(config, key, "${nothing}")
+    OmegaConf.save(config, path)
+    said = refused(monkeypatch, capsys, "checkpoint=run")
+    assert "nothing" in said
+    assert key in said

@@ -1,10 +1,12 @@
 """``robustdyn-train resume=DIR`` ends as a run that was never interrupted, bit for bit."""
 
 import json
+import shlex
 import shutil
 import sys
 
 import pytest
+import torch
 
 from robustdyn.methods import AdversarialTraining
 from tests.commands.test_resume import OFTEN, assert_same_end, end_of
@@ -49,6 +51,28 @@ def test_a_refusal_of_other_settings_names_this_command(two_epochs, monkeypatch,
     assert command(monkeypatch, *typed) == 1
     assert capsys.readouterr().err.endswith(f"; to go on with its own: robustdyn-train resume={two_epochs}\n")
     assert {p.name: p.read_text() for p in (two_epochs / ".hydra").iterdir()} == hydra
+
+
+def test_a_refusal_of_a_run_of_another_version_names_what_that_lacks(
+    two_epochs, tmp_path, monkeypatch, capsys
+):
+    run_dir = tmp_path / "older"
+    shutil.copytree(two_epochs, run_dir)
+    path = run_dir / "checkpoints/last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["config"]["optimizer"]["nesterov"]
+    lines = checkpoint["hydra"]["config.yaml"].splitlines(keepends=True)
+    checkpoint["hydra"]["config.yaml"] = "".join(line for line in lines if "nesterov" not in line)
+    torch.save(checkpoint, path)
+    typed = [*ARGUMENTS, "trainer.max_epochs=2", "optimizer.lr=0.2", f"hydra.run.dir={run_dir}"]
+    assert command(monkeypatch, *typed) == 1
+    said, _, printed = capsys.readouterr().err.partition("go on with its own")
+    assert "optimizer.lr=0.1 (now 0.2); optimizer.nesterov=null (now False)" in said
+    assert printed == (
+        " and those that another version of robustdyn did not have: robustdyn-train "
+        f"resume={run_dir} +optimizer.nesterov=false\n"
+    )
+    assert command(monkeypatch, *shlex.split(printed.partition("robustdyn-train ")[2])) == 0
 
 
 @pytest.mark.slow

@@ -87,6 +87,13 @@ def test_the_posterior_can_be_computed_again(finished, tmp_path, capsys):
     assert "no spectrum was recorded" in capsys.readouterr().err
 
 
+def test_a_sweep_has_no_configuration_to_show(monkeypatch, capsys):
+    assert command(monkeypatch, "-m", "seed=0,1", "--cfg", "job") == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: Only one of --run")
+    assert said.endswith("for --cfg leave out -m, and give every setting one value\n")
+
+
 def test_measuring_moves_nothing(finished, tmp_path, monkeypatch):
     arguments = ("data.validation_size=40", f"hydra.run.dir={tmp_path}")
     assert command(monkeypatch, *UNMEASURED, *arguments) == 0

@@ -147,6 +147,12 @@ def test_without_optimiser_and_batch_size_it_says_what_is_missing():
     assert "Weight-Curvature Index" in words
 
 
+def test_without_a_stationary_law_it_says_why():
+    adam = torch.optim.Adam(small().parameters())
+    said = measure(optimizer=adam, measurements={"spectrum": Spectrum()}).summary()
+    assert "No direction has a stationary variance: the law needs momentum SGD" in said
+
+
 @pytest.mark.slow  # draws all figures
 def test_it_is_saved_as_a_run_that_the_report_reads(tmp_path, capsys):
     result = measure()
@@ -179,6 +185,18 @@ def test_it_is_saved_as_a_run_that_the_report_reads(tmp_path, capsys):
         ),
         (examples(), {"attack": PGD()}, ValueError, "outside valid_range"),
         (examples(), {"second_attack": 1}, ValueError, "second_attack=1 examples have no spread"),
+        (examples(), {"batch_size": N + 1}, ValueError, "batch_size=201 must be at least 1 and at most"),
+        (examples(), {"attack": "pgd"}, TypeError, "attack must be a PGD, a function or None, not 'pgd'"),
+        ((random(4, 4), [0, 1, 2, 0]), {}, TypeError, "targets must be a tensor, not a list of numbers"),
+        (
+            (DataLoader(TensorDataset(*examples())), examples()[1]),
+            {},
+            TypeError,
+            "has the targets, too: leave out targets",
+        ),
+        ((random(4, 4), torch.full((4,), 3)), {}, ValueError, "3 outputs, for the classes 0 to 2"),
+        ((random(4, 4), torch.eye(4, 3).long()), {}, ValueError, r"use targets\.float\(\)"),
+        ((random(4, 4), torch.zeros(4, 1).long()), {}, ValueError, r"use targets\.flatten\(\)"),
         ([[(random(2, 4), torch.zeros(2)), (random(2, 5), torch.zeros(2))]], {}, ValueError, "another shape"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from robustdyn import Recorder, measure_model
+from robustdyn.attacks import PGD
 from robustdyn.errors import ConfigError, RecordError
 from robustdyn.lightning import MeasureCurvature
 from robustdyn.measure import Eigenpairs, Spectrum, WeightCurvature
@@ -79,13 +80,15 @@ class TwoOptimizers(Project):
         return [sgd(self.network), sgd(self.network)]
 
 
-def fit(root, callback, module=None, epochs=EPOCHS, checkpoint=None, **settings) -> lightning.LightningModule:
+def fit(
+    root, *callbacks, module=None, epochs=EPOCHS, checkpoint=None, **settings
+) -> lightning.LightningModule:
     module = Project() if module is None else module
     saved = ModelCheckpoint(root, filename="{epoch}", save_top_k=-1)
     trainer = lightning.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
-        callbacks=[callback, saved],
+        callbacks=[*callbacks, saved],
         logger=CSVLogger(root, name="log"),
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -199,18 +202,18 @@ def test_a_resumed_project_continues_its_record(own, tmp_path, stop):
                 raise KeyboardInterrupt
 
     with pytest.raises((KeyboardInterrupt, SystemExit)):
-        fit(tmp_path, callback(), Stops())
+        fit(tmp_path, callback(), module=Stops())
     fit(tmp_path, callback(), checkpoint=tmp_path / f"epoch={stop - 1}.ckpt")
     same(own[0], tmp_path / "run")
 
 
 def test_a_project_without_a_forward_method_names_its_network(own, tmp_path):
     with pytest.raises(ConfigError, match=r"no forward method: give MeasureCurvature\(model=lambda"):
-        fit(tmp_path / "a", MeasureCurvature(*examples(), **SETTINGS), Headless())
+        fit(tmp_path / "a", MeasureCurvature(*examples(), **SETTINGS), module=Headless())
     callback = MeasureCurvature(
         *examples(), epochs=[0, 2], run_dir=tmp_path / "run", model=lambda module: module.network, **SETTINGS
     )
-    fit(tmp_path / "b", callback, Headless())
+    fit(tmp_path / "b", callback, module=Headless())
     same(own[0], tmp_path / "run")
 
 
@@ -244,7 +247,7 @@ def test_momentum_that_changes_has_no_posterior(tmp_path):
 
 def test_several_optimisers_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="needs one optimiser, but the module has 2"):
-        fit(tmp_path, MeasureCurvature(*examples(), **SETTINGS), TwoOptimizers())
+        fit(tmp_path, MeasureCurvature(*examples(), **SETTINGS), module=TwoOptimizers())
 
 
 def test_misuse_of_a_recorder_is_explained(tmp_path, own):
@@ -266,6 +269,46 @@ def test_misuse_of_a_recorder_is_explained(tmp_path, own):
         recorder.end_epoch(0)
     recorder.finish()
     assert read_table(tmp_path / "run", "epochs")["robust_loss_gap"].tolist() == [0.5]
+
+
+def test_what_cannot_be_measured_is_refused_before_training(tmp_path):
+    x, y = examples()
+    for inputs, targets, settings, error, words in (
+        (x, y, {"attack": PGD()}, ValueError, r"outside valid_range=\(0, 1\): scale them"),
+        (x, y.double(), {}, ValueError, r"use targets\.long\(\)"),
+        (x, y, {"loss": F.cross_entropy}, ValueError, "use reduction='none'"),
+        (x, y, {"train_examples": N - 1}, ValueError, "is smaller than the 48 examples"),
+        (x, y, {"batch_size": 0}, ValueError, "batch_size=0 must be at least 1"),
+    ):
+        with pytest.raises(error, match=words):
+            Recorder(network(), inputs, targets, tmp_path / "run", **settings)
+    for model, words in ((network().state_dict(), "load the weights into their network"), (len, "not a ")):
+        with pytest.raises(TypeError, match=f"model must be a torch.nn.Module.*{words}"):
+            Recorder(model, x, y, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_project_that_resumes_needs_its_record(tmp_path):
+    """And two callbacks have two records."""
+
+    def callbacks(*names: str) -> list[MeasureCurvature]:
+        wci = {"measurements": {"wci": WeightCurvature()}}
+        return [MeasureCurvature(*examples(), epochs=[0], run_dir=tmp_path / name, **wci) for name in names]
+
+    fit(tmp_path, *callbacks("one", "two"), epochs=1)
+    for name in ("one", "two"):
+        assert read_table(tmp_path / name, "wci")["epoch"].tolist() == [0]
+    saved = tmp_path / "epoch=0.ckpt"
+    with pytest.raises(ConfigError, match=r"its checkpoint holds no record of MeasureCurvature.*another"):
+        fit(tmp_path, *callbacks("another"), checkpoint=saved)
+    (tmp_path / "one").rename(tmp_path / "moved")
+    with pytest.raises(RecordError, match="one: does not hold the record of the 1 epochs before"):
+        fit(tmp_path, *callbacks("one"), checkpoint=saved)
+
+
+def test_a_data_module_does_not_stand_for_examples(tmp_path):
+    with pytest.raises(ConfigError, match=r"give lambda: datamodule\.train_dataloader\(\)"):
+        fit(tmp_path, MeasureCurvature(lightning.LightningDataModule()))
 
 
 def test_an_error_in_the_loop_is_the_runs_status(tmp_path):

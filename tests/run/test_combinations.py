@@ -118,11 +118,13 @@ REFUSED = [
     ),
     (
         ("schedule=cosine", "schedule.length=5", TEN),
-        "schedule: the learning rate is 0 in epoch 5 of trainer.max_epochs=10; choose schedule.length=10",
+        "schedule: the learning rate is not positive in epoch 5 of trainer.max_epochs=10; choose "
+        "schedule.length=10",
     ),
     (
         ("schedule=one_cycle", "schedule.length=5", TEN),
-        "schedule: the learning rate is 0 in epoch 5 of trainer.max_epochs=10; choose schedule.length=10",
+        "schedule: the learning rate is not positive in epoch 5 of trainer.max_epochs=10; choose "
+        "schedule.length=10",
     ),
     (
         ("optimizer.nesterov=true", "optimizer.momentum=0"),

@@ -139,7 +139,10 @@ class PGD:
     ) -> Tensor:
         """As ``perturb``, but unchecked and from a starting point (B, C, H, W), which is not changed."""
         if torch.is_inference_mode_enabled():
-            raise RuntimeError("an attack needs gradients: construct the Trainer with inference_mode=False")
+            raise RuntimeError(
+                "an attack needs gradients: leave torch.inference_mode, or construct the Trainer with "
+                "inference_mode=False"
+            )
         images = images.detach()
         adversarial = torch.empty_like(images).copy_(start.detach())  # in the images' memory layout
         step = self.stepper(images)
@@ -238,12 +241,13 @@ def check_range(images: Tensor, valid_range: tuple[float, float]) -> None:
     """
     if images.numel() == 0:
         return
-    least, greatest = (float(value) for value in images.aminmax())
+    least, greatest = (float(value) for value in images.detach().aminmax())
     low, high = valid_range
     if not (least >= low and greatest <= high):
         raise ValueError(
             f"inputs lie in [{least:.4g}, {greatest:.4g}], outside valid_range=({low:g}, {high:g}): "
-            "give the range that they can have, or normalise inside the model"
+            "scale them, or give PGD(valid_range=...) the range that they can have, or normalise inside the "
+            "model"
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
 from robustdyn.data import ImageDataModule, ImageTensors
@@ -20,7 +21,7 @@ from robustdyn.launch.paths import load_run
 from robustdyn.launch.states import announce
 from robustdyn.measure import POSTERIOR_TABLES, measured_epochs, posterior_rows
 from robustdyn.models import load_weights
-from robustdyn.models.weight_files import read_weight_file
+from robustdyn.models.weight_files import read_weight_file, some
 from robustdyn.records import RunRecords, read_table, summarise
 from robustdyn.records.files import file_digest
 from robustdyn.records.labels import flatten
@@ -83,14 +84,16 @@ def measure_checkpoints(given: DictConfig) -> None:
     check_rules(cfg, RULES)
     added_noise = float(_recorded(run_dir, "added_noise.factor", 0.0, NON_NEGATIVE))
     chosen = _chosen(cfg, found)
-    trained = cfg.measure.weights == "trained"
-    if not trained and (without := [file.path for file in chosen if not file.averaged]):
+    averaged = cfg.measure.weights == "averaged"
+    if averaged and (without := [file.path for file in chosen if not file.averaged]):
         raise ConfigError(
             f"measure.weights=averaged: {without[0]} holds no average of trained weights; choose "
             "measure.weights=trained, which takes the weights that a file has"
         )
     device = device_of(cfg.device)
     model: nn.Module = build(cfg, "model", allow=allow)
+    for file in chosen:  # the last one may be read hours after the first one
+        _load(model, file.path, cfg)
     data: ImageDataModule = build(cfg, "data", allow=allow)
     data.prepare_data()
     data.setup("fit")
@@ -100,13 +103,15 @@ def measure_checkpoints(given: DictConfig) -> None:
     measurement = CheckpointMeasurement(cfg, allow, data, device, added_noise=added_noise)
 
     output = Path(cfg.output) if cfg.output else _output(given, found, run_dir)
-    settings = _settings(cfg, train)
+    settings, config = _settings(cfg, train), _config(cfg, run_dir, run, training)
     with RunStatus(output, settings):
         series = MeasuredSeries(output, settings)
         digests = {file.epoch: file_digest(file.path) for file in chosen}
         for file in chosen:
             series.check(file.epoch, file.path, digests[file.epoch])
-        _write_config(output, cfg, run, training)
+        path = RunDirectory(output).config
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(config, encoding="utf-8")
         _say_what(cfg, chosen, series, training, len(train))
         _write_history(output, training)
         starts: Mapping[str, Tensor] = series.starts()
@@ -114,7 +119,8 @@ def measure_checkpoints(given: DictConfig) -> None:
             if file.epoch in series.done:
                 continue
             began = time.perf_counter()
-            layout = _load(model, file.path, cfg.layout, trained=trained)
+            model = build(cfg, "model", allow=allow)  # another file may have set what this one does not
+            layout = _load(model, file.path, cfg)
             rows, after = measurement(
                 model.to(device),
                 epoch=file.epoch,
@@ -212,8 +218,12 @@ def _settings(cfg: DictConfig, train: ImageTensors) -> dict[str, Any]:
     return {**flat, "images": train.digest()}
 
 
-def _write_config(output: Path, cfg: DictConfig, run: DictConfig | None, training: Training) -> None:
-    """The configuration that the report reads: that of the run, with what was measured."""
+def _config(cfg: DictConfig, run_dir: Path | None, run: DictConfig | None, training: Training) -> str:
+    """The configuration that the report reads: that of the run, with what was measured.
+
+    Raises:
+        RecordError: A value in the run's configuration refers to a key that is not there.
+    """
     whole = OmegaConf.create({}) if run is None else run.copy()
     OmegaConf.set_struct(whole, False)
     for name in (*OF_THE_RUN, "seed"):
@@ -223,19 +233,24 @@ def _write_config(output: Path, cfg: DictConfig, run: DictConfig | None, trainin
         last = training.optimizer(training.checkpoints[-1])
         if last is not None:
             whole.optimizer = {"momentum": last.momentum, "weight_decay": last.weight_decay}
-    path = RunDirectory(output).config
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(OmegaConf.to_yaml(whole, resolve=True), encoding="utf-8")
+    try:
+        return OmegaConf.to_yaml(whole, resolve=True)
+    except OmegaConfBaseException as error:
+        if run_dir is None:
+            raise
+        raise RecordError(
+            f"{RunDirectory(run_dir).config}: {' '.join(str(error).split())}; restore it"
+        ) from error
 
 
 # ---------------------------------------------------------------------- what is measured
 
 
-def _load(model: nn.Module, path: Path, layout: Any, *, trained: bool) -> str:
+def _load(model: nn.Module, path: Path, cfg: DictConfig) -> str:
     """Put the weights into the network, in double precision if the file has it."""
     weights = read_weight_file(path).weights.values()
     model.to(torch.float64 if any(value.dtype == torch.float64 for value in weights) else torch.float32)
-    return load_weights(model, path, layout=layout, trained=trained)
+    return load_weights(model, path, layout=cfg.layout, trained=cfg.measure.weights == "trained")
 
 
 def _say_what(
@@ -249,14 +264,16 @@ def _say_what(
     if any(file.averaged for file in chosen):
         say(f"weights     {cfg.measure.weights}")
     if cfg.measure.inputs == "adversarial":
-        say(f"attack      {cfg.attack.norm}, radius {cfg.attack.eps_255:g}/255, {cfg.attack.steps} steps")
+        attack = cfg.attack.evaluation
+        say(f"attack      {attack.norm}, radius {255 * attack.eps:g}/255, {attack.steps} steps")
     last = training.optimizer(chosen[-1])
-    if last is None:
+    if unknown := [file.path.name for file in chosen if training.optimizer(file) is None]:
+        of = "" if len(unknown) == len(chosen) else f" for {some(unknown)}"
         say(
-            "optimiser   not known, therefore no stationary laws: give learning_rate=... momentum=... "
-            "weight_decay=..."
+            f"optimiser   not known{of}, therefore no stationary laws{of and ' there'}: give "
+            "learning_rate=... momentum=... weight_decay=..."
         )
-    else:
+    if last is not None:
         rate = f"rate {last.learning_rate:g}, momentum {last.momentum:g}, decay {last.weight_decay:g}"
         say(f"optimiser   {rate} at the last checkpoint; batches of {cfg.batch_size}")
 

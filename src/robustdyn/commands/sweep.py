@@ -60,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 def _jobs(folder: Path) -> "SubmittedJobs":
     from robustdyn.launch.submitted import JOBS, SubmittedJobs
 
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such directory; check the path")
     jobs = SubmittedJobs.read(folder)
     if not jobs.runs:
         raise ConfigError(

@@ -17,6 +17,7 @@ from robustdyn.data import ImageDataModule
 from robustdyn.errors import TrainingError, UserError
 from robustdyn.launch.application import run_app
 from robustdyn.launch.cluster import check_slurm
+from robustdyn.launch.of_run import missing_settings
 from robustdyn.launch.ranks import OneRun, batchnorm_plugins, run_in_ranks
 from robustdyn.launch.requeue import slurm_callbacks, slurm_plugins
 from robustdyn.launch.resume import log_changes, resumed
@@ -68,7 +69,7 @@ def _train(cfg: DictConfig) -> None:
     log_changes()
     if cfg.get("fork"):
         begin_branch(cfg, run_dir)
-    checkpoint = resume_from(cfg, run_dir)
+    checkpoint = resume_from(cfg, run_dir, missing_settings)
     if run_in_ranks(cfg, train):
         return
     # NumPy's global generator takes a seed of 32 bits

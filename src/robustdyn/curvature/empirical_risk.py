@@ -348,7 +348,16 @@ class _State:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside the wrappers of torch.compile and of data parallelism."""
+    """The module inside the wrappers of torch.compile and of data parallelism.
+
+    Raises:
+        TypeError: It is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be a torch.nn.Module, not a {type(model).__name__}"
+            + (": load the weights into their network first" if isinstance(model, Mapping) else "")
+        )
     while True:
         if "_orig_mod" in model._modules:
             model = model.get_submodule("_orig_mod")

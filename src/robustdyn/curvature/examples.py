@@ -37,6 +37,8 @@ def structure(values: object, name: str) -> Structure:
         return torch.from_numpy(values if values.flags.writeable else values.copy())
     if isinstance(values, Mapping) and values:
         return {str(key): structure(value, f"{name}[{key!r}]") for key, value in values.items()}
+    if isinstance(values, list) and values and isinstance(values[0], int | float):
+        raise TypeError(f"{name} must be a tensor, not a list of numbers: give torch.tensor(...) of it")
     if isinstance(values, tuple | list) and values:
         return tuple(structure(value, f"{name}[{place}]") for place, value in enumerate(values))
     raise TypeError(
@@ -100,6 +102,10 @@ def batches(inputs: Any, targets: Any = None, size: int = _BATCH) -> Iterator[tu
         ValueError: There are not as many targets as inputs, or no examples.
     """
     if targets is not None:
+        if isinstance(inputs, Dataset | DataLoader):
+            raise TypeError(
+                f"inputs is a {type(inputs).__name__}, which has the targets, too: leave out targets"
+            )
         inputs, targets = structure(inputs, "inputs"), structure(targets, "targets")
         check_lengths(inputs, targets)
         for start in range(0, length(inputs), size):

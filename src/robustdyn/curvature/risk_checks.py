@@ -17,7 +17,7 @@ from robustdyn.curvature.risk_function import BatchNormMode, RiskFunction, rows_
 from robustdyn.curvature.vectors import inner, norm
 
 PROBED_EXAMPLES = 4  # on these the memory of a pass is measured, and the symmetry of products
-_CHECKED_EXAMPLES = 16  # enough for any random layer to show; the checks cost four passes over these
+CHECKED_EXAMPLES = 16  # enough for any random layer to show; the checks cost four passes over these
 _GROUPS = 3  # parts in which the checked examples pass once more; neighbours and halves are separated
 # How far uᵀHv and vᵀHu may differ, relatively. Rounding stays orders below, a wrong derivative orders above.
 _SYMMETRY_TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-6}
@@ -114,7 +114,7 @@ def _check_batchnorm(risk: RiskFunction) -> None:
 
 def _check_passes(risk: RiskFunction) -> None:
     """Check on a few examples for writes, numbers that are not finite, randomness and mixing."""
-    few = risk.few(_CHECKED_EXAMPLES)
+    few = risk.few(CHECKED_EXAMPLES)
     inputs, targets = risk.subset(few)
     with risk.guard(), torch.no_grad():
         # copies, because the pass may write to them

@@ -37,8 +37,15 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
         (B,) losses in nats.
 
     Raises:
-        ValueError: If there is one number for each example, and it is no integer.
+        TypeError: The logits are not one tensor.
+        ValueError: The targets are neither class indices nor probabilities of these classes.
     """
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            "cross_entropy needs one tensor of logits (B, K), but the model returned a "
+            f"{type(logits).__name__}: give loss=lambda outputs, targets: cross_entropy(outputs[...], "
+            "targets) with the entry that holds the logits, and with cross_entropy from robustdyn.curvature"
+        )
     if targets.is_floating_point():
         if targets.dim() < 2:
             raise ValueError(
@@ -47,7 +54,21 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
                 "regression"
             )
         return F.cross_entropy(logits, targets.to(logits), reduction="none")
-    return F.cross_entropy(logits, targets.long(), reduction="none")
+    if targets.dim() != logits.dim() - 1:
+        remedy = "another loss"
+        if logits.dim() > 1 and targets.dim() > 1:
+            remedy = "targets.float()" if targets.shape == logits.shape else "targets.flatten()"
+        raise ValueError(
+            f"cross_entropy needs class indices (B,) for logits of shape {tuple(logits.shape)}, but the "
+            f"targets are integers of shape {tuple(targets.shape)}: use {remedy}"
+        )
+    try:
+        return F.cross_entropy(logits, targets.long(), reduction="none")
+    except IndexError as error:  # on a CPU; a GPU would have to wait for the check
+        raise ValueError(
+            f"the targets are classes {int(targets.min())} to {int(targets.max())}, but the model has "
+            f"{logits.shape[1]} outputs, for the classes 0 to {logits.shape[1] - 1}"
+        ) from error
 
 
 class RiskFunction:

@@ -78,6 +78,8 @@ def run_app(
     except Exception as error:
         if isinstance(error, OSError) and short and not started and not sweeping():
             _fail(f"cannot make the run's folder: {error}; choose another hydra.run.dir, or hydra.sweep.dir")
+        if short and str(error).startswith("Only one of --run"):  # Hydra's own check of its flags
+            _fail(f"{error}: for --cfg leave out -m, and give every setting one value")
         # for instance a worker of the launcher was killed; the results of the other runs are kept
         if not sweeping():
             raise

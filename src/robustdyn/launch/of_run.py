@@ -225,17 +225,7 @@ def check_complete(
     Raises:
         RecordError: Keys are missing; the message names them, the version of the run, and the remedy.
     """
-    setup = RunDirectory(run_dir).setup()
-    groups = [folder.name for folder in sorted(config_dir().iterdir()) if folder.name in recorded]
-    chosen = _choices(setup.choices, groups)
-    present = _present(tuple(f"{group}={choice}" for group, choice in chosen.items()))
-    needed = {key: node for key, node in present.items() if sections is None or key in sections}
-    left_out = [text[1:].partition("=")[0] for text in setup.overrides if text.startswith("~")]
-    missing = [
-        key
-        for key in _missing(needed, OmegaConf.to_container(recorded, resolve=False))
-        if not is_of(key, [*given, *left_out])
-    ]
+    missing = [key for key in missing_settings(run_dir, recorded, sections) if not is_of(key, list(given))]
     if missing:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         give = f", or give what is missing: {' '.join(f'{typed}{key}=...' for key in missing[:5])}"
@@ -244,6 +234,23 @@ def check_complete(
             f"version of robustdyn recorded it{_version_of(run_dir)}; train it again, or use that version"
             f"{give if typed else ''}"
         )
+
+
+def missing_settings(
+    run_dir: Path, recorded: DictConfig, sections: Collection[str] | None = None
+) -> list[str]:
+    """The keys that a new run with the same choices has, and the recorded settings of a run have not.
+
+    ``sections`` are those that are needed; None for all.
+    """
+    setup = RunDirectory(run_dir).setup()
+    groups = [folder.name for folder in sorted(config_dir().iterdir()) if folder.name in recorded]
+    chosen = _choices(setup.choices, groups)
+    present = _present(tuple(f"{group}={choice}" for group, choice in chosen.items()))
+    needed = {key: node for key, node in present.items() if sections is None or key in sections}
+    left_out = [text[1:].partition("=")[0] for text in setup.overrides if text.startswith("~")]
+    found = _missing(needed, OmegaConf.to_container(recorded, resolve=False))
+    return [key for key in found if not is_of(key, left_out)]
 
 
 @cache

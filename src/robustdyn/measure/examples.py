@@ -28,7 +28,7 @@ class Examples:
         count: Use only the first so many; None for all.
 
     Raises:
-        TypeError: Inputs or targets cannot be used.
+        TypeError: Inputs, targets or attack cannot be used.
     """
 
     def __init__(
@@ -42,6 +42,8 @@ class Examples:
         seed: int,
         count: int | None,
     ) -> None:
+        if not (attack is None or isinstance(attack, PGD) or callable(attack)):
+            raise TypeError(f"attack must be a PGD, a function or None, not {attack!r}")
         self._model, self._loss, self._attack, self._seed = model, loss, attack, seed
         if targets is None:
             # a loader that shuffles or augments would give other examples to the second attack
@@ -106,8 +108,9 @@ def attacked(
         if isinstance(attack, PGD):
             if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
                 raise TypeError(
-                    "PGD attacks inputs that are one floating-point tensor: give attack=None, or a function "
-                    "of (model, inputs, targets) that returns the attacked inputs"
+                    "PGD attacks inputs that are one floating-point tensor, such as images / 255: give "
+                    "these, or attack=None, or a function of (model, inputs, targets) that returns the "
+                    "attacked inputs"
                 )
             source = streams.generator(seed, "measure-attack", draw, number, device=first.device)
             inputs = attack.perturb(model, inputs, targets, source, lambda z, y: loss(z, y).sum())

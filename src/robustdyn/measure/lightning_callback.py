@@ -37,7 +37,8 @@ class MeasureCurvature(Callback):
         targets: Of the same examples; None where ``inputs`` has both.
         epochs: When to measure: ``"every N"``, ``"last"``, epoch numbers, or a list of these. The last epoch
             is always measured.
-        run_dir: Where to write; None for ``curvature`` in the folder of the module's logger.
+        run_dir: Where to write; None for ``curvature`` in the folder of the module's logger, which is a new
+            one whenever training starts. Several callbacks need folders with different names.
         model: Takes the LightningModule and returns the network; None for the module itself, whose
             ``forward`` then gives the outputs.
         loss: ``(outputs, targets) -> (B,)``.
@@ -73,8 +74,9 @@ class MeasureCurvature(Callback):
         """Start the record.
 
         Raises:
-            ConfigError: The trainer has several optimisers or no end, or the network cannot be found.
-            RecordError: The directory holds another record.
+            ConfigError: The trainer has several optimisers or no end, the network or the examples cannot be
+                found, or training goes on from a checkpoint without this record.
+            RecordError: The directory holds another record, or not the one that goes on.
         """
         if len(trainer.optimizers) != 1:
             raise ConfigError(
@@ -83,10 +85,21 @@ class MeasureCurvature(Callback):
             )
         if not trainer.max_epochs or trainer.max_epochs < 0:
             raise ConfigError("MeasureCurvature needs Trainer(max_epochs=...), to know the last epoch")
+        if self._loaded is None and trainer.global_step:
+            raise ConfigError(
+                f"training goes on after {trainer.global_step} steps, but its checkpoint holds no record of "
+                f"{self.state_key}: it was saved without this callback, or with another run_dir; train from "
+                "the start, or load the weights alone"
+            )
         self._epochs = measured_epochs(
             self._spec, max_epochs=trainer.max_epochs, decay_epochs=(), key="MeasureCurvature(epochs=...)"
         )
         inputs, targets = self._inputs, self._targets
+        if isinstance(inputs, lightning.LightningDataModule):
+            raise ConfigError(
+                "MeasureCurvature(inputs=...) is a data module: give lambda: datamodule.train_dataloader(), "
+                "and examples=... for the first ones of the loader"
+            )
         if targets is None and callable(inputs):
             given = inputs()
             inputs, targets = given if isinstance(given, tuple) else (given, None)
@@ -94,13 +107,12 @@ class MeasureCurvature(Callback):
         train_examples, batch_size = (
             own if own is not None else known for own, known in zip(self._sizes, found, strict=True)
         )
-        if self._run_dir is None:
-            self._run_dir = Path(trainer.log_dir or trainer.default_root_dir, "curvature")
+        run_dir = self._run_dir or Path(trainer.log_dir or trainer.default_root_dir, "curvature")
         self.recorder = Recorder(
             self._network(pl_module),
             inputs,
             targets,
-            self._run_dir,
+            run_dir,
             train_examples=train_examples,
             batch_size=batch_size,
             resume=self._loaded is not None,
@@ -151,6 +163,12 @@ class MeasureCurvature(Callback):
         """Record the error."""
         if self.recorder is not None:
             self.recorder.__exit__(type(exception), exception, exception.__traceback__)
+
+    @property
+    def state_key(self) -> str:
+        """Tells apart the states of several callbacks, which measure different examples or networks."""
+        name = None if self._run_dir is None else Path(self._run_dir).name  # the folder may be moved
+        return self._generate_state_key(run_dir=name)
 
     def state_dict(self) -> dict[str, Any]:
         """The record's state."""

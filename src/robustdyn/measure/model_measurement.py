@@ -179,11 +179,7 @@ def measure_model(
         drawn = Examples(model, inputs, targets, loss=loss, attack=attack, seed=seed, count=examples)
         first = drawn(model, 0, None)
         count = length(first[0])
-        if train_examples is not None and train_examples < count:
-            raise ValueError(
-                f"train_examples={train_examples} is smaller than the {count} examples given: it is the size "
-                "of the training set from which they were drawn"
-            )
+        train_examples = checked_sizes(count, train_examples, batch_size)
         snapshot = plan.snapshot(
             model,
             lambda network, draw: drawn(network, draw, min(second_attack, count)) if draw else first,
@@ -191,7 +187,7 @@ def measure_model(
             epoch=0,
             step=0,
             optimizer=state,
-            train_examples=count if train_examples is None else train_examples,
+            train_examples=train_examples,
             batch_size=batch_size,
             seed=seed,
             starts={},
@@ -208,6 +204,27 @@ def measure_model(
         noise=snapshot.solved.get("noise"),
         settings=settings_of(model, plan, state, snapshot.train_examples, batch_size, count, attack, seed),
     )
+
+
+def checked_sizes(examples: int, train_examples: int | None, batch_size: int | None) -> int:
+    """The size of the training set; where it is not given, the number of examples.
+
+    Raises:
+        ValueError: It is smaller than the number of examples, or the batch is no part of it.
+    """
+    n = examples if train_examples is None else train_examples
+    if n < examples:
+        raise ValueError(
+            f"train_examples={n} is smaller than the {examples} examples given: it is the size of the "
+            "training set from which they were drawn"
+        )
+    if batch_size is not None and not 1 <= batch_size <= n:
+        given = "the number of examples given, since train_examples is not" if train_examples is None else n
+        raise ValueError(
+            f"batch_size={batch_size} must be at least 1 and at most train_examples, {given}: give both as "
+            "they are in training"
+        )
+    return n
 
 
 def settings_of(
@@ -291,6 +308,9 @@ def summary_lines(
         yield "  Give optimizer= for the stationary variances."
     if settings["data"]["batch_size"] is None:
         yield "  Give batch_size= for the noise of a mini-batch."
+    variances = [row.get(POSTERIOR_VARIANCE_STATIONARY) for row in rows.get("spectrum", ())]
+    if None not in (settings["optimizer"], settings["data"]["batch_size"]) and set(variances) == {None}:
+        yield "  No direction has a stationary variance: the law needs momentum SGD and stable steps."
 
 
 def _state(optimizer: torch.optim.Optimizer | OptimizerState | None) -> OptimizerState:

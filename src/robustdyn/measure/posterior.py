@@ -68,8 +68,8 @@ def posterior_rows(
 
     Args:
         tables: ``POSTERIOR_TABLES`` of one run.
-        momentum: μ of every step.
-        weight_decay: ω of every step.
+        momentum: μ of every step. For a branch, or a run that went on with another one, this is the last one.
+        weight_decay: ω of every step, in the same way.
         interpolation: How J, λ and γ run between measured epochs; see ``robustdyn.theory.MeasuredSpectrum``.
 
     Yields:

@@ -12,15 +12,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from robustdyn.curvature import cross_entropy, shard
+from robustdyn.curvature import EmpiricalRisk, cross_entropy, shard
 from robustdyn.curvature.empirical_risk import unwrapped
 from robustdyn.curvature.examples import Structure, leaves, rebuilt
+from robustdyn.curvature.risk_checks import CHECKED_EXAMPLES
 from robustdyn.curvature.risk_function import PerExampleLoss
 from robustdyn.defaults import default
 from robustdyn.errors import RecordError
 from robustdyn.measure.examples import Attack, Examples
 from robustdyn.measure.model_measurement import (
     UNKNOWN_OPTIMIZER,
+    checked_sizes,
     new_run_directory,
     settings_of,
     standard_measurements,
@@ -75,6 +77,8 @@ class Recorder:
             are spread over them, and the first one writes.
 
     Raises:
+        TypeError: As ``measure_model``; or
+        ValueError: the first examples show that the model cannot be measured.
         RecordError: The directory holds a record and ``resume`` is False.
     """
 
@@ -114,7 +118,8 @@ class Recorder:
         self._initial = parameters_now(self.model) if self._plan.needs_initial else None
         count = self._examples.count()
         self._count, self._batch_size = count, batch_size
-        self._train_examples = count if train_examples is None else train_examples
+        self._train_examples = checked_sizes(count, train_examples, batch_size)
+        self._check_model()
         self._steps, self._epochs, self._ended_at = 0, 0, 0
         self._state: OptimizerState | None = None
         self._one_law = True  # whether all steps had the same momentum, weight decay and kind
@@ -141,10 +146,7 @@ class Recorder:
                 new_run_directory(run_dir, settings)
             except RecordError as error:
                 refused = [error]
-        if group is not None:  # all processes stop, or the others would wait for the first one
-            dist.broadcast_object_list(refused, group=group, group_src=0)
-        if refused[0] is not None:
-            raise refused[0]
+        self._raise_together(refused)
         if self._records is not None:
             self._status = RunStatus(run_dir, settings)
             self._status.__enter__()
@@ -178,7 +180,21 @@ class Recorder:
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue a record from a checkpoint: rows that will be written again are dropped."""
+        """Continue a record from a checkpoint: rows that will be written again are dropped.
+
+        Raises:
+            RecordError: The directory does not hold the record up to the checkpoint.
+        """
+        epochs = int(state_dict["epochs"])
+        refused: list[RecordError | None] = [None]
+        if self._records is not None and len(read_table(self.run_dir, "epochs")) < epochs:
+            refused = [
+                RecordError(
+                    f"{self.run_dir}: does not hold the record of the {epochs} epochs before the checkpoint; "
+                    "give the run directory of the training that goes on, or a copy of it"
+                )
+            ]
+        self._raise_together(refused)
         self._steps, self._epochs = int(state_dict["steps"]), int(state_dict["epochs"])
         self._ended_at, self._rate = int(state_dict["ended_at"]), state_dict["rate"]
         self._epoch_rate, self._changes = state_dict["epoch_rate"], list(state_dict["changes"])
@@ -267,6 +283,19 @@ class Recorder:
             rows.setdefault(table, []).append(row)
             self._append(table, row)
         return rows
+
+    def _raise_together(self, refused: list[RecordError | None]) -> None:
+        """Raise the first process's error in all of them, or the others would wait for it."""
+        if self._group is not None:
+            dist.broadcast_object_list(refused, group=self._group, group_src=0)
+        if refused[0] is not None:
+            raise refused[0]
+
+    def _check_model(self) -> None:
+        """Refuse before training what the first measurement would refuse after an epoch of it."""
+        with deployed(self.model):
+            few = self._examples(self.model, 0, min(CHECKED_EXAMPLES, self._count))
+            EmpiricalRisk(self.model, *few, loss=self._loss)
 
     def _measured(self, epoch: int) -> Iterator[TableRow]:
         began = time.perf_counter()

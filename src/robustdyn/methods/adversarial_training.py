@@ -423,7 +423,13 @@ class AdversarialTraining(lightning.LightningModule):
         return self.added_noise.weighted(self.model, part, generator)
 
     def _outcome(self, model: nn.Module, batch: _Examples, adversarial: Tensor) -> StepLoss:
-        return self.objective(model, batch.images, adversarial, batch.targets)
+        outcome = self.objective(model, batch.images, adversarial, batch.targets)
+        if not isinstance(outcome, StepLoss):
+            raise ConfigError(
+                f"objective: {type(self.objective).__name__} returns a {type(outcome).__name__}; return "
+                "robustdyn.methods.StepLoss(loss, logits)"
+            )
+        return outcome
 
     def _update(self, split: str, batch: _Examples, robust_logits: Tensor | None) -> None:
         metrics = self._metrics_of(split)

@@ -1,9 +1,10 @@
 """Writes a run's checkpoints atomically, and resumes from them only with the settings they were made with."""
 
+import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -253,8 +254,12 @@ def restore_hydra_files(checkpoint: Mapping[str, Any], run: RunDirectory) -> Non
             (run.hydra / name).write_text(text)
 
 
-def resume_from(cfg: DictConfig, run_dir: Path) -> Path | None:
+def resume_from(
+    cfg: DictConfig, run_dir: Path, missing: Callable[[Path, DictConfig], Sequence[str]]
+) -> Path | None:
     """The checkpoint from which a run in ``run_dir`` resumes; None for a new run.
+
+    ``missing`` gives the keys that this version needs and that the recorded settings of a run do not have.
 
     Raises:
         ConfigError: The checkpoint was made with other settings and ``resume`` is not ``changed``. Hydra's
@@ -272,25 +277,33 @@ def resume_from(cfg: DictConfig, run_dir: Path) -> Path | None:
     ]
     if changes and cfg.resume != "changed":
         restore_hydra_files(checkpoint, run)
+        new = missing(run_dir, OmegaConf.create(checkpoint["config"]))
+        kind = " and those that another version of robustdyn did not have" if new else ""
         raise ConfigError(
             f"{path} is of a run with other settings: {'; '.join(changes[:5])}"
             f"{f' and {len(changes) - 5} more' if len(changes) > 5 else ''}; choose another hydra.run.dir, "
-            "or set resume=changed to go on from it with the new ones; to go on with its own: "
-            f"{_own_command(checkpoint, cfg, run_dir)}"
+            "or set resume=changed to go on from it with the new ones; to go on with its own"
+            f"{kind}: {_own_command(checkpoint, cfg, run_dir, new)}"
         )
     if changes:
         _log.info("settings that differ from the checkpoint's: %s", "; ".join(changes))
     return path
 
 
-def _own_command(checkpoint: Mapping[str, Any], cfg: DictConfig, run_dir: Path) -> str:
-    """A command that resumes with the checkpoint's settings, and those typed ones that change no result."""
+def _own_command(
+    checkpoint: Mapping[str, Any], cfg: DictConfig, run_dir: Path, missing: Sequence[str]
+) -> str:
+    """A command that resumes with the checkpoint's settings, and those typed ones that change no result.
+
+    Settings that it is ``missing`` get the values that this command gives them.
+    """
     before = OmegaConf.create(checkpoint["config"])
     kept = []
     for text in HydraConfig.get().overrides.task:
         key = text.lstrip("+~").partition("=")[0]
         if is_of(text, CHANGEABLE) and key != "resume" and _at(before, key) != _at(cfg, key):
             kept.append(text)
+    kept += [f"+{key}={_choice(cfg, key)}" for key in missing if not any(is_of(text, [key]) for text in kept)]
     packages = sorted(
         {
             target.partition(".")[0]
@@ -300,6 +313,14 @@ def _own_command(checkpoint: Mapping[str, Any], cfg: DictConfig, run_dir: Path) 
     )
     allow = [f"allow=[{','.join(packages)}]"] if packages else []
     return command("robustdyn-train", at("resume", run_dir), *allow, *kept)
+
+
+def _choice(cfg: DictConfig, key: str) -> str:
+    """What the command line would give a key: an option of a group, or a plain value."""
+    value = HydraConfig.get().runtime.choices.get(key, _at(cfg, key))
+    if OmegaConf.is_config(value):
+        return "..."
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _at(cfg: DictConfig, key: str) -> Any:

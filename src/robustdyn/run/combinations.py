@@ -158,13 +158,18 @@ def _optimizer(factory: Callable[[list[torch.nn.Parameter]], object]) -> None:
 
 
 def _rates(cfg: DictConfig, schedule: Schedule) -> None:
-    """Refuse a learning rate of 0, which trains nothing and has no stationary law."""
+    """Refuse a learning rate of 0, which trains nothing and has no stationary law, or below."""
+    ours = "length" in cfg.schedule or "factors" in cfg.schedule
+    remedy = (
+        f"choose schedule.length={cfg.trainer.max_epochs}, or positive schedule.factors"
+        if ours
+        else f"the factor of {cfg.schedule._target_} must be positive"
+    )
     for epoch in range(cfg.trainer.max_epochs):
         if not schedule.factor(epoch + 0.5) > 0:
             raise ConfigError(
-                f"schedule: the learning rate is 0 in epoch {epoch} of trainer.max_epochs="
-                f"{cfg.trainer.max_epochs}; choose schedule.length={cfg.trainer.max_epochs}, or positive "
-                "schedule.factors"
+                f"schedule: the learning rate is not positive in epoch {epoch} of trainer.max_epochs="
+                f"{cfg.trainer.max_epochs}; {remedy}"
             )
 
 

@@ -8,6 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from robustdyn.data import ImageDataModule
 from robustdyn.errors import ConfigError
@@ -29,9 +30,19 @@ from robustdyn.run.progress_lines import RunProgress
 
 
 def build_module(cfg: DictConfig, data: ImageDataModule) -> AdversarialTraining:
-    """Build the LightningModule from the option chosen in each group."""
+    """Build the LightningModule from the option chosen in each group.
+
+    Raises:
+        ConfigError: A part refuses its settings, or the model is no module.
+    """
+    model = build(cfg, "model")
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"model._target_={cfg.model._target_} makes a {type(model).__name__}, which is no "
+            "torch.nn.Module; docs/extending.md says what a model must have"
+        )
     return AdversarialTraining(
-        model=build(cfg, "model"),
+        model=model,
         objective=build(cfg, "objective"),
         attack=build(cfg, "attack.train"),
         evaluation_attack=build(cfg, "attack.evaluation"),
@@ -104,7 +115,8 @@ def build_callbacks(
     ]
     saved: Any = OmegaConf.to_container(cfg.checkpoint, resolve=True)
     callbacks.append(LastCheckpoint(run, cfg=cfg, **saved))
-    callbacks.append(RunProgress(_label(cfg)))
+    if cfg.trainer.get("enable_progress_bar", True):
+        callbacks.append(RunProgress(_label(cfg)))
     return callbacks
 
 
