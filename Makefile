@@ -27,6 +27,7 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY) ## Train on digits with AT, AWP and WCI-LR, and open up robust overfitting in a report
 	@$(BIN)/robustdyn-train experiment=demo
+	@echo 'Next: open this report in a browser. experiments/demo/README.md explains it.'
 
 test: $(READY) ## Run the tests
 	@$(BIN)/python -m pytest $(SPREAD)
