@@ -97,6 +97,11 @@ def test_an_own_class_that_lacks_something_is_one_line(folder, monkeypatch, caps
     (folder / "mypackage" / "half.py").write_text(
         "class Half:\n    tables = ('nowhere',)\n    measure = None\n"
         "    def __init__(self, **settings):\n        pass\n"
+        "from robustdyn.methods import Objective\n"
+        "class Plain(Objective):\n    takes_probabilities = False\n"
+        "    def attack_loss(self, model, images):\n        return None\n"
+        "    def __call__(self, model, images, adversarial, targets):\n"
+        "        return model(adversarial).sum()\n"
     )
     typed = ("--config-dir", "conf", "data=stripes", *FAST)
     mine = "+measure.measurements.half._target_=mypackage.half.Half"
@@ -108,6 +113,10 @@ def test_an_own_class_that_lacks_something_is_one_line(folder, monkeypatch, caps
         ([mine], "measure.measurements.half writes the table nowhere, which is not declared"),
         (["model._target_=mypackage.model.SmallCnn"], "did you mean mypackage.model.SmallCNN?"),
         (["model._target_=mypackage.half.Half"], "makes a Half, which is no torch.nn.Module"),
+        (
+            ["objective._target_=mypackage.half.Plain", "~objective.label_smoothing", *QUICK_MEASURE],
+            "objective: Plain returns a Tensor; return robustdyn",
+        ),
         (["schedule=inverse_square_root", "schedule.constant_epochs=0"], "schedule.constant_epochs must be"),
         (
             ["data.num_classes=3"],

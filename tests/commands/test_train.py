@@ -189,3 +189,12 @@ def test_full_errors_keep_their_stack_trace(tmp_path, monkeypatch):
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     with pytest.raises(ValueError, match=r"attack\.eps_255=-8"):
         run(monkeypatch, tmp_path, "attack.eps_255=-8")
+
+
+def test_progress_lines_can_be_left_out(tmp_path, monkeypatch, capsys):
+    arguments = (*UNMEASURED, "trainer.max_epochs=1")
+    assert command(monkeypatch, *arguments, f"hydra.run.dir={tmp_path / 'with'}") == 0
+    assert "elapsed" in capsys.readouterr().err
+    without = "+trainer.enable_progress_bar=false"
+    assert command(monkeypatch, *arguments, without, f"hydra.run.dir={tmp_path / 'without'}") == 0
+    assert "elapsed" not in capsys.readouterr().err

@@ -1,13 +1,15 @@
 import logging
 import sys
+from typing import get_args
 
 import pyautoattack
 import pytest
 import torch
+from pyautoattack.autoattack import AttackName
 
 from robustdyn.data import ImageTensors
 from robustdyn.evaluation import AutoAttackEvaluator, Ball
-from robustdyn.evaluation.autoattack import NORMS
+from robustdyn.evaluation.autoattack import ATTACKS, NORMS
 from tests.evaluation.problems import Linear, digits, grey_images, labelled_by, pgd, run
 from tests.evaluation.test_evaluators import flags
 from tests.runs import rows
@@ -178,3 +180,7 @@ def test_refuses_what_its_losses_are_not_defined_for(attack, classes, size, norm
     with pytest.raises(ValueError, match=message):
         run(tmp_path, model, data, evaluators, ball=Ball(norm, 0.1))
     assert not (tmp_path / "records").exists()  # before anything was attacked
+
+
+def test_the_names_are_those_of_the_package():
+    assert set(ATTACKS) == set(get_args(AttackName))

@@ -2,6 +2,7 @@ import json
 import math
 import warnings
 
+import pandas as pd
 import pytest
 
 from robustdyn.errors import RecordError
@@ -333,3 +334,20 @@ def test_a_warning_is_given_once_however_often_a_record_is_read(tmp_path):
         read_table(run, "epochs")
     with warnings.catch_warnings(action="error"):
         read_table(run, "epochs")
+
+
+def test_a_file_without_an_end_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(reader, "LARGEST_AT_ONCE", 1 << 16)
+    run = write_run(tmp_path, epochs=2, measured=())
+    path = run / "records" / "epochs.jsonl"
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    with pytest.raises(RecordError, match="line 1: not a record"):
+        read_table(run, "epochs")
+
+
+def test_a_file_that_is_too_large_to_be_read_at_once_reads_the_same(tmp_path, monkeypatch):
+    run = write_run(tmp_path, epochs=4, measured=())
+    whole = read_table(run, "epochs")
+    monkeypatch.setattr(reader, "LARGEST_AT_ONCE", 100)
+    pd.testing.assert_frame_equal(read_table(run, "epochs"), whole)

@@ -195,7 +195,7 @@ class Recorder:
                 )
             ]
         self._raise_together(refused)
-        self._steps, self._epochs = int(state_dict["steps"]), int(state_dict["epochs"])
+        self._steps, self._epochs = int(state_dict["steps"]), epochs
         self._ended_at, self._rate = int(state_dict["ended_at"]), state_dict["rate"]
         self._epoch_rate, self._changes = state_dict["epoch_rate"], list(state_dict["changes"])
         self._initial = state_dict.get("initial", self._initial)

@@ -26,6 +26,8 @@ from robustdyn.records.waiting import with_bar
 
 LARGEST_INTEGER = 2**53  # up to here, float64 represents every whole number
 ALL_SEEDS = "all seeds"
+LARGEST_AT_ONCE = 1 << 28
+"""Bytes of a file that is read at once; a larger one is read line by line."""
 
 _ARROW = {"int": pa.int64(), "float": pa.float64(), "str": pa.string(), "bool": pa.bool_()}
 
@@ -231,7 +233,10 @@ def _usual_values(path: Path, spec: Table) -> dict[str, Any] | None:
         unexpected_field_behavior="error",
     )
     try:
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            content = file.read(LARGEST_AT_ONCE + 1)  # it may also be a device without an end
+        if len(content) > LARGEST_AT_ONCE:
+            return None
         rows = json.read_json(pa.BufferReader(content), parse_options=options)
         values = {
             c.name: rows[c.name].to_numpy() if c.kind in ("int", "float") else rows[c.name].to_pylist()
