@@ -118,6 +118,19 @@ def test_slope_ratios_are_compared_as_factors(answered):
     assert levels.loc["×0", "refreshed_slope_ratio"]["mean"] == pytest.approx(np.exp(own.mean()))
 
 
+def test_rank_correlations_are_those_of_each_seed(answered):
+    runs, found = answered.tables["runs"], answered.tables["rank_correlations"]
+    wide = runs.pivot(index=["seed", "factor", "level"], columns="outcome", values="value")
+    own = [
+        stats.spearmanr(seed["refreshed_slope_ratio"], seed["final robust_loss_gap"]).statistic
+        for _, seed in wide.groupby("seed")
+    ]
+    row = found.set_index("outcome").loc["refreshed_slope_ratio"]
+    assert (row["mean"], row["seeds"]) == (pytest.approx(np.mean(own)), 3)
+    assert row["high"] - row["mean"] == pytest.approx(stats.t.ppf(0.975, 2) * stats.sem(own))
+    assert "final robust_loss_gap" not in set(found["outcome"])  # 1 with itself
+
+
 def test_findings_and_figures(answered):
     assert answered.findings[0] == (
         "The final robust loss gap against the default, seed by seed: on digits, it is lower (radius ×0, "
@@ -144,6 +157,7 @@ def test_runs_that_measured_nothing_have_gaps(tmp_path):
     answer = STUDY.answer(find_runs(tmp_path))
     assert "total" not in set(answer.tables["levels"]["outcome"])
     assert answer.tables["effects"]["low"].isna().all()  # one seed
+    assert answer.tables["rank_correlations"].empty  # of two regimes
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,7 @@ def answer(runs: Sequence[Run]) -> Answer:
     tables = {
         "levels": _ordered(levels).drop(columns="order"),
         "effects": _ordered(apart)[[*by, "change", *BOUNDS, "seeds"]].drop(columns="order"),
+        "rank_correlations": correlations_with_gap(rows),
         "runs": rows[["panel", "factor", "level", SEED, "outcome", "value"]],
     }
     drawn = _ordered(
@@ -164,8 +165,25 @@ def answer(runs: Sequence[Run]) -> Answer:
     return Answer(tables, pictures, findings_of(tables))
 
 
+def correlations_with_gap(rows: pd.DataFrame) -> pd.DataFrame:
+    """Spearman's correlation of each outcome with the final robust loss gap over the regimes of a data set.
+
+    Args:
+        rows: The table ``runs``.
+
+    Returns:
+        ``panel``, ``outcome`` and, over seeds, ``mean``, ``low``, ``high`` of the correlation, and ``seeds``.
+    """
+    wide = rows.pivot(index=["panel", SEED, "factor", "level"], columns="outcome", values="value")
+    found = (
+        wide.groupby(["panel", SEED]).corr("spearman", min_periods=3)[LOSS_GAP].rename("value").reset_index()
+    )
+    table = mean_with_interval(found[found["outcome"] != LOSS_GAP], ["panel", "outcome"])
+    return table.assign(low=table["low"].clip(lower=-1.0), high=table["high"].clip(upper=1.0))
+
+
 def findings_of(tables: Mapping[str, pd.DataFrame]) -> list[str]:
-    """Which levels have a clearly higher or lower loss gap than the default, and which slope ratio."""
+    """Which levels have a clearly higher or lower loss gap or slope ratio, and what ranks runs as the gap."""
     said = []
     for outcome, name in ((LOSS_GAP, "final robust loss gap"), (SLOPE_RATIO, "slope ratio")):
         parts = []
@@ -176,6 +194,18 @@ def findings_of(tables: Mapping[str, pd.DataFrame]) -> list[str]:
             parts.append(f"on {panel}, it is {told_apart(changes, names)}")
         if parts:
             said.append(sentence(f"the {name} against the default, seed by seed: {'; '.join(parts)}"))
+    ranks = tables["rank_correlations"]
+    for outcome, name in (("total", "bound over all weights"), (SLOPE_RATIO, "slope ratio")):
+        own = ranks[ranks["outcome"] == outcome]
+        parts = [
+            f"{mean:.2f}{'' if pd.isna(low) else f' [{low:.2f}, {high:.2f}]'} on {panel}"
+            for panel, mean, low, high in zip(own["panel"], *(own[bound] for bound in BOUNDS), strict=True)
+        ]
+        if parts:
+            said.append(
+                f"Over the regimes, the rank correlation of the {name} with the final robust loss gap is "
+                f"{' and '.join(parts)}."
+            )
     return said or ["There is nothing beside the default to compare."]
 
 
