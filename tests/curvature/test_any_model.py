@@ -359,3 +359,20 @@ def test_models_that_change_their_inputs(memory):
     results = [products_of(risk_on(model, inputs, memory=memory)) for model in (on_a_copy, in_place)]
     assert_same_bits(*results)
     assert torch.equal(inputs, before)
+
+
+def test_a_last_softmax_is_noticed():
+    inputs = random(7, 5, seed=0)
+    logits = nn.Linear(5, 3).double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        EmpiricalRisk(logits, inputs, LABELS)
+        # log-probabilities are logits; probabilities with a loss of probabilities are meant so
+        EmpiricalRisk(nn.Sequential(logits, nn.LogSoftmax(dim=1)), inputs, LABELS)
+        softmax = nn.Sequential(logits, nn.Softmax(dim=1))
+        advised = EmpiricalRisk(softmax, inputs, LABELS, loss=lambda p, y: -p[range(len(y)), y].log())
+    with pytest.warns(UserWarning, match="leave out the model's last softmax"):
+        EmpiricalRisk(softmax, inputs, LABELS)
+    direction = random(advised.numel, seed=1)
+    plain = Hessian(EmpiricalRisk(logits, inputs, LABELS)) @ direction
+    assert_close(Hessian(advised) @ direction, plain, **EXACT64)

@@ -292,14 +292,14 @@ def _request(cfg: DictConfig) -> dict[str, Any]:
     check_tasks(cfg, tasks_per_node=request["tasks_per_node"], nodes=request["nodes"])
     if request["name"] in INTERACTIVE:
         raise ConfigError(
-            f"hydra.launcher.name={request['name']} means a terminal session to Lightning, which then "
-            "overlooks SLURM; choose another name"
+            f"hydra.launcher.name={request['name']} tells Lightning that this is a terminal session, and it "
+            "would ignore SLURM; choose another name"
         )
     if "signal" in request["additional_parameters"]:
         raise ConfigError(
             f"hydra.launcher.additional_parameters.signal={request['additional_parameters']['signal']} would "
-            "replace SIGUSR2, upon which a run is requeued; leave it out: how early it comes is "
-            "hydra.launcher.signal_delay_s"
+            "replace SIGUSR2, which tells a run that it will be requeued; leave it out, and set how early it "
+            "comes with hydra.launcher.signal_delay_s"
         )
     if request["gpus_per_node"] == "auto":
         on_cpu = OmegaConf.select(cfg, "trainer.accelerator", default=cfg.get("device")) == "cpu"

@@ -1,6 +1,7 @@
 """What a risk refuses to measure, and what it learns about the model from a few examples."""
 
 import copy
+import warnings
 from collections.abc import Mapping
 from numbers import Integral
 from typing import get_args
@@ -13,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from robustdyn.curvature.examples import Structure, check_lengths, leaves, length, mapped, take
 from robustdyn.curvature.kernels import Precision
 from robustdyn.curvature.memory_layout import curves_channels_last
-from robustdyn.curvature.risk_function import BatchNormMode, RiskFunction, rows_not_finite
+from robustdyn.curvature.risk_function import BatchNormMode, RiskFunction, cross_entropy, rows_not_finite
 from robustdyn.curvature.vectors import inner, norm
 
 PROBED_EXAMPLES = 4  # on these the memory of a pass is measured, and the symmetry of products
@@ -135,6 +136,13 @@ def _check_passes(risk: RiskFunction) -> None:
             f"the loss is not finite at the present weights (example {bad[0] * few.step}): nothing can "
             "be measured here"
         )
+    if risk.loss is cross_entropy and _are_probabilities(outputs):
+        warnings.warn(
+            "the model's outputs are probabilities (not negative, with the sum 1), but cross_entropy takes "
+            "logits and applies softmax a second time: leave out the model's last softmax, or give a loss of "
+            "probabilities, such as loss=lambda p, y: -p[range(len(y)), y].log()",
+            stacklevel=2,
+        )
     # sqrt(eps): far above what another summation order does, far below what a random layer does.
     if not torch.allclose(first, second, rtol=torch.finfo(risk.dtype).eps ** 0.5, atol=0.0):
         raise ValueError(
@@ -151,6 +159,13 @@ def _check_passes(risk: RiskFunction) -> None:
                 "normalisation by the batch, or a loss that compares examples), so the risk is no mean "
                 "over chunks: leave chunk_size and group unset"
             )
+
+
+def _are_probabilities(outputs: Tensor) -> bool:
+    """Whether every row (B, K) looks like the output of a softmax."""
+    if outputs.dim() != 2 or outputs.min() < 0:
+        return False
+    return torch.allclose(outputs.sum(dim=1), torch.ones(()).to(outputs), rtol=1e-3)  # also in bfloat16
 
 
 def _independent(
