@@ -61,7 +61,7 @@ def compared(posterior: pd.DataFrame, ensemble: RecordedEnsemble, began: int) ->
             pd.DataFrame(
                 {
                     "batchnorm": ensemble.settings["batchnorm"],
-                    "epoch": epoch_of.loc[began + steps].to_numpy(),
+                    "epoch": epoch_of.reindex(began + steps).to_numpy(),
                     "steps": steps,
                     "law": law,
                     "directions": seen.directions,

@@ -255,3 +255,14 @@ def test_all_runs_of_a_sweep_lie_in_its_directory_whatever_their_names(tmp_path,
         "method=awp,trainer.max_epochs=0",
         "multirun.yaml",
     ]
+
+
+def test_settings_of_a_swept_group_need_not_exist_for_its_default(monkeypatch, tmp_path, capfd):
+    """Digits, the default of ``data``, have no root."""
+    missing = tmp_path / "nowhere"
+    arguments = ("data=cifar10,svhn", f"data.root={missing}", "data.download=false")
+    assert sweep(monkeypatch, tmp_path / "swept", *arguments) == 1
+    found = {state.name: state.error for state in sweeps.states_of([tmp_path / "swept"])}
+    assert set(found) == {"data=cifar10", "data=svhn"}
+    assert all("nowhere" in error for error in found.values())
+    assert "unknown config key" not in capfd.readouterr().err

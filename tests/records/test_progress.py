@@ -32,6 +32,8 @@ def test_folders_are_named_after_the_request_alone(first, second, swept, more, r
 def test_folders_say_what_is_swept_where_they_cannot_say_all():
     request = ("seed=0", *(f"a.very.long.setting.number_{n}=1" for n in range(5)))
     assert re.fullmatch(r"seed=0-[0-9a-f]{8}", folder_name(request, [], ["seed"]))
+    swept = ("data=svhn", *request, "data.partial=True")  # not swept, though a setting of what is
+    assert re.fullmatch(r"data=svhn,seed=0-[0-9a-f]{8}", folder_name(swept, [], ["seed", "data"]))
     assert folder_name(("seed=0", "method=at"), [], []) == "method=at,seed=0"
     assert folder_name((), [], []) == "default"
 

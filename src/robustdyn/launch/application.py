@@ -22,6 +22,7 @@ from robustdyn.launch.cluster import in_slurm
 from robustdyn.launch.help import show_help
 from robustdyn.launch.paths import anchor, quoted_paths
 from robustdyn.launch.sweep import end_sweep, forget_sweep, run_in_its_directory, sweeping
+from robustdyn.launch.swept_groups import first_of_swept_groups
 from robustdyn.records.progress import one_line
 from robustdyn.run.status import Terminated, speak_safely, terminable
 
@@ -63,7 +64,7 @@ def run_app(
             config_name, sys.argv[1:] = composed(config_name, sys.argv[1:])
         app = hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=config_name)
         # SLURM's SIGTERM is a notice; see requeue.py
-        with nullcontext() if in_slurm(os.environ) else terminable():
+        with nullcontext() if in_slurm(os.environ) else terminable(), first_of_swept_groups():
             app(_task_with_short_errors(task, started, short=short))()
     except (UserError, HydraException) as error:
         if isinstance(error, UserError):  # raised by the launcher, for instance for a failed job on a cluster

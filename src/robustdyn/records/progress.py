@@ -205,7 +205,7 @@ def folder_name(overrides: Sequence[str], without: Sequence[str], swept: Sequenc
     full = ",".join(kept)
     if "/" not in full and len(full.encode()) <= LONGEST_NAME:
         return full or "default"
-    said = ",".join(text for text in kept if is_of(text, swept)) or full
+    said = ",".join(text for text in kept if text.partition("=")[0].lstrip("+~") in swept) or full
     digest = hashlib.sha256(full.encode()).hexdigest()[:8]
     return f"{said.replace('/', '-').encode()[:LONGEST_NAME].decode(errors='ignore')}-{digest}"
 
