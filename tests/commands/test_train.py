@@ -94,6 +94,14 @@ def test_a_sweep_has_no_configuration_to_show(monkeypatch, capsys):
     assert said.endswith("for --cfg leave out -m, and give every setting one value\n")
 
 
+def test_group_of_nothing(monkeypatch, capsys):
+    assert command(monkeypatch, "model=null") == 1
+    assert (
+        capsys.readouterr().err
+        == "error: a group cannot be null: give it one of its options, which --help lists\n"
+    )
+
+
 def test_measuring_moves_nothing(finished, tmp_path, monkeypatch):
     arguments = ("data.validation_size=40", f"hydra.run.dir={tmp_path}")
     assert command(monkeypatch, *UNMEASURED, *arguments) == 0

@@ -79,7 +79,9 @@ def run_app(
     except Exception as error:
         if isinstance(error, OSError) and short and not started and not sweeping():
             _fail(f"cannot make the run's folder: {error}; choose another hydra.run.dir, or hydra.sweep.dir")
-        if short and str(error).startswith("Only one of --run"):  # Hydra's own check of its flags
+        if short and str(error).startswith("Config group override must be"):  # Hydra's own check, as the next
+            _fail("a group cannot be null: give it one of its options, which --help lists")
+        if short and str(error).startswith("Only one of --run"):
             _fail(f"{error}: for --cfg leave out -m, and give every setting one value")
         # for instance a worker of the launcher was killed; the results of the other runs are kept
         if not sweeping():
