@@ -7,6 +7,8 @@ consumer drew, so measuring cannot move training, and a resumed run needs no sav
 
 import hashlib
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -38,3 +40,16 @@ def seed_global(seed: int, stream: str, *counters: int) -> None:
     random.seed(number)
     np.random.seed(number % 2**32)  # noqa: NPY002 (the legacy generator is the global one)
     torch.manual_seed(number)
+
+
+@contextmanager
+def global_numbers(seed: int, stream: str, *counters: int) -> Iterator[None]:
+    """Inside, global generators are those of ``seed_global``; afterwards they go on where they were."""
+    before = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        seed_global(seed, stream, *counters)
+        try:
+            yield
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])  # noqa: NPY002

@@ -135,6 +135,26 @@ def test_attacks():
     )
 
 
+def test_own_attacks_draw_from_seeded_generators_and_leave_them_as_they_were():
+    model, found = small(), []
+
+    def noisy(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+        drawn.append((torch.rand(4), np.random.rand()))  # noqa: NPY002
+        return inputs + drawn[-1][0]
+
+    for before in (0, 1):
+        drawn: list[tuple[Tensor, float]] = []
+        torch.manual_seed(before)
+        found.append(measure(model, attack=noisy, measurements={"spectrum": Spectrum()}).rows["spectrum"])
+        after = torch.rand(1)
+        torch.manual_seed(before)
+        assert torch.equal(after, torch.rand(1))
+        (first, one), (second, another) = drawn
+        assert not torch.equal(first, second)  # the second attack starts elsewhere
+        assert one != another
+    assert found[0] == found[1]
+
+
 def test_without_optimiser_and_batch_size_it_says_what_is_missing():
     result = robustdyn.measure_model(small(), *examples(), eigenpairs=PAIRS)
     spectrum = result.to_frames()["spectrum"]

@@ -86,7 +86,8 @@ def attacked(
             inputs as they are.
         batches: Inputs and targets.
         loss: Per-example loss.
-        seed: Of the random starts, which are a function of (seed, draw, batch).
+        seed: Of the random starts, which are a function of (seed, draw, batch). A function finds PyTorch's,
+            NumPy's and Python's global generators seeded in this way, and they go on afterwards as before.
         draw: Number of the attack.
 
     Returns:
@@ -115,7 +116,8 @@ def attacked(
             source = streams.generator(seed, "measure-attack", draw, number, device=first.device)
             inputs = attack.perturb(model, inputs, targets, source, lambda z, y: loss(z, y).sum())
         elif attack is not None:
-            inputs = structure(attack(model, inputs, targets), "the attack's inputs")
+            with streams.global_numbers(seed, "measure-attack", draw, number):
+                inputs = structure(attack(model, inputs, targets), "the attack's inputs")
         spool.add(inputs, targets)
     return spool.examples()
 
