@@ -15,22 +15,27 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from robustdyn.errors import UserError
+from robustdyn.measure.posterior import rate_of_each_step
 from robustdyn.records import read_table
 from robustdyn.records.schema import INDEPENDENT, POSTERIOR_VARIANCE
 from robustdyn.replicas import RecordedEnsemble, read_ensemble
 from robustdyn.replicas.agreement import agreement
 from robustdyn.replicas.prediction import Law
 
+Array = NDArray[np.float64]
+
 LAWS = {"training": POSTERIOR_VARIANCE, "papers": f"{POSTERIOR_VARIANCE}{INDEPENDENT}"}
 
 
-def compared(posterior: pd.DataFrame, ensemble: RecordedEnsemble, began: int) -> pd.DataFrame:
-    """Measured / recorded variance at the ends of epochs.
+def compared(posterior: pd.DataFrame, rates: Array, ensemble: RecordedEnsemble, began: int) -> pd.DataFrame:
+    """Measured / recorded variance at the ends of epochs, as long as replicas have the rates of the run.
 
     Args:
         posterior: The run's table ``posterior``.
+        rates: (N,), the run's learning rate at every step.
         ensemble: Replicas that continue the run.
         began: The run's steps before the replicas start.
 
@@ -40,14 +45,25 @@ def compared(posterior: pd.DataFrame, ensemble: RecordedEnsemble, began: int) ->
         bootstrap interval over replicas, ``low`` and ``high``: the geometric mean over the directions.
 
     Raises:
-        ValueError: The replicas draw their batches with replacement, or no epoch ends at a recorded step.
+        ValueError: The replicas draw their batches with replacement, or no epoch ends at a recorded step with
+            the rates of the run.
     """
     if ensemble.settings["sampling.replacement"]:
         raise ValueError("sampling.replacement is true, but a run shuffles its epochs")
+    own = rates[began : began + len(ensemble.learning_rate)]
+    same = np.isclose(ensemble.learning_rate[: len(own)], own, rtol=1e-6, atol=0)
+    comparable = len(same) if same.all() else int(np.argmin(same))
     epoch_of = posterior.drop_duplicates("step").set_index("step")["epoch"]
-    ends = [row for row, step in enumerate(ensemble.steps) if step > 0 and began + step in epoch_of.index]
+    ends = [
+        row
+        for row, step in enumerate(ensemble.steps)
+        if 0 < step <= comparable and began + step in epoch_of.index
+    ]
     if not ends:
-        raise ValueError("no epoch of the run ends at a recorded step; set record.steps")
+        raise ValueError(
+            "no epoch of the run ends at a recorded step with the run's learning rates; set record.steps and "
+            "learning_rate"
+        )
     steps = ensemble.steps[ends]
     parts = []
     for law, column in LAWS.items():
@@ -88,11 +104,12 @@ def main() -> None:
             raise SystemExit(
                 f"{args.run}: has no {'posterior' if posterior.empty else 'replicas'}; see --help"
             )
+        rates = rate_of_each_step(read_table(args.run, "rates"), int(posterior["step"].max()))
         found = []
         for directory in directories:
             provenance = json.loads((directory / "settings.json").read_text(encoding="utf-8"))["provenance"]
             try:
-                table = compared(posterior, read_ensemble(directory), int(provenance["step"]))
+                table = compared(posterior, rates, read_ensemble(directory), int(provenance["step"]))
             except ValueError as error:
                 raise SystemExit(f"{directory}: {error}") from error
             found.append(table.assign(ensemble=directory.name))

@@ -135,14 +135,18 @@ def test_what_the_run_says_can_be_changed(checkpoint, tmp_path, monkeypatch):
     more = ("+run.optimizer.weight_decay=0.01", "start.random_directions=1", "initial_state=checkpoint")
     two = ("replicas=2", "output=changed")
     assert replicate(monkeypatch, checkpoint, *SMALL, *changes, *more, *two) == 0
-    stored = json.loads((tmp_path / "changed" / "settings.json").read_text())["ensemble"]
+    settings = json.loads((tmp_path / "changed" / "settings.json").read_text())
+    saved = torch.load(checkpoint.partition("=")[2], weights_only=True)
+    begun = {"epoch": saved["epoch"], "step": saved["global_step"]}
+    assert settings["provenance"].items() >= begun.items()
+    stored = settings["ensemble"]
     assert stored["perturbation"]["gamma"] == 0.01
     assert stored["optimizer"]["weight_decay"] == 0.01
     np.testing.assert_allclose(stored["learning_rate"], [0.01] * 4 + [0.001] * 2)
     found = read_ensemble(tmp_path / "changed")
     assert found.position.shape == (2, 3, 4)
     assert (np.abs(found.buffer[:, 0]) > 0).all()  # the checkpoint's momentum
-    state = torch.load(checkpoint.partition("=")[2], weights_only=True)["optimizer_states"][0]["state"]
+    state = saved["optimizer_states"][0]["state"]
     held = torch.cat([state[i]["momentum_buffer"].contiguous().reshape(-1) for i in range(len(state))])
     expected = held.double() @ found.start.directions.forces.double()
     np.testing.assert_allclose(found.buffer[0, 0], expected.numpy(), rtol=1e-6, atol=1e-9)

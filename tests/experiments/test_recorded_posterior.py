@@ -13,6 +13,7 @@ from tests.replicas.ensembles import point, recorded
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "ground_truth"
 BEGAN, EPOCH = 70, 7  # the replicas start when epoch 9 has ended
+RATES = np.full(14 * EPOCH, 0.01)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def ensemble():
 
 
 def test_ratio_at_the_ends_of_epochs(script, posterior, ensemble):
-    table = script.compared(posterior, ensemble, BEGAN).set_index(["law", "steps"])
+    table = script.compared(posterior, RATES, ensemble, BEGAN).set_index(["law", "steps"])
     assert table.index.tolist() == [("training", 7), ("training", 14), ("papers", 7), ("papers", 14)]
     assert table["epoch"].tolist() == [10, 11, 10, 11]
     assert set(table["directions"]) == {2}
@@ -60,7 +61,14 @@ def test_ratio_at_the_ends_of_epochs(script, posterior, ensemble):
 
 def test_what_cannot_be_compared_is_refused(script, posterior, ensemble):
     with pytest.raises(ValueError, match=r"record\.steps"):
-        script.compared(posterior, ensemble, BEGAN + 1)
+        script.compared(posterior, RATES, ensemble, BEGAN + 1)
     drawn = replace(ensemble, settings={**ensemble.settings, "sampling.replacement": True})
     with pytest.raises(ValueError, match="shuffles its epochs"):
-        script.compared(posterior, drawn, BEGAN)
+        script.compared(posterior, RATES, drawn, BEGAN)
+
+
+def test_only_the_rates_of_the_run_are_compared(script, posterior, ensemble):
+    decayed = np.where(np.arange(len(RATES)) < BEGAN + EPOCH, RATES, 0.001)
+    assert set(script.compared(posterior, decayed, ensemble, BEGAN)["steps"]) == {EPOCH}
+    with pytest.raises(ValueError, match="learning_rate"):
+        script.compared(posterior, 2 * RATES, ensemble, BEGAN)

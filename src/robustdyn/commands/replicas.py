@@ -17,6 +17,7 @@ from robustdyn.launch.of_run import check_complete
 from robustdyn.launch.paths import load_run
 from robustdyn.methods import Regularizer
 from robustdyn.models import load_weights
+from robustdyn.models.weight_files import read_weight_file
 from robustdyn.records.files import file_digest
 from robustdyn.records.run_directory import RunDirectory
 from robustdyn.replicas import EnsembleRun, TrainingState
@@ -54,7 +55,8 @@ def run_replicas(cfg: DictConfig) -> None:
     device = device_of(cfg.device)
     ensemble = EnsembleRun(settings, training_state(run, checkpoint, device, allowed(cfg)))
     output = Path(cfg.output) if cfg.output else RunDirectory(run_dir).replicas / checkpoint.stem
-    noted = engine_provenance(settings.engine, device)
+    saved = read_weight_file(checkpoint)
+    noted = {**engine_provenance(settings.engine, device), "epoch": saved.epoch, "step": saved.step}
     left = ensemble.run(output, noted, shard=shard, shards=shards, say=say, wait=None)
     say(f"ensemble: {output}" + (f" ({left} chunks are still missing)" if left else ""))
 
