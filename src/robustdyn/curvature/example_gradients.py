@@ -89,12 +89,19 @@ class SquaredGradientNorms:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        for layer in self._layers.values():
-            layer.cache.clear()
+        self._forget()
 
     def begin(self, examples: int, device: torch.device) -> None:
         """Before each forward pass: forget the last one and set ``totals`` (examples, L) to zero."""
         self.totals = torch.zeros(examples, self.width, dtype=torch.float64, device=device)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop what the last forward pass left.
+
+        A node refers to its hooks, and these to this object: a cycle through autograd, which Python's garbage
+        collector does not see, would keep the graph for ever.
+        """
         for layer in self._layers.values():
             layer.calls, layer.node = 0, None
             layer.cache.clear()

@@ -121,21 +121,31 @@ def gradients(
 
 @contextmanager
 def count_saved_bytes() -> Iterator[list[int]]:
-    """Inside, the list's only number counts the bytes that autograd keeps for backward passes."""
+    """Inside, the list's only number counts the bytes that autograd keeps for backward passes.
+
+    Graphs that were recorded inside cannot be used afterwards.
+    """
     seen: set[int] = set()
     total = [0]
+    held: list[list[Tensor]] = []
 
-    def pack(tensor: Tensor) -> Tensor:
+    def pack(tensor: Tensor) -> list[Tensor]:
         storage = tensor.untyped_storage()
         if not tensor.is_leaf or not tensor.requires_grad:  # parameters are there anyway
             pointer = storage.data_ptr()
             if pointer not in seen:
                 seen.add(pointer)
                 total[0] += storage.nbytes()
-        return tensor
+        held.append([tensor])
+        return held[-1]
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield total
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda holder: holder[0]):
+            yield total
+    finally:
+        # a node that saved its own output would be held by it for ever
+        for holder in held:
+            holder.clear()
 
 
 def _products(
