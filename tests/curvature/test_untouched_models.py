@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.testing import assert_close
 
 from robustdyn.curvature import (
     DiagonallyScaled,
@@ -28,6 +29,7 @@ from tests.curvature.reference import (
     snapshot,
     without_garbage_collection,
 )
+from tests.tolerances import EXACT64
 
 MEASUREMENTS: dict[str, Callable[[EmpiricalRisk], object]] = {
     "hessian": lambda risk: Hessian(risk) @ random(risk.numel),
@@ -108,11 +110,11 @@ def test_an_error_inside_a_product_leaves_no_trace(kind, where, memory, made):
 @pytest.mark.parametrize("memory", [None, PLENTY])
 @pytest.mark.parametrize("name", [name for name in MEASUREMENTS if name != "forgotten"])
 def test_products_inside_inference_mode(name, memory):
-    """As in Lightning's validation hooks."""
+    """As in Lightning's validation hooks; not to the bit, because PyTorch may choose other kernels there."""
     wanted = MEASUREMENTS[name](risk_of(CASES["preact"]))
     model, inputs, targets = CASES["preact"].problem()
     with torch.inference_mode():
         risk = EmpiricalRisk(model, inputs.clone(), targets.clone(), chunk_size=3, memory=memory)
         for _ in range(2):
-            assert torch.equal(MEASUREMENTS[name](risk), wanted)
-    assert torch.equal(MEASUREMENTS[name](risk), wanted)
+            assert_close(MEASUREMENTS[name](risk), wanted, **EXACT64)
+    assert_close(MEASUREMENTS[name](risk), wanted, **EXACT64)

@@ -88,7 +88,10 @@ def test_runs_that_need_different_jobs_get_them(refusing, tmp_path, monkeypatch)
         ("hydra.launcher.nodes=2", "trainer.num_nodes=1, but SLURM's job has 2"),
         ("trainer.devices=auto", "hydra.launcher.tasks_per_node=auto must be a whole number of at least 1"),
         ("hydra.launcher.timeout_min=0", "hydra.launcher.timeout_min=0 must be a whole number of at least 1"),
-        ("hydra.launcher.name=bash", "hydra.launcher.name=bash means a terminal session"),
+        (
+            "hydra.launcher.name=bash",
+            "hydra.launcher.name=bash tells Lightning that this is a terminal session",
+        ),
         (
             "+hydra.launcher.additional_parameters.signal=USR1@120",
             "hydra.launcher.additional_parameters.signal=USR1@120 would replace SIGUSR2",

@@ -1,4 +1,4 @@
-"""``findings.md``: the question, the answer in two sentences, the tables, the figures."""
+"""``findings.md``: the question, the answer in one to three sentences, the tables, the figures."""
 
 import importlib
 import re
@@ -31,12 +31,12 @@ STORED = [
     ("forks", "results/digits"),
     ("schedules", "results/bound"),
     ("forks", "results/images"),
-    *(("ground_truth", f"results/{part}") for part in ("further", "mixture", "replicas", "seeds")),
+    *(("ground_truth", f"results/{part}") for part in ("after_the_decay", "further", "replicas", "seeds")),
 ]
 
 
 def begins_with(page, name, findings):
-    assert 1 <= len(findings) <= 2
+    assert 1 <= len(findings) <= 3
     return page.startswith(f"{load(name).question}\n\n{' '.join(findings)}\n\n`tables/")
 
 

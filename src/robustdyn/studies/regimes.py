@@ -183,29 +183,26 @@ def correlations_with_gap(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def findings_of(tables: Mapping[str, pd.DataFrame]) -> list[str]:
-    """Which levels have a clearly higher or lower loss gap or slope ratio, and what ranks runs as the gap."""
-    said = []
-    for outcome, name in ((LOSS_GAP, "final robust loss gap"), (SLOPE_RATIO, "slope ratio")):
-        parts = []
-        effects = tables["effects"]
-        for panel, own in effects[effects["outcome"] == outcome].groupby("panel", sort=False):
-            names = [f"{factor} {level}" for factor, level in zip(own["factor"], own["level"], strict=True)]
-            changes = own[list(BOUNDS)].apply(np.log) if outcome == SLOPE_RATIO else own
-            parts.append(f"on {panel}, it is {told_apart(changes, names)}")
-        if parts:
-            said.append(sentence(f"the {name} against the default, seed by seed: {'; '.join(parts)}"))
-    ranks = tables["rank_correlations"]
-    for outcome, name in (("total", "bound over all weights"), (SLOPE_RATIO, "slope ratio")):
+    """Which levels have a clearly higher or lower loss gap, and how bound and slope ratio rank with it."""
+    effects, said, parts = tables["effects"], [], []
+    for panel, own in effects[effects["outcome"] == LOSS_GAP].groupby("panel", sort=False):
+        names = [f"{factor} {level}" for factor, level in zip(own["factor"], own["level"], strict=True)]
+        parts.append(f"on {panel}, it is {told_apart(own, names)}")
+    if parts:
+        said.append(
+            sentence(f"the final robust loss gap against the default, seed by seed: {'; '.join(parts)}")
+        )
+    ranks, parts = tables["rank_correlations"], []
+    for outcome, name in (("total", "the bound over all weights"), (SLOPE_RATIO, "the slope ratio")):
         own = ranks[ranks["outcome"] == outcome]
-        parts = [
+        each = [
             f"{mean:.2f}{'' if pd.isna(low) else f' [{low:.2f}, {high:.2f}]'} on {panel}"
             for panel, mean, low, high in zip(own["panel"], *(own[bound] for bound in BOUNDS), strict=True)
         ]
-        if parts:
-            said.append(
-                f"Over the regimes, the rank correlation of the {name} with the final robust loss gap is "
-                f"{' and '.join(parts)}."
-            )
+        if each:
+            parts.append(f"{' and '.join(each)} for {name}")
+    if parts:
+        said.append(f"Over the regimes, the rank correlation with this gap is {', and '.join(parts)}.")
     return said or ["There is nothing beside the default to compare."]
 
 
