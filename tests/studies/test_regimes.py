@@ -137,7 +137,8 @@ def test_findings_and_figures(answered):
         "radius ×0.5, training images 600, batch size 128), not clearly different (norm l2)."
     )
     assert answered.findings[1] == (  # the bound is the same in all regimes, and has no rank
-        "Over the regimes, the rank correlation with this gap is 1.00 [1.00, 1.00] on digits for the slope ratio."
+        "Over the regimes, the rank correlation with this gap is 1.00 [1.00, 1.00] on digits for the slope "
+        "ratio."
     )
     for picture in answered.pictures:
         figure = picture.draw(picture.data)

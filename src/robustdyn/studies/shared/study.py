@@ -54,7 +54,7 @@ class Answer:
     Attributes:
         tables: File name without ending -> table.
         pictures: The figures.
-        findings: The answer in at most two sentences; all numbers are in the tables.
+        findings: The answer in at most three sentences; all numbers are in the tables.
     """
 
     tables: Mapping[str, pd.DataFrame]
