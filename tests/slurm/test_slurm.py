@@ -20,8 +20,8 @@ pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
 LAUNCHER = ("hydra/launcher=slurm", "hydra.launcher.cpus_per_task=1")
 TABLES = ("epochs", "rates", "wci", "layers", "spectrum", "alignment", "bounds", "posterior", "costs")
 LONG = (
-    "trainer.max_epochs=30",
-    "measure.epochs=[0,15,29]",
+    "trainer.max_epochs=60",
+    "measure.epochs=[0,15,59]",
     "report=false",
 )  # not over before it is taken down
 
@@ -173,9 +173,10 @@ def test_a_sweep_that_is_left_alone_loses_nothing_and_reports_itself(
         return next(iter(folder.glob(f"seed={seed}*")), folder)
 
     requeued, cancelled, mistaken = SubmittedJobs.read(folder).runs
+    until(lambda: epochs_in(folder_of(1)) >= 1)
+    cluster.call("scancel", cancelled)
     until(lambda: epochs_in(folder_of(0)) >= 2)
     cluster.call("scancel", "--signal=USR2", requeued)  # as before the time limit
-    cluster.call("scancel", cancelled)
     assert sweep_command(["status", str(folder)]) == 0
     report = SubmittedJobs.read(folder).report
     assert f"report: job {report} builds it when all jobs have ended" in capsys.readouterr().out
