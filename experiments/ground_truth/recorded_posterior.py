@@ -107,9 +107,13 @@ def main() -> None:
         rates = rate_of_each_step(read_table(args.run, "rates"), int(posterior["step"].max()))
         found = []
         for directory in directories:
-            provenance = json.loads((directory / "settings.json").read_text(encoding="utf-8"))["provenance"]
+            ensemble = read_ensemble(directory)
+            settings = json.loads((directory / "settings.json").read_text(encoding="utf-8"))
+            began = settings.get("provenance", {}).get("step")
+            if not isinstance(began, int):
+                raise SystemExit(f"{directory}: does not say at which step it starts; make it again")
             try:
-                table = compared(posterior, rates, read_ensemble(directory), int(provenance["step"]))
+                table = compared(posterior, rates, ensemble, began)
             except ValueError as error:
                 raise SystemExit(f"{directory}: {error}") from error
             found.append(table.assign(ensemble=directory.name))
