@@ -3,14 +3,17 @@
 import json
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 
 from robustdyn.commands import train
 from robustdyn.launch import sweep as sweeps
+from robustdyn.launch import swept_groups
 from robustdyn.records.progress import RunStatus
 from robustdyn.run.progress_lines import RunProgress
 from tests.runs import command, rows, tiny_but, weights
@@ -266,3 +269,20 @@ def test_settings_of_a_swept_group_need_not_exist_for_its_default(monkeypatch, t
     assert set(found) == {"data=cifar10", "data=svhn"}
     assert all("nowhere" in error for error in found.values())
     assert "unknown config key" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("typed", "composed"),
+    [
+        ("data=cifar10,svhn", "data=cifar10"),
+        ("experiment=seeds,decays", "experiment=seeds,decays"),  # each brings a sweep of its own
+        ("seed=0,1", "seed=0,1"),  # no group
+        ("data=svhn", "data=svhn"),
+    ],
+)
+def test_a_sweep_is_composed_with_the_first_choice_of_a_group(typed, composed):
+    groups = SimpleNamespace(group_exists=lambda name: name in ("data", "experiment"))
+    (override,) = OverridesParser.create().parse_overrides([typed])
+    found = swept_groups._first(override, groups)
+    values = found.sweep_string_iterator() if found.is_sweep_override() else [found.value()]
+    assert f"{found.key_or_group}={','.join(values)}" == composed

@@ -20,7 +20,7 @@ _NAME = "create_defaults_list"
 
 @contextmanager
 def first_of_swept_groups() -> Iterator[None]:
-    """Inside, Hydra composes a sweep in this way. It does not change how the runs of the sweep are composed."""
+    """Inside, Hydra composes a sweep in this way. The sweep's runs are composed as usual."""
 
     def created(*, repo: IConfigRepository, overrides_list: list[Override], **others: Any) -> DefaultsList:
         chosen = [_first(override, repo) for override in overrides_list]
