@@ -110,11 +110,13 @@ def test_an_error_inside_a_product_leaves_no_trace(kind, where, memory, made):
 @pytest.mark.parametrize("memory", [None, PLENTY])
 @pytest.mark.parametrize("name", [name for name in MEASUREMENTS if name != "forgotten"])
 def test_products_inside_inference_mode(name, memory):
-    """As in Lightning's validation hooks; not to the bit, because PyTorch may choose other kernels there."""
+    """As in Lightning's validation hooks."""
+    # to the bit, but for a product of matrices, for which PyTorch may choose another kernel there
+    tolerance = EXACT64 if name == "projected" else {"rtol": 0.0, "atol": 0.0}
     wanted = MEASUREMENTS[name](risk_of(CASES["preact"]))
     model, inputs, targets = CASES["preact"].problem()
     with torch.inference_mode():
         risk = EmpiricalRisk(model, inputs.clone(), targets.clone(), chunk_size=3, memory=memory)
         for _ in range(2):
-            assert_close(MEASUREMENTS[name](risk), wanted, **EXACT64)
-    assert_close(MEASUREMENTS[name](risk), wanted, **EXACT64)
+            assert_close(MEASUREMENTS[name](risk), wanted, **tolerance)
+    assert_close(MEASUREMENTS[name](risk), wanted, **tolerance)
