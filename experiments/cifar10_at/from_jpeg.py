@@ -106,7 +106,7 @@ def _read(source: Path) -> _Copy:
 def _write(copy: _Copy, targets: list[Path]) -> None:
     """The images in equal parts, one file each."""
     for target, part in zip(targets, np.array_split(np.arange(len(copy.label)), len(targets)), strict=True):
-        pixels = np.array([copy.image(i) for i in part], np.uint8).reshape(len(part), PIXELS)
+        pixels = np.array([copy.image(i) for i in part.tolist()], np.uint8).reshape(len(part), PIXELS)
         np.concatenate([copy.label[part, None], pixels], axis=1).tofile(target)
 
 
