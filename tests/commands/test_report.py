@@ -63,7 +63,7 @@ def test_a_mistake_is_one_line_and_status_one(tmp_path, monkeypatch, capsys):
     [
         (b"- 1\n", "not a configuration"),
         (b"\xff\x00", "cannot read"),
-        (b"a: " + b"[" * 3000, "nested more than 50 deep"),
+        (b"a: " + b"[" * 500, "nested more than 50 deep"),
         (
             b"hydra: {sweeper: {_target_: hydra._internal.core_plugins.basic_sweeper.BasicSweeper}, "
             b"overrides: {task: ['a=range(5000)', 'b=range(10000)']}}",
