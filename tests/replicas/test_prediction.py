@@ -252,6 +252,14 @@ def test_statistics_of_known_samples():
     assert 0.7 < np.mean(covered) <= 1
 
 
+def test_three_replicas_have_an_interval():
+    """One resample in nine repeats a single replica, which has no variance."""
+    x = np.random.default_rng(0).standard_normal((3, 1, 2))
+    law = Law(name="known", mean=np.zeros((1, 2)), covariance=np.eye(2)[None])
+    found = agreement(x, law, confidence=0.9, resamples=100, seed=0)
+    assert 0 < found.geometric_low[0] < found.geometric_mean[0] < found.geometric_high[0] < np.inf
+
+
 def test_too_few_replicas_are_refused(replicas):
     law = predicted_laws(ensemble())["exact"]
     with pytest.raises(ValueError, match="at least 3"):

@@ -144,8 +144,10 @@ def _geometric_mean(
         draws = np.random.default_rng([seed, step])
         resampled = np.empty(resamples)
         for number in range(resamples):
-            again = chosen[draws.integers(len(chosen), size=len(chosen))]
-            resampled[number] = log_ratio(again.T, axis=-1)
+            rows = draws.integers(len(chosen), size=len(chosen))
+            while len(np.unique(rows)) == 1:  # the same replica again and again has no variance
+                rows = draws.integers(len(chosen), size=len(chosen))
+            resampled[number] = log_ratio(chosen[rows].T, axis=-1)
         tail = (1 - confidence) / 2
         # basic intervals, centred on the resamples' own mean because repeated replicas bias a logarithm
         around = resampled - resampled.mean()
