@@ -104,20 +104,16 @@ DIGITS = COMMON | {
 
 
 def cifar10(root: Path, **changes):
-
     return CIFAR10(**(COMMON | FILES | COLOUR | {"root": str(root), "num_classes": 10} | changes))
 
 
 def cifar100(root: Path, **changes):
-
     return CIFAR100(**(COMMON | FILES | COLOUR | {"root": str(root), "num_classes": 100} | changes))
 
 
 def svhn(root: Path, **changes):
-
     return SVHN(**(COMMON | FILES | COLOUR | {"root": str(root), "num_classes": 10} | changes))
 
 
 def digits(**changes):
-
     return Digits(**(DIGITS | changes))
