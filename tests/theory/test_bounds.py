@@ -44,6 +44,12 @@ def test_gaussian_kl_by_hand():
     assert gaussian_kl([4.0, 4.0], distance_sq=0.0, prior_variance=4.0).total == 0
 
 
+def test_kl_of_the_prior_itself_is_never_negative():
+    for variance in np.random.default_rng(0).uniform(0.01, 2, 2000):  # some sums round to less than 0
+        total = gaussian_kl([variance] * 5, distance_sq=0.0, prior_variance=variance).total
+        assert 0 <= total < 1e-14
+
+
 @properties
 @given(st.integers(0, 10**6), st.integers(1, 5), st.floats(0.1, 10.0))
 def test_gaussian_kl_against_pytorch(seed, d, prior):

@@ -63,6 +63,18 @@ def test_the_parts_are_what_they_are_called():
     assert_allclose(same.total, 0, atol=1e-15)  # Q = P, up to an ulp of each term
 
 
+def test_the_prior_itself_costs_nothing_and_never_less():
+    for variance in np.random.default_rng(0).uniform(0.01, 2, 2000):  # some sums round to less than 0
+        total = subspace_kl(
+            variance * np.eye(1),
+            complement_variance=variance,
+            parameters=20,
+            distance_sq=0.0,
+            prior_variance=variance,
+        ).total
+        assert 0 <= total < 1e-15
+
+
 @pytest.mark.parametrize("ratio", [1e-300, 1e-17, 1e-3, 1 - 1e-9, 1 + 1e-9, 1e3])
 def test_the_complement_for_any_variance(ratio):
     kl = subspace_kl(np.eye(2), complement_variance=ratio, parameters=7, distance_sq=0.0, prior_variance=1.0)

@@ -98,8 +98,8 @@ class GaussianKL:
 
     @property
     def total(self) -> float:
-        """KL(Q‖P) ≥ 0."""
-        return self.mean + self.trace + self.log_determinant + self.total_correlation
+        """KL(Q‖P) ≥ 0; 0 where rounding makes the sum negative."""
+        return max(self.mean + self.trace + self.log_determinant + self.total_correlation, 0.0)
 
 
 def gaussian_kl(

@@ -94,8 +94,8 @@ class SubspaceKL:
 
     @property
     def total(self) -> float:
-        """KL(Q‖P) ≥ 0."""
-        return self.mean + self.variances + self.total_correlation + self.complement
+        """KL(Q‖P) ≥ 0; 0 where rounding makes the sum negative."""
+        return max(self.mean + self.variances + self.total_correlation + self.complement, 0.0)
 
 
 def subspace_kl(
