@@ -169,8 +169,9 @@ def times(runs: Sequence[Run], timing: pd.DataFrame) -> list[tuple[str, tuple[Ce
         own = recorded[run.label]
         if own.empty:
             continue
-        seconds, speed = float(own["seconds"].sum()), float(own["images_per_second"].median())
-        used = 100 * float(own["model_flop_utilisation"].median())
+        # the median of NaN alone is NaN, but pandas 2 also warns of it
+        seconds, speed = float(own["seconds"].sum()), float(own["images_per_second"].dropna().median())
+        used = 100 * float(own["model_flop_utilisation"].dropna().median())
         spent = [float((own[f"{part}_share"] * own["seconds"]).sum()) for part in schema.TIMED]
         shares = [100 * part / seconds if seconds > 0 else float("nan") for part in spent]
         cells = (
