@@ -42,9 +42,7 @@ def write_environment(run_dir: Path, trainer: lightning.Trainer, model: torch.nn
 
 def versions(*others: str) -> dict[str, str]:
     """Versions of robustdyn, torch and other packages."""
-    build = str(
-        torch.__version__
-    )  # names CUDA or CPU, which the version of an installed package may leave out
+    build = str(torch.__version__)  # names CUDA or CPU, which the package's version may leave out
     return {"robustdyn": version("robustdyn"), "torch": build, **{name: version(name) for name in others}}
 
 
