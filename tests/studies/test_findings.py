@@ -31,7 +31,10 @@ STORED = [
     ("forks", "results/digits"),
     ("schedules", "results/bound"),
     ("forks", "results/images"),
-    *(("ground_truth", f"results/{part}") for part in ("after_the_decay", "further", "replicas", "seeds", "to_step_1000")),
+    *(
+        ("ground_truth", f"results/{part}")
+        for part in ("after_the_decay", "further", "replicas", "seeds", "to_step_1000")
+    ),
 ]
 
 
