@@ -12,7 +12,7 @@ import pytest
 
 from robustdyn.records import TABLES, read_table
 from tests.runs import command, invoke
-from tests.test_wheel import site  # noqa: F401 - a fixture
+from tests.test_wheel import installed, wheel  # noqa: F401 - fixtures
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "extending.md").read_text()
@@ -131,9 +131,10 @@ def test_an_own_class_that_lacks_something_is_one_line(folder, monkeypatch, caps
 
 @pytest.mark.slow  # a process for each command
 @pytest.mark.timeout(1800)
-def test_every_command_runs_from_an_installed_wheel(site, folder):  # noqa: F811
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1", "PATH": path}
+def test_every_command_runs_from_an_installed_wheel(installed, folder):  # noqa: F811
+    path = f"{installed / 'bin'}:{os.environ['PATH']}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path}
+    environment.pop("PYTHONPATH", None)
     for line in COMMANDS:
         words = shlex.split(line)
         if words[0] == "robustdyn-train":

@@ -21,7 +21,12 @@ def parts(cfg, records):
     data.prepare_data()
     plan = measurement_plan(cfg)
     measure = Measure(
-        epochs=0, examples=cfg.measure.examples, inputs="adversarial", plan=plan, records=records
+        epochs=0,
+        examples=cfg.measure.examples,
+        inputs="adversarial",
+        weights="trained",
+        plan=plan,
+        records=records,
     )
     return data, measure, plan
 
@@ -65,6 +70,7 @@ def test_two_ranks_measure_what_one_process_does(tmp_path):
         current_epoch=0,
         global_step=saved["global_step"],
         global_rank=0,
+        is_global_zero=True,
         world_size=1,
         accumulate_grad_batches=1,
         datamodule=data,

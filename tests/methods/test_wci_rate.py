@@ -236,6 +236,7 @@ def two_ranks(folder, *overrides):
         epochs=[],
         examples=cfg.measure.examples,
         inputs=cfg.measure.inputs,
+        weights="trained",
         plan=measurement_plan(cfg),
         records=RunRecords(folder),
     )

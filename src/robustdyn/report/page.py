@@ -197,6 +197,7 @@ def _write_figures(
     processes: int,
 ) -> tuple[list[_Drawn], dict[str, str]]:
     """Every figure whose data are there; the others with the reason. ``part`` says of which settings."""
+    folder = folder.absolute()  # the processes that draw may have started in another directory
     folder.mkdir(parents=True, exist_ok=True)
     missing = {spec.name: spec.missing(frames) for spec in FIGURES}
     wanted = [spec for spec in FIGURES if missing[spec.name] is None]
