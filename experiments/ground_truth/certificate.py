@@ -102,7 +102,7 @@ def draw_replicas(table: pd.DataFrame) -> Figure:
             own = rows[rows["method"] == method]
             x = place + 0.2 * (own["seed"] - own["seed"].mean())
             ax.vlines(x, own["drawn"], own["drawn_bound"], color=PALETTE[place], linewidth=2)
-            ax.plot(x, own["drawn"], "o", color=PALETTE[place], label=f"{method.upper()}: error on S")
+            ax.plot(x, own["drawn"], "o", color=PALETTE[place])
             ax.plot(x, own["drawn_bound"], "_", color=PALETTE[place], markersize=14, markeredgewidth=2.4)
             ax.plot(x, own["drawn_test"], "D", color="white", markeredgecolor=NEUTRAL, markersize=5)
         ax.set_xticks(range(len(METHODS)), [method.upper() for method in METHODS])

@@ -177,9 +177,19 @@ def test_a_run_records_it_and_a_resumed_one_the_same(tmp_path, monkeypatch):
     found = rows(whole, "catoni")
     assert [row["epoch"] for row in found] == [0, 2]
     for epochs, measured in ((1, [0]), (3, [0, 2])):
-        changed = f"trainer.max_epochs={epochs}", "schedule.milestones=[2]", "resume=changed"
-        changed = *changed, f"measure.epochs={measured}"
-        assert command(monkeypatch, *SMALL, "measure=bound", steps, *changed, f"hydra.run.dir={parted}") == 0
+        changed = f"trainer.max_epochs={epochs}", f"measure.epochs={measured}", "schedule.milestones=[2]"
+        assert (
+            command(
+                monkeypatch,
+                *SMALL,
+                "measure=bound",
+                steps,
+                *changed,
+                "resume=changed",
+                f"hydra.run.dir={parted}",
+            )
+            == 0
+        )
     assert rows(parted, "catoni") == found
     assert rows(parted, "curvature_cells") == rows(whole, "curvature_cells")
 
