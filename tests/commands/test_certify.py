@@ -137,6 +137,9 @@ def test_bounds_of_replicas_against_plain_networks_and_arithmetic_by_hand(run, m
     assert found["risk_bound"] == min(row["risk_bound"] for row in (random, best)) < 1
     assert (found["confidence"], found["gaussian"]) == (0.6, None)
     assert found["settings"]["examples"] == {"prior": HALF, "S": n, "all": WHOLE, "test": 60}
+    # from where the command ran: a result that is shared tells nobody where its author keeps files
+    paths = [found["settings"][key] for key in ("checkpoint", "ensemble")]
+    assert paths == ["run/checkpoints/last.ckpt", "run/replicas/last"]
     held = found["held_out"]
     np.testing.assert_allclose(held["risk_bound"], inverse(held["error"], math.log(1 / 0.4) / n), rtol=1e-9)
     assert f"bound: {found['risk_bound']:.3f}; both bounds of the replicas hold with probability 0.6" in said

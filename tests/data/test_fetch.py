@@ -217,6 +217,15 @@ def test_without_files_and_not_allowed_to_download(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_folder_of_the_files_themselves(tmp_path):
+    folder = tmp_path / "cifar-10-batches-bin"
+    folder.mkdir()
+    for name in (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"):
+        (folder / name).touch()
+    with pytest.raises(DataFileError, match=f"; they are one folder up, so set data.root={tmp_path}$"):
+        ensure_files(CIFAR10_FILES, folder, BOTH, download=True)
+
+
 def test_an_archive_that_is_still_packed_is_named(tmp_path):
     (tmp_path / "cifar-10-python.tar.gz").touch()
     with pytest.raises(DataFileError, match=r"; unpack cifar-10-python\.tar\.gz there \(tar -xzf "):

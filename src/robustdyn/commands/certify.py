@@ -1,6 +1,7 @@
 """``robustdyn-certify``: bounds the robust error of replicas with examples that they never saw."""
 
 import json
+import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict
@@ -138,8 +139,8 @@ def run_certify(cfg: DictConfig) -> None:
         "settings": {
             **_provenance(cfg, run, attack, device),
             "examples": {name: len(part) for name, part in examples.items()},
-            "ensemble": str(folder),
-            "checkpoint": str(checkpoint),
+            "ensemble": os.path.relpath(folder),
+            "checkpoint": os.path.relpath(checkpoint),
         },
     }
     try:

@@ -44,6 +44,8 @@ def ensure_files(
     if not missing:
         return
     looked_for = f"{source.title} files not found in {root} (looked for {missing})"
+    if not source.missing(root.parent, splits):
+        raise DataFileError(f"{looked_for}; they are one folder up, so set data.root={root.parent}")
     if not download:
         packed = [name for name in source.archives if (root / name).is_file()]
         remedy = f"unpack {packed[0]} there (tar -xzf {packed[0]}), or " if packed else ""
