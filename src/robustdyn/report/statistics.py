@@ -183,7 +183,8 @@ def headlines(runs: Sequence[Run], frames: Mapping[str, pd.DataFrame]) -> list[H
     """The three numbers that matter: rise of the test robust loss, robust loss gap, WCI.
 
     Gap and WCI are counted from the end of the last epoch before the first decay; where some run has no
-    decay, from the epoch of the lowest test robust loss.
+    decay, from the epoch of the lowest test robust loss. Where some run has no value up to there, they are
+    counted from the first values, and the headline says so.
 
     Args:
         runs: The runs to take means over.
@@ -200,16 +201,18 @@ def headlines(runs: Sequence[Run], frames: Mapping[str, pd.DataFrame]) -> list[H
     if all(anchor is None for anchor in anchors.values()):  # as of a model that was only measured
         start, anchors = "at the first epoch", {label: int(own[label]["epoch"].min()) for label in anchors}
     found = []
-    for name, begin, of, column, since, missing in (
-        ("test robust loss", "minimum", own, TEST_ROBUST_LOSS, lowest, "not recorded"),
-        ("robust loss gap", start, own, ROBUST_LOSS_GAP, anchors, "not recorded"),
-        ("WCI", start, wci, "wci", anchors, "not measured"),
+    for name, begin, first, of, column, since, missing in (
+        ("test robust loss", "minimum", "", own, TEST_ROBUST_LOSS, lowest, "not recorded"),
+        ("robust loss gap", start, "at the first evaluation", own, ROBUST_LOSS_GAP, anchors, "not recorded"),
+        ("WCI", start, "at the first measurement", wci, "wci", anchors, "not measured"),
     ):
         of_group: dict[str, list[tuple[EpochValue, EpochValue]]] = {}
         for run in finished:
-            pair = _between(of[run.label], column, since[run.label])
-            if pair is not None:
+            anchor = since[run.label]
+            pair = _between(of[run.label], column, anchor)
+            if pair is not None and anchor is not None:
                 of_group.setdefault(run.group, []).append(pair)
+                begin = first if pair[0].epoch > anchor else begin
         changes = tuple(GroupChange(group, tuple(pairs)) for group, pairs in of_group.items())
         found.append(Headline(name, begin, changes, missing))
     return found

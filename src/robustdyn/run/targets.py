@@ -154,11 +154,19 @@ def named_in_conf(group: str) -> frozenset[str]:
 
     They are full names: the prefix ``torch.`` would also allow ``torch.os.system``.
     """
-    found: set[str] = set()
     groups = {group, BORROWED.get(group, group)}
-    for file in config_dir().rglob("*.yaml"):
+    return frozenset(
+        target for sections, targets in _conf_targets() if sections & groups for target in targets
+    )
+
+
+@cache
+def _conf_targets() -> list[tuple[set[str], list[str]]]:
+    """For each file of ``conf/``, the sections that it may belong to, and its targets."""
+    root, found = config_dir(), []
+    for file in root.rglob("*.yaml"):
         text = file.read_text(encoding="utf-8")
         package = re.match(r"# @package (\w+)", text)
-        if file.relative_to(config_dir()).parts[0] in groups or (package and package[1] in groups):
-            found |= set(re.findall(r"_target_: *(\S+)", text))
-    return frozenset(found)
+        sections = {file.relative_to(root).parts[0], *(package.groups() if package else ())}
+        found.append((sections, re.findall(r"_target_: *(\S+)", text)))
+    return found

@@ -12,6 +12,8 @@
   let sorted = null; // {column, descending}
   let focus = null; // name of the curve in focus
   const MOST_NAMES = 24; // in the legend
+  const TOLD_BY_COLOUR = 4; // more curves than these also differ in their dashes, for readers who are colour-blind
+  const DASHES = ["none", "9 3", "3 3", "9 3 3 3"];
 
   const passes = (i) => {
     const row = data.rows[i];
@@ -134,26 +136,30 @@
     return { n: of.length, points: [epochs, epochs.map((epoch) => sums.get(epoch)[1] / of.length)] };
   };
 
+  // Of up to eight colours the second four are dashed; more are shades of one, of which neighbours differ.
+  const dashes = (k, all) => DASHES[(all > 2 * TOLD_BY_COLOUR ? k : Math.floor(k / TOLD_BY_COLOUR)) % DASHES.length];
+
   // What is drawn: every run, and where runs share a colour the mean of each colour.
   const series = (panel, visible) => {
     const by = data.factors.findIndex((factor) => factor.name === colouring.value);
     const found = [];
     if (by < 0) {
       for (const i of visible) {
-        if (panel.points[i]) found.push({ name: data.rows[i].name, colour: data.colours[i], points: panel.points[i], row: i, kind: "one" });
+        if (panel.points[i]) found.push({ name: data.rows[i].name, colour: data.colours[i], dashes: dashes(i, data.rows.length), points: panel.points[i], row: i, kind: "one" });
       }
       return found;
     }
     const factor = data.factors[by];
     factor.values.forEach((level, k) => {
+      const look = { colour: factor.colours[k], dashes: dashes(k, factor.values.length) };
       const members = visible.filter((i) => data.rows[i].factors[by] === level && panel.points[i]);
       const thin = members.length > 1;
       for (const i of members) {
-        found.push({ name: data.rows[i].name, colour: factor.colours[k], points: panel.points[i], row: i, kind: thin ? "thin" : "one" });
+        found.push({ name: data.rows[i].name, ...look, points: panel.points[i], row: i, kind: thin ? "thin" : "one" });
       }
       if (thin) {
         const all = mean(members, panel);
-        if (all.points[0].length) found.push({ name: `${factor.key}=${level}, mean of ${all.n}`, colour: factor.colours[k], points: all.points, row: null, kind: "mean" });
+        if (all.points[0].length) found.push({ name: `${factor.key}=${level}, mean of ${all.n}`, ...look, points: all.points, row: null, kind: "mean" });
       }
     });
     return found.sort((a, b) => (a.kind === "mean") - (b.kind === "mean"));
@@ -244,7 +250,7 @@
       }
       for (const line of this.drawn) {
         const points = places(...line.points);
-        line.element = svg("polyline", { class: `curve ${line.kind}`, points: points.join(" "), stroke: line.colour });
+        line.element = svg("polyline", { class: `curve ${line.kind}`, points: points.join(" "), stroke: line.colour, "stroke-dasharray": line.dashes });
         curves.append(line.element);
         if (points.length < 16 && line.kind !== "thin") {
           for (const point of points) {
@@ -348,7 +354,7 @@
       ...named.map((line) => {
         const item = document.createElement("li");
         const swatch = svg("svg", { viewBox: "0 0 24 8", width: 24, height: 8, "aria-hidden": "true" });
-        swatch.append(svg("line", { x1: 0, x2: 24, y1: 4, y2: 4, stroke: line.colour, "stroke-width": line.kind === "mean" ? 4 : 2.5 }));
+        swatch.append(svg("line", { x1: 0, x2: 24, y1: 4, y2: 4, stroke: line.colour, "stroke-dasharray": line.dashes, "stroke-width": line.kind === "mean" ? 4 : 2.5 }));
         item.append(swatch, ` ${line.name}`);
         item.addEventListener("pointerenter", () => emphasise(line.name, line.row));
         item.addEventListener("pointerleave", () => emphasise(null, null));
