@@ -25,7 +25,7 @@ class CheckpointError(UserError, OSError):
 
 
 class TrainingError(UserError, RuntimeError):
-    """A run that cannot go on; the message says where it stopped and what to do."""
+    """A run that cannot continue; the message says where it stopped and what to do."""
 
 
 class RecordError(UserError, OSError):

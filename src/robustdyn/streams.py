@@ -44,7 +44,7 @@ def seed_global(seed: int, stream: str, *counters: int) -> None:
 
 @contextmanager
 def global_numbers(seed: int, stream: str, *counters: int) -> Iterator[None]:
-    """Inside, global generators are those of ``seed_global``; afterwards they go on where they were."""
+    """Inside, global generators are those of ``seed_global``; afterwards they continue where they were."""
     before = random.getstate(), np.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         seed_global(seed, stream, *counters)

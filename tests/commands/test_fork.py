@@ -88,7 +88,7 @@ def test_what_is_changed_is_changed_from_there_on(trunk, checkpoint, tmp_path, m
 
 @pytest.mark.slow  # three runs
 def test_a_branch_of_a_run_with_an_average_can_go_on_without(tmp_path, monkeypatch):
-    """It goes on with the weights that were trained."""
+    """It continues with the weights that were trained."""
     for name, averaging in (("plain", "none"), ("averaged", "ema")):
         more = (f"averaging={averaging}", f"hydra.run.dir={tmp_path / name}", "trainer.max_epochs=2")
         assert command(monkeypatch, *PLAIN, *KEEP, *more, "schedule=constant") == 0

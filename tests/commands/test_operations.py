@@ -137,7 +137,7 @@ def test_a_run_directory_that_is_removed_meanwhile_is_one_line(tmp_path, monkeyp
 
     monkeypatch.setattr(AdversarialTraining, "training_step", training_step)
     assert command(monkeypatch, *UNMEASURED, f"hydra.run.dir={run_dir}") == 1
-    assert "was removed while the run was going on" in last_line(capsys)
+    assert "was removed while the run was in progress" in last_line(capsys)
 
 
 def test_what_a_killed_process_was_writing_does_not_stay(tmp_path, monkeypatch):

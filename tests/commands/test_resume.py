@@ -209,7 +209,7 @@ def test_other_settings_are_refused_and_nothing_is_lost(finished, monkeypatch, c
     message = capsys.readouterr().err
     assert "optimizer.lr=0.1 (now 0.2)" in message
     assert "resume=changed" in message
-    assert "max_epochs" not in message.partition("; to go on with its own: ")[0]
+    assert "max_epochs" not in message.partition("; to continue with its own: ")[0]
     assert {p.name: p.read_text() for p in (finished / ".hydra").iterdir()} == hydra
     assert {p.name: p.read_text() for p in (finished / "records").iterdir()} == records
 
@@ -249,7 +249,7 @@ def test_a_refusal_prints_a_command_that_goes_on(typed, tmp_path, monkeypatch, c
     again = [*first, "measure=none"] if typed else []
     assert command(monkeypatch, *again, *typed, where) == 1
     message = capsys.readouterr().err
-    program, *printed = shlex.split(message.partition("to go on with its own: ")[2])
+    program, *printed = shlex.split(message.partition("to continue with its own: ")[2])
     assert program == "robustdyn-train"
     assert printed == [f"resume={tmp_path / 'a run'}", *typed]
     assert command(monkeypatch, *printed) == 0

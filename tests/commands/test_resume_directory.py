@@ -49,7 +49,9 @@ def test_a_refusal_of_other_settings_names_this_command(two_epochs, monkeypatch,
     hydra = {p.name: p.read_text() for p in (two_epochs / ".hydra").iterdir()}
     typed = [*ARGUMENTS, "trainer.max_epochs=2", "optimizer.lr=0.2", f"hydra.run.dir={two_epochs}"]
     assert command(monkeypatch, *typed) == 1
-    assert capsys.readouterr().err.endswith(f"; to go on with its own: robustdyn-train resume={two_epochs}\n")
+    assert capsys.readouterr().err.endswith(
+        f"; to continue with its own: robustdyn-train resume={two_epochs}\n"
+    )
     assert {p.name: p.read_text() for p in (two_epochs / ".hydra").iterdir()} == hydra
 
 
@@ -66,7 +68,7 @@ def test_a_refusal_of_a_run_of_another_version_names_what_that_lacks(
     torch.save(checkpoint, path)
     typed = [*ARGUMENTS, "trainer.max_epochs=2", "optimizer.lr=0.2", f"hydra.run.dir={run_dir}"]
     assert command(monkeypatch, *typed) == 1
-    said, _, printed = capsys.readouterr().err.partition("go on with its own")
+    said, _, printed = capsys.readouterr().err.partition("continue with its own")
     assert "optimizer.lr=0.1 (now 0.2); optimizer.nesterov=null (now False)" in said
     assert printed == (
         " and those that another version of robustdyn did not have: robustdyn-train "

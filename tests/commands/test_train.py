@@ -132,7 +132,9 @@ def test_fewer_images_than_were_recorded_are_refused_before_training(finished, t
     changed = ("data.train_size=70", "trainer.max_epochs=4")
     assert command(monkeypatch, f"resume={tmp_path / 'run'}", *changed) == 1
     *_, line = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith("error: data.train_size: the run was trained on 80 images and would go on with 70")
+    assert line.startswith(
+        "error: data.train_size: the run was trained on 80 images and would continue with 70"
+    )
     assert len(rows(tmp_path / "run", "epochs")) == 3
 
 

@@ -51,7 +51,7 @@ def test_nothing_has_to_be_typed_again(tmp_path, capsys):
     assert cfg.hydra.run.dir == str(run_dir)
     assert cfg.hydra.overrides.task == TYPED
     assert cfg.hydra.runtime.choices.method == "awp"
-    assert capsys.readouterr().err == f"{run_dir}: goes on with its own settings\n"
+    assert capsys.readouterr().err == f"{run_dir}: continues with its own settings\n"
 
 
 def test_a_longer_run_keeps_its_decays_and_says_so(tmp_path, capsys):
@@ -114,7 +114,7 @@ def test_a_folder_that_is_no_run_is_one_line_with_the_remedy(tmp_path):
         write(sweep / f"seed={seed}", f"seed={seed}")
     refused("resume=.*/sweep holds 4 runs; give one of them: resume=.*/seed=", f"resume={sweep}")
     (sweep / "multirun.yaml").write_text("{}")
-    refused(r"the whole sweep goes on when .* with hydra.sweep.dir=.*/sweep$", f"resume={sweep}")
+    refused(r"the whole sweep continues when .* with hydra.sweep.dir=.*/sweep$", f"resume={sweep}")
     refused(f"holds 4 runs; give one of them: resume={sweep}/seed=", f"resume={tmp_path}")
     refused("no such directory; did you mean .*/sweep[?]", f"resume={tmp_path}/sweeep")
     refused("lies in a run directory; give resume=.*/seed=1$", f"resume={sweep}/seed=1/.hydra")
@@ -123,7 +123,7 @@ def test_a_folder_that_is_no_run_is_one_line_with_the_remedy(tmp_path):
     refused("is not a run directory", f"resume={tmp_path}/empty")
     (sweep / "seed=1/status.json").unlink()
     refused("no checkpoint and no record of its settings", f"resume={sweep}/seed=1")
-    refused("a sweep goes on when its own command is given", "-m", f"resume={sweep}/seed=0")
+    refused("a sweep continues when its own command is given", "-m", f"resume={sweep}/seed=0")
     refused("leave out hydra.run.dir", f"resume={sweep}/seed=0", "hydra.run.dir=x")
     refused("allow goes with resume=DIR", "allow=[mypackage]")
 

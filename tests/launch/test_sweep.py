@@ -1,4 +1,4 @@
-"""Sweeps on one machine: what fails, what is skipped, what goes on, and what is said about it."""
+"""Sweeps on one machine: what fails, what is skipped, what continues, and what is said about it."""
 
 import json
 import signal
@@ -167,7 +167,7 @@ def test_runs_that_would_share_a_folder_are_refused(arguments, reason, tmp_path,
     assert not (tmp_path / "sweep").exists()
 
 
-# ---------------------------------------------------------------------- going on
+# ---------------------------------------------------------------------- continuing
 
 
 @pytest.fixture

@@ -177,7 +177,7 @@ def test_a_recorder_compares_with_the_weights_that_it_saw_first(tmp_path):
     truth = [distance()]
     saved = recorder.state_dict()
     recorder.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
-    # another process goes on with the weights that were reached
+    # another process continues with the weights that were reached
     resumed = Recorder(model, inputs, targets, tmp_path / "run", measurements=wanted, resume=True)
     resumed.load_state_dict(saved)
     step(resumed)

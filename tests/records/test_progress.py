@@ -52,7 +52,7 @@ def test_done_is_said_at_the_end_and_of_the_same_settings(tmp_path):
     assert is_done(tmp_path, SETTINGS)
     assert is_done(tmp_path, SETTINGS | {"report": False})
     assert not is_done(tmp_path, SETTINGS | {"seed": 1})
-    assert not is_done(tmp_path, SETTINGS | {"trainer": {"max_epochs": 3}})  # it is to go on
+    assert not is_done(tmp_path, SETTINGS | {"trainer": {"max_epochs": 3}})  # it is to continue
     assert not is_done(tmp_path / "elsewhere", SETTINGS)
     (tmp_path / "status.json").write_text('{"state": "do')  # of a machine that went down
     assert not is_done(tmp_path, SETTINGS)

@@ -71,7 +71,7 @@ def test_several_processes_write_what_one_writes(sweep, tmp_path, monkeypatch, r
     specs = [SPECS[name] for name in ("learning_rate", "robust_error", "spectrum")]
     monkeypatch.setattr(analysis, "FIGURES", specs)
     reports = [build_report(sweep, tmp_path / str(n), processes=n) for n in (1, 2)]
-    monkeypatch.chdir(tmp_path)  # the two processes go on elsewhere
+    monkeypatch.chdir(tmp_path)  # the two processes continue elsewhere
     reports.append(build_report(sweep, "beside", processes=2))
     one, two, beside = ({path.name: path.read_bytes() for path in (r.html, *r.figures)} for r in reports)
     assert one == two == beside

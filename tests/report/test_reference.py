@@ -147,8 +147,8 @@ def test_the_page_says_how_the_run_stands(reference, tmp_path):
     file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     report = build_report(path, tmp_path / "report", reference=reference)
     assert report.headline[-1] == (
-        f"{NAME}, epochs within its band by phase: test robust error in 30 of 30, –, –; "
-        "test robust loss in 25 of 30, –, –"
+        f"{NAME}, epochs within its band: test robust error 30 of 30 (epochs 0–99); "
+        "test robust loss 25 of 30 (epochs 0–99)"
     )
     page = Page(report.html.read_text())
     text = "".join(page.words)

@@ -1,4 +1,4 @@
-"""Ensembles of replicas within a training, which goes on as if there were none."""
+"""Ensembles of replicas within a training, which continues as if there were none."""
 
 import copy
 import json
@@ -193,7 +193,9 @@ def test_a_finished_run_may_get_another_ensemble_when_it_goes_on(runs, tmp_path,
     assert train(tmp_path, *arguments, "trainer.max_epochs=1") == 0
     capsys.readouterr()
     assert train(tmp_path, *arguments, *ENSEMBLE) == 0
-    assert ": replicas    0 to " in capsys.readouterr().err  # it takes long: one wants to see that it goes on
+    assert (
+        ": replicas    0 to " in capsys.readouterr().err
+    )  # it takes long: one wants to see that it continues
     assert same_ensembles(
         tmp_path / "replicas" / "epoch_0002", runs("at") / "with" / "replicas" / "epoch_0002"
     )

@@ -27,7 +27,9 @@ class Broken(Logger):
 
 def test_any_logger_may_fail(tmp_path, caplog):
     train(Broken(), tmp_path, range(2))
-    assert warnings_in(caplog) == ["a logger stopped (no space); training and its records go on without it"]
+    assert warnings_in(caplog) == [
+        "a logger stopped (no space); training and its records continue without it"
+    ]
 
 
 def test_csv_has_every_number_once_even_after_a_resumption(tmp_path):

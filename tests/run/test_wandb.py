@@ -243,7 +243,7 @@ def test_uploading_the_offline_file_later_gives_the_whole_run_once(tmp_path, ser
     assert {key: value for key, value in values.items() if key[0] <= 3 * STEPS} == recorded(tmp_path)
 
 
-# whatever wandb does, the run goes on
+# whatever wandb does, the run continues
 
 
 def test_without_a_login_nobody_is_asked(tmp_path, monkeypatch, caplog):
@@ -273,7 +273,7 @@ def test_without_a_connection_the_run_goes_on_offline(tmp_path, monkeypatch, cap
         monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
         train(logger_for(tmp_path, init_timeout=1.5), tmp_path, range(2))
     (warning,) = warnings_in(caplog)
-    assert warning.endswith("the run goes on, offline")
+    assert warning.endswith("the run continues, offline")
     assert "\n" not in warning
     assert not list(tmp_path.glob("wandb/run-*"))
     values = run_file(tmp_path).values()

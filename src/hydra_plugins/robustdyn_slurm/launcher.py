@@ -128,7 +128,7 @@ class SlurmSweep(Launcher if SlurmLauncher is None else SlurmLauncher):  # type:
             outcomes = wait(jobs)
         except KeyboardInterrupt:
             ids = dict.fromkeys(job.job_id.partition("_")[0] for job in jobs.values())
-            log.warning(f"the jobs go on without this command; to end them: scancel {' '.join(ids)}")
+            log.warning(f"the jobs continue without this command; to end them: scancel {' '.join(ids)}")
             raise
         returned = []
         failed = ""
@@ -207,7 +207,7 @@ class SlurmSweep(Launcher if SlurmLauncher is None else SlurmLauncher):  # type:
                 log.info(f"job {job.job_id}: {labels[number]}")
             record.write()
         if len(jobs) < len(runs):
-            log.info(f"{len(runs) - len(jobs)} runs are done already, or their jobs go on")
+            log.info(f"{len(runs) - len(jobs)} runs are done already, or their jobs continue")
         if jobs:
             log.info(f"{len(jobs)} jobs submitted; their logs: {job.paths.folder.parent}")
         return dict(sorted(jobs.items()))
@@ -236,7 +236,7 @@ class SlurmSweep(Launcher if SlurmLauncher is None else SlurmLauncher):  # type:
                 cancel([earlier])
             report = f"job {job.job_id} builds the report when they have ended; "
         log.info(
-            f"{len(jobs)} jobs go on without this command; {report}robustdyn-sweep status {record.folder}"
+            f"{len(jobs)} jobs continue without this command; {report}robustdyn-sweep status {record.folder}"
         )
 
 
@@ -360,5 +360,5 @@ def _refusal(error: BaseException) -> str:
     """The reason why nothing was submitted, in one line."""
     if 'Could not detect "srun"' in str(error):
         return "there is no SLURM on this machine (no srun on the PATH); leave it out to run here"
-    said = [line for line in str(error).splitlines() if line.startswith("sbatch: ")]
+    said = dict.fromkeys(line for line in str(error).splitlines() if line.startswith("sbatch: "))  # each once
     return " ".join(" ".join(said or [str(error)]).split())

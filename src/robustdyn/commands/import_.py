@@ -16,7 +16,7 @@ examples:
 
 reads the logs of the robust-overfitting study (locuslab/robust_overfitting) and of the AWP study
 (csdongxian/AWP), and tables of epochs in CSV; docs/importing.md describes the columns.
-writes a run directory DIR/STUDY/RUN for each run, and never over one that is there.
+writes a run directory DIR/STUDY/RUN for each run, and never overwrites an existing one.
 """
 
 

@@ -20,8 +20,8 @@ examples:
   robustdyn-study dynamics run_a run_b --output somewhere
   robustdyn-study mypackage.mystudy DIR                    the STUDY of your own module, see docs/extending.md
 
-`robustdyn-train experiment=NAME` makes the runs of study NAME; experiments/NAME/README.md says at what cost.
-`robustdyn-import` makes those of the study published.
+`robustdyn-train experiment=NAME` trains the runs for study NAME; experiments/NAME/README.md has their cost.
+`robustdyn-import` writes those for the study published.
 Writes into the output directory:
   findings.md  the numbers that answer the question
   tables/      CSV

@@ -1,4 +1,4 @@
-"""``robustdyn-sweep``: shows, extends or cancels a sweep whose jobs run on SLURM without a command."""
+"""``robustdyn-sweep``: shows, extends or cancels a sweep that was submitted to SLURM."""
 
 import argparse
 import re
@@ -124,7 +124,7 @@ def _cancel(folder: Path) -> None:
 
 
 def _command(folder: Path, typed: Sequence[str]) -> list[str]:
-    """The arguments with which ``robustdyn-train`` goes on with a sweep and leaves it to SLURM.
+    """The arguments with which ``robustdyn-train`` continues a sweep and leaves it to SLURM.
 
     Raises:
         RecordError: The sweep's configuration cannot be read.

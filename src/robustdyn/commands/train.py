@@ -102,7 +102,7 @@ def _train(cfg: DictConfig) -> None:
     if trainer.is_global_zero:
         write_environment(run_dir, trainer, module.model)
     _log.info(
-        "training starts" if checkpoint is None else "training goes on",
+        "training starts" if checkpoint is None else "training continues",
         extra={"run": str(run_dir), "checkpoint": None if checkpoint is None else str(checkpoint)},
     )
     try:
@@ -133,7 +133,7 @@ def _out_of_memory(module: AdversarialTraining, error: torch.OutOfMemoryError) -
     )
     return TrainingError(
         f"out of memory in the {'measurement' if measuring else 'training or evaluation'}: "
-        f"{str(error).splitlines()[0]} {remedy}, and run the same command with resume=changed to go on"
+        f"{str(error).splitlines()[0]} {remedy}, and run the same command with resume=changed to continue"
     )
 
 

@@ -28,7 +28,7 @@ from robustdyn.defaults import default
 # A chain ends when β falls below the rounding of a product, about 4 eps ‖A‖ on float32 networks; a much lower
 # bar than that of ``robustdyn.curvature.lanczos``. Steps taken in rounding do no harm, since T stays a
 # projection of A. Steps not taken lose the bulk: behind outliers 10⁶ times as large β is 8 eps ‖A‖, and a bar
-# of 16 eps left an error of 14 % where going on left 3e-4.
+# of 16 eps left an error of 14 % where continuing left 3e-4.
 _CLOSED_EPS = 4
 _SLAB_NUMBERS = 2**20  # summed in float64 at a time
 _MARGIN = 6.0  # widths of a Gaussian that a grid reaches beyond the outermost nodes: all but 2e-9

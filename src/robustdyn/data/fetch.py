@@ -57,7 +57,7 @@ def ensure_files(
         _download_missing(source, root, splits, retries)
     except (OSError, ValueError, tarfile.TarError) as error:  # requests' errors are OSErrors
         raise DataFileError(
-            f"{looked_for} and the download failed ({_reason(error)}); run again to go on with it, or set"
+            f"{looked_for} and the download failed ({_reason(error)}); run again to resume it, or set"
             f" data.root to where the files are; {NO_FILES_NEEDED}"
         ) from error
     if missing := source.missing(root, splits):

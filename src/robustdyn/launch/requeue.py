@@ -53,4 +53,4 @@ class GoOnAfterSigterm(Callback):
 
 
 def _note(signum: int, frame: FrameType | None) -> None:
-    _log.warning("SLURM announces the end of this job (SIGTERM); if it is requeued, the run goes on")
+    _log.warning("SLURM announces the end of this job (SIGTERM); if it is requeued, the run continues")

@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 _unlogged: list[str] = []
 
 COMPOSED = "resumed"
-"""The name under which Hydra finds the configuration of the run that goes on."""
+"""The name under which Hydra finds the configuration of the run that continues."""
 LENGTH = "trainer.max_epochs"
 KEPT = ("attack", "data", "model", "trainer")
 """Groups whose choices would replace the run's length, network or images."""
@@ -54,8 +54,8 @@ def resumed(name: str, arguments: Sequence[str]) -> tuple[str, list[str]]:
         With ``resume=DIR`` the name of the run's configuration, and the other arguments; else what was given.
 
     Raises:
-        ConfigError: DIR is no run that can go on, its configuration names a class that is not allowed, or an
-            argument does not go with ``resume=DIR``.
+        ConfigError: DIR is no run that can continue, its configuration names a class that is not allowed, or
+            an argument does not go with ``resume=DIR``.
         UserError: A file of the run cannot be read.
     """
     given = _given(arguments, "resume")
@@ -66,7 +66,7 @@ def resumed(name: str, arguments: Sequence[str]) -> tuple[str, list[str]]:
         return name, list(arguments)
     if override.is_sweep_override() or not {"-m", "--multirun", "hydra.mode=MULTIRUN"}.isdisjoint(arguments):
         raise ConfigError(
-            "resume=DIR continues one run; a sweep goes on when its own command is given again with "
+            "resume=DIR continues one run; a sweep continues when its own command is given again with "
             "hydra.sweep.dir=DIR"
         )
     if any(is_of(text, ["hydra.run.dir"]) for text in arguments):
@@ -78,7 +78,7 @@ def resumed(name: str, arguments: Sequence[str]) -> tuple[str, list[str]]:
     rest = [text for text in rest if text not in _given(rest, "allow")]
     typed = typed_settings(rest)
     _unlogged.clear()
-    notes = [f"{run.path}: goes on with its own settings"]
+    notes = [f"{run.path}: continues with its own settings"]
     changes = [_change(recorded, one) for one in typed if not one.is_hydra_override()]
     if changes:
         notes.append(f"changed: {'; '.join(changes)}")
@@ -134,7 +134,7 @@ def _run(path: Path) -> RunDirectory:
         raise ConfigError(f"{where} is not a run directory (no {CONFIG} in it); give the folder of a run")
     some = ", ".join(at("resume", found) for found in below[:3]) + (", ..." if len(below) > 3 else "")
     sweep = (
-        f"; the whole sweep goes on when its own command is given with {at('hydra.sweep.dir', path)}"
+        f"; the whole sweep continues when its own command is given with {at('hydra.sweep.dir', path)}"
         if (path / MULTIRUN).is_file()
         else ""
     )
@@ -261,7 +261,7 @@ def replaced_group(recorded: Sequence[DictConfig], text: str) -> str:
         return text
     if key in KEPT or any(key not in one for one in recorded):
         raise ConfigError(
-            f"{text} would replace settings that a run which goes on keeps; give those of {choice} one by "
+            f"{text} would replace settings that the continued run keeps; give those of {choice} one by "
             "one, such as trainer.devices=2"
         )
     for one in recorded:

@@ -87,7 +87,7 @@ def attacked(
         batches: Inputs and targets.
         loss: Per-example loss.
         seed: Of the random starts, which are a function of (seed, draw, batch). A function finds PyTorch's,
-            NumPy's and Python's global generators seeded in this way, and they go on afterwards as before.
+            NumPy's and Python's global generators seeded in this way, and they continue afterwards as before.
         draw: Number of the attack.
 
     Returns:

@@ -75,8 +75,8 @@ class MeasureCurvature(Callback):
 
         Raises:
             ConfigError: The trainer has several optimisers or no end, the network or the examples cannot be
-                found, or training goes on from a checkpoint without this record.
-            RecordError: The directory holds another record, or not the one that goes on.
+                found, or training continues from a checkpoint without this record.
+            RecordError: The directory holds another record, or not the one that continues.
         """
         if len(trainer.optimizers) != 1:
             raise ConfigError(
@@ -87,9 +87,9 @@ class MeasureCurvature(Callback):
             raise ConfigError("MeasureCurvature needs Trainer(max_epochs=...), to know the last epoch")
         if self._loaded is None and trainer.global_step:
             raise ConfigError(
-                f"training goes on after {trainer.global_step} steps, but its checkpoint holds no record of "
-                f"{self.state_key}: it was saved without this callback, or with another run_dir; train from "
-                "the start, or load the weights alone"
+                f"training continues after {trainer.global_step} steps, but its checkpoint holds no record "
+                f"of {self.state_key}: it was saved without this callback, or with another run_dir; train "
+                "from the start, or load the weights alone"
             )
         self._epochs = measured_epochs(
             self._spec, max_epochs=trainer.max_epochs, decay_epochs=(), key="MeasureCurvature(epochs=...)"

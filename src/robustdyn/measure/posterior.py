@@ -330,7 +330,7 @@ class RecordPosterior(Callback):
         now = len(trainer.datamodule.split("train"))  # type: ignore[attr-defined]
         if not spectrum.empty and now < (before := int(bounds["train_examples"].iloc[-1])):
             raise ConfigError(
-                f"data.train_size: the run was trained on {before} images and would go on with {now}, for "
+                f"data.train_size: the run was trained on {before} images and would continue with {now}, for "
                 "which its posterior cannot be computed; leave data.train_size and data.validation_size as "
                 "they were, or train a run of its own"
             )

@@ -191,7 +191,7 @@ class Recorder:
             refused = [
                 RecordError(
                     f"{self.run_dir}: does not hold the record of the {epochs} epochs before the checkpoint; "
-                    "give the run directory of the training that goes on, or a copy of it"
+                    "give the run directory of the training that continues, or a copy of it"
                 )
             ]
         self._raise_together(refused)

@@ -62,7 +62,7 @@ class RecordTiming(Callback):
         if self._peak is not None and self._flops is None:
             try:
                 self._flops = training_flops(_module(pl_module), batch.images, batch.targets)
-            except Exception as error:  # a class of the user's may raise anything, and training can go on
+            except Exception as error:  # a class of the user's may raise anything, and training can continue
                 self._peak = None
                 if trainer.is_global_zero:
                     _log.warning(

@@ -79,5 +79,5 @@ class StopOnNonFinite(Callback):
         raise TrainingError(
             f"the training loss is not finite at step {step} of the run (epoch {trainer.current_epoch}); "
             f"batch and weights are in {path}, and the last checkpoint is from before; a lower optimizer.lr "
-            "may help, with resume=changed to go on from there"
+            "may help, with resume=changed to continue from there"
         )

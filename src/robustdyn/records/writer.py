@@ -69,7 +69,7 @@ class RunRecords:
         for begun in map(self.path, sorted(self._whole)):
             if not begun.is_file():
                 raise RecordError(
-                    f"{begun} was removed while the run was going on; restore the run directory from a "
+                    f"{begun} was removed while the run was in progress; restore the run directory from a "
                     "copy, or start again with another hydra.run.dir"
                 )
         try:

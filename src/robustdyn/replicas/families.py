@@ -16,7 +16,7 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Families:
-    """Children that go on from where some replicas were.
+    """Children that continue from where some replicas were.
 
     Attributes:
         step: The step of the ensemble at which they start.

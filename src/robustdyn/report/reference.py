@@ -201,11 +201,12 @@ class Against:
         counts = {row.quantity: row.within for row in self.standings}
         if len(counts) < len(self.standings):
             return ()
-        asked = [
-            (column.label, counts.get(column.shown)) for column in map(schema.EPOCHS.__getitem__, _JUDGED)
-        ]
-        said = [f"{label} in {', '.join(within)}" for label, within in asked if within is not None]
-        return (f"{self.reference.name}, epochs within its band by phase: {'; '.join(said)}",) if said else ()
+        said = []
+        for column in map(schema.EPOCHS.__getitem__, _JUDGED):
+            phases = zip(counts.get(column.shown, ()), self.reference.spans, strict=False)
+            parts = [f"{count} (epochs {span})" for count, span in phases if count != "–"]
+            said += [f"{column.label} {', '.join(parts)}"] if parts else []
+        return (f"{self.reference.name}, epochs within its band: {'; '.join(said)}",) if said else ()
 
 
 def known_references() -> list[str]:

@@ -226,7 +226,7 @@ def last_checkpoint(run: RunDirectory) -> dict[str, Any] | None:
 
 
 def read_checkpoint(path: Path, remedy: str) -> dict[str, Any]:
-    """The content of a checkpoint from which training can go on; reading it runs no code.
+    """The content of a checkpoint from which training can continue; reading it runs no code.
 
     Raises:
         CheckpointError: It cannot be read, or lacks something; the message ends with the remedy.
@@ -282,7 +282,7 @@ def resume_from(
         raise ConfigError(
             f"{path} is of a run with other settings: {'; '.join(changes[:5])}"
             f"{f' and {len(changes) - 5} more' if len(changes) > 5 else ''}; choose another hydra.run.dir, "
-            "or set resume=changed to go on from it with the new ones; to go on with its own"
+            "or set resume=changed to continue from it with the new ones; to continue with its own"
             f"{kind}: {_own_command(checkpoint, cfg, run_dir, new)}"
         )
     if changes:

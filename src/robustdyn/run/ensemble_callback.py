@@ -111,7 +111,7 @@ class RunEnsembles(Callback):
                 raise TrainingError(
                     f"out of memory in the ensemble after epoch {epoch}: {str(error).splitlines()[0]} "
                     f"lower {KEY}.start.memory_mib, or {KEY}.chunk and delete {directory}, and run the same "
-                    "command again to go on"
+                    "command again to continue"
                 ) from error
         if left:
             raise ConfigError(

@@ -69,7 +69,7 @@ def finished_epochs(checkpoint: Mapping[str, Any]) -> int:
 def begin_branch(cfg: DictConfig, run_dir: Path) -> None:
     """Give a branch that has no checkpoint yet the one that it starts from, and the records up to it.
 
-    From there it goes on as any interrupted run does. ``fork.json`` says what it is a branch of, and which
+    From there it continues as any interrupted run does. ``fork.json`` says what it is a branch of, and which
     settings it changes.
 
     Raises:
@@ -103,7 +103,7 @@ def begin_branch(cfg: DictConfig, run_dir: Path) -> None:
             time.sleep(_POLL)
         return
     if "averaging._target_" in changed and "current_model_state" in checkpoint:
-        # go on with the weights that were trained, and not with the average in their place
+        # continue with the weights that were trained, and not with the average in their place
         checkpoint["state_dict"] = checkpoint.pop("current_model_state")
         checkpoint.pop("averaging_state", None)
         checkpoint["callbacks"].pop(str(changed["averaging._target_"][0]).rpartition(".")[2], None)

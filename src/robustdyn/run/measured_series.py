@@ -25,7 +25,7 @@ class MeasuredSeries:
     """Measured epochs of one training, in a directory that ``robustdyn-report`` reads.
 
     An epoch whose rows are not all there is dropped and measured again. The solver's starting vectors are
-    kept beside the records, so that a resumed series goes on with the same numbers.
+    kept beside the records, so that a resumed series continues with the same numbers.
 
     Args:
         directory: The directory; made if absent.

@@ -45,7 +45,7 @@ class RunProgress(ProgressBar):
         self._started, self._first_epoch = time.monotonic(), trainer.current_epoch
         if self._enabled and trainer.global_step:
             at = f"epoch {trainer.current_epoch}/{trainer.max_epochs}, step {trainer.global_step}"
-            print(f"{self._label}: goes on after {at}", file=sys.stderr, flush=True)
+            print(f"{self._label}: continues after {at}", file=sys.stderr, flush=True)
         if self._enabled and sys.stderr.isatty():
             self._bar = tqdm(
                 total=trainer.max_epochs,

@@ -148,7 +148,7 @@ class CurveLogger:
 
     def recover(self, error: Exception) -> bool:
         """Report an error in one line, and return whether to start again with ``follow``."""
-        _log.warning("a logger stopped (%s); training and its records go on without it", brief(error))
+        _log.warning("a logger stopped (%s); training and its records continue without it", brief(error))
         return False
 
     def _take(self, moments: Iterable[Moment]) -> None:
@@ -161,7 +161,7 @@ class Publisher(Callback):
     """Keeps the loggers up to date with the record, on the first rank.
 
     Place it behind every callback that writes records. A logger that fails starts again if it can, and the
-    run goes on without it otherwise. One line on the terminal says which. A logger never ends a run.
+    run continues without it otherwise. One line on the terminal says which. A logger never ends a run.
 
     As a context manager it closes the loggers at the end of the block, as failed after an exception.
 

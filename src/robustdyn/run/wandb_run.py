@@ -203,9 +203,9 @@ class WandbRecords(CurveLogger, WandbLogger):
     def recover(self, error: Exception) -> bool:
         """Report an error, and return whether to start again offline; a second failure ends the logging."""
         if self._wandb_init["mode"] == "offline":
-            _log.warning("wandb: %s; the run goes on without it, its records are complete", brief(error))
+            _log.warning("wandb: %s; the run continues without it, its records are complete", brief(error))
             return False
-        _log.warning("wandb: %s; the run goes on, offline", brief(error))
+        _log.warning("wandb: %s; the run continues, offline", brief(error))
         if self._feed is None:
             self._remove_files("run")  # an attempt without a row
         self._wandb_init["mode"] = "offline"

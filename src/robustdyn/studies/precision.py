@@ -129,7 +129,7 @@ def draw_curves(table: pd.DataFrame) -> Figure:
             for setting, shade in colours.items():
                 _draw_range(ax, curve[curve["setting"] == setting], shade)
             finish(ax, f"{name}: {COLUMNS[quantity].label}", f"robust loss ({COLUMNS[quantity].unit})")
-        log_axis(axes[0])  # memorisation goes on at a small loss
+        log_axis(axes[0])  # memorisation continues at a small loss
         test = own[own["quantity"] == TEST_ROBUST_LOSS]
         apart = paired(test, test[test["setting"] == REFERENCE], ["epoch", SEED])
         apart["value"] -= apart["reference"]

@@ -48,7 +48,7 @@ def sudden_decays(rates: ArrayLike) -> list[int]:
     """
     eta = np.asarray(rates, dtype=np.float64)
     at = np.arange(1, len(eta))
-    # no epoch before the first can tell; a schedule that goes on to fall is a smooth one
+    # no epoch before the first can tell; a schedule that continues to fall is a smooth one
     before = np.where(at > 1, at - 2, at)
     after = np.where(at > 1, at - 1, np.minimum(at + 1, len(eta) - 1))
     held = np.abs(eta[after] - eta[before]) <= HELD * eta[before]

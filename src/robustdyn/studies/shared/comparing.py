@@ -119,8 +119,8 @@ def require_complete(runs: Sequence[Run]) -> None:
         reached = 0 if evaluated.empty else int(evaluated.max()) + 1
         if reached < wanted:
             raise RecordError(
-                f"{run.path}: evaluated up to epoch {reached} of {wanted}; finish it (the same training "
-                "command goes on), or leave it out"
+                f"{run.path}: evaluated up to epoch {reached} of {wanted}; finish it with the same "
+                "training command, or leave it out"
             )
 
 
