@@ -206,13 +206,16 @@ def headlines(runs: Sequence[Run], frames: Mapping[str, pd.DataFrame]) -> list[H
         ("robust loss gap", start, "at the first evaluation", own, ROBUST_LOSS_GAP, anchors, "not recorded"),
         ("WCI", start, "at the first measurement", wci, "wci", anchors, "not measured"),
     ):
+        found_pairs = [_between(of[run.label], column, since[run.label]) for run in finished]
+        if any(
+            pair and pair[0].epoch > (since[run.label] or 0)
+            for run, pair in zip(finished, found_pairs, strict=True)
+        ):
+            begin, found_pairs = first, [_between(of[run.label], column, 0) for run in finished]
         of_group: dict[str, list[tuple[EpochValue, EpochValue]]] = {}
-        for run in finished:
-            anchor = since[run.label]
-            pair = _between(of[run.label], column, anchor)
-            if pair is not None and anchor is not None:
+        for run, pair in zip(finished, found_pairs, strict=True):
+            if pair is not None:
                 of_group.setdefault(run.group, []).append(pair)
-                begin = first if pair[0].epoch > anchor else begin
         changes = tuple(GroupChange(group, tuple(pairs)) for group, pairs in of_group.items())
         found.append(Headline(name, begin, changes, missing))
     return found
