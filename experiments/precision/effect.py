@@ -316,7 +316,7 @@ def main() -> None:
     )
     parser.add_argument("path", nargs="+", type=Path, help="run or sweep directories")
     parser.add_argument(
-        "--early", nargs="*", default=[], type=Path, help="likewise, of runs of an epoch or two"
+        "--early", nargs="*", default=[], type=Path, help="the same, of runs of an epoch or two"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the attacks' random starts")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder")

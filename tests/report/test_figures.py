@@ -1,3 +1,5 @@
+import itertools
+
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
@@ -419,3 +421,9 @@ def test_decays_beyond_counting_are_not_marked(tmp_path):
         lr = np.where(epochs["epoch"] % period < period // 2, 0.1, 0.01)
         mark_decays([axes], epochs.assign(lr=lr), Cast.of(epochs))
         assert len(axes.lines) == marks
+
+
+def test_lines_that_colours_do_not_tell_apart_have_dashes():
+    assert set(style.dashes(4)) == {"none"}
+    assert style.dashes(8) == ["none"] * 4 + ["9 3"] * 4
+    assert all(one != other for one, other in itertools.pairwise(style.dashes(30)))

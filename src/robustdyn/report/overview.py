@@ -279,14 +279,13 @@ def curves(
     """What the page's script draws from; JSON can hold it.
 
     Returns:
-        ``factors`` (key, name in the address, values, colours), ``rows`` of the table (name, state, factors,
-        decays), ``colours`` of the rows, ``colour`` to start with, ``reference`` (its name or null), and
-        ``panels``: title, unit, for each row its points ``[epochs, values]`` or null, and the band
-        ``[epochs, centre, low, high]`` of the reference or null.
+        ``factors`` (key, name in the address, values, colours, dashes), ``rows`` of the table (name, state,
+        factors, decays), ``colours`` and ``dashes`` of the rows, ``colour`` to start with, ``reference`` (its
+        name or null), and ``panels``: title, unit, for each row its points ``[epochs, values]`` or null, and
+        the band ``[epochs, centre, low, high]`` of the reference or null.
     """
     factors = [
-        {"key": f.key, "name": f.name, "values": f.values, "colours": list(style.colours(len(f.values)))}
-        for f in overview.factors
+        {"key": f.key, "name": f.name, "values": f.values, **_looks(len(f.values))} for f in overview.factors
     ]
     rows, epochs = [], by_run(frames["epochs"])
     for row in overview.rows:
@@ -297,7 +296,7 @@ def curves(
     return {
         "factors": factors,
         "rows": rows,
-        "colours": list(style.colours(len(rows))),
+        **_looks(len(rows)),
         "colour": colouring[0] if colouring else "",
         "reference": None if reference is None else reference.name,
         "panels": [
@@ -306,6 +305,10 @@ def curves(
             if any(points is not None for points in panel["points"])
         ],
     }
+
+
+def _looks(n: int) -> dict[str, list[str]]:
+    return {"colours": list(style.colours(n)), "dashes": list(style.dashes(n))}
 
 
 def _panel(

@@ -21,7 +21,8 @@ P = ParamSpec("P")
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#000000", "#882255", "#56B4E9", "#E69F00", "#CC79A7")
 ORANGE, PINK = PALETTE[6:]
 MARKERS = "os^DvPX*"
-TOLD_BY_COLOUR = 4  # more lines than this have markers of different shapes, too
+TOLD_BY_COLOUR = 4  # more lines than this have markers of different shapes, or dashes, too
+DASHES = ("none", "9 3", "3 3", "9 3 3 3")  # of lines in SVG: lengths of dashes and gaps
 TRAIN, TEST, VALIDATION, NEUTRAL = PALETTE[0], PALETTE[1], PALETTE[2], "#222222"
 MARK = "#777777"
 BAND_ALPHA = 0.3
@@ -109,6 +110,15 @@ def colours(n: int) -> Sequence[str]:
 def markers(n: int) -> Sequence[str]:
     """``n`` shapes of markers, used again beyond eight; empty ones where colours are enough."""
     return [MARKERS[i % len(MARKERS)] if n > TOLD_BY_COLOUR else "" for i in range(n)]
+
+
+def dashes(n: int) -> Sequence[str]:
+    """``n`` dash patterns of SVG lines, none where colours are enough.
+
+    Of up to eight colours the second four are dashed. More are shades, of which neighbours differ.
+    """
+    every = TOLD_BY_COLOUR if n <= len(PALETTE) else 1
+    return [DASHES[i // every % len(DASHES)] for i in range(n)]
 
 
 def sparse(points: int, line: int = 0) -> tuple[int, int]:

@@ -12,8 +12,6 @@
   let sorted = null; // {column, descending}
   let focus = null; // name of the curve in focus
   const MOST_NAMES = 24; // in the legend
-  const TOLD_BY_COLOUR = 4; // more curves than these also differ in their dashes, for readers who are colour-blind
-  const DASHES = ["none", "9 3", "3 3", "9 3 3 3"];
 
   const passes = (i) => {
     const row = data.rows[i];
@@ -136,22 +134,19 @@
     return { n: of.length, points: [epochs, epochs.map((epoch) => sums.get(epoch)[1] / of.length)] };
   };
 
-  // Of up to eight colours the second four are dashed; more are shades of one, of which neighbours differ.
-  const dashes = (k, all) => DASHES[(all > 2 * TOLD_BY_COLOUR ? k : Math.floor(k / TOLD_BY_COLOUR)) % DASHES.length];
-
   // What is drawn: every run, and where runs share a colour the mean of each colour.
   const series = (panel, visible) => {
     const by = data.factors.findIndex((factor) => factor.name === colouring.value);
     const found = [];
     if (by < 0) {
       for (const i of visible) {
-        if (panel.points[i]) found.push({ name: data.rows[i].name, colour: data.colours[i], dashes: dashes(i, data.rows.length), points: panel.points[i], row: i, kind: "one" });
+        if (panel.points[i]) found.push({ name: data.rows[i].name, colour: data.colours[i], dashes: data.dashes[i], points: panel.points[i], row: i, kind: "one" });
       }
       return found;
     }
     const factor = data.factors[by];
     factor.values.forEach((level, k) => {
-      const look = { colour: factor.colours[k], dashes: dashes(k, factor.values.length) };
+      const look = { colour: factor.colours[k], dashes: factor.dashes[k] };
       const members = visible.filter((i) => data.rows[i].factors[by] === level && panel.points[i]);
       const thin = members.length > 1;
       for (const i of members) {
