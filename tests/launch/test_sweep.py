@@ -68,34 +68,31 @@ def trained(monkeypatch):
 
 
 def test_failed_runs_stop_no_other_and_all_is_told(tmp_path, monkeypatch, without_figures, capsys):
-    arguments = ("seed=0,-1", "model.num_classes=10,3", "report=true")
+    arguments = ("optimizer.lr=0.05,1e+30", "model.num_classes=10,3", "report=true")
     assert sweep(monkeypatch, tmp_path, *arguments) == 1
     captured = capsys.readouterr()
     assert states(tmp_path) == {
-        "model.num_classes=10 seed=0": "done",
-        "model.num_classes=3 seed=0": "failed",
-        "model.num_classes=10 seed=-1": "failed",
-        "model.num_classes=3 seed=-1": "failed",
+        "model.num_classes=10 optimizer.lr=0.05": "done",
+        "model.num_classes=3 optimizer.lr=0.05": "failed",
+        "model.num_classes=10 optimizer.lr=1e+30": "failed",
+        "model.num_classes=3 optimizer.lr=1e+30": "failed",
     }
     ending = captured.err[captured.err.index("runs: 1 done, 3 failed\n") :].splitlines()
     lines = [" ".join(line.split()) for line in ending]
-    crashed = next(
-        run.path for run in sweeps.states_of([tmp_path]) if run.name == "model.num_classes=3 seed=0"
-    )
-    assert lines[1].startswith("failed model.num_classes=3 seed=0: IndexError: Target")
+    crashed = next(run.path for run in sweeps.states_of([tmp_path]) if "classes=3 optimizer.lr=0" in run.name)
+    assert lines[1].startswith("failed model.num_classes=3 optimizer.lr=0.05: IndexError: Target")
     assert lines[2] == f"traceback: {crashed / 'error.txt'}"
-    assert lines[3:5] == [
-        f"failed model.num_classes={n} seed=-1: seed=-1 must be a whole number from 0 to 2^63 - 1"
-        for n in (10, 3)
-    ]
-    assert f"hydra.sweep.dir={tmp_path}" in lines[5]
+    diverged = "failed model.num_classes=10 optimizer.lr=1e+30: the training loss is not finite at step 1"
+    assert lines[3].startswith(diverged)
+    assert lines[4].startswith("failed model.num_classes=3 optimizer.lr=1e+30: IndexError: Target")
+    assert f"hydra.sweep.dir={tmp_path}" in lines[6]
     assert (crashed / "error.txt").read_text().startswith("Traceback (most recent call last)")
     assert "Traceback" not in captured.err
     # the report is of what there is, and names the rest
     assert f"report: {tmp_path / 'report' / 'index.html'}" in captured.out
     page = (tmp_path / "report" / "index.html").read_text()
     assert "1 done, 3 failed." in page
-    assert "<strong>failed</strong></td><td>seed=-1 must be a whole number from 0 to 2^63 - 1" in page
+    assert "<strong>failed</strong></td><td>the training loss is not finite at step 1" in page
 
 
 def test_a_launcher_that_breaks_off_leaves_a_word_on_all_runs(tmp_path, monkeypatch, capsys):
@@ -109,19 +106,19 @@ def test_a_launcher_that_breaks_off_leaves_a_word_on_all_runs(tmp_path, monkeypa
         raise RuntimeError("a worker process\nwas killed")
 
     monkeypatch.setattr(launcher, "launch", broken)
-    assert command(monkeypatch, "-m", "seed=-1,0", "report=false", f"hydra.sweep.dir={tmp_path}") == 1
+    assert sweep(monkeypatch, tmp_path, "seed=0,1", CRASH) == 1
     error = capsys.readouterr().err
     assert "runs: 1 failed, 1 missing" in error
     assert error.endswith("error: the sweep ended early: RuntimeError: a worker process was killed\n")
-    assert states(tmp_path) == {"seed=-1": "failed", "seed=0": "missing"}
+    assert states(tmp_path) == {"seed=0": "failed", "seed=1": "missing"}
 
 
 def test_a_launcher_of_a_cluster_sees_the_failure(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sweeps, "LOCAL", ())
-    assert command(monkeypatch, "-m", "seed=-1", "report=false", f"hydra.sweep.dir={tmp_path}") == 1
+    assert sweep(monkeypatch, tmp_path, "data.train_size=2000") == 1
     error = capsys.readouterr().err
     assert "runs: 1 failed" in error
-    assert error.endswith("error: seed=-1 must be a whole number from 0 to 2^63 - 1\n")
+    assert error.splitlines()[-1].startswith("error: data.train_size=2000 exceeds")
 
 
 def test_a_sweeper_that_optimises_is_told_the_metric(tmp_path, monkeypatch, trained):
@@ -165,6 +162,35 @@ def test_runs_that_would_share_a_folder_are_refused(arguments, reason, tmp_path,
     assert reason in error
     assert error.count("\n") == 1
     assert not (tmp_path / "sweep").exists()
+
+
+# ---------------------------------------------------------------------- refused before the first run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("seed=0,1", "attack.steps=-1"), "attack.steps=-1 must be"),
+        (("optimizer.lr=0.1,-1", "seed=0,1"), "optimizer.lr=-1 must be a positive number"),
+        (("objective=at,mart", "data.mixup=0,0.5", "metric=best"), "metric=best is not a number"),
+        (("seed=0,1", "ensemble=default", "ensemble.replicas=0"), "ensemble.replicas=0 must be"),
+    ],
+)
+def test_a_value_that_no_run_can_have_is_refused(arguments, reason, tmp_path, monkeypatch, trained, capsys):
+    assert command(monkeypatch, "-m", *arguments, f"hydra.sweep.dir={tmp_path / 'sweep'}") == 1
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"error: {reason}")
+    assert error.endswith("; no run of the sweep was started")
+    assert not trained
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_value_that_suits_some_runs_only_is_not_refused(tmp_path, monkeypatch, trained, capsys):
+    """Labels that mixup has mixed suit no MART, but the other three runs of the grid can do."""
+    grid = ("objective=mart,at", "data.mixup=0.5,0", CRASH)
+    assert sweep(monkeypatch, tmp_path, *grid) == 1
+    assert len(trained) == 3
+    assert "data.mixup=0.5 mixes labels" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------- continuing
@@ -229,12 +255,12 @@ def test_more_seeds_run_alone_and_failed_ones_again(tmp_path, monkeypatch, train
             assert not (run_dir / "error.txt").exists()
     trained.clear()
     # another order, numbers that have moved, and something that says only where the data lie
-    assert sweep(monkeypatch, tmp_path, *short[::-1], "seed=-1,0,1", "logger=none") == 1
-    assert trained == [1]
-    assert states(tmp_path) == {"seed=-1": "failed", "seed=0": "done", "seed=1": "failed"}
+    assert sweep(monkeypatch, tmp_path, *short[::-1], "seed=2,0,1", "logger=none") == 1
+    assert trained == [2, 1]
+    assert states(tmp_path) == {"seed=2": "failed", "seed=0": "done", "seed=1": "failed"}
     # of what is asked for now all is done; the others are still told
     assert sweep(monkeypatch, tmp_path, *short, "seed=0") == 0
-    assert states(tmp_path) == {"seed=0": "done", "seed=-1": "failed", "seed=1": "failed"}
+    assert states(tmp_path) == {"seed=0": "done", "seed=2": "failed", "seed=1": "failed"}
 
 
 @pytest.mark.slow  # two sweeps
@@ -251,11 +277,11 @@ def test_early_stopping_is_an_end(tmp_path, monkeypatch, trained):
 def test_all_runs_of_a_sweep_lie_in_its_directory_whatever_their_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(HydraConfig.instance(), "cfg", None)  # as when the command starts
-    assert command(monkeypatch, "-m", "method=at,awp", "trainer.max_epochs=0", "report=false") == 1
+    assert command(monkeypatch, "-m", "method=at,awp", CRASH, "report=false") == 1
     (folder,) = (tmp_path / "multirun" / "digits_at").iterdir()
     assert sorted(path.name for path in folder.iterdir() if path.name != ".lock") == [
-        "method=at,trainer.max_epochs=0",
-        "method=awp,trainer.max_epochs=0",
+        "method=at,model.num_classes=3",
+        "method=awp,model.num_classes=3",
         "multirun.yaml",
     ]
 

@@ -43,7 +43,7 @@ _log = logging.getLogger(__name__)
 
 def main() -> None:
     """The ``robustdyn-train`` command."""
-    run_app(train, "train", paths=("resume",), composed=resumed)
+    run_app(train, "train", paths=("resume",), composed=resumed, check=check_settings)
 
 
 def train(cfg: DictConfig) -> None:
@@ -59,10 +59,19 @@ def train(cfg: DictConfig) -> None:
         raise
 
 
-def _train(cfg: DictConfig) -> None:
+def check_settings(cfg: DictConfig) -> None:
+    """Refuse settings that no run can have; this reads no data.
+
+    Raises:
+        ConfigError: A setting, or a combination of some, cannot work.
+    """
     check(cfg)
     check_combinations(cfg)
     check_ensemble(cfg)
+
+
+def _train(cfg: DictConfig) -> None:
+    check_settings(cfg)
     check_slurm(cfg, os.environ)
     _quieten_lightning()
     run_dir = Path(HydraConfig.get().runtime.output_dir)

@@ -21,7 +21,7 @@ from robustdyn.errors import UserError
 from robustdyn.launch.cluster import in_slurm
 from robustdyn.launch.help import show_help
 from robustdyn.launch.paths import anchor, quoted_paths
-from robustdyn.launch.sweep import end_sweep, forget_sweep, run_in_its_directory, sweeping
+from robustdyn.launch.sweep import SweepReport, end_sweep, forget_sweep, run_in_its_directory, sweeping
 from robustdyn.launch.swept_groups import first_of_swept_groups
 from robustdyn.records.progress import one_line
 from robustdyn.run.status import Terminated, speak_safely, terminable
@@ -35,13 +35,15 @@ def run_app(
     config_name: str,
     paths: Collection[str] = (),
     composed: Callable[[str, Sequence[str]], tuple[str, list[str]]] | None = None,
+    check: Callable[[DictConfig], object] | None = None,
 ) -> None:
     """Run ``task`` under Hydra; a ``UserError`` or a composition error becomes one line and status 1.
 
     With ``HYDRA_FULL_ERROR=1`` every error keeps its stack trace. A failed run does not stop a sweep, which
     ends with status 1 unless all of its runs are done; see ``robustdyn.launch.sweep``. ``paths`` are the keys
     of this command that hold paths, in addition to those of all commands. ``composed`` may name another
-    configuration than ``config_name``, and other arguments.
+    configuration than ``config_name``, and other arguments. ``check`` raises a ``UserError`` for settings
+    that ``task`` would refuse; a sweep calls it before its first run.
     """
     speak_safely()
     show_help(config_name)
@@ -59,6 +61,7 @@ def run_app(
         # data-parallel run, which inherit both, that the user did not ask for stack traces
         os.environ |= {"HYDRA_FULL_ERROR": "1", SHORT: "1"}
     started: list[bool] = []
+    SweepReport.check = check
     try:
         if composed is not None and {"-h", "--help", "--hydra-help"}.isdisjoint(sys.argv):
             config_name, sys.argv[1:] = composed(config_name, sys.argv[1:])

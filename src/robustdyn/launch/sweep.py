@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from robustdyn.errors import RecordError, UserError
 from robustdyn.launch.states import announce, plan_of, say_states, states_of
+from robustdyn.launch.sweep_check import impossible_value
 from robustdyn.records.command_line import at, hydra_quoted
 from robustdyn.records.files import sole_process
 from robustdyn.records.progress import Plan, RunStatus, folder_name, identity, is_done, one_line
@@ -120,6 +121,7 @@ class SweepReport(Callback):
         swept: The keys that differ between the runs, set when a sweep starts, for the folders' names.
     """
 
+    check: ClassVar[Callable[[DictConfig], object] | None] = None  # of the command, see run_app
     running: ClassVar[DictConfig | None] = None
     inside: ClassVar[ExitStack] = ExitStack()  # holds the lock of the sweep's directory
 
@@ -148,11 +150,16 @@ class SweepReport(Callback):
         self.inside.close()  # the run itself takes the lock again
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Hydra's hook: pass the directory and swept keys to all runs; refuse runs that share a folder."""
+        """Hydra's hook: pass the directory and swept keys to all runs; refuse a sweep that cannot work."""
         HydraConfig.instance().set_config(config)  # for ${hydra:...}; Hydra sets it only for runs
         plan = plan_of(config)
         if plan is not None:
             _refuse_shared_folders(config, plan)
+            check = SweepReport.check
+            refusal = None if check is None else impossible_value(config, plan, check)
+            if refusal is not None:
+                sys.stderr.write(f"error: {refusal}; no run of the sweep was started\n")
+                sys.exit(1)  # Hydra would turn an exception of a callback into a warning
         self._enter(Path(config.hydra.sweep.dir), "choose another hydra.sweep.dir")
         os.environ[SWEEP_PROCESS] = str(os.getpid())
         # each run composes its configuration again, and its own name must not change the sweep's directory
