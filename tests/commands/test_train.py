@@ -138,6 +138,12 @@ def test_fewer_images_than_were_recorded_are_refused_before_training(finished, t
     assert len(rows(tmp_path / "run", "epochs")) == 3
 
 
+def test_of_several_evaluations_within_an_epoch_the_last_one_counts(tmp_path, monkeypatch):
+    for folder, more in (("once", ()), ("twice", ("+trainer.val_check_interval=0.5",))):
+        assert command(monkeypatch, *UNMEASURED, *more, f"hydra.run.dir={tmp_path / folder}") == 0
+    assert rows(tmp_path / "twice", "epochs") == rows(tmp_path / "once", "epochs")
+
+
 def test_seeds_differ_and_zero_is_one(tmp_path, monkeypatch):
     for name, seed in (("a", 0), ("b", 0), ("c", 2**32), ("d", 2**63 - 1)):
         arguments = (f"seed={seed}", "trainer.max_epochs=1", f"hydra.run.dir={tmp_path / name}")

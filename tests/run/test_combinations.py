@@ -40,6 +40,11 @@ REFUSED = [
         "all of them; choose data.train_size",
     ),
     (
+        ("+trainer.max_time=00:01:00:00",),
+        "trainer.max_time=00:01:00:00 would end the training within an epoch",
+    ),
+    (("+trainer.max_steps=100",), "trainer.max_steps=100 would end the training within an epoch"),
+    (
         ("schedule=wci", "~measure.measurements.weight_curvature"),
         "schedule WCIRate follows the measured table wci, but measure.measurements has nothing that measures "
         "it; choose measure=default, or measure=none for nothing but what the schedule follows, or another",

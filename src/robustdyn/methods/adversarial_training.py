@@ -203,8 +203,7 @@ class AdversarialTraining(lightning.LightningModule):
         """Reset the epoch's metrics, and set the rate that follows from the last measurement."""
         self._epoch_metrics = None
         self._evaluated = False
-        for split in ("train", *self.evaluation_splits):
-            self._metrics_of(split).reset()
+        self._metrics_of("train").reset()
         # the scheduler set the rate when the last step ended, before the epoch's end was measured, and a
         # resumed run may have had batches of another size
         scheduler = self.lr_schedulers()
@@ -223,7 +222,12 @@ class AdversarialTraining(lightning.LightningModule):
             share_buffers(self.model)
 
     def on_validation_epoch_start(self) -> None:
-        """All ranks also take the first one's statistics for the average that replaces the weights."""
+        """Reset the metrics: with ``Trainer(val_check_interval=...)`` the last evaluation of an epoch counts.
+
+        All ranks also take the first one's statistics for the average that replaces the weights.
+        """
+        for split in self.evaluation_splits:
+            self._metrics_of(split).reset()
         if self.trainer.world_size > 1:
             share_buffers(self.model)
 

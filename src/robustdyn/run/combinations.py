@@ -77,6 +77,13 @@ def _trainer(cfg: DictConfig) -> None:
             f"trainer.overfit_batches={overfit} would take other images in every epoch, because the order is "
             f"drawn for all of them; choose data.train_size for a few images"
         )
+    for key in ("max_time", "max_steps"):
+        if cfg.trainer.get(key) not in (None, -1):
+            raise ConfigError(
+                f"trainer.{key}={cfg.trainer[key]} would end the training within an epoch, which would be "
+                "recorded and resumed as if it were complete; choose trainer.max_epochs, or stop the command "
+                "itself, for instance by timeout 2h robustdyn-train ..., and resume it"
+            )
     if cfg.trainer.inference_mode:
         raise ConfigError(
             "trainer.inference_mode=true leaves the attacks of an evaluation without gradients; choose false"
