@@ -8,7 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
+import torch
 
 from robustdyn.records import TABLES, read_table
 from tests.runs import command, invoke
@@ -63,10 +65,11 @@ def test_all_parts_of_ones_own_in_one_run_and_its_evaluation(folder, monkeypatch
         "perturbation=sign_ascent",
         "schedule=inverse_square_root",
         "measure=participation",
+        "callbacks=weight_norm",
     )
     for choice in own:
         assert any(choice in line.split() for line in COMMANDS), choice
-    typed = ("--config-dir", "conf", *own, *FAST, *QUICK_MEASURE, "hydra.run.dir=run")
+    typed = ("--config-dir", "conf", *own, *FAST, *QUICK_MEASURE, "logger=csv", "hydra.run.dir=run")
     assert command(monkeypatch, *typed) == 0, capsys.readouterr().err
     config = (folder / "run/.hydra/config.yaml").read_text()
     for name in ("Stripes", "SmallCNN", "LogitPenalty", "SignAscent", "InverseSquareRoot", "Participation"):
@@ -74,6 +77,11 @@ def test_all_parts_of_ones_own_in_one_run_and_its_evaluation(folder, monkeypatch
     (row,) = read_table("run", "participation").to_dict("records")
     assert row["epoch"] == 0
     assert 1 <= row["directions"] <= 2  # of two non-negative eigenvalues
+    (logged,) = (folder / "run").rglob("metrics.csv")
+    saved = torch.load(folder / "run/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    trained = [value for name, value in saved.items() if name.rpartition(".")[2] in ("weight", "bias")]
+    norm = torch.cat([value.flatten() for value in trained]).norm().item()
+    assert pd.read_csv(logged)["weight_norm"].dropna().tolist() == [pytest.approx(norm, rel=1e-5)]  # float32
 
     from robustdyn.commands import evaluate, study
 
@@ -111,6 +119,15 @@ def test_an_own_class_that_lacks_something_is_one_line(folder, monkeypatch, caps
             "has no takes_probabilities",
         ),
         ([mine], "measure.measurements.half writes the table nowhere, which is not declared"),
+        (
+            ["+callbacks.mine._target_=mypackage.half.Half"],
+            "callbacks.mine makes a Half, which is no lightning",
+        ),
+        (
+            ["+callbacks.mine._target_=lightning.pytorch.callbacks.LearningRateMonitor", "measure=none"],
+            "has no logger",
+        ),
+        (["+trainer.callbacks=[]"], "trainer.callbacks is set by robustdyn itself; name each callback"),
         (["model._target_=mypackage.model.SmallCnn"], "did you mean mypackage.model.SmallCNN?"),
         (["model._target_=mypackage.half.Half"], "makes a Half, which is no torch.nn.Module"),
         (

@@ -49,6 +49,7 @@ def test_every_experiment_composes_and_passes_its_checks(experiment):
             "optimizer",
             "regularizer",
             "averaging",
+            "callbacks",
             "measure",
             "ensemble",
             "trainer",

@@ -10,11 +10,12 @@ import lightning
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 from robustdyn import streams
 from robustdyn.data import ImageDataModule
-from robustdyn.errors import TrainingError, UserError
+from robustdyn.errors import ConfigError, TrainingError, UserError
 from robustdyn.launch.application import run_app
 from robustdyn.launch.cluster import check_slurm
 from robustdyn.launch.of_run import missing_settings
@@ -128,6 +129,8 @@ def _train(cfg: DictConfig) -> None:
                     announce(report)
     except torch.OutOfMemoryError as error:
         raise _out_of_memory(module, error) from error
+    except MisconfigurationException as error:  # for instance a callback that needs a logger
+        raise ConfigError(f"trainer: {error}") from error
     finally:
         if cfg.execution.compile != "none":
             torch.compiler.reset()  # the runs of a sweep share a limit on compiled versions

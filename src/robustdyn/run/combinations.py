@@ -16,6 +16,7 @@ from robustdyn.methods.objectives.objective import Objective
 from robustdyn.methods.schedules import Schedule
 from robustdyn.records.schema import EPOCHS, TABLES
 from robustdyn.run.config import build
+from robustdyn.run.parts import further_callbacks
 from robustdyn.run.targets import named_in_conf
 
 HALF = ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16")
@@ -26,6 +27,14 @@ BUILT_TO_CHECK = (
     "curvature_penalty", "optimizer", "regularizer", "schedule", "averaging", "stopping", "execution",
     "measure.eigenpairs",
 )  # fmt: skip
+
+SET_HERE = {
+    "callbacks": "name each callback: +callbacks.NAME._target_=...",
+    "default_root_dir": "choose hydra.run.dir",
+    "logger": "choose a logger: logger=csv, tensorboard or wandb",
+    "plugins": "leave it out",
+}
+"""Arguments of Lightning's trainer that robustdyn gives, and what a user who types them should do."""
 
 PROTOCOLS: Mapping[str, Sequence[str]] = defaultdict(
     tuple,
@@ -50,6 +59,7 @@ def check_combinations(cfg: DictConfig) -> None:
     """
     _trainer(cfg)
     _settings_of_nothing(cfg)
+    further_callbacks(cfg)
     model, parts = _model(cfg), _parts(cfg)
     _protocols(cfg, parts)
     _mixed_targets(cfg, parts["objective"])
@@ -77,6 +87,9 @@ def _trainer(cfg: DictConfig) -> None:
             f"trainer.overfit_batches={overfit} would take other images in every epoch, because the order is "
             f"drawn for all of them; choose data.train_size for a few images"
         )
+    for key, remedy in SET_HERE.items():
+        if key in cfg.trainer:
+            raise ConfigError(f"trainer.{key} is set by robustdyn itself; {remedy}")
     for key in ("max_time", "max_steps"):
         if cfg.trainer.get(key) not in (None, -1):
             raise ConfigError(

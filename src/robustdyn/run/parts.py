@@ -81,6 +81,24 @@ def measurement_plan(cfg: DictConfig, allow: Collection[str] | None = None) -> M
         raise ConfigError(f"measure: {error}") from error
 
 
+def further_callbacks(cfg: DictConfig) -> list[Callback]:
+    """Build the callbacks that the user added under ``callbacks``.
+
+    Raises:
+        ConfigError: One cannot be built, or is no callback of Lightning.
+    """
+    found = []
+    for key in (f"callbacks.{name}" for name, chosen in cfg.callbacks.items() if chosen is not None):
+        callback = build(cfg, key)
+        if not isinstance(callback, Callback):
+            raise ConfigError(
+                f"{key} makes a {type(callback).__name__}, which is no lightning.pytorch.Callback; "
+                "docs/extending.md has an example"
+            )
+        found.append(callback)
+    return found
+
+
 def build_callbacks(
     cfg: DictConfig, data: ImageDataModule, records: RunRecords, run_dir: Path
 ) -> list[Callback]:
@@ -117,7 +135,7 @@ def build_callbacks(
     callbacks.append(LastCheckpoint(run, cfg=cfg, **saved))
     if cfg.trainer.get("enable_progress_bar", True):
         callbacks.append(RunProgress(_label(cfg)))
-    return callbacks
+    return callbacks + further_callbacks(cfg)
 
 
 def _label(cfg: DictConfig) -> str:

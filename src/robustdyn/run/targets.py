@@ -132,7 +132,7 @@ def _check_target(target: str, key: str, allow: Collection[str] | None) -> None:
         remedy = "" if unsafe else f"allow=[{top}]"
         raise ConfigError(
             f"{key}._target_={target} is not allowed in a configuration that is read from a run directory; "
-            f"allowed are {', '.join(sorted(known))}"
+            f"allowed are {', '.join(sorted(known)) or 'none of this group'}"
             + (f", and with {remedy} on the command line what that package defines" if remedy else "")
         )
     found = imported(target, f"{key}._target_={target}")
