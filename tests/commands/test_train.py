@@ -165,6 +165,7 @@ def test_a_sweep_ends_in_one_report(without_figures, tmp_path, monkeypatch, caps
 
 MISTAKES = [
     ("optimizer.lrr=0.1", "unknown config key optimizer.lrr; did you mean optimizer.lr"),
+    ("+epochs=3", "nothing reads epochs; did you mean decay_epochs or measure.epochs or"),
     ("attack.eps_255=-8", "attack.eps_255=-8 must be a number of at least 0"),
     ("data.batch_size=1000", "data.batch_size=1000 exceeds the 80 training images; choose at most 80"),
     ("measure.examples=81", "measure.examples=81 must be between 1 and the 80 training images"),

@@ -180,7 +180,7 @@ def test_a_value_that_no_run_can_have_is_refused(arguments, reason, tmp_path, mo
     assert command(monkeypatch, "-m", *arguments, f"hydra.sweep.dir={tmp_path / 'sweep'}") == 1
     (error,) = capsys.readouterr().err.splitlines()
     assert error.startswith(f"error: {reason}")
-    assert error.endswith("; no run of the sweep was started")
+    assert error.endswith(" (no run of the sweep was started)")
     assert not trained
     assert not (tmp_path / "sweep").exists()
 

@@ -1,6 +1,5 @@
 """Runs a Hydra application: an error that the user can correct becomes one line and exit status 1."""
 
-import difflib
 import logging
 import os
 import re
@@ -24,6 +23,7 @@ from robustdyn.launch.paths import anchor, quoted_paths
 from robustdyn.launch.sweep import SweepReport, end_sweep, forget_sweep, run_in_its_directory, sweeping
 from robustdyn.launch.swept_groups import first_of_swept_groups
 from robustdyn.records.progress import one_line
+from robustdyn.run.config_keys import unknown_key
 from robustdyn.run.status import Terminated, speak_safely, terminable
 
 SHORT = "ROBUSTDYN_SHORT_ERRORS"
@@ -138,12 +138,7 @@ def _explain(error: BaseException, config_name: str) -> str:
         return f"{key} is a setting of another launcher: give hydra/launcher=slurm hydra.launcher.{name}=..."
     if "not in struct" not in text:
         return text
-    known = set(_all_keys(config_name))
-    if key in known:
-        return f"config key {key} does not exist with the chosen options; leave it out or choose others"
-    close = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
-    remedy = f"did you mean {' or '.join(close)}?" if close else "see --help for all keys"
-    return f"unknown config key {key}; {remedy} (+{key}=... adds a new key)"
+    return unknown_key(key, set(_all_keys(config_name)))
 
 
 def _all_keys(config_name: str) -> Iterator[str]:

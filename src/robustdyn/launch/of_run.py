@@ -3,7 +3,6 @@
 It also refuses a run whose settings lack what this version needs.
 """
 
-import difflib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -23,6 +22,7 @@ from robustdyn.records.command_line import hydra_quoted
 from robustdyn.records.labels import flatten
 from robustdyn.records.progress import is_of
 from robustdyn.records.run_directory import CONFIG, RunDirectory
+from robustdyn.run.config_keys import unknown_key
 from robustdyn.run.targets import allowed, targets_in
 
 NAMED_FREELY = ("logger", "measure.measurements")
@@ -156,9 +156,7 @@ def _composed(
             continue
         if not text.startswith(("+", "~")) and not _has(without, key):
             known = [f"{section}.{name}" for name in flatten(OmegaConf.to_container(without[section]))]  # type: ignore[arg-type]
-            close = difflib.get_close_matches(key, known, n=2)
-            remedy = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(known)}"
-            raise ConfigError(f"unknown config key {key}; {remedy} (+{key}=... adds a new key)")
+            raise ConfigError(unknown_key(key, known))
         refuse(key)
         overrides.append(text)
     cfg = _compose(command, overrides) if typed.settings else without

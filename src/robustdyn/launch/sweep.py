@@ -158,7 +158,7 @@ class SweepReport(Callback):
             check = SweepReport.check
             refusal = None if check is None else impossible_value(config, plan, check)
             if refusal is not None:
-                sys.stderr.write(f"error: {refusal}; no run of the sweep was started\n")
+                sys.stderr.write(f"error: {refusal} (no run of the sweep was started)\n")
                 sys.exit(1)  # Hydra would turn an exception of a callback into a warning
         self._enter(Path(config.hydra.sweep.dir), "choose another hydra.sweep.dir")
         os.environ[SWEEP_PROCESS] = str(os.getpid())
