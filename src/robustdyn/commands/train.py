@@ -31,7 +31,6 @@ from robustdyn.report.page import build_report
 from robustdyn.run.checkpointing import AtomicCheckpointIO, resume_from
 from robustdyn.run.combinations import check_combinations
 from robustdyn.run.config import build, check
-from robustdyn.run.config_keys import refuse_unread
 from robustdyn.run.ensembles import check_ensemble
 from robustdyn.run.environment import write_environment
 from robustdyn.run.forking import begin_branch
@@ -67,8 +66,6 @@ def check_settings(cfg: DictConfig) -> None:
     Raises:
         ConfigError: A setting, or a combination of some, cannot work.
     """
-    hydra_cfg = HydraConfig.get()
-    refuse_unread(cfg, hydra_cfg.overrides.task, hydra_cfg.runtime.choices)
     check(cfg)
     check_combinations(cfg)
     check_ensemble(cfg)

@@ -23,7 +23,7 @@ from robustdyn.launch.paths import anchor, quoted_paths
 from robustdyn.launch.sweep import SweepReport, end_sweep, forget_sweep, run_in_its_directory, sweeping
 from robustdyn.launch.swept_groups import first_of_swept_groups
 from robustdyn.records.progress import one_line
-from robustdyn.run.config_keys import unknown_key
+from robustdyn.run.config_keys import refuse_unread, unknown_key
 from robustdyn.run.status import Terminated, speak_safely, terminable
 
 SHORT = "ROBUSTDYN_SHORT_ERRORS"
@@ -61,14 +61,30 @@ def run_app(
         # data-parallel run, which inherit both, that the user did not ask for stack traces
         os.environ |= {"HYDRA_FULL_ERROR": "1", SHORT: "1"}
     started: list[bool] = []
-    SweepReport.check = check
+
+    command = config_name  # composed may replace config_name
+
+    def refuse(cfg: DictConfig) -> None:
+        hydra_cfg = HydraConfig.get()
+        refuse_unread(cfg, command, hydra_cfg.overrides.task, hydra_cfg.runtime.choices)
+
+    def refuse_or_run(cfg: DictConfig) -> None:
+        refuse(cfg)
+        task(cfg)
+
+    def refuse_or_check(cfg: DictConfig) -> None:
+        refuse(cfg)
+        if check is not None:
+            check(cfg)
+
+    SweepReport.check = refuse_or_check
     try:
         if composed is not None and {"-h", "--help", "--hydra-help"}.isdisjoint(sys.argv):
             config_name, sys.argv[1:] = composed(config_name, sys.argv[1:])
         app = hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=config_name)
         # SLURM's SIGTERM is a notice; see requeue.py
         with nullcontext() if in_slurm(os.environ) else terminable(), first_of_swept_groups():
-            app(_task_with_short_errors(task, started, short=short))()
+            app(_task_with_short_errors(refuse_or_run, started, short=short))()
     except (UserError, HydraException) as error:
         if isinstance(error, UserError):  # raised by the launcher, for instance for a failed job on a cluster
             end_sweep()

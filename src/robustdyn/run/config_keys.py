@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -31,27 +32,35 @@ def unknown_key(key: str, known: Collection[str]) -> str:
     return f"unknown config key {key}; {_meant(key, known)}{more}"
 
 
-def refuse_unread(cfg: DictConfig, typed: Sequence[str], groups: Collection[str]) -> None:
+def refuse_unread(cfg: DictConfig, command: str, typed: Sequence[str], groups: Collection[str]) -> None:
     """Refuse a key that was added with ``+``, if no class takes it and no other setting refers to it.
 
+    A key with ``++`` may be one that exists, and is not checked.
+
     Args:
-        cfg: The configuration of ``robustdyn-train``.
+        cfg: The configuration of a command.
+        command: The name of the command's own configuration, such as ``"train"``. A section ``run`` in it
+            takes any setting of a run.
         typed: The overrides from which it was composed.
         groups: The groups of which it has an option; ``+group=option`` may choose one of the user's own.
 
     Raises:
         ConfigError: There is such a key; the message names those that come closest.
     """
-    settings: str | None = None
-    for key in re.findall(r"^\++([\w.]+)=", "\n".join(typed), re.MULTILINE):
-        if key in groups or _passed_on(cfg, key):
+    added = re.findall(r"^\+([\w.]+)=", "\n".join(typed), re.MULTILINE)
+    added = [key for key in added if key not in groups and not _passed_on(cfg, key)]
+    if not added:
+        return
+    of_run = OmegaConf.select(OmegaConf.load(config_dir() / f"{command}.yaml"), "run") is not None
+    settings = OmegaConf.to_yaml(cfg)
+    for key in added:
+        section, dot, _ = key.partition(".")
+        of_options = section in groups and any(key in keys for _, keys in _options(section))
+        if of_options or _referred_to(key, settings) or (of_run and section == "run"):
             continue
-        settings = settings or OmegaConf.to_yaml(cfg)
-        files = [_settings((config_dir() / "train.yaml").read_text(encoding="utf-8"))]
-        files += [keys for _, keys in _options(key.partition(".")[0])]
-        if not _referred_to(key, settings) and not any(key in keys for keys in files):
-            others = set(flatten(OmegaConf.to_container(cfg, resolve=False))) - {key}  # type: ignore[arg-type]
-            raise ConfigError(f"nothing reads {key}; {_meant(key, others)}")
+        others = set(flatten(OmegaConf.to_container(cfg, resolve=False))) - {key}  # type: ignore[arg-type]
+        meant = f"did you mean +run.{key}?" if of_run and dot else _meant(key, others)
+        raise ConfigError(f"nothing reads {key}; {meant}")
 
 
 def _meant(key: str, known: Collection[str]) -> str:
@@ -84,14 +93,9 @@ def _options(section: str) -> Iterator[tuple[str, dict[str, object]]]:
     """The options of a group in ``conf/``, with the settings that their own files contain."""
     for file in sorted((config_dir() / section).glob("*.yaml")):
         text = file.read_text(encoding="utf-8")
+        content: Any = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
         if "@package _global_" not in text:
-            yield file.stem, _settings(text, f"{section}.")
-
-
-def _settings(text: str, prefix: str = "") -> dict[str, object]:
-    content = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
-    assert isinstance(content, dict)
-    return flatten({str(name): value for name, value in content.items()}, prefix)
+            yield file.stem, flatten(content, f"{section}.")
 
 
 def _referred_to(key: str, settings: str) -> bool:
