@@ -33,7 +33,14 @@ STORED = [
     ("forks", "results/images"),
     *(
         ("ground_truth", f"results/{part}")
-        for part in ("after_the_decay", "further", "replicas", "seeds", "to_step_1000")
+        for part in (
+            "after_the_decay",
+            "further",
+            "images_after_the_decay",
+            "replicas",
+            "seeds",
+            "to_step_1000",
+        )
     ),
 ]
 
