@@ -216,6 +216,7 @@ def evil(section, node):
         ("model", {"_target_": "os.system", "command": "x"}, "model"),
         ("trainer", {"_target_": "lightning.Trainer", "x": [{"_target_": "os.system"}]}, r"trainer.x\[0\]"),
         ("logger", {"a": {"_target_": "torch.load"}}, "logger.a"),
+        ("callbacks", {"a": {"_target_": "lightning.pytorch.callbacks.LambdaCallback"}}, "callbacks.a"),
         ("model", {"_target_": "${other}"}, "model"),
         ("other", {"_target_": "robustdyn.models.PreActResNet"}, "other"),
         ("measure", {"measurements": {"m": {"_target_": "subprocess.run"}}}, "measure.measurements.m"),

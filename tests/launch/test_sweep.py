@@ -13,8 +13,8 @@ from hydra.core.plugins import Plugins
 
 from robustdyn.commands import train
 from robustdyn.launch import sweep as sweeps
-from robustdyn.launch import swept_groups
-from robustdyn.records.progress import RunStatus
+from robustdyn.launch import sweep_check, swept_groups
+from robustdyn.records.progress import Plan, RunStatus
 from robustdyn.run.progress_lines import RunProgress
 from tests.runs import command, rows, tiny_but, weights
 
@@ -191,6 +191,21 @@ def test_a_value_that_suits_some_runs_only_is_not_refused(tmp_path, monkeypatch,
     assert sweep(monkeypatch, tmp_path, *grid) == 1
     assert len(trained) == 3
     assert "data.mixup=0.5 mixes labels" in capsys.readouterr().err
+
+
+def test_a_value_is_possible_if_any_of_its_runs_is(monkeypatch):
+    """However many have it: method=at suits the last of 300 seeds only, and no seed is at fault."""
+    jobs = [(f"method={method}", f"seed={seed}") for method in ("at", "awp") for seed in range(300)]
+    suits = {*jobs[299:]}
+
+    def refusal(config, job, check):
+        return None if job in suits else f"refused {' '.join(job)}"
+
+    monkeypatch.setattr(sweep_check, "_refusal", refusal)
+    assert sweep_check.impossible_value(None, Plan(tuple(jobs), (), ()), None) is None
+    suits.remove(jobs[299])
+    refused = sweep_check.impossible_value(None, Plan(tuple(jobs), (), ()), None)
+    assert refused == "refused method=at seed=0"
 
 
 # ---------------------------------------------------------------------- continuing

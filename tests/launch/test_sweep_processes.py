@@ -17,6 +17,7 @@ from robustdyn.launch.sweep import SWEEP_PROCESS, _end_with_parent
 from robustdyn.records import find_runs
 from robustdyn.records.progress import run_states
 from tests.launch.test_sweep import QUICK, only, states
+from tests.processes import UNCHECKED
 from tests.runs import command, rows
 
 
@@ -35,8 +36,8 @@ def start():
     """Starts the command as a user does, in a process group of its own that does not outlive the test."""
     started = []
 
-    def begin(folder, *arguments):
-        words = [sys.executable, "-m", "robustdyn.commands.train", *QUICK, "-m", f"hydra.sweep.dir={folder}"]
+    def begin(folder, *arguments, program=("-m", "robustdyn.commands.train")):
+        words = [sys.executable, *program, *QUICK, "-m", f"hydra.sweep.dir={folder}"]
         process = subprocess.Popen(
             [*words, *arguments],
             env={k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "HYDRA_FULL_ERROR")},
@@ -61,30 +62,31 @@ PARALLEL = ("hydra/launcher=parallel", "hydra.launcher.n_jobs=2")
 @pytest.mark.slow  # 24 runs
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("launcher", [(), PARALLEL], ids=["series", "parallel"])
-def test_24_runs_of_which_one_fails(launcher, start, tmp_path, monkeypatch):
-    """Seed 0 has a single class, and fails inside torch."""
+def test_24_runs_of_which_two_fail(launcher, start, tmp_path, monkeypatch):
+    """One fails by its setting (seed -1), one by an error of torch's (seed 0, a single class)."""
     arguments = (
         "report=true",
         "model.num_classes='${first_at_fraction:${seed},10}'",
-        f"seed={','.join(map(str, range(24)))}",
+        f"seed=-1,{','.join(map(str, range(23)))}",
     )
-    folder = tmp_path / "sweep"
-    ended = start(folder, *launcher, *arguments)
+    folder, unchecked = tmp_path / "sweep", ("-c", UNCHECKED + "train.main()")
+    ended = start(folder, *launcher, *arguments, program=unchecked)
     out, error = ended.communicate(timeout=900)
     assert ended.returncode == 1, error
-    expected = {f"seed={seed}": "done" if seed else "failed" for seed in range(24)}
+    expected = {f"seed={seed}": "failed" if seed in (-1, 0) else "done" for seed in range(-1, 23)}
     assert states(folder) == expected
     ending = [
-        " ".join(line.split()) for line in error[error.index("runs: 23 done, 1 failed\n") :].splitlines()
+        " ".join(line.split()) for line in error[error.index("runs: 22 done, 2 failed\n") :].splitlines()
     ]
-    assert ending[1].startswith("failed seed=0: IndexError: Target")
-    assert ending[2] == f"traceback: {only(folder, 'seed=0') / 'error.txt'}"
-    assert len(ending) == 4
+    assert ending[1] == "failed seed=-1: seed=-1 must be a whole number from 0 to 2^63 - 1"
+    assert ending[2].startswith("failed seed=0: IndexError: Target")
+    assert ending[3] == f"traceback: {only(folder, 'seed=0') / 'error.txt'}"
+    assert len(ending) == 5
     assert f"report: {folder / 'report' / 'index.html'}" in out
     page = (folder / "report" / "index.html").read_text()
-    assert "23 done, 1 failed." in page
-    losses = {str(rows(only(folder, f"seed={seed}"), "epochs")) for seed in range(1, 24)}
-    assert len(losses) == 23
+    assert "22 done, 2 failed." in page
+    losses = {str(rows(only(folder, f"seed={seed}"), "epochs")) for seed in range(1, 23)}
+    assert len(losses) == 22
     threads = {json.loads(path.read_text())["threads"] for path in folder.glob("*/environment.json")}
     cores = len(os.sched_getaffinity(0))
     assert max(threads) * (2 if launcher else 1) <= cores  # no oversubscription
@@ -103,10 +105,10 @@ def test_24_runs_of_which_one_fails(launcher, start, tmp_path, monkeypatch):
     assert rows(only(folder, "seed=22"), "epochs") == rows(tmp_path / "alone", "epochs")
     # again: the failures only
     stamps = {path: path.stat().st_mtime_ns for path in folder.glob("*/records/epochs.jsonl")}
-    ended = start(folder, *launcher, *arguments)
+    ended = start(folder, *launcher, *arguments, program=unchecked)
     _, error = ended.communicate(timeout=900)
     assert ended.returncode == 1
-    assert "runs: 23 done, 1 failed" in error
+    assert "runs: 22 done, 2 failed" in error
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
 
 

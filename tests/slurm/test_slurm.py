@@ -12,6 +12,7 @@ import torch
 
 from robustdyn.commands.sweep import main as sweep_command
 from robustdyn.launch.submitted import SubmittedJobs
+from tests.processes import UNCHECKED
 from tests.runs import TINY, command, rows, weights
 from tests.slurm.conftest import SCRIPT, until
 
@@ -119,11 +120,12 @@ def test_runs_that_are_taken_down_go_on_and_end_as_if_nothing_had_happened(
         *LAUNCHER,
         *TINY,
         *LONG,
-        "checkpoint.every_minutes=0.002,10",  # also within epochs; at their end only
+        "checkpoint.every_minutes=0.002,10,-1",  # also within epochs; at their end only; a mistake
         "hydra.sweep.dir=sweep",
         "hydra.sweep.subdir=${checkpoint.every_minutes}",
+        program=("-c", UNCHECKED + "train.main()"),
     )
-    warned, preempted = (sweep.job(f"minutes={value}") for value in ("0.002", "10"))
+    warned, preempted, mistaken = (sweep.job(f"minutes={value}") for value in ("0.002", "10", "-1"))
 
     sweep.until(lambda: epochs_in(folder / "0.002") >= 2)
     cluster.call("scancel", "--signal=TERM", warned)  # as before a grace time, which is there to be used
@@ -133,32 +135,34 @@ def test_runs_that_are_taken_down_go_on_and_end_as_if_nothing_had_happened(
     everything = ("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null")
     cluster.call("sbatch", *everything, "--wrap=true")
 
-    assert sweep.wait() == 0
+    assert sweep.wait() == 1
     states = cluster.states()
-    assert [states[job] for job in (warned, preempted)] == ["COMPLETED", "COMPLETED"]
+    assert [states[job] for job in (warned, preempted, mistaken)] == ["COMPLETED", "COMPLETED", "FAILED"]
     for job, run_dir in ((warned, folder / "0.002"), (preempted, folder / "10")):
         assert re.search(r"Restarts=[1-9]", cluster.call("scontrol", "show", "job", job))
         assert not list(run_dir.rglob("hpc_ckpt*"))  # Lightning's own requeueing
         assert_same_run(run_dir, undisturbed)
     assert "Caught signal SIGUSR2" in log_of(folder, warned)
     assert "PREEMPTION" in log_of(folder, preempted)
+    assert "checkpoint.every_minutes=-1" in log_of(folder, mistaken)
+    assert "Traceback" in log_of(folder, mistaken)
+    (line,) = [line for line in sweep.stderr.splitlines() if line.startswith(f"  {mistaken}  ")]
+    assert "checkpoint.every_minutes=-1" in line
+    assert "1 of 3 jobs failed" in sweep.stderr
 
 
-AND_STAY = (
-    "import time; from robustdyn.commands.train import main; "
-    "main(); print('left', flush=True); time.sleep(600)"
-)
+AND_STAY = UNCHECKED + "import time; train.main(); print('left', flush=True); time.sleep(600)"
 
 
 def test_a_sweep_that_is_left_alone_loses_nothing_and_reports_itself(
     start, cluster, tmp_path, undisturbed, monkeypatch, capsys
 ):
-    """Its shell is killed, a job is requeued and one is cancelled; then it is extended."""
+    """Its shell is killed, a job is requeued, a run fails and one is cancelled; then it is extended."""
     for name, value in cluster.environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("sys.argv", [])  # which extend replaces
     folder = tmp_path / "sweep"
-    settings = (*TINY, *LONG[:2], "seed=0,1", "hydra.sweep.dir=sweep")
+    settings = (*TINY, *LONG[:2], "seed=0,1,-1", "hydra.sweep.dir=sweep")
     detach = ("hydra.launcher.detach=true", "hydra.launcher.report_job.cpus_per_task=1")
     shell = start(tmp_path, "-m", *LAUNCHER, *detach, *settings, program=("-c", AND_STAY))
     shell.until(lambda: "left" in shell.said.splitlines())
@@ -167,7 +171,7 @@ def test_a_sweep_that_is_left_alone_loses_nothing_and_reports_itself(
     def folder_of(seed):
         return next(iter(folder.glob(f"seed={seed}*")), folder)
 
-    requeued, cancelled = SubmittedJobs.read(folder).runs
+    requeued, cancelled, mistaken = SubmittedJobs.read(folder).runs
     until(lambda: epochs_in(folder_of(1)) >= 1)
     cluster.call("scancel", cancelled)
     until(lambda: epochs_in(folder_of(0)) >= 2)
@@ -176,15 +180,18 @@ def test_a_sweep_that_is_left_alone_loses_nothing_and_reports_itself(
     report = SubmittedJobs.read(folder).report
     assert f"report: job {report} builds it when all jobs have ended" in capsys.readouterr().out
     states = cluster.states()
-    assert [states[job] for job in (requeued, cancelled)] == ["COMPLETED", "CANCELLED"]
+    assert [states[job] for job in (requeued, cancelled, mistaken)] == ["COMPLETED", "CANCELLED", "FAILED"]
     assert states[report] == "COMPLETED"  # after the job that was requeued: one run is done
-    assert "runs: 1 done, 1 unfinished" in (folder / "slurm/report" / f"{report}_0_log.out").read_text()
+    assert (
+        "runs: 1 done, 1 failed, 1 unfinished"
+        in (folder / "slurm/report" / f"{report}_0_log.out").read_text()
+    )
     assert re.search(r"Restarts=[1-9]", cluster.call("scontrol", "show", "job", requeued))
     assert_same_run(folder_of(0), undisturbed)
     page = folder / "report" / "index.html"
     assert sweep_command(["status", str(folder)]) == 0
     said = capsys.readouterr().out
-    assert "runs: 1 done, 1 failed" in said
+    assert "runs: 1 done, 2 failed" in said
     assert f"job {cancelled} ended without a result; SLURM says CANCELLED" in said
     assert f"report: {page}" in said
 
@@ -193,13 +200,13 @@ def test_a_sweep_that_is_left_alone_loses_nothing_and_reports_itself(
     assert sweep_command(["cancel", str(folder)]) == 0
     states = cluster.states()
     jobs = SubmittedJobs.read(folder)
-    ended = [states.get(job) for job in [*jobs.runs, jobs.report]][2:]
+    ended = [states.get(job) for job in [*jobs.runs, jobs.report]][3:]
     assert len(ended) == 3
     assert {*ended} <= {"CANCELLED", None}  # squeue forgets a waiting part of an array
     assert not sweep_command(["extend", str(folder), "seed=0,1"])
     states = cluster.states()
     jobs = SubmittedJobs.read(folder)
-    assert [states[job] for job in [*jobs.runs, jobs.report][4:]] == ["COMPLETED"] * 2
+    assert [states[job] for job in [*jobs.runs, jobs.report][5:]] == ["COMPLETED"] * 2
     assert page.is_file()
 
 

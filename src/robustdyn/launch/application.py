@@ -61,7 +61,6 @@ def run_app(
         # data-parallel run, which inherit both, that the user did not ask for stack traces
         os.environ |= {"HYDRA_FULL_ERROR": "1", SHORT: "1"}
     started: list[bool] = []
-
     command = config_name  # composed may replace config_name
 
     def refuse(cfg: DictConfig) -> None:

@@ -1,27 +1,23 @@
 """Checks the settings of a sweep before its first run starts, so that no run waits hours to be refused."""
 
 import copy
-import random
 from collections.abc import Callable
+from functools import cache
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from omegaconf import DictConfig, open_dict, read_write
 
 from robustdyn.errors import UserError
 from robustdyn.records.progress import Plan
-
-MOST_TRIED = 32
-"""This many runs that have a value are composed and checked, which takes about half a second each."""
 
 
 def impossible_value(config: DictConfig, plan: Plan, check: Callable[[DictConfig], object]) -> str | None:
     """Why some value of the sweep is refused in every run that has it, or None if there is no such value.
 
     A value that suits some runs of a grid, such as an option of one method, is possible: its other runs are
-    refused one by one. Of more than ``MOST_TRIED`` runs with a value, the first and a random choice of the
-    others are tried.
+    refused one by one. Each run that is tried takes about half a second; if all values are possible, a few
+    runs show it, and only an impossible value needs all of its runs.
 
     Args:
         config: The configuration of the sweep.
@@ -31,22 +27,15 @@ def impossible_value(config: DictConfig, plan: Plan, check: Callable[[DictConfig
     Returns:
         The message of ``check`` for the first of these runs.
     """
-    refusals: dict[tuple[str, ...], str | None] = {}
-
-    def refusal(job: tuple[str, ...]) -> str | None:
-        if job not in refusals:
-            refusals[job] = _refusal(config, job, check)
-        return refusals[job]
-
+    refusal = cache(lambda job: _refusal(config, job, check))
     possible: set[str] = set()
     for value in dict.fromkeys(text for job in plan.jobs for text in job):
         if value in possible:
             continue
-        first, *others = (job for job in plan.jobs if value in job)
-        tried = [first, *random.Random(0).sample(others, min(len(others), MOST_TRIED - 1))]
-        accepted = next((job for job in tried if refusal(job) is None), None)
+        having = [job for job in plan.jobs if value in job]
+        accepted = next((job for job in having if refusal(job) is None), None)
         if accepted is None:
-            return refusal(first)
+            return refusal(having[0])
         possible.update(accepted)
     return None
 
@@ -63,7 +52,7 @@ def _refusal(config: DictConfig, job: tuple[str, ...], check: Callable[[DictConf
         check(cfg)
     except UserError as error:
         return str(error)
-    except HydraException:  # the sweeper reports it
+    except Exception:  # not written for the user: the sweeper or the run reports it, with its stack trace
         return None
     finally:
         HydraConfig.instance().set_config(config)
